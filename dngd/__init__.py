@@ -1,0 +1,36 @@
+"""dngd: distributed natural-gradient training of graph neural networks."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dngd.config import TrainConfig
+    from dngd.errors import TrainingError, UserError
+    from dngd.graph import GraphStore
+    from dngd.launch import Trainer
+    from dngd.train import RunResult
+
+__version__ = "0.1.0"
+__all__ = ["GraphStore", "RunResult", "TrainConfig", "Trainer", "TrainingError", "UserError", "__version__"]
+
+_HOMES = {
+    "GraphStore": "dngd.graph",
+    "RunResult": "dngd.train",
+    "TrainConfig": "dngd.config",
+    "Trainer": "dngd.launch",
+    "TrainingError": "dngd.errors",
+    "UserError": "dngd.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy: `import dngd.optim` in a user's own loop should not load DGL.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'dngd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

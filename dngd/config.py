@@ -1,0 +1,357 @@
+"""The configuration of a training run: pydantic models, one line a field; YAML in and out.
+
+A field marked `identity` defines the run: a resumed run may not change it, since its curve would no
+longer be the one it would have had. The others (workers, samplers, epochs, ...) may change.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dngd.errors import UserError
+
+IDENTITY = {"identity": True}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class KFACConfig(_Section):
+    """Natural gradient (`optimizer: kfac`); see dngd.optim.NaturalGradient for the formulas."""
+
+    damping: float = Field(
+        1e-2,
+        gt=0,
+        description="λ; a share of tr A in relative mode, in units of the Fisher in tikhonov mode",
+        json_schema_extra=IDENTITY,
+    )
+    damping_mode: Literal["relative", "tikhonov"] = Field(
+        "relative",
+        description="relative: λ·tr A and ratio·λ·tr G; tikhonov: √λ·π and √λ/π",
+        json_schema_extra=IDENTITY,
+    )
+    damping_g_ratio: float = Field(
+        10.0, gt=0, description="relative mode: G's share over A's", json_schema_extra=IDENTITY
+    )
+    factor_decay: float = Field(
+        0.95, ge=0, lt=1, description="ρ of the running averages, per factor step", json_schema_extra=IDENTITY
+    )
+    factor_update_period: int = Field(10, ge=1, description="steps between factor steps", json_schema_extra=IDENTITY)
+    inverse_update_period: int = Field(
+        50, ge=1, description="steps between two refreshes of a layer", json_schema_extra=IDENTITY
+    )
+    dense_steps: int = Field(
+        20,
+        ge=0,
+        description="first steps that are all factor steps; inverses then at powers of two",
+        json_schema_extra=IDENTITY,
+    )
+    inverse_delay: int = Field(
+        0,
+        ge=0,
+        description="steps from a refresh's launch to its adoption; 0 waits at once",
+        json_schema_extra=IDENTITY,
+    )
+    kl_clip: float | None = Field(
+        3e-3, gt=0, description="κ, bound of a step's predicted KL; null for none", json_schema_extra=IDENTITY
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="μ, applied after preconditioning", json_schema_extra=IDENTITY)
+
+    @model_validator(mode="after")
+    def _delay_below_period(self) -> KFACConfig:
+        if self.inverse_delay >= self.inverse_update_period:
+            raise ValueError(
+                f"inverse_delay={self.inverse_delay} must be below inverse_update_period={self.inverse_update_period}"
+            )
+        return self
+
+
+class CheckpointConfig(_Section):
+    """Checkpoints in RUN/checkpoints."""
+
+    period_steps: int | None = Field(
+        None, ge=1, description="steps between checkpoints; null: at the end of each epoch"
+    )
+    keep: int = Field(3, ge=1, description="newest checkpoints kept")
+
+
+class RayConfig(_Section):
+    """Ray Train (`engine: ray`)."""
+
+    address: str | None = Field(
+        None, description="cluster to connect to; null: $RAY_ADDRESS, else a local one is started"
+    )
+    cpus_per_worker: float = Field(1.0, gt=0, description="CPUs reserved for a worker")
+    start_timeout_seconds: float = Field(
+        60.0, gt=0, description="limit for the cluster to offer what is asked, seconds"
+    )
+
+
+class TrainConfig(_Section):
+    """Everything that a run is made of. Raises UserError, with the fix, for an unknown key or a bad value."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError(explain(error, type(self))) from None
+
+    dataset: str = Field(description="name (DATA_ROOT/NAME.npz or built-in) or path of a store or npz file")
+    data_root: Path | None = Field(None, description="folder of data sets; null: $DNGD_DATA_ROOT")
+    cache_dir: Path | None = Field(
+        None, description="folder of converted stores; null: $DNGD_CACHE_DIR or ~/.cache/dngd"
+    )
+    split: str = Field(
+        "masks",
+        description="masks | masks:K | public | complete | random:TRAIN/VAL/TEST",
+        json_schema_extra=IDENTITY,
+    )
+    model: Literal["gcn", "sage"] = Field("gcn", description="layer kind", json_schema_extra=IDENTITY)
+    hidden: int = Field(256, ge=1, description="width of the hidden layers", json_schema_extra=IDENTITY)
+    num_layers: int = Field(3, ge=1, le=16, description="number of graph layers", json_schema_extra=IDENTITY)
+    fanout: tuple[int, ...] | None = Field(
+        None,
+        description="neighbours drawn per layer, input side first, -1 for all; null: 15,10,5 cut or repeated to num_layers",
+        json_schema_extra=IDENTITY,
+    )
+    dropout: float = Field(0.5, ge=0, lt=1, description="between layers", json_schema_extra=IDENTITY)
+    batch_size: int | Literal["full"] = Field(
+        1024,
+        description="seeds a shard and step; full: all training nodes in one step",
+        json_schema_extra=IDENTITY,
+    )
+    epochs: int = Field(10, ge=1, description="passes over the training nodes")
+    max_steps: int | None = Field(None, ge=1, description="stop after this many steps")
+    optimizer: Literal["kfac", "adam", "adamw", "sgd"] = Field(
+        "kfac", description="kfac: natural gradient", json_schema_extra=IDENTITY
+    )
+    lr: float | None = Field(
+        None,
+        gt=0,
+        description="peak learning rate; null: 0.1 kfac, 0.01 adam and adamw, 0.1 sgd",
+        json_schema_extra=IDENTITY,
+    )
+    lr_schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="over all steps of the run", json_schema_extra=IDENTITY
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up", json_schema_extra=IDENTITY)
+    weight_decay: float = Field(
+        0.0, ge=0, description="decoupled for kfac and adamw, L2 for adam and sgd", json_schema_extra=IDENTITY
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd", json_schema_extra=IDENTITY)
+    kfac: KFACConfig = Field(default_factory=lambda: KFACConfig(), description="natural-gradient settings")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**31,
+        description="of weights, splits, batches, sampling, dropout",
+        json_schema_extra=IDENTITY,
+    )
+    engine: Literal["local", "ray"] = Field("ray", description="ray: Ray Train workers; local: this process")
+    num_workers: int = Field(1, ge=1, description="Ray Train workers; with engine local: the number of shards run here")
+    num_shards: int | None = Field(
+        None, ge=1, description="S, logical shards of a step; null: num_workers", json_schema_extra=IDENTITY
+    )
+    use_gpu: bool = Field(False, description="one GPU a worker")
+    num_samplers: int = Field(
+        1, ge=0, le=64, description="sampler processes a worker; 0 samples in the training process"
+    )
+    prefetch: int = Field(4, ge=1, le=64, description="batches that each sampler may be ahead")
+    eval_period: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
+    eval_rows: int = Field(65536, ge=1, description="most rows aggregated at a time in exact evaluation")
+    collective_timeout_seconds: float = Field(120.0, gt=0, description="limit of every wait for another rank, seconds")
+    max_dropped_steps: int = Field(10, ge=1, description="non-finite steps in a row after which training stops")
+    checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(), description="checkpoints")
+    ray: RayConfig = Field(default_factory=lambda: RayConfig(), description="cluster")
+    run_dir: Path | None = Field(None, description="run folder; null: runs/DATASET-MODEL-OPTIMIZER-TIME")
+    resume: bool = Field(False, description="go on from run_dir's newest good checkpoint")
+
+    @field_validator("fanout", mode="before")
+    @classmethod
+    def _fanout_text(cls, value: object) -> object:
+        if isinstance(value, str):
+            try:
+                return tuple(int(part) for part in value.split(","))
+            except ValueError:
+                raise ValueError(f"fanout={value!r} is not a list of whole numbers; write e.g. 15,10,5") from None
+        return value
+
+    @field_validator("batch_size", mode="after")
+    @classmethod
+    def _batch_size_positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"batch_size={value} must be at least 1, or full")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.fanout is not None:
+            if len(self.fanout) != self.num_layers:
+                raise ValueError(
+                    f"fanout={self.fanout} has {len(self.fanout)} entries but num_layers={self.num_layers}; "
+                    "give one per layer, input side first"
+                )
+            if any(entry == 0 or entry < -1 for entry in self.fanout):
+                raise ValueError(f"fanout={self.fanout} has an entry that is neither positive nor -1 (all neighbours)")
+        if self.num_workers > self.shards:
+            raise ValueError(
+                f"num_workers={self.num_workers} is above num_shards={self.shards}: a worker would have no shard; "
+                f"use at most {self.shards} workers"
+            )
+        return self
+
+    @property
+    def fanouts(self) -> tuple[int, ...]:
+        """The fanout in use, one entry a layer, input side first."""
+        if self.fanout is not None:
+            return self.fanout
+        return ((15, 10, 5) + (5,) * self.num_layers)[: self.num_layers]
+
+    @property
+    def shards(self) -> int:
+        """S, the number of logical shards of a step."""
+        return self.num_shards if self.num_shards is not None else self.num_workers
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate in use."""
+        if self.lr is not None:
+            return self.lr
+        return {"kfac": 0.1, "adam": 0.01, "adamw": 0.01, "sgd": 0.1}[self.optimizer]
+
+    @property
+    def data_root_in_use(self) -> Path | None:
+        """data_root, or $DNGD_DATA_ROOT, or None."""
+        if self.data_root is not None:
+            return self.data_root
+        value = os.environ.get("DNGD_DATA_ROOT")
+        return Path(value) if value else None
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that define the run, flat, with defaults filled in."""
+        flat = _flat_identity(self)
+        flat |= {"fanout": list(self.fanouts), "num_shards": self.shards, "lr": self.learning_rate}
+        if self.optimizer != "kfac":
+            flat = {key: value for key, value in flat.items() if not key.startswith("kfac.")}
+        return flat
+
+    def to_yaml(self) -> str:
+        """Return the configuration as YAML that `from_yaml` reads back."""
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+    @classmethod
+    def from_yaml(cls, path: Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
+        """Return the configuration of a YAML file, with nested overrides on top.
+
+        Raises UserError if the file cannot be read or parsed, or holds an unknown key or bad value.
+        """
+        return cls(**merge(read_yaml(path), overrides or {}))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return a YAML file's mapping. Raises UserError if it cannot be read or is not a mapping."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"configuration file {path} cannot be read: {error.strerror}; check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"configuration file {path} is not YAML: {reason}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"configuration file {path} holds a {type(data).__name__}; it must be a mapping of fields")
+    return data
+
+
+def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return base with overrides laid over it, nested mappings merged."""
+    out = dict(base)
+    for key, value in overrides.items():
+        if isinstance(value, dict) and isinstance(out.get(key), dict):
+            out[key] = merge(out[key], value)
+        else:
+            out[key] = value
+    return out
+
+
+def parse_assignment(text: str) -> dict[str, Any]:
+    """Return `{"kfac": {"damping": 0.01}}` for "kfac.damping=0.01"; the value is read as YAML.
+
+    Raises UserError if there is no '='.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {text!r} is not key=value; write e.g. --set kfac.damping=0.01")
+    try:
+        parsed: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {text!r}: {value!r} is not a YAML value") from None
+    for part in reversed(key.split(".")):
+        parsed = {part: parsed}
+    result: dict[str, Any] = parsed
+    return result
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return a pydantic error as one sentence a field: the value received, what is allowed, the fix."""
+    sentences = []
+    seen = set()
+    for item in error.errors():
+        path = _field_path(model, item["loc"])
+        name = ".".join(path)
+        if item["type"] == "extra_forbidden":
+            fields = _fields_at(model, path[:-1])
+            near = difflib.get_close_matches(path[-1], fields, n=1, cutoff=0.4)
+            hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else "known: " + ", ".join(fields)
+            sentence = f"configuration key {name!r} is unknown; {hint}"
+        elif item["type"] == "missing":
+            sentence = f"{name} is required; give it as --{name.replace('_', '-')} or in the configuration file"
+        elif item["type"] == "value_error":
+            sentence = item["msg"].removeprefix("Value error, ")
+        else:
+            message = item["msg"]
+            allowed = _fields_at(model, path[:-1]).get(path[-1], "")
+            sentence = f"{name}={item['input']!r} is not valid: {message[:1].lower()}{message[1:]} ({allowed})"
+        if name in seen:
+            continue  # a union reports each branch; the first says enough
+        seen.add(name)
+        sentences.append(sentence)
+    return "; ".join(sentences)
+
+
+def _field_path(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Return a location's field names, without pydantic's tags for the branches of a union."""
+    path = []
+    for part in location:
+        path.append(str(part))
+        annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return path
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> dict[str, str]:
+    """Return the field names, with their descriptions, of the section at a path."""
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return {name: field.description or "" for name, field in model.model_fields.items()}
+
+
+def _flat_identity(section: BaseModel, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            flat |= _flat_identity(value, f"{prefix}{name}.")
+        elif isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("identity"):
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
