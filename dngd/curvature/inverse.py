@@ -1,0 +1,71 @@
+"""Damped inverses of factors, with escalation instead of silent failure.
+
+Order of attempts: Cholesky in the factor's own precision; Cholesky in float64; more damping (×10, at
+most three times) in float64. Each attempt is checked with one probe vector, since a Cholesky
+factorisation of an ill-conditioned matrix can succeed and still be useless.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_DAMPING_ESCALATIONS = 3
+PROBE_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class InverseResult:
+    """The outcome of one inversion.
+
+    inverse: `(M + λ'I)⁻¹` in M's dtype, or None when every attempt failed.
+    damping: the λ' used (equal to the λ asked for unless escalated).
+    escalations: number of attempts that failed before this one.
+    """
+
+    inverse: Tensor | None
+    damping: float
+    escalations: int
+
+
+def damped_inverse(matrix: Tensor, damping: Tensor | float) -> InverseResult:
+    """Return `(M + λI)⁻¹` for a symmetric positive semi-definite M.
+
+    matrix: [d, d]. damping: λ > 0. Raises ValueError if λ <= 0. A matrix that holds a non-finite
+    value yields inverse=None: the caller keeps its last good inverse.
+    """
+    lam = float(damping)
+    if not lam > 0:
+        raise ValueError(f"damping={lam} is out of range; it must be above 0")
+    if not bool(torch.isfinite(matrix).all()):
+        return InverseResult(None, lam, 0)
+    escalations = 0
+    attempts: list[tuple[torch.dtype, float]] = [(matrix.dtype, lam)]
+    if matrix.dtype != torch.float64:
+        attempts.append((torch.float64, lam))
+    attempts += [(torch.float64, lam * 10.0**k) for k in range(1, MAX_DAMPING_ESCALATIONS + 1)]
+    for dtype, value in attempts:
+        inverse = _cholesky_inverse(matrix.to(dtype), value)
+        if inverse is not None:
+            return InverseResult(inverse.to(matrix.dtype), value, escalations)
+        escalations += 1
+    return InverseResult(None, lam, escalations)
+
+
+def _cholesky_inverse(matrix: Tensor, damping: float) -> Tensor | None:
+    """Return the damped inverse, or None if the factorisation fails or its probe is inaccurate."""
+    damped = matrix.clone()
+    damped.diagonal().add_(damping)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if int(info) != 0:
+        return None
+    # LAPACK's result is column-major; products round differently by layout, and a checkpoint keeps none.
+    inverse = torch.cholesky_inverse(factor).contiguous()
+    # A fixed, dense probe: deterministic, and not an eigenvector of anything in particular.
+    probe = torch.linspace(0.5, 1.5, matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+    residual = torch.linalg.vector_norm(damped @ (inverse @ probe) - probe)
+    if not bool(residual <= PROBE_TOLERANCE * torch.linalg.vector_norm(probe)):
+        return None
+    return inverse
