@@ -1,0 +1,32 @@
+"""Communication: packing, collectives, ownership of factors. The only package that calls torch.distributed."""
+
+from dngd.comm.assignment import assign_owners, inversion_cost, shards_of_rank
+from dngd.comm.communicator import (
+    Communicator,
+    LocalCommunicator,
+    ProcessGroupCommunicator,
+    Work,
+    current_communicator,
+    destroy_process_group,
+    init_process_group,
+)
+from dngd.comm.packing import buckets, flatten, pack_triangle, triangle_size, unflatten, unpack_triangle
+
+__all__ = [
+    "Communicator",
+    "LocalCommunicator",
+    "ProcessGroupCommunicator",
+    "Work",
+    "assign_owners",
+    "buckets",
+    "current_communicator",
+    "destroy_process_group",
+    "flatten",
+    "init_process_group",
+    "inversion_cost",
+    "pack_triangle",
+    "shards_of_rank",
+    "triangle_size",
+    "unflatten",
+    "unpack_triangle",
+]

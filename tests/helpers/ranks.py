@@ -1,0 +1,73 @@
+"""Runs a function on several real processes that form a gloo world, and checks every exit code."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_SECONDS = 120
+
+
+def run_ranks(function: str, world_size: int, arguments: list[Any]) -> list[list[Any]]:
+    """Return what `module:function(communicator, argument)` returns for each argument, on each rank in order.
+
+    function: "tests.multiprocess.work:name". One set of processes does all the arguments, since starting one
+    costs seconds. Arguments and results travel as JSON. A rank that fails or does
+    not end within two minutes fails the test with its output.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.helpers.ranks", function, str(rank), str(world_size), folder],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=environment,
+            )
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(arguments))
+            process.stdin.close()
+            process.stdin = None
+        outputs = []
+        try:
+            for process in processes:
+                outputs.append(process.communicate(timeout=TIMEOUT_SECONDS)[0])
+        finally:
+            for process in processes:
+                process.kill()
+        for rank, (process, output) in enumerate(zip(processes, outputs)):
+            assert process.returncode == 0, f"rank {rank} exited with {process.returncode}:\n{output[-3000:]}"
+        by_rank = [json.loads((Path(folder) / f"result-{rank}").read_text()) for rank in range(world_size)]
+        return [list(results) for results in zip(*by_rank)]
+
+
+def _main() -> None:
+    function, rank, world_size, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    arguments = json.load(sys.stdin)
+    from dngd.comm import current_communicator, destroy_process_group, init_process_group
+
+    if world_size > 1:
+        init_process_group(rank, world_size, f"file://{folder}/rendezvous", timeout_seconds=60)
+    communicator = current_communicator(timeout_seconds=60)
+    module, _, name = function.partition(":")
+    work = getattr(importlib.import_module(module), name)
+    results = [work(communicator, argument) for argument in arguments]
+    (Path(folder) / f"result-{rank}").write_text(json.dumps(results))
+    if world_size > 1:
+        communicator.barrier()
+        destroy_process_group()
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,116 @@
+"""The same shards at world sizes 1 to 4, on real processes: equal losses, weights, factors."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers.ranks import run_ranks
+
+TRAIN = "tests.multiprocess.work:train"
+DELAYS = (0, 4)
+SAVED_AT = 7
+"""A step in the middle of a refresh of delay 4."""
+
+BASICS = [{"delay": delay} for delay in DELAYS] + [
+    {"poison_step": 3},
+    {"delay": 4, "steps": SAVED_AT},
+    {"inverse_period": 100, "dense_steps": 0, "factor_period": 1},
+]
+
+
+@lru_cache
+def basics(world_size: int) -> dict[str, list[dict[str, Any]]]:
+    """Every basic scenario's results by rank, from one set of processes."""
+    results = run_ranks(TRAIN, world_size, BASICS)
+    return {json.dumps(scenario): result for scenario, result in zip(BASICS, results)}
+
+
+def run(world_size: int, scenario: dict[str, Any]) -> list[dict[str, Any]]:
+    return basics(world_size)[json.dumps(scenario)]
+
+
+def assert_same_run(found: dict[str, Any], expected: dict[str, Any], rtol: float = 1e-9) -> None:
+    np.testing.assert_allclose(found["losses"], expected["losses"][-len(found["losses"]) :], rtol=rtol)
+    for mine, theirs in zip(found["weights"], expected["weights"]):
+        np.testing.assert_allclose(mine, theirs, rtol=rtol, atol=1e-12)
+    assert found["factors"].keys() == expected["factors"].keys()
+    for name in expected["factors"]:
+        for mine, theirs in zip(found["factors"][name], expected["factors"][name]):
+            np.testing.assert_allclose(mine, theirs, rtol=rtol, atol=1e-12)
+    assert found["staleness"] == expected["staleness"]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("delay", DELAYS)
+def test_any_world_size_is_the_same_run(world_size: int, delay: int) -> None:
+    results = run(world_size, {"delay": delay})
+    for result in results:
+        assert_same_run(result, run(1, {"delay": delay})[0])
+    assert all(result["weights"] == results[0]["weights"] for result in results), "ranks drifted apart"
+
+
+def test_a_delay_changes_the_run() -> None:
+    """Otherwise the test above would not see whether inverses are adopted on time."""
+    assert run(1, {"delay": 0})[0]["losses"] != run(1, {"delay": 4})[0]["losses"]
+
+
+def test_mutant_per_rank_means_is_caught() -> None:
+    [results] = run_ranks(TRAIN, 2, [{"delay": 0, "mutant": "per_rank_means"}])
+    with pytest.raises(AssertionError):
+        assert_same_run(results[0], run(1, {"delay": 0})[0])
+
+
+def test_mutant_swapped_collective_is_caught() -> None:
+    """One rank that shares inverses in another order: an error or another result, never a hang."""
+    with pytest.raises(AssertionError):
+        assert_same_run(run_ranks(TRAIN, 2, [{"mutant": "swapped_collectives"}])[0][0], run(1, {"delay": 0})[0])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_one_ranks_nan_drops_the_step_on_all(world_size: int) -> None:
+    results = run(world_size, {"poison_step": 3})
+    assert [result["dropped"] for result in results] == [1] * world_size
+    for result in results:
+        assert np.isfinite(np.concatenate(result["weights"])).all()
+        assert all(np.isfinite(np.concatenate(pair)).all() for pair in result["factors"].values())
+        assert result["weights"] == results[0]["weights"]
+        # World sizes agree on what was dropped: the poisoned rank's rows are in nobody's factors.
+        assert_same_run(result, run(1, {"poison_step": 3})[0])
+
+
+@pytest.mark.parametrize("saved_at", [1, 2, 4])
+def test_resume_at_any_world_size(saved_at: int) -> None:
+    """Saved in the middle of a refresh, and gone on with: bitwise at the same world size."""
+    saved = run(saved_at, {"delay": 4, "steps": SAVED_AT})
+    assert any(".refresh." in key for key in saved[0]["state"]["curvature"]), "no refresh was under way"
+    state = [result["state"] for result in saved]
+    for resumed_at in {1: (1, 2), 2: (2, 4), 4: (1,)}[saved_at]:
+        [resumed] = run_ranks(TRAIN, resumed_at, [{"delay": 4, "state": state}])
+        if saved_at == resumed_at:
+            through = run(saved_at, {"delay": 4})[0]
+            assert resumed[0]["weights"] == through["weights"], "not bitwise"
+            assert resumed[0]["losses"] == through["losses"][SAVED_AT:]
+            assert resumed[0]["factors"] == through["factors"]
+        for result in resumed:
+            assert_same_run(result, run(1, {"delay": 4})[0])
+
+
+def test_state_bytes() -> None:
+    [results] = run_ranks("tests.multiprocess.work:state_bytes", 3, [None])
+    assert results[0]["gathered"] == [[], [1] * 3, [2] * 6]
+    assert [result["gathered"] for result in results[1:]] == [None, None]
+    assert all(result["received"] == "from rank 0" for result in results)
+
+
+def test_statistics_travel_only_at_refreshes() -> None:
+    """Per-step reduction of both full factors would send d² + d² entries a layer at every factor step."""
+    result = run(2, {"inverse_period": 100, "dense_steps": 0, "factor_period": 1})[0]
+    triangles = sum(d * (d + 1) // 2 for d in (5, 5, 6, 4, 5, 3)) + 3 * 2
+    full = sum(d * d for d in (5, 5, 6, 4, 5, 3))
+    # one refresh, at step 0; `factors()` at the end reduces full matrices once more
+    assert result["bytes"]["factor"] == 8 * (triangles + full + 3 * 2)

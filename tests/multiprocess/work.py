@@ -1,0 +1,123 @@
+"""What the ranks of tests/multiprocess do. Everything is float64 on a small net, so differences are mistakes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dngd.comm import Communicator, shards_of_rank
+from dngd.optim import NaturalGradient, refresh
+from dngd.train.gradients import FlatGradients
+
+NUM_SHARDS, STEPS = 4, 12
+
+
+def shard(step: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of one shard at one step; sizes differ, and some shards are empty."""
+    generator = torch.Generator().manual_seed(1000 * step + index)
+    n = int(torch.randint(0, 6, (1,), generator=generator)) if index else 5
+    x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (n,), generator=generator)
+
+
+def train(comm: Communicator, argument: dict[str, Any]) -> dict[str, Any]:
+    """Train on the shards and return losses, final weights and factors, health and the number of drops."""
+    mutate = argument.get("mutant")
+    if mutate == "swapped_collectives" and comm.rank == 1:
+        _swap_share_order()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    optimizer = NaturalGradient(
+        net,
+        0.1,
+        loss_reduction="sum",
+        damping=0.05,
+        kl_clip=1e-2,
+        factor_decay=0.8,
+        factor_update_period=argument.get("factor_period", 2),
+        inverse_update_period=argument.get("inverse_period", 5),
+        dense_steps=argument.get("dense_steps", 3),
+        inverse_delay=argument.get("delay", 0),
+        communicator=comm,
+    )
+    sent_before = Counter(comm.bytes_sent)
+    gradients = FlatGradients(net.parameters())
+    losses = []
+    start = 0
+    if "state" in argument:
+        start = _restore(argument["state"], net, optimizer)
+    for step in range(start, argument.get("steps", STEPS)):
+        gradients.zero_()
+        here = 0
+        for index in shards_of_rank(NUM_SHARDS, comm.rank, comm.world_size):
+            x, y = shard(step, index)
+            if not len(y):
+                continue
+            loss = F.cross_entropy(net(x), y, reduction="sum")
+            loss.backward()
+            gradients.add_loss_(loss, len(y))
+            here += len(y)
+        if argument.get("poison_step") == step and comm.rank == comm.world_size - 1:
+            next(net.parameters()).grad[0, 0] = float("nan")
+        sums = gradients.reduce_(comm)
+        if mutate == "per_rank_means" and here:
+            for p in net.parameters():
+                p.grad.mul_(sums.num_seeds / comm.world_size / here)
+        optimizer.step(num_samples=here, finite=sums.finite, mean_gradients=True)
+        losses.append(sums.loss_sum / sums.num_seeds)
+    pre = optimizer.preconditioner
+    state = pre.state_dict()
+    return {
+        "losses": losses,
+        "weights": [p.detach().flatten().tolist() for p in net.parameters()],
+        "factors": {name: [t.flatten().tolist() for t in pair] for name, pair in pre.factors().items()},
+        "dropped": pre.dropped_steps,
+        "staleness": {name: values["staleness"] for name, values in pre.health().items()},
+        "state": {
+            "step": pre.steps,
+            "curvature": {
+                key: [str(t.dtype).removeprefix("torch."), list(t.shape), t.flatten().tolist()]
+                for key, t in state.items()
+            },
+            "weights": [p.detach().flatten().tolist() for p in net.parameters()],
+            "momentum": [optimizer.state[p]["momentum_buffer"].flatten().tolist() for p in net.parameters()],
+        },
+        "bytes": dict(comm.bytes_sent - sent_before),
+    }
+
+
+def _restore(states: list[dict[str, Any]], net: nn.Module, optimizer: NaturalGradient) -> int:
+    with torch.no_grad():
+        for p, weights, momentum in zip(net.parameters(), states[0]["weights"], states[0]["momentum"]):
+            p.copy_(torch.tensor(weights, dtype=torch.float64).view_as(p))
+            optimizer.state[p]["momentum_buffer"] = torch.tensor(momentum, dtype=torch.float64).view_as(p)
+    ranks = [
+        {k: torch.tensor(v, dtype=getattr(torch, dtype)).view(shape) for k, (dtype, shape, v) in s["curvature"].items()}
+        for s in states
+    ]
+    optimizer.preconditioner.load_state_dict(*ranks)
+    return int(states[0]["step"])
+
+
+def _swap_share_order() -> None:
+    """This rank broadcasts the owners' buffers in the opposite order."""
+    original = refresh.RefreshPipeline._by_owner
+
+    def swapped(self: Any, item: Any) -> Any:
+        return dict(reversed(original(self, item).items()))
+
+    refresh.RefreshPipeline._by_owner = swapped  # type: ignore[method-assign]
+
+
+def state_bytes(comm: Communicator, argument: Any) -> dict[str, Any]:
+    """Exercise the byte collectives with payloads of different lengths."""
+    gathered = comm.gather_bytes(bytes([comm.rank]) * (3 * comm.rank))
+    received = comm.broadcast_bytes(b"from rank 0" if comm.rank == 0 else None)
+    return {
+        "gathered": None if gathered is None else [list(g) for g in gathered],
+        "received": received.decode(),
+    }
