@@ -1,0 +1,340 @@
+"""The command line: argument parsing and printing only.
+
+Exit codes: 0 done; 1 training failed; 2 a mistake that the user can mend, told in one sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dngd import __version__
+from dngd.config import TrainConfig, merge, parse_assignment, read_yaml
+from dngd.errors import TrainingError, UserError
+
+app = typer.Typer(
+    name="dngd",
+    help="Train graph neural networks on large graphs with natural gradients (K-FAC), on Ray Train and DGL.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="Graphs on disk: import, make, describe and check stores.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+out = Console()
+err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else there.")]
+
+
+def _field(name: str) -> str:
+    """Return a configuration field's description with its default, for --help."""
+    field = TrainConfig.model_fields[name]
+    default = field.get_default(call_default_factory=True) if not field.is_required() else None
+    shown = "" if default is None or default is False else f" [default: {default}]"
+    return f"{field.description}{shown}"
+
+
+@app.command()
+def train(
+    dataset: Annotated[str | None, typer.Option(help=_field("dataset"))] = None,
+    data_root: Annotated[Path | None, typer.Option(help=_field("data_root"))] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help=_field("cache_dir"))] = None,
+    split: Annotated[str | None, typer.Option(help=_field("split"))] = None,
+    engine: Annotated[str | None, typer.Option(help=_field("engine"))] = None,
+    num_workers: Annotated[int | None, typer.Option(help=_field("num_workers"))] = None,
+    num_shards: Annotated[int | None, typer.Option(help=_field("num_shards"))] = None,
+    use_gpu: Annotated[bool | None, typer.Option("--use-gpu/--no-gpu", help=_field("use_gpu"))] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to connect to [default: $RAY_ADDRESS, else a local one is started]"),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help=_field("model") + " (gcn or sage)")] = None,
+    hidden: Annotated[int | None, typer.Option(help=_field("hidden"))] = None,
+    num_layers: Annotated[int | None, typer.Option(help=_field("num_layers"))] = None,
+    fanout: Annotated[str | None, typer.Option(help=_field("fanout"))] = None,
+    dropout: Annotated[float | None, typer.Option(help=_field("dropout"))] = None,
+    batch_size: Annotated[str | None, typer.Option(help=_field("batch_size"))] = None,
+    epochs: Annotated[int | None, typer.Option(help=_field("epochs"))] = None,
+    max_steps: Annotated[int | None, typer.Option(help=_field("max_steps"))] = None,
+    optimizer: Annotated[str | None, typer.Option(help=_field("optimizer") + " (kfac, adam, adamw or sgd)")] = None,
+    lr: Annotated[float | None, typer.Option(help=_field("lr"))] = None,
+    lr_schedule: Annotated[str | None, typer.Option(help=_field("lr_schedule") + " (cosine or constant)")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help=_field("warmup_steps"))] = None,
+    weight_decay: Annotated[float | None, typer.Option(help=_field("weight_decay"))] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="kfac.damping: λ, a share of the factors' traces [default: 0.01]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help=_field("seed"))] = None,
+    num_samplers: Annotated[int | None, typer.Option(help=_field("num_samplers"))] = None,
+    run_dir: Annotated[Path | None, typer.Option(help=_field("run_dir"))] = None,
+    resume: Annotated[bool | None, typer.Option("--resume", help=_field("resume"))] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of configuration fields; flags and --set go on top")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any configuration field, e.g. kfac.damping=0.01; may be repeated",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print what the run needs (memory, samplers, factors, bytes on the wire) and stop",
+        ),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model and leave a run folder."""
+    flags: dict[str, Any] = {
+        name: value
+        for name, value in locals().items()
+        if name in TrainConfig.model_fields and name != "config" and value is not None
+    }
+    if damping is not None:
+        flags["kfac"] = {"damping": damping}
+    if address is not None:
+        flags["ray"] = {"address": address}
+    fields = merge(read_yaml(config) if config is not None else {}, flags)
+    for text in assignments or []:
+        fields = merge(fields, parse_assignment(text))
+    from dngd.launch import Trainer  # imports DGL: not for --help
+
+    trainer = Trainer(TrainConfig(**fields), quiet=quiet)
+    if dry_run:
+        plan = trainer.plan()
+        _print_json(plan.to_json()) if as_json else _print_plan(plan.to_json(), trainer.config)
+        return
+    result = trainer.fit()
+    if as_json:
+        _print_json(result.to_json())
+    elif not quiet:
+        _print_result(result.to_json())
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder")],
+    data_root: Annotated[Path | None, typer.Option(help=_field("data_root"))] = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a run's best model exactly, on all neighbours of all nodes."""
+    from dngd.train.evaluate_run import evaluate_run
+
+    scores = evaluate_run(run, data_root=data_root)
+    if as_json:
+        _print_json(scores)
+        return
+    table = Table(title=f"{run}: model of step {scores['step']}")
+    for column in ("nodes", "accuracy", "loss"):
+        table.add_column(column)
+    for part in ("train", "val", "test"):
+        table.add_row(part, f"{scores[part]['accuracy']:.4f}", f"{scores[part]['loss']:.4f}")
+    out.print(table)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders")],
+    output: Annotated[Path, typer.Option("--out", help="HTML file to write")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page about one or several runs."""
+    from dngd.report import write_report
+
+    out.print(str(write_report(runs, output)), highlight=False)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check versions, devices and threads; say what is missing or untested, and the fix. Exit code 0 or 1."""
+    from dngd.doctor import diagnose
+
+    diagnosis = diagnose()
+    if as_json:
+        sys.stdout.write(diagnosis.to_json() + "\n")
+    else:
+        diagnosis.render(out)
+    raise typer.Exit(diagnosis.exit_code)
+
+
+@data_app.command("import")
+def data_import(
+    source: Annotated[Path, typer.Argument(help="npz file, or Planetoid folder (with raw/ind.NAME.*)")],
+    store: Annotated[Path, typer.Option("--out", help="Folder of the new store")],
+    source_format: Annotated[str, typer.Option("--format", help="npz or planetoid")] = "npz",
+    name: Annotated[str | None, typer.Option(help="Name kept in the store")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that is already there")] = False,
+) -> None:
+    """Turn a graph into a store."""
+    from dngd import graph
+
+    importers = {"npz": graph.import_npz, "planetoid": graph.import_planetoid}
+    if source_format not in importers:
+        raise UserError(f"--format {source_format!r} is unknown; use one of: " + ", ".join(importers))
+    _print_store(graph.describe(importers[source_format](source, store, name=name, overwrite=overwrite)))
+
+
+@data_app.command()
+def synth(
+    store: Annotated[Path, typer.Option("--out", help="Folder of the new store")],
+    name: Annotated[str, typer.Option(help="Name kept in the store")] = "synthetic",
+    nodes: Annotated[int, typer.Option(help="Number of nodes")] = 60_000,
+    edges: Annotated[int, typer.Option(help="Number of edges, both directions counted")] = 1_500_000,
+    classes: Annotated[int, typer.Option(help="Number of classes")] = 47,
+    features: Annotated[int, typer.Option(help="Number of features")] = 100,
+    homophily: Annotated[float, typer.Option(help="Share of edges within a class")] = 0.8,
+    label_noise: Annotated[float, typer.Option(help="Share of labels drawn at random")] = 0.07,
+    seed: Annotated[int, typer.Option(help="Seed; equal seeds give equal graphs")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that is already there")] = False,
+) -> None:
+    """Make a synthetic graph with skewed degrees and learnable labels."""
+    from dngd import graph
+
+    made = graph.write_synth(
+        store,
+        name=name,
+        num_nodes=nodes,
+        num_edges=edges,
+        num_classes=classes,
+        num_features=features,
+        homophily=homophily,
+        label_noise=label_noise,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    _print_store(graph.describe(made))
+
+
+@data_app.command()
+def info(store: Annotated[Path, typer.Argument(help="Store folder")], as_json: Json = False) -> None:
+    """Describe a store."""
+    from dngd import graph
+
+    description = graph.describe(graph.GraphStore.open(store))
+    _print_json(description) if as_json else _print_store(description)
+
+
+@data_app.command()
+def verify(store: Annotated[Path, typer.Argument(help="Store folder")]) -> None:
+    """Check every byte of a store against its manifest, and that its content makes sense."""
+    from dngd import graph
+
+    problems = graph.GraphStore.open(store).verify()
+    if problems:
+        raise UserError(f"{store} is damaged: " + "; ".join(problems) + "; import it again")
+    out.print(f"{store}: every file matches its manifest", highlight=False)
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(data) + "\n")
+
+
+def _print_store(description: dict[str, Any]) -> None:
+    table = Table(title=str(description.get("name", "")), show_header=False)
+    for key, value in description.items():
+        table.add_row(key, json.dumps(value) if isinstance(value, dict | list) else str(value))
+    out.print(table)
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    table = Table(title="Result", show_header=False)
+    table.add_row("best validation accuracy", f"{result['best_val_accuracy']:.4f}")
+    table.add_row("test accuracy there", f"{result['test_accuracy']:.4f}")
+    table.add_row(
+        "training time",
+        f"{result['train_seconds']:.1f} s, of which to the best {result['seconds_to_best_val']:.1f} s",
+    )
+    table.add_row("steps, epochs, workers", f"{result['steps']}, {result['epochs']:g}, {result['world_size']}")
+    if result["step_ms"]:
+        table.add_row("step, median and p99", f"{result['step_ms']['p50']:.1f} ms, {result['step_ms']['p99']:.1f} ms")
+    table.add_row("seeds per second", f"{result['seeds_per_second']:,.0f}")
+    sent = result["bytes"]
+    table.add_row("sent by rank 0", ", ".join(f"{kind} {_size(size)}" for kind, size in sent.items()))
+    table.add_row("peak memory of rank 0", _size(result["peak_rss_bytes"]))
+    table.add_row("run folder", result["run_dir"])
+    table.add_row("report", str(Path(result["run_dir"]) / "report.html"))
+    out.print(table)
+
+
+def _print_plan(plan: dict[str, Any], config: TrainConfig) -> None:
+    table = Table(title="Plan", show_header=False)
+    table.add_row("steps", f"{plan['total_steps']} ({plan['steps_per_epoch']} an epoch)")
+    table.add_row("seeds a step", f"{config.shards} shards x {plan['batch_size']}")
+    table.add_row("samplers a worker", str(config.num_samplers))
+    for name in ("store", "worker", "model", "optimizer", "curvature", "activation", "evaluation", "sampler"):
+        note = {"store": " (one shared mapping)", "worker": " (sum of the below)"}.get(name, "")
+        table.add_row(f"memory: {name}", _size(plan[f"{name}_bytes"]) + note)
+    for layer in plan["layers"]:
+        d_a, d_out = layer["d_a"], layer["d_out"]
+        factors = f"A {d_a} x {d_a}, G {d_out} x {d_out}" if config.optimizer == "kfac" else "no factors"
+        table.add_row(layer["name"], f"weight and bias {d_out} x {d_a}; {factors}")
+    table.add_row("wire: gradient a step", _size(plan["gradient_bytes_per_step"]))
+    table.add_row("wire: factors a refresh", _size(plan["factor_bytes_per_refresh"]))
+    table.add_row("wire: inverses a refresh", _size(plan["inverse_bytes_per_refresh"]))
+    out.print(table)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def _version(show: bool) -> None:
+    if show:
+        out.print(f"dngd {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log what goes on inside.")] = False,
+) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; the `dngd` script."""
+    try:
+        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+    except UserError as error:
+        _fail(str(error), 2)
+    except TrainingError as error:
+        _fail(str(error), 1)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; go on with --resume and the same --run-dir", 130)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write(f"dngd: {message}\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

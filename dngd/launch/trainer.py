@@ -1,0 +1,75 @@
+"""`Trainer`: one call from a configuration to a trained model, on either engine."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from rich.console import Console
+
+from dngd.comm import LocalCommunicator
+from dngd.config import TrainConfig
+from dngd.graph import resolve_dataset
+from dngd.report import write_report
+from dngd.train import RunFolder, RunPlan, RunResult, make_plan, prepare_run_folder, run_rank
+from dngd.train.plan import check_fits
+from dngd.train.progress import ConsoleReporter, Reporter, SilentReporter
+
+
+class Trainer:
+    """Trains what a TrainConfig describes.
+
+    ::
+
+        import dngd
+        result = dngd.Trainer(dngd.TrainConfig(dataset="products-mini", engine="local")).fit()
+        print(result.test_accuracy, result.run_dir)
+
+    config: the run. reporter: hears of the progress; None shows a progress bar on a terminal's standard
+    error and log lines elsewhere. quiet: shows nothing.
+    """
+
+    def __init__(self, config: TrainConfig, *, reporter: Reporter | None = None, quiet: bool = False) -> None:
+        self.config = config
+        self._reporter = SilentReporter() if quiet and reporter is None else reporter
+
+    def plan(self) -> RunPlan:
+        """Return what the run will need, without starting it.
+
+        Raises UserError for anything that `fit` would refuse before its first step.
+        """
+        config = self.config
+        store = resolve_dataset(config.dataset, config.data_root_in_use, config.cache_dir)
+        plan = make_plan(config, store, store.split(config.split, config.seed))
+        check_fits(plan, config, config.num_workers if config.engine == "ray" else 1)
+        return plan
+
+    def fit(self) -> RunResult:
+        """Train to the end and return the result; the run folder then holds all of it.
+
+        Raises UserError for a mistake in the configuration, the data or the folder, before anything is
+        overwritten; TrainingError if training cannot go on.
+        """
+        self.plan()  # refuses bad input before a folder is made or a worker started
+        config = prepare_run_folder(self.config)
+        if self._reporter is not None:
+            result = self._run(config, self._reporter)
+        else:
+            with ConsoleReporter(Console(file=sys.stderr)) as reporter:
+                result = self._run(config, reporter)
+        assert config.run_dir is not None
+        folder = RunFolder(config.run_dir)
+        write_report([folder.path], folder.report)
+        return result
+
+    def _run(self, config: TrainConfig, reporter: Reporter) -> RunResult:
+        if config.engine == "local":
+            return run_rank(config, LocalCommunicator(), reporter)
+        from dngd.launch.ray_train import run_on_ray  # importing Ray takes seconds
+
+        return run_on_ray(config, reporter)
+
+
+def result_line(result: RunResult) -> str:
+    """Return result.json's content on one line."""
+    return json.dumps(result.to_json())

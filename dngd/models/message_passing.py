@@ -1,0 +1,129 @@
+"""Aggregation over layer graphs: `M = Â H` as gather-and-sum, without building the gathered matrix.
+
+Aggregation has no parameters; every weight sits in the `nn.Linear` behind it, so `M`'s rows are
+exactly the input rows whose Kronecker factor K-FAC needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Aggregation = Literal["gcn", "mean"]
+
+
+class LayerGraphLike(Protocol):
+    """What coefficients are computed from; see dngd.sampling.LayerGraph."""
+
+    @property
+    def indptr(self) -> Tensor:
+        """int64 [num_dst + 1]."""
+
+    @property
+    def indices(self) -> Tensor:
+        """int64 [num_edges], source of each edge."""
+
+    @property
+    def degrees(self) -> Tensor:
+        """int64 [num_dst], in-degree of each destination in the whole graph."""
+
+    @property
+    def edge_weight(self) -> Tensor | None:
+        """float32 [num_edges], stored weights of the edges."""
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """One layer's sparse operator, from source rows to destination rows.
+
+    indptr: int64 [num_dst + 1]. indices: int64 [num_edges], rows of the source table.
+    edge_coefficients: [num_edges], or None for the plain mean over the edges.
+    self_coefficients: [num_dst], GCN's self loops; None where self is kept apart (SAGE).
+    destinations: int64 [num_dst], rows of the source table that are the destinations themselves; None
+    when they are its first num_dst rows.
+    """
+
+    indptr: Tensor
+    indices: Tensor
+    edge_coefficients: Tensor | None
+    self_coefficients: Tensor | None
+    destinations: Tensor | None
+
+    @property
+    def num_dst(self) -> int:
+        """Number of destination rows."""
+        return self.indptr.numel() - 1
+
+    def to(self, device: torch.device) -> Propagation:
+        """Return the operator on a device."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return Propagation(
+            self.indptr.to(device, non_blocking=True),
+            self.indices.to(device, non_blocking=True),
+            move(self.edge_coefficients),
+            move(self.self_coefficients),
+            move(self.destinations),
+        )
+
+    def self_rows(self, table: Tensor) -> Tensor:
+        """Return the destinations' own rows, [num_dst, d]."""
+        return table[: self.num_dst] if self.destinations is None else table.index_select(0, self.destinations)
+
+    def neighbour_rows(self, table: Tensor) -> Tensor:
+        """Return `Σ_e c_e table[indices_e]` per destination (the mean without coefficients), [num_dst, d].
+
+        A destination without edges gets zeros.
+        """
+        if self.num_dst == 0 or self.indices.numel() == 0:
+            return table.new_zeros(self.num_dst, table.shape[1])
+        weights = self.edge_coefficients
+        return F.embedding_bag(
+            self.indices,
+            table,
+            self.indptr,
+            mode="mean" if weights is None else "sum",
+            per_sample_weights=None if weights is None else weights.to(table.dtype),
+            include_last_offset=True,
+        )
+
+
+def inverse_sqrt_degrees(in_degrees: Tensor, weighted_in_degrees: Tensor | None = None) -> Tensor:
+    """Return `d_v^(-1/2)` with d_v = 1 + Σ_u w_uv (1 + in-degree without weights), float32 [N].
+
+    The 1 is the self loop (Kipf & Welling 2017). Negative totals are refused by the caller.
+    """
+    degrees = in_degrees if weighted_in_degrees is None else weighted_in_degrees
+    return (degrees.to(torch.float32) + 1.0).rsqrt()
+
+
+def gcn_coefficients(graph: LayerGraphLike, source_norm: Tensor, destination_norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Return GCN's coefficients of a sampled layer graph: (edges [num_edges], selves [num_dst]).
+
+    `c_uv = (deg_v / k_v) · w_uv · d_u^(-1/2) · d_v^(-1/2)` and `c_vv = 1 / d_v`, with d from the whole
+    graph, k_v the number of sampled neighbours. Neighbours are drawn uniformly, so the sum is an
+    unbiased estimate of `D^(-1/2)(A + I)D^(-1/2)H`, and equal to it when all are drawn.
+    source_norm: d^(-1/2) of each edge's source, [num_edges]. destination_norm: [num_dst].
+    """
+    sampled = graph.indptr.diff()
+    scale = destination_norm * graph.degrees.to(destination_norm.dtype) / sampled.clamp_min(1)
+    coefficients = source_norm * torch.repeat_interleave(scale, sampled, output_size=source_norm.numel())
+    if graph.edge_weight is not None:
+        coefficients = coefficients * graph.edge_weight
+    return coefficients, destination_norm.square()
+
+
+def mean_coefficients(graph: LayerGraphLike) -> Tensor | None:
+    """Return the coefficients of the weighted mean, `w_uv / Σ_u w_uv`; None for the plain mean."""
+    if graph.edge_weight is None:
+        return None
+    sampled = graph.indptr.diff()
+    owner = torch.repeat_interleave(torch.arange(sampled.numel()), sampled)
+    totals = torch.zeros(sampled.numel()).index_add_(0, owner, graph.edge_weight)
+    return graph.edge_weight / torch.where(totals == 0, 1.0, totals)[owner]

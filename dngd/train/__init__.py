@@ -1,0 +1,17 @@
+"""The training loop and what surrounds it: evaluation, checkpoints, metrics, progress, plans."""
+
+from dngd.train.loop import TrainingLoop, run_rank
+from dngd.train.metrics import EvaluationRecord, RunResult
+from dngd.train.plan import RunPlan, make_plan
+from dngd.train.run_folder import RunFolder, prepare_run_folder
+
+__all__ = [
+    "EvaluationRecord",
+    "RunFolder",
+    "RunPlan",
+    "RunResult",
+    "TrainingLoop",
+    "make_plan",
+    "prepare_run_folder",
+    "run_rank",
+]

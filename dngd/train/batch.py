@@ -1,0 +1,79 @@
+"""From sampled layer graphs to the operators that a model multiplies with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dngd.graph import GraphStore
+from dngd.models import (
+    Aggregation,
+    Propagation,
+    gcn_coefficients,
+    inverse_sqrt_degrees,
+    mean_coefficients,
+)
+from dngd.models.message_passing import LayerGraphLike
+from dngd.sampling import MiniBatch
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A shard's mini-batch on its device. seeds: int64 [n]; labels: int64 [n]; one propagation a layer."""
+
+    seeds: Tensor
+    labels: Tensor
+    propagations: tuple[Propagation, ...]
+
+
+class PropagationBuilder:
+    """Computes the coefficients of layer graphs from the whole graph's degrees.
+
+    aggregation: which kind the model needs. device: where the operators are wanted.
+    """
+
+    def __init__(self, store: GraphStore, aggregation: Aggregation, device: torch.device) -> None:
+        self._store = store
+        self._aggregation = aggregation
+        self._device = device
+        self._norm = _node_norm(store) if aggregation == "gcn" else None
+
+    def batch(self, mini_batch: MiniBatch) -> DeviceBatch:
+        """Return a sampled mini-batch's seeds, labels and operators on the device."""
+        propagations = []
+        source_nodes: Tensor | None = None  # the input layer's sources are global ids
+        for layer in mini_batch.layers:
+            sources = layer.indices if source_nodes is None else source_nodes[layer.indices]
+            destinations = layer.dst_nodes if source_nodes is None else None
+            propagations.append(self.propagation(layer, sources, layer.dst_nodes, destinations))
+            source_nodes = layer.dst_nodes
+        labels = self._store.labels[mini_batch.seeds]
+        return DeviceBatch(
+            mini_batch.seeds,
+            labels.to(self._device),
+            tuple(p.to(self._device) for p in propagations),
+        )
+
+    def propagation(
+        self, graph: LayerGraphLike, source_ids: Tensor, destination_ids: Tensor, destinations: Tensor | None
+    ) -> Propagation:
+        """Return one layer's operator, on the CPU.
+
+        source_ids: global id of each edge's source, [num_edges]. destination_ids: global ids, [num_dst].
+        destinations: the destinations' rows in the source table, None if they are its first rows.
+        """
+        if self._norm is None:
+            return Propagation(graph.indptr, graph.indices, mean_coefficients(graph), None, destinations)
+        edges, selves = gcn_coefficients(graph, self._norm[source_ids], self._norm[destination_ids])
+        return Propagation(graph.indptr, graph.indices, edges, selves, destinations)
+
+
+def _node_norm(store: GraphStore) -> Tensor:
+    """Return d_v^(-1/2) of every node, float32 [N]; weighted in-degrees where the graph has weights."""
+    if store.edge_weight is None:
+        return inverse_sqrt_degrees(store.in_degrees())
+    weights = store.edge_weight
+    totals = torch.segment_reduce(weights.to(torch.float64), "sum", offsets=store.indptr, axis=0)
+    return inverse_sqrt_degrees(store.in_degrees(), totals)

@@ -1,0 +1,236 @@
+"""Checkpoints: written whole or not at all, verified before they are believed.
+
+A checkpoint is a folder `checkpoints/step-00000120/` with `state.json` (format version, position, sha256 of every
+other file), `model.safetensors`, `optimizer.safetensors`, and with curvature `curvature-shared.safetensors`
+and one `curvature-rank-K.safetensors` a rank. It is built in a hidden folder, flushed to disk, and renamed into
+place; a process killed at any moment leaves the last good one. Only rank 0 touches the folder: the other
+ranks' parts travel through the communicator. Nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dngd.comm import Communicator
+from dngd.errors import UserError
+
+FORMAT_VERSION = 1
+PREFIX = "step-"
+
+
+@dataclass
+class Snapshot:
+    """What a checkpoint holds.
+
+    position: plain numbers and texts of the loop. identity: the fields that define the run.
+    curvature: the preconditioner's state, "shared.*" and this rank's "local.*"; None without one.
+    On loading, `rank_curvatures` are the states of all the ranks that saved, in rank order.
+    """
+
+    step: int
+    position: dict[str, Any]
+    identity: dict[str, Any]
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    curvature: dict[str, Tensor] | None = None
+    rank_curvatures: list[dict[str, Tensor]] = field(default_factory=list)
+
+
+class CheckpointFolder:
+    """The checkpoints of a run. keep: how many of the newest stay."""
+
+    def __init__(self, path: Path, communicator: Communicator, *, keep: int) -> None:
+        self._path = path
+        self._comm = communicator
+        self._keep = keep
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Write a checkpoint and drop the oldest beyond `keep`. All ranks enter; rank 0 writes.
+
+        Raises UserError if rank 0 cannot write; the checkpoints already there stay.
+        """
+        locals_by_rank: list[bytes] | None = None
+        if snapshot.curvature is not None:
+            local = {k: v for k, v in snapshot.curvature.items() if k.startswith("local.")}
+            locals_by_rank = self._comm.gather_bytes(_to_bytes(local))
+        if self._comm.rank == 0:
+            try:
+                self._write(snapshot, locals_by_rank)
+            except OSError as error:
+                raise UserError(
+                    f"checkpoint of step {snapshot.step} cannot be written to {self._path}: {error.strerror}; free "
+                    "space or fix permissions, then go on with --resume (earlier checkpoints are intact)"
+                ) from error
+
+    def _write(self, snapshot: Snapshot, locals_by_rank: list[bytes] | None) -> None:
+        files = {
+            "model.safetensors": _to_bytes(snapshot.model),
+            "optimizer.safetensors": _to_bytes(snapshot.optimizer),
+        }
+        if snapshot.curvature is not None:
+            assert locals_by_rank is not None
+            shared = {k: v for k, v in snapshot.curvature.items() if k.startswith("shared.")}
+            files["curvature-shared.safetensors"] = _to_bytes(shared)
+            files |= {f"curvature-rank-{k}.safetensors": data for k, data in enumerate(locals_by_rank)}
+        self._path.mkdir(parents=True, exist_ok=True)
+        final = self._path / f"{PREFIX}{snapshot.step:08d}"
+        temporary = self._path / f".writing-{snapshot.step:08d}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for name, data in files.items():
+            write_flushed(temporary / name, data)
+        state = {
+            "format_version": FORMAT_VERSION,
+            "step": snapshot.step,
+            "ranks": len(locals_by_rank or ()),
+            "position": snapshot.position,
+            "identity": snapshot.identity,
+            "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+        }
+        write_flushed(temporary / "state.json", json.dumps(state, indent=1).encode())
+        flush_folder(temporary)
+        if final.exists():
+            shutil.rmtree(final)  # a resumed run rewrites a checkpoint that was damaged
+        os.replace(temporary, final)
+        flush_folder(self._path)
+        for old in self._complete()[: -self._keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def load_newest(self) -> tuple[Snapshot | None, list[str]]:
+        """Return the newest checkpoint that verifies (None if there is none) and why newer ones were passed over.
+
+        All ranks enter; rank 0 reads, the files' bytes travel through the communicator.
+        Raises UserError for a checkpoint of a newer format.
+        """
+        files: dict[str, bytes] = {}
+        skipped: list[str] = []
+        failure = ""
+        if self._comm.rank == 0:
+            try:
+                files, skipped = self._read_newest()
+            except UserError as error:
+                failure = str(error)  # told to every rank, so that none waits for files that never come
+        header = {
+            "skipped": skipped,
+            "failure": failure,
+            "sizes": {name: len(data) for name, data in files.items()},
+        }
+        payload = json.dumps(header).encode() if self._comm.rank == 0 else None
+        header = json.loads(self._comm.broadcast_bytes(payload))
+        if header["failure"]:
+            raise UserError(header["failure"])
+        received = {
+            name: self._comm.broadcast_bytes(files[name] if self._comm.rank == 0 else None) for name in header["sizes"]
+        }
+        if not received:
+            return None, header["skipped"]
+        return _parse(received), header["skipped"]
+
+    def _complete(self) -> list[Path]:
+        if not self._path.is_dir():
+            return []
+        return sorted(p for p in self._path.iterdir() if p.name.startswith(PREFIX) and p.is_dir())
+
+    def _read_newest(self) -> tuple[dict[str, bytes], list[str]]:
+        skipped: list[str] = []
+        for folder in reversed(self._complete()):
+            try:
+                return _read_verified(folder), skipped
+            except (OSError, json.JSONDecodeError, KeyError, _DamagedError) as error:
+                skipped.append(f"checkpoint {folder.name} is damaged ({error}) and was passed over")
+        return {}, skipped
+
+
+class _DamagedError(Exception):
+    """A checkpoint file that is not what was written."""
+
+
+def _read_verified(folder: Path) -> dict[str, bytes]:
+    state_bytes = (folder / "state.json").read_bytes()
+    state = json.loads(state_bytes)
+    if state["format_version"] > FORMAT_VERSION:
+        raise UserError(
+            f"checkpoint {folder} has format version {state['format_version']}, this dngd reads up to "
+            f"{FORMAT_VERSION}; upgrade dngd"
+        )
+    files = {"state.json": state_bytes}
+    for name, expected in state["sha256"].items():
+        data = (folder / name).read_bytes()
+        if hashlib.sha256(data).hexdigest() != expected:
+            raise _DamagedError(f"{name} does not match its sha256")
+        files[name] = data
+    return files
+
+
+def _parse(files: dict[str, bytes]) -> Snapshot:
+    state = json.loads(files["state.json"])
+    try:
+        ranks: list[dict[str, Tensor]] = []
+        if "curvature-shared.safetensors" in files:
+            shared = safetensors.torch.load(files["curvature-shared.safetensors"])
+            for k in range(state["ranks"]):
+                ranks.append(shared | safetensors.torch.load(files[f"curvature-rank-{k}.safetensors"]))
+        return Snapshot(
+            step=state["step"],
+            position=state["position"],
+            identity=state["identity"],
+            model=safetensors.torch.load(files["model.safetensors"]),
+            optimizer=safetensors.torch.load(files["optimizer.safetensors"]),
+            rank_curvatures=ranks,
+        )
+    except SafetensorError as error:
+        raise UserError(f"checkpoint of step {state['step']} cannot be read: {error}") from None
+
+
+def check_same_run(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise UserError if a checkpoint's identity differs from the run's, naming the first differences."""
+    differences = [
+        f"{key}={wanted.get(key)!r} (the checkpoint has {saved.get(key)!r})"
+        for key in sorted(saved.keys() | wanted.keys())
+        if saved.get(key) != wanted.get(key)
+    ]
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise UserError(
+            "cannot resume with another " + ", ".join(differences[:3]) + more + "; use the run's own "
+            "settings, or another --run-dir for a new run"
+        )
+
+
+def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
+    data: bytes = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+    return data
+
+
+def write_flushed(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on disk."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def flush_folder(path: Path) -> None:
+    """Wait until a folder's entries are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.writing")
+    write_flushed(temporary, data)
+    os.replace(temporary, path)

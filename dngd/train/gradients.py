@@ -1,0 +1,63 @@
+"""Gradients of a step as one flat buffer, reduced in place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dngd.comm import Communicator
+
+
+class FlatGradients:
+    """Every parameter's `.grad` as a view of one buffer, followed by the step's loss sum and seed count.
+
+    The backward pass of each shard's **summed** loss accumulates into the views; one bucketed all-reduce
+    then yields the globally summed loss's gradient, and division by the globally summed count its mean,
+    also when shards differ in size.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        size = sum(p.numel() for p in self._parameters)
+        first = self._parameters[0]
+        self._flat = torch.zeros(size + 2, dtype=first.dtype, device=first.device)
+        offset = 0
+        for parameter in self._parameters:
+            parameter.grad = self._flat[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of one reduction."""
+        return self._flat.numel() * self._flat.element_size()
+
+    def zero_(self) -> None:
+        """Start a step."""
+        self._flat.zero_()
+
+    def add_loss_(self, loss_sum: Tensor, num_seeds: int) -> None:
+        """Add a shard's summed loss and number of seeds to what is reduced."""
+        self._flat[-2] += loss_sum.detach()
+        self._flat[-1] += num_seeds
+
+    def reduce_(self, communicator: Communicator) -> StepSums:
+        """Sum over ranks, then divide the gradients by the count. All ranks enter; all get the same bits."""
+        communicator.all_reduce(self._flat, "gradient").wait()
+        # One host synchronisation a step: the sums and the verdict on finiteness travel together.
+        verdict = torch.isfinite(self._flat).all().to(self._flat.dtype)
+        loss_sum, count, finite = torch.stack([self._flat[-2], self._flat[-1], verdict]).tolist()
+        if count > 0:
+            self._flat[:-2] /= count
+        return StepSums(loss_sum, count, bool(finite) and math.isfinite(count))
+
+
+class StepSums:
+    """What a step's reduction tells every rank alike: summed loss, number of seeds, all values finite."""
+
+    def __init__(self, loss_sum: float, num_seeds: float, finite: bool) -> None:
+        self.loss_sum = loss_sum
+        self.num_seeds = num_seeds
+        self.finite = finite

@@ -1,0 +1,365 @@
+"""The training loop: set up, resume, step, evaluate, checkpoint, report. One rank's whole story.
+
+A step's work is S logical shards. This rank samples and back-propagates its shards, the gradients of the
+summed loss are reduced and divided by the global seed count, and every rank takes the same optimizer step.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+from dngd.comm import Communicator, shards_of_rank
+from dngd.config import TrainConfig
+from dngd.errors import TrainingError, UserError
+from dngd.graph import GraphStore, Split, resolve_dataset
+from dngd.models import GNN, build_model
+from dngd.optim import learning_rate
+from dngd.sampling import MiniBatch, SamplerPipeline, derive_seed
+from dngd.train.batch import PropagationBuilder
+from dngd.train.checkpoint import CheckpointFolder, Snapshot, check_same_run, replace_file
+from dngd.train.evaluation import ExactEvaluator
+from dngd.train.gradients import FlatGradients, StepSums
+from dngd.train.metrics import (
+    EvaluationRecord,
+    MetricsLog,
+    RunResult,
+    StepClock,
+    peak_gpu_bytes,
+    peak_rss_bytes,
+    versions,
+)
+from dngd.train.optimizers import build_optimizer, load_moments, moments, set_learning_rate
+from dngd.train.plan import check_fits, make_plan
+from dngd.train.progress import Reporter, StepRecord
+from dngd.train.run_folder import RunFolder
+
+_WEIGHTS, _DROPOUT = 11, 12
+"""Words that keep the random streams of weights and dropout apart from the sampler's."""
+
+REPORT_PERIOD_SECONDS = 0.25
+
+
+class TrainingLoop:
+    """One rank of a run. Every method that communicates must be called by all ranks alike."""
+
+    def __init__(self, config: TrainConfig, communicator: Communicator, reporter: Reporter) -> None:
+        assert config.run_dir is not None, "the launcher settles the run folder"
+        self.config = config
+        self.comm = communicator
+        self.reporter = reporter
+        self.folder = RunFolder(config.run_dir)
+        self.device = _device(config)
+        self.store: GraphStore = resolve_dataset(config.dataset, config.data_root_in_use, config.cache_dir)
+        self.split: Split = self.store.split(config.split, config.seed)
+        self.plan = make_plan(config, self.store, self.split)
+        workers_here = communicator.world_size if communicator.rank == 0 else 1
+        check_fits(self.plan, config, workers_here if not config.use_gpu else 1)
+
+        torch.manual_seed(derive_seed(config.seed, _WEIGHTS))
+        self.model: GNN = build_model(
+            config.model,
+            in_features=self.store.num_features,
+            hidden=config.hidden,
+            out_features=self.store.num_classes,
+            num_layers=config.num_layers,
+            dropout=config.dropout,
+        ).to(self.device)
+        self.features = _place_features(self.store, self.device)
+        self.builder = PropagationBuilder(self.store, self.model.aggregation, self.device)
+        self.evaluator = ExactEvaluator(
+            self.store,
+            self.builder,
+            communicator,
+            rows=config.eval_rows,
+            device=self.device,
+            features=self.features,
+        )
+        self.optimizer = build_optimizer(config, self.model, communicator)
+        self.gradients = FlatGradients(self.model.parameters())
+        self.checkpoints = CheckpointFolder(self.folder.checkpoints, communicator, keep=config.checkpoint.keep)
+        self.metrics = MetricsLog(self.folder.metrics)
+        self.clock = StepClock()
+
+        self.step = 0
+        self.train_seconds = 0.0
+        self.epoch_loss = 0.0
+        self.epoch_seeds = 0.0
+        self.seeds_here = 0.0
+        self.dropped_in_a_row = 0
+        self.dropped_steps = 0
+        self.best: EvaluationRecord | None = None
+        self.history: list[EvaluationRecord] = []
+        self._reported = (time.monotonic(), 0.0)
+
+    def run(self) -> RunResult:
+        """Train to the end and return the result; rank 0 has written the run folder by then."""
+        if self.config.resume:
+            self._resume()
+        shards = shards_of_rank(self.config.shards, self.comm.rank, self.comm.world_size)
+        self.model.train()
+        per_epoch = self.plan.steps_per_epoch
+        # Past the last step there is nothing to sample: a finished run that is resumed only reports.
+        if self.step < self.plan.total_steps:
+            with SamplerPipeline(
+                self.store,
+                self.split.train,
+                self.config.fanouts,
+                self.config.seed,
+                self.config.shards,
+                self.plan.batch_size,
+                shards,
+                num_samplers=self.config.num_samplers,
+                prefetch=self.config.prefetch,
+                start=divmod(self.step, per_epoch),
+                timeout_seconds=self.config.collective_timeout_seconds,
+            ) as pipeline:
+                batches = iter(pipeline)
+                while self.step < self.plan.total_steps:
+                    self._train_step(batches, len(shards))
+                    self._after_step()
+        return self._finish()
+
+    def _train_step(self, batches: Iterator[MiniBatch], num_shards_here: int) -> None:
+        started = time.perf_counter()
+        epoch, step_in_epoch = divmod(self.step, self.plan.steps_per_epoch)
+        lr = learning_rate(
+            self.step,
+            self.plan.total_steps,
+            self.config.learning_rate,
+            self.config.lr_schedule,
+            self.config.warmup_steps,
+        )
+        set_learning_rate(self.optimizer.torch_optimizer, lr)
+        self.gradients.zero_()
+        num_seeds_here = 0
+        for _ in range(num_shards_here):
+            with self.clock.phase("sample_wait"):
+                mini_batch = next(batches)
+            where = mini_batch.coordinates
+            assert (where.epoch, where.step) == (epoch, step_in_epoch), f"{where} is not step {self.step}"
+            torch.manual_seed(derive_seed(self.config.seed, _DROPOUT, epoch, step_in_epoch, where.shard))
+            num_seeds_here += self._back_propagate(mini_batch)
+        with self.clock.phase("reduce"):
+            sums = self.gradients.reduce_(self.comm)
+        with self.clock.phase("optimizer"):
+            self.optimizer.step(num_seeds_here=num_seeds_here, finite=sums.finite)
+        self._account(sums)
+        self.step += 1
+        elapsed = time.perf_counter() - started
+        self.train_seconds += elapsed
+        self.clock.step_seconds.append(elapsed)
+
+    def _back_propagate(self, mini_batch: MiniBatch) -> int:
+        """Add a shard's summed-loss gradients to the flat buffer; return its number of seeds."""
+        num_seeds = int(mini_batch.seeds.numel())
+        if num_seeds == 0:
+            return 0
+        with self.clock.phase("forward"):
+            batch = self.builder.batch(mini_batch)
+            logits = self.model(self.features, batch.propagations)
+            loss_sum = F.cross_entropy(logits, batch.labels, reduction="sum")
+        with self.clock.phase("backward"):
+            loss_sum.backward()  # type: ignore[no-untyped-call]
+        self.gradients.add_loss_(loss_sum, num_seeds)
+        return num_seeds
+
+    def _account(self, sums: StepSums) -> None:
+        if sums.finite:
+            self.dropped_in_a_row = 0
+            self.epoch_loss += sums.loss_sum
+            self.epoch_seeds += sums.num_seeds
+        else:
+            self.dropped_in_a_row += 1
+            self.dropped_steps += 1
+            self.reporter.message(f"step {self.step}: a gradient is not finite; all ranks dropped the step")
+        self.seeds_here += sums.num_seeds
+        if self.dropped_in_a_row >= self.config.max_dropped_steps:
+            raise TrainingError(
+                f"{self.dropped_in_a_row} steps in a row had non-finite gradients (up to step {self.step}); use a "
+                "smaller --lr or a larger --damping, and check the features with dngd data verify"
+            )
+
+    def _after_step(self) -> None:
+        per_epoch = self.plan.steps_per_epoch
+        ended = self.step == self.plan.total_steps
+        epoch_ended = self.step % per_epoch == 0
+        self._report_step()
+        if ended or (epoch_ended and (self.step // per_epoch) % self.config.eval_period == 0):
+            self._evaluate()
+        if epoch_ended:
+            self.epoch_loss = self.epoch_seeds = 0.0
+        period = self.config.checkpoint.period_steps
+        if ended or (epoch_ended if period is None else self.step % period == 0):
+            started = time.perf_counter()
+            with self.clock.phase("checkpoint"):
+                self._checkpoint()
+            self.train_seconds += time.perf_counter() - started
+
+    def _report_step(self) -> None:
+        now = time.monotonic()
+        last, seeds = self._reported
+        if now - last < REPORT_PERIOD_SECONDS and self.step < self.plan.total_steps:
+            return
+        rate = (self.seeds_here - seeds) / max(now - last, 1e-9)
+        self._reported = (now, self.seeds_here)
+        mean_loss = self.epoch_loss / self.epoch_seeds if self.epoch_seeds else float("nan")
+        epoch = (self.step - 1) // self.plan.steps_per_epoch + 1
+        self.reporter.step(StepRecord(self.step, self.plan.total_steps, epoch, mean_loss, rate))
+
+    def _evaluate(self) -> None:
+        scores = self.evaluator.scores(self.model, self.split)
+        record = EvaluationRecord(
+            epoch=self.step / self.plan.steps_per_epoch,
+            step=self.step,
+            train_loss=self.epoch_loss / self.epoch_seeds if self.epoch_seeds else float("nan"),
+            val_loss=scores["val"].loss,
+            val_accuracy=scores["val"].accuracy,
+            test_accuracy=scores["test"].accuracy,
+            train_seconds=self.train_seconds,
+        )
+        self.history.append(record)
+        if self.comm.rank == 0:
+            self.metrics.append(record)
+        if self.best is None or record.val_accuracy > self.best.val_accuracy:
+            self.best = record
+            if self.comm.rank == 0:
+                replace_file(self.folder.best_model, self._model_bytes(record))
+        self.reporter.evaluation(record)
+
+    def _model_bytes(self, record: EvaluationRecord) -> bytes:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        data: bytes = safetensors.torch.save(
+            tensors, {"step": str(record.step), "val_accuracy": repr(record.val_accuracy)}
+        )
+        return data
+
+    def _checkpoint(self) -> None:
+        preconditioner = self.optimizer.preconditioner
+        self.checkpoints.save(
+            Snapshot(
+                step=self.step,
+                position={
+                    "train_seconds": self.train_seconds,
+                    "epoch_loss": self.epoch_loss,
+                    "epoch_seeds": self.epoch_seeds,
+                    "dropped_in_a_row": self.dropped_in_a_row,
+                    "dropped_steps": self.dropped_steps,
+                    "best_step": self.best.step if self.best else None,
+                    "graph": self.store.name,
+                    "graph_digest": self.store.digest,
+                },
+                identity=self.config.identity(),
+                model=dict(self.model.state_dict()),
+                optimizer=moments(self.optimizer.torch_optimizer),
+                curvature=None if preconditioner is None else preconditioner.state_dict(),
+            )
+        )
+
+    def _resume(self) -> None:
+        snapshot, skipped = self.checkpoints.load_newest()
+        for text in skipped:
+            self.reporter.message(text)
+        if snapshot is None:
+            self.reporter.message(f"nothing to resume in {self.folder.path}; starting from the beginning")
+            if self.comm.rank == 0:
+                self.metrics.keep_up_to(-1)
+            return
+        check_same_run(snapshot.identity, self.config.identity())
+        position: dict[str, Any] = snapshot.position
+        if position["graph_digest"] != self.store.digest:
+            raise UserError(
+                f"the run in {self.folder.path} was trained on another graph ({position['graph']!r} with other content "
+                f"than this {self.store.name!r}); resume with the --dataset that it was started with"
+            )
+        self.model.load_state_dict(snapshot.model)
+        load_moments(self.optimizer.torch_optimizer, snapshot.optimizer)
+        if self.optimizer.preconditioner is not None:
+            self.optimizer.preconditioner.load_state_dict(*snapshot.rank_curvatures)
+        self.step = snapshot.step
+        self.train_seconds = position["train_seconds"]
+        self.epoch_loss, self.epoch_seeds = position["epoch_loss"], position["epoch_seeds"]
+        self.dropped_in_a_row, self.dropped_steps = position["dropped_in_a_row"], position["dropped_steps"]
+        # Rank 0 alone reads the run folder; the history decides which evaluation is best so far.
+        self.history = self._broadcast_history(self.metrics.keep_up_to(self.step) if self.comm.rank == 0 else [])
+        self.best = next((r for r in self.history if r.step == position["best_step"]), None)
+        self.reporter.message(f"resumed from step {self.step} of {self.plan.total_steps}")
+
+    def _broadcast_history(self, records: list[EvaluationRecord]) -> list[EvaluationRecord]:
+        payload = json.dumps([asdict(record) for record in records]).encode() if self.comm.rank == 0 else None
+        return [EvaluationRecord(**item) for item in json.loads(self.comm.broadcast_bytes(payload))]
+
+    def _finish(self) -> RunResult:
+        if self.best is None:
+            self._evaluate()
+        assert self.best is not None
+        preconditioner = self.optimizer.preconditioner
+        phases = self.clock.phase_ms()
+        if preconditioner is not None:
+            for name, seconds in preconditioner.phase_seconds.items():
+                phases[f"optimizer.{name}"] = seconds * 1e3 / max(1, len(self.clock.step_seconds))
+            preconditioner.close()
+        seconds_here = sum(self.clock.step_seconds)
+        sent = self.comm.bytes_sent
+        return RunResult(
+            best_val_accuracy=self.best.val_accuracy,
+            test_accuracy=self.best.test_accuracy,
+            train_seconds=self.train_seconds,
+            seconds_to_best_val=self.best.train_seconds,
+            steps=self.step,
+            epochs=self.step / self.plan.steps_per_epoch,
+            world_size=self.comm.world_size,
+            seeds_per_second=self.seeds_here / seconds_here if seconds_here else 0.0,
+            step_ms=self.clock.step_ms(),
+            phase_ms=phases,
+            bytes={kind: int(sent[kind]) for kind in ("gradient", "factor", "inverse")},
+            peak_rss_bytes=peak_rss_bytes(),
+            peak_gpu_bytes=peak_gpu_bytes(self.device),
+            dropped_steps=self.dropped_steps,
+            versions=versions(),
+            run_dir=str(self.folder.path),
+            history=self.history,
+        )
+
+
+def run_rank(config: TrainConfig, communicator: Communicator, reporter: Reporter) -> RunResult:
+    """Run one rank to the end; rank 0 writes result.json. The caller's random state is left as it was."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        loop = TrainingLoop(config, communicator, reporter)
+        result = loop.run()
+    if communicator.rank == 0:
+        replace_file(loop.folder.result, json.dumps(result.to_json(), indent=2).encode())
+    communicator.barrier()
+    return result
+
+
+def _device(config: TrainConfig) -> torch.device:
+    if not config.use_gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "--use-gpu was given but torch sees no CUDA device here; leave it out to train on the CPU, or install a "
+            "CUDA build of torch on a machine with a GPU (dngd doctor tells)"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _place_features(store: GraphStore, device: torch.device) -> torch.Tensor:
+    """Return the feature table where the first layer aggregates from: on the GPU it must fit there."""
+    if device.type == "cpu":
+        return store.features
+    free, _ = torch.cuda.mem_get_info(device)
+    size = store.features.numel() * store.features.element_size()
+    if size > free // 2:
+        raise UserError(
+            f"the feature table takes {size / 2**30:.1f} GiB and the GPU has {free / 2**30:.1f} GiB free, of which it "
+            "may use half; train on the CPU or on a larger GPU"
+        )
+    return store.features.to(device)

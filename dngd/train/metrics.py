@@ -1,0 +1,157 @@
+"""What a run measures and leaves behind: metrics.jsonl, result.json, step times and phases."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dngd.train.checkpoint import replace_file
+
+VERSIONED = ("torch", "dgl", "ray", "pyarrow", "torch-geometric", "numpy")
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """One line of metrics.jsonl. train_seconds is cumulative and excludes evaluation."""
+
+    epoch: float
+    step: int
+    train_loss: float
+    val_loss: float
+    val_accuracy: float
+    test_accuracy: float
+    train_seconds: float
+
+
+@dataclass
+class RunResult:
+    """What `result.json` holds and `Trainer.fit` returns.
+
+    test_accuracy: at the best validation accuracy. seconds in train_seconds exclude evaluation.
+    step_ms, phase_ms: of the steps that this process ran (since the last start). bytes: payload handed
+    to collectives by rank 0 over those steps. peak_rss_bytes: of rank 0's process.
+    """
+
+    best_val_accuracy: float
+    test_accuracy: float
+    train_seconds: float
+    seconds_to_best_val: float
+    steps: int
+    epochs: float
+    world_size: int
+    seeds_per_second: float
+    step_ms: dict[str, float]
+    phase_ms: dict[str, float]
+    bytes: dict[str, int]
+    peak_rss_bytes: int
+    peak_gpu_bytes: int
+    dropped_steps: int
+    versions: dict[str, str]
+    run_dir: str
+    history: list[EvaluationRecord] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of result.json (the history is metrics.jsonl's)."""
+        out = asdict(self)
+        out.pop("history")
+        return out
+
+
+class MetricsLog:
+    """RUN/metrics.jsonl: one line an evaluation."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, record: EvaluationRecord) -> None:
+        """Add a line."""
+        with open(self._path, "a") as file:
+            file.write(json.dumps(asdict(record)) + "\n")
+
+    def keep_up_to(self, step: int) -> list[EvaluationRecord]:
+        """Drop lines after a step (a resumed run writes them again) and return the others."""
+        records = [record for record in read_metrics(self._path) if record.step <= step]
+        lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
+        replace_file(self._path, lines.encode())
+        return records
+
+
+def read_metrics(path: Path) -> list[EvaluationRecord]:
+    """Return metrics.jsonl's records; a last line cut short by a killed process is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(EvaluationRecord(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError):
+            break
+    return records
+
+
+class StepClock:
+    """Wall time of steps and of their phases, in this process."""
+
+    def __init__(self) -> None:
+        self.step_seconds: list[float] = []
+        self.phase_seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of a block to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phase_seconds[name] += time.perf_counter() - start
+
+    def step_ms(self) -> dict[str, float]:
+        """Return {"mean", "p50", "p99"} in milliseconds; empty before the first step."""
+        if not self.step_seconds:
+            return {}
+        values = np.asarray(self.step_seconds) * 1e3
+        return {
+            "mean": float(values.mean()),
+            "p50": float(np.percentile(values, 50)),
+            "p99": float(np.percentile(values, 99)),
+        }
+
+    def phase_ms(self) -> dict[str, float]:
+        """Return each phase's mean milliseconds a step."""
+        steps = max(1, len(self.step_seconds))
+        return {name: seconds * 1e3 / steps for name, seconds in self.phase_seconds.items()}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of python, dngd and the packages it rests on."""
+    out = {"python": platform.python_version()}
+    for package in ("dngd", *VERSIONED):
+        try:
+            out[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            out[package] = "not installed"
+    return out
+
+
+def peak_rss_bytes() -> int:
+    """Return this process's peak resident memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_gpu_bytes(device: torch.device) -> int:
+    """Return the peak memory allocated on a CUDA device; 0 on the CPU."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0

@@ -1,0 +1,111 @@
+"""The optimizers of `--optimizer`, behind one `step`."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dngd.comm import Communicator
+from dngd.config import TrainConfig
+from dngd.optim import KFACPreconditioner, NaturalGradient
+
+
+class StepOptimizer(Protocol):
+    """What the loop needs of an optimizer; gradients are the mean loss's, reduced over ranks."""
+
+    torch_optimizer: torch.optim.Optimizer
+
+    def step(self, *, num_seeds_here: int, finite: bool) -> None:
+        """Update the parameters, or, on a step that is not finite, nothing; all ranks enter."""
+
+    @property
+    def preconditioner(self) -> KFACPreconditioner | None:
+        """The curvature, if the optimizer has any."""
+
+
+class FirstOrder:
+    """Adam, AdamW or SGD of torch."""
+
+    preconditioner = None
+
+    def __init__(self, torch_optimizer: torch.optim.Optimizer) -> None:
+        self.torch_optimizer = torch_optimizer
+
+    def step(self, *, num_seeds_here: int, finite: bool) -> None:
+        if finite:
+            self.torch_optimizer.step()
+
+
+class SecondOrder:
+    """NaturalGradient. The loop back-propagates sums, so captured gradients carry no 1/n."""
+
+    def __init__(self, natural_gradient: NaturalGradient) -> None:
+        self.torch_optimizer = self._natural_gradient = natural_gradient
+
+    @property
+    def preconditioner(self) -> KFACPreconditioner:
+        return self._natural_gradient.preconditioner
+
+    def step(self, *, num_seeds_here: int, finite: bool) -> None:
+        self._natural_gradient.step(num_samples=num_seeds_here, finite=finite, mean_gradients=True)
+
+
+def build_optimizer(config: TrainConfig, model: nn.Module, communicator: Communicator) -> FirstOrder | SecondOrder:
+    """Return the configured optimizer over a model's parameters."""
+    lr, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "kfac":
+        kfac = config.kfac
+        return SecondOrder(
+            NaturalGradient(
+                model,
+                lr,
+                momentum=kfac.momentum,
+                weight_decay=decay,
+                damping=kfac.damping,
+                damping_mode=kfac.damping_mode,
+                damping_g_ratio=kfac.damping_g_ratio,
+                kl_clip=kfac.kl_clip,
+                loss_reduction="sum",
+                factor_decay=kfac.factor_decay,
+                factor_update_period=kfac.factor_update_period,
+                inverse_update_period=kfac.inverse_update_period,
+                dense_steps=kfac.dense_steps,
+                inverse_delay=kfac.inverse_delay,
+                communicator=communicator,
+            )
+        )
+    parameters = list(model.parameters())
+    if config.optimizer == "adam":
+        return FirstOrder(torch.optim.Adam(parameters, lr=lr, weight_decay=decay))
+    if config.optimizer == "adamw":
+        return FirstOrder(torch.optim.AdamW(parameters, lr=lr, weight_decay=decay))
+    return FirstOrder(torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's per-parameter tensors as "INDEX.KEY" (Adam's step counts included)."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    out = {}
+    for i, parameter in enumerate(parameters):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                out[f"{i}.{key}"] = value
+    return out
+
+
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
+    """Restore what `moments` returned, each tensor on its parameter's device (step counts stay on the CPU)."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, value in saved.items():
+        index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        device = parameter.device if value.shape == parameter.shape else torch.device("cpu")
+        optimizer.state[parameter][name] = value.to(device, copy=True)

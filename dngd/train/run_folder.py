@@ -1,0 +1,65 @@
+"""The folder of a run: who may write there, and where its files are."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from dngd.config import TrainConfig
+from dngd.errors import UserError
+from dngd.train.checkpoint import replace_file
+
+
+class RunFolder:
+    """Paths of a run's files; see the README for what each holds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.result = path / "result.json"
+        self.best_model = path / "model.safetensors"
+        self.checkpoints = path / "checkpoints"
+        self.report = path / "report.html"
+
+    @property
+    def holds_a_run(self) -> bool:
+        """Whether a run was begun here."""
+        return self.config.exists()
+
+
+def default_run_dir(config: TrainConfig) -> Path:
+    """Return runs/DATASET-MODEL-OPTIMIZER-TIME below the working directory."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{Path(config.dataset).stem}-{config.model}-{config.optimizer}-{stamp}"
+
+
+def prepare_run_folder(config: TrainConfig) -> TrainConfig:
+    """Create the run folder, or check that it may be gone on with, and return the configuration with its path.
+
+    Raises UserError, before anything is overwritten, if the folder holds a run and `resume` is off, holds
+    something else, or cannot be written.
+    """
+    path = (config.run_dir or default_run_dir(config)).expanduser().absolute()
+    folder = RunFolder(path)
+    if config.resume and config.run_dir is None:
+        raise UserError("--resume needs --run-dir: say which run to go on with")
+    if folder.holds_a_run and not config.resume:
+        raise UserError(f"run folder {path} already holds a run; go on with --resume, or give another --run-dir")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"run folder {path} is a file; give another --run-dir")
+    foreign = path.is_dir() and not folder.holds_a_run and any(path.iterdir())
+    if foreign:
+        raise UserError(f"run folder {path} holds files that are no run's; give an empty or new --run-dir")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"run folder {path} cannot be written: {error.strerror}; give another --run-dir") from None
+    prepared = TrainConfig(**(config.model_dump() | {"run_dir": path}))
+    if not folder.holds_a_run:
+        replace_file(folder.config, prepared.to_yaml().encode())
+    return prepared
