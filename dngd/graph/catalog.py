@@ -1,0 +1,198 @@
+"""From what a user calls a data set to an open store.
+
+A name or path is looked for in a fixed order; whatever is not a store already is converted once into a
+cache folder, under a key made of its content, so that a changed file is imported anew.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from dngd.errors import UserError
+from dngd.graph.arrow_files import file_sha256
+from dngd.graph.lock import file_lock
+from dngd.graph.manifest import FORMAT_VERSION, MANIFEST_NAME
+from dngd.graph.npz import import_npz
+from dngd.graph.planetoid import PARTS, find_planetoid, import_planetoid, planetoid_sha256
+from dngd.graph.store import GraphStore
+from dngd.graph.synth import BUILT_IN, write_synth
+from dngd.graph.writer import Progress, remove_unfinished
+
+CACHE_VARIABLE = "DNGD_CACHE_DIR"
+DATA_VARIABLE = "DNGD_DATA_ROOT"
+
+_DOWNLOADABLE = ("citeseer", "cora", "pubmed")
+_GENERATOR_VERSION = 1
+_KEY_DIGITS = 16
+
+
+def resolve_dataset(
+    dataset: str | Path,
+    data_root: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    wait_seconds: float = 600,
+    *,
+    download: bool = False,
+    progress: Progress | None = None,
+) -> GraphStore:
+    """Open the graph that `dataset` names.
+
+    Looked for in this order: an existing path (a store folder, an .npz file, a folder of Planetoid files);
+    DATA_ROOT/NAME.npz; the folder DATA_ROOT/NAME (the same two kinds); a built-in, generated graph; with
+    download=True, a known public graph.
+
+    data_root: default $DNGD_DATA_ROOT. cache_dir: where converted graphs are kept; default $DNGD_CACHE_DIR, else
+    ~/.cache/dngd. wait_seconds: how long to wait for another process that converts the same graph.
+    Raises UserError if nothing is found (saying where it was looked for and what exists), or conversion fails.
+    """
+    text = str(dataset)
+    root = _data_root(data_root)
+    cache = cache_folder(cache_dir)
+    if not text.strip():
+        raise UserError(f"dataset={text!r} is empty; give a name such as products-mini, or a path")
+    candidates = [Path(text).expanduser()]
+    if root is not None:
+        # Not with_suffix: a name may hold a dot.
+        candidates += [root / f"{text}.npz", root / text]
+    for candidate in candidates:
+        if _is_graph(candidate):
+            return _open_path(candidate, cache, wait_seconds, progress)
+    if text in BUILT_IN:
+        return _open_built_in(text, cache, wait_seconds, progress)
+    if download and text.lower() in _DOWNLOADABLE:
+        return _open_download(text.lower(), cache, wait_seconds, progress)
+    raise UserError(_not_found(text, root, candidates))
+
+
+def available_datasets(data_root: str | Path | None = None) -> list[str]:
+    """Return the names that `resolve_dataset` finds: those in data_root, then the built-in ones."""
+    root = _data_root(data_root)
+    names = set(BUILT_IN)
+    if root is not None and root.is_dir():
+        for entry in root.iterdir():
+            if _is_graph(entry):
+                names.add(entry.stem if entry.suffix == ".npz" else entry.name)
+    return sorted(names)
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """Return the cache folder: the argument, else $DNGD_CACHE_DIR, else ~/.cache/dngd."""
+    chosen = cache_dir or os.environ.get(CACHE_VARIABLE) or Path("~/.cache/dngd")
+    return Path(chosen).expanduser().absolute()
+
+
+def _data_root(data_root: str | Path | None) -> Path | None:
+    chosen = data_root or os.environ.get(DATA_VARIABLE)
+    return Path(chosen).expanduser() if chosen else None
+
+
+def _is_graph(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix == ".npz"
+    return path.is_dir() and ((path / MANIFEST_NAME).is_file() or _is_planetoid(path))
+
+
+def _is_planetoid(path: Path) -> bool:
+    return any(True for folder in (path, path / "raw") for _ in folder.glob("ind.*.graph"))
+
+
+def _open_path(path: Path, cache: Path, wait_seconds: float, progress: Progress | None) -> GraphStore:
+    if path.is_file():
+        key = f"{path.stem}-{file_sha256(path)[:_KEY_DIGITS]}"
+        return _cached(
+            cache,
+            key,
+            lambda out: import_npz(path, out, name=path.stem, overwrite=True, progress=progress),
+            f"importing {path}",
+            wait_seconds,
+        )
+    if (path / MANIFEST_NAME).is_file():
+        return GraphStore.open(path)
+    raw, prefix = find_planetoid(path)
+    missing = [part for part in PARTS if not (raw / f"ind.{prefix}.{part}").is_file()]
+    if missing:
+        raise UserError(f"{raw} lacks ind.{prefix}.{missing[0]}; fetch the Planetoid files again")
+    return _cached(
+        cache,
+        f"{prefix}-planetoid-{planetoid_sha256(raw, prefix)[:_KEY_DIGITS]}",
+        lambda out: import_planetoid(path, out, overwrite=True, progress=progress),
+        f"importing {path}",
+        wait_seconds,
+    )
+
+
+def _open_built_in(name: str, cache: Path, wait_seconds: float, progress: Progress | None) -> GraphStore:
+    config = asdict(BUILT_IN[name])
+    content = json.dumps([_GENERATOR_VERSION, config], sort_keys=True).encode()
+    return _cached(
+        cache,
+        f"{name}-{hashlib.sha256(content).hexdigest()[:_KEY_DIGITS]}",
+        lambda out: write_synth(out, name=name, overwrite=True, progress=progress, **config),
+        f"generating {name}",
+        wait_seconds,
+    )
+
+
+def _open_download(name: str, cache: Path, wait_seconds: float, progress: Progress | None) -> GraphStore:
+    def build(out: Path) -> GraphStore:
+        raw = cache / "downloads" / name / "raw"
+        _download_planetoid(name, raw)
+        return import_planetoid(raw, out, overwrite=True, progress=progress)
+
+    return _cached(cache, f"{name}-download", build, f"downloading {name}", wait_seconds)
+
+
+def _download_planetoid(name: str, raw: Path) -> None:
+    """Fetch the originals from where torch_geometric fetches them; only files, its pickle loader is not run."""
+    try:
+        from torch_geometric.data import download_url
+        from torch_geometric.datasets import Planetoid
+
+        for part in PARTS:
+            download_url(f"{Planetoid.url}/ind.{name}.{part}", str(raw), log=False)
+    except (OSError, ImportError) as error:
+        raise UserError(
+            f"{name} could not be downloaded ({error}); fetch the ind.{name}.* files yourself and give their folder "
+            "as the dataset"
+        ) from error
+
+
+def _cached(
+    cache: Path, key: str, build: Callable[[Path], GraphStore], purpose: str, wait_seconds: float
+) -> GraphStore:
+    """Open cache/KEY-vFORMAT, building it first if it is missing or broken. One process builds, others wait."""
+    target = cache / f"{key}-v{FORMAT_VERSION}"
+    if target.is_dir():
+        try:
+            return GraphStore.open(target)
+        except UserError:
+            # Not removed here: without the lock, another process may be rebuilding it.
+            pass
+    with file_lock(cache / f"{target.name}.lock", purpose=purpose, wait_seconds=wait_seconds):
+        if target.is_dir():
+            try:
+                return GraphStore.open(target)
+            except UserError:
+                shutil.rmtree(target, ignore_errors=True)
+        remove_unfinished(target)
+        return build(target)
+
+
+def _not_found(text: str, root: Path | None, candidates: list[Path]) -> str:
+    names = available_datasets(root)
+    close = difflib.get_close_matches(text, names, n=1, cutoff=0.5)
+    ordered = close + [name for name in names if name not in close]
+    places = [str(candidate) for candidate in candidates] + ["the built-in graphs"]
+    guess = f"did you mean {close[0]}? " if close else ""
+    fix = f"give one of them, or the path of a store folder or .npz file, or set --data-root or {DATA_VARIABLE}"
+    wrong = candidates[0]
+    if wrong.exists() and not _is_graph(wrong):
+        fix = f"{wrong} exists but is no graph store, .npz file or Planetoid folder; {fix}"
+    return f"dataset {text!r} was not found at {', '.join(places)}; {guess}what exists: {', '.join(ordered)}; {fix}"

@@ -1,0 +1,67 @@
+"""What `dngd data info` says of a store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dngd.graph.store import GraphStore
+
+_BLOCK_EDGES = 1 << 24
+
+
+def describe(store: GraphStore) -> dict[str, Any]:
+    """Return counts, degrees, homophily, classes, masks, bytes and provenance, ready for JSON.
+
+    homophily: share of the edges between labelled nodes that join equal labels; None without such edges.
+    Reads the topology and labels, not the features.
+    """
+    degrees = store.in_degrees()
+    labels = store.labels
+    counts = torch.bincount(labels[labels >= 0], minlength=store.num_classes)
+    return {
+        "name": store.name,
+        "path": str(store.path),
+        "num_nodes": store.num_nodes,
+        "num_edges": store.num_edges,
+        "num_features": store.num_features,
+        "num_classes": store.num_classes,
+        "num_labelled": store.manifest.num_labelled,
+        "directed": store.manifest.directed,
+        "edge_weights": store.edge_weight is not None,
+        "in_degree": {
+            "min": int(degrees.min()),
+            "median": float(degrees.double().quantile(0.5)) if len(degrees) < 1 << 24 else float(degrees.median()),
+            "max": int(degrees.max()),
+            "isolated": int((degrees == 0).sum()),
+        },
+        "homophily": _homophily(store),
+        "class_counts": counts.tolist(),
+        "masks": {
+            name: {
+                "splits": 1 if mask.ndim == 1 else len(mask),
+                "nodes": mask.reshape(-1, store.num_nodes).sum(1).tolist(),
+            }
+            for name, mask in store.split_masks.items()
+        },
+        "self_loops": store.manifest.self_loops.model_dump(),
+        "duplicates": store.manifest.duplicates.model_dump(),
+        "bytes": store.nbytes,
+        "file_bytes": {name: entry.bytes for name, entry in store.manifest.files.items()},
+        "format_version": store.manifest.format_version,
+        "provenance": store.manifest.provenance.model_dump(),
+    }
+
+
+def _homophily(store: GraphStore) -> float | None:
+    equal = known = 0
+    for start in range(0, store.num_edges, _BLOCK_EDGES):
+        end = min(start + _BLOCK_EDGES, store.num_edges)
+        # The destination of entry e is the last node whose run starts at or before e.
+        destination = torch.searchsorted(store.indptr, torch.arange(start, end), right=True) - 1
+        one, other = store.labels[store.indices[start:end]], store.labels[destination]
+        both = (one >= 0) & (other >= 0)
+        known += int(both.sum())
+        equal += int((both & (one == other)).sum())
+    return equal / known if known else None

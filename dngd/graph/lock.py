@@ -1,0 +1,60 @@
+"""A lock between processes of one machine, with a time limit that says what it waited for."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dngd.errors import UserError
+
+_POLL_SECONDS = 0.1
+
+
+@contextmanager
+def file_lock(path: Path, *, purpose: str, wait_seconds: float) -> Iterator[None]:
+    """Hold an exclusive lock on `path` (created if missing, never removed).
+
+    purpose: what the holder does, for the message of those who wait too long.
+    The operating system releases the lock when its holder ends, however it ends.
+    Raises UserError after wait_seconds, naming the holder, or if the file cannot be locked.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); check the folder's permissions, or choose another "
+            "cache folder by DNGD_CACHE_DIR"
+        ) from error
+    try:
+        deadline = time.monotonic() + wait_seconds
+        while not _try_lock(descriptor, path):
+            if time.monotonic() >= deadline:
+                holder = os.pread(descriptor, 64, 0).decode("ascii", "replace").strip() or "unknown"
+                raise UserError(
+                    f"waited {wait_seconds:g} s for process {holder} to finish: {purpose} (lock {path}); "
+                    "wait for it or end it, then start again"
+                )
+            time.sleep(_POLL_SECONDS)
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int, path: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be locked ({error.strerror}): its file system has no locks; choose a local cache "
+            "folder by DNGD_CACHE_DIR"
+        ) from error
+    return True

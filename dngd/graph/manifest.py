@@ -1,0 +1,195 @@
+"""The manifest of a store: what `manifest.json` says, and how it is read and written.
+
+The manifest is the last file written into a store and names every other file with its size, layout
+and checksums, so that `open` can reject a truncated or altered store without reading the arrays.
+It holds no machine path and no time: equal inputs give equal manifests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dngd.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+INDPTR = "indptr.arrow"
+INDICES = "indices.arrow"
+EDGE_WEIGHT = "edge_weight.arrow"
+FEATURES = "features.arrow"
+LABELS = "labels.arrow"
+SPLITS = "splits.arrow"
+FILE_NAMES = (INDPTR, INDICES, EDGE_WEIGHT, FEATURES, LABELS, SPLITS)
+MASK_NAMES = ("train", "val", "test")
+
+REIMPORT = "import the graph again, or see every problem with `dngd data verify {path}`"
+
+
+class FileEntry(BaseModel):
+    """One Arrow IPC file: its size, its layout, and its checksums."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bytes: int = Field(gt=0, description="size of the file")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of the whole file")
+    length: int = Field(ge=0, description="rows of its one record batch")
+    columns: dict[str, str] = Field(description="column -> int64 | float32 | uint8 | float32[WIDTH]")
+    data_offset: int = Field(ge=0, description="first byte of the first column's values; 0 without rows")
+    data_bytes: int = Field(ge=0, description="from there to the end of the last column's values")
+    frame_sha256: str = Field(
+        pattern="^[0-9a-f]{64}$",
+        description="of the bytes before and after the values (Arrow's header and footer): what open checks",
+    )
+
+
+class Dropped(BaseModel):
+    """What became of the edges that a simple graph has no place for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    policy: str = Field(description="drop | keep, or for duplicates also sum (their weights)")
+    dropped: int = Field(ge=0, description="edge entries removed on the way in")
+    kept: int = Field(ge=0, description="edge entries of this kind that the store holds")
+
+
+class Provenance(BaseModel):
+    """Where a store came from. `source` is a file name or generator, never a path of a machine."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str = "arrays"
+    source_sha256: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    dngd_version: str = Field(default_factory=lambda: dngd_version())
+
+
+class Manifest(BaseModel):
+    """The content of `manifest.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["dngd-graph"] = "dngd-graph"
+    format_version: int = FORMAT_VERSION
+    name: str = Field(min_length=1)
+    num_nodes: int = Field(gt=0)
+    num_edges: int = Field(ge=0, description="stored entries: an undirected edge counts twice")
+    num_features: int = Field(ge=0)
+    num_classes: int = Field(ge=0)
+    num_labelled: int = Field(ge=0)
+    directed: bool = Field(description="false: each edge is stored in both directions")
+    edge_direction: Literal["in"] = Field(
+        default="in", description="indices[indptr[v]:indptr[v+1]] are the sources of the edges into v"
+    )
+    self_loops: Dropped
+    duplicates: Dropped
+    masks: dict[str, int] = Field(
+        default_factory=dict, description="mask -> number of splits; 0 for one mask of shape (nodes,)"
+    )
+    files: dict[str, FileEntry]
+    provenance: Provenance = Field(default_factory=Provenance)
+
+    def to_text(self) -> str:
+        """Return the exact text of `manifest.json`, checksum included."""
+        body = self.model_dump(mode="json")
+        body["checksum"] = _checksum(body)
+        return json.dumps(body, indent=2, ensure_ascii=False) + "\n"
+
+    def expected_columns(self) -> dict[str, tuple[int, dict[str, str]]]:
+        """Return file name -> (rows, columns) as the counts require them."""
+        expected: dict[str, tuple[int, dict[str, str]]] = {
+            INDPTR: (self.num_nodes + 1, {"indptr": "int64"}),
+            INDICES: (self.num_edges, {"indices": "int64"}),
+            LABELS: (self.num_nodes, {"labels": "int64"}),
+        }
+        if EDGE_WEIGHT in self.files:
+            expected[EDGE_WEIGHT] = (self.num_edges, {"edge_weight": "float32"})
+        if self.num_features:
+            expected[FEATURES] = (self.num_nodes, {"features": f"float32[{self.num_features}]"})
+        if self.masks:
+            columns = {c: "uint8" for mask, splits in self.masks.items() for c in mask_columns(mask, splits)}
+            expected[SPLITS] = (self.num_nodes, columns)
+        return expected
+
+
+def mask_columns(mask: str, num_splits: int) -> list[str]:
+    """Return the column names of one mask: `train`, or `train.0`, `train.1`, ... for several splits."""
+    return [mask] if num_splits == 0 else [f"{mask}.{k}" for k in range(num_splits)]
+
+
+def dngd_version() -> str:
+    """Return the installed version of dngd, or `unknown` when it runs without being installed."""
+    try:
+        return metadata.version("dngd")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `folder/manifest.json`.
+
+    Raises UserError if it is missing, unreadable, altered (its own checksum), inconsistent, or of a newer
+    format than this dngd knows.
+    """
+    path = folder / MANIFEST_NAME
+    fix = REIMPORT.format(path=folder)
+    try:
+        raw = path.read_bytes().decode("utf-8")
+        body = json.loads(raw)
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} holds no {MANIFEST_NAME}, so it is not a dngd graph store; "
+            "give the folder that `dngd data import --out` or `dngd data synth --out` wrote"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); {fix}") from error
+    if not isinstance(body, dict) or body.get("format") != "dngd-graph":
+        raise UserError(f"{path} does not describe a dngd graph store (no format 'dngd-graph'); {fix}")
+    version = body.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise UserError(
+            f"{folder} has store format version {version} but this dngd ({dngd_version()}) reads up to "
+            f"{FORMAT_VERSION}; upgrade dngd, or import the graph again with this one"
+        )
+    checksum = body.pop("checksum", None)
+    if checksum != _checksum(body):
+        raise UserError(f"{path} was altered after it was written (its checksum does not match); {fix}")
+    try:
+        manifest = Manifest.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path} is not valid at '{where}' ({first['msg']}); {fix}") from error
+    # Catches bytes that JSON ignores (white space), so that no altered byte goes unnoticed.
+    if manifest.to_text() != raw:
+        raise UserError(f"{path} was altered after it was written (its text is not as dngd writes it); {fix}")
+    _check_files(manifest, path, fix)
+    return manifest
+
+
+def _check_files(manifest: Manifest, path: Path, fix: str) -> None:
+    expected = manifest.expected_columns()
+    if set(manifest.files) != set(expected):
+        raise UserError(
+            f"{path} lists the files {sorted(manifest.files)} but its counts call for {sorted(expected)}; {fix}"
+        )
+    for name, (length, columns) in expected.items():
+        entry = manifest.files[name]
+        if entry.length != length or entry.columns != columns:
+            raise UserError(
+                f"{path} lists {name} with {entry.length} rows of {entry.columns} but its counts call for "
+                f"{length} rows of {columns}; {fix}"
+            )
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -1,0 +1,219 @@
+"""GraphStore: a graph on disk, opened by memory map without copying.
+
+    store = GraphStore.open("cora.store")
+    store.indptr, store.indices        # compressed sparse columns: in-neighbours of each node
+    store.features[rows], store.labels
+    store.split("random:0.5/0.25/0.25", seed=0).train
+
+The store owns reading. Checking and writing arrays is `writer.py`, splits are `splits.py`, full
+verification is `verify.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dngd.errors import UserError
+from dngd.graph import manifest as m
+from dngd.graph.arrow_files import read_columns
+from dngd.graph.canonical import Duplicates, SelfLoops
+from dngd.graph.manifest import Manifest, Provenance, read_manifest
+from dngd.graph.splits import Split, make_split
+from dngd.graph.writer import Progress, is_temporary, write_store
+
+
+class GraphStore:
+    """A read-only graph on disk. Open with `GraphStore.open`, create with `GraphStore.write`.
+
+    Tensors view the files through private copy-on-write mappings: opening reads no array, processes share
+    the pages, and writing to a tensor changes only this process's view, never the file.
+    Pickling sends the path alone; the receiver opens it again.
+
+    Attributes:
+        path: the folder. manifest: what it says of itself.
+        indptr: int64 [num_nodes + 1]. indices: int64 [num_edges]; the sources of the edges into node v are
+            indices[indptr[v]:indptr[v+1]], ascending.
+        edge_weight: float32 [num_edges], in the order of indices, or None.
+        features: float32 [num_nodes, num_features]; num_features is 0 for a graph of structure only.
+        labels: int64 [num_nodes], -1 for unlabelled nodes.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, columns: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Wrap mapped columns; use `GraphStore.open`, which checks them."""
+        self.path = path
+        self.manifest = manifest
+        self.indptr: Tensor = torch.from_numpy(columns["indptr"])
+        self.indices: Tensor = torch.from_numpy(columns["indices"])
+        self.labels: Tensor = torch.from_numpy(columns["labels"])
+        weight = columns.get("edge_weight")
+        self.edge_weight: Tensor | None = None if weight is None else torch.from_numpy(weight)
+        features = columns.get("features", np.empty((manifest.num_nodes, 0), dtype=np.float32))
+        self.features: Tensor = torch.from_numpy(features)
+        self._masks: dict[str, Tensor] = {}
+        for mask, splits in manifest.masks.items():
+            rows = [torch.from_numpy(columns[c]).view(torch.bool) for c in m.mask_columns(mask, splits)]
+            self._masks[mask] = torch.stack(rows) if splits else rows[0]
+
+    @classmethod
+    def open(cls, path: str | Path) -> GraphStore:
+        """Open a store. Its time does not depend on the graph's size.
+
+        Checks the manifest (format version, its own checksum) and for each file that it lists the size, the
+        checksum of Arrow's header and footer, column types and length. The values themselves are checked by
+        `verify`. Raises UserError, naming the file and the fix, when one of these fails.
+        """
+        folder = Path(path).expanduser().absolute()
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; give the folder of a graph store")
+        if is_temporary(folder):
+            raise UserError(f"{folder} is an unfinished write; remove it and import the graph again")
+        manifest = read_manifest(folder)
+        columns: dict[str, npt.NDArray[Any]] = {}
+        for name, entry in manifest.files.items():
+            columns.update(read_columns(folder / name, entry, folder))
+        indptr = columns["indptr"]
+        if indptr[0] != 0 or indptr[-1] != manifest.num_edges:
+            raise UserError(
+                f"{folder / m.INDPTR} runs from {indptr[0]} to {indptr[-1]} instead of 0 to "
+                f"{manifest.num_edges}; " + m.REIMPORT.format(path=folder)
+            )
+        return cls(folder, manifest, columns)
+
+    @classmethod
+    def write(
+        cls,
+        path: str | Path,
+        *,
+        features: Any,
+        labels: Any = None,
+        edge_index: Any = None,
+        indptr: Any = None,
+        indices: Any = None,
+        name: str | None = None,
+        num_nodes: int | None = None,
+        num_classes: int | None = None,
+        edge_weight: Any = None,
+        masks: Mapping[str, Any] | None = None,
+        directed: bool | None = None,
+        self_loops: SelfLoops = "drop",
+        duplicates: Duplicates = "drop",
+        provenance: Provenance | None = None,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> GraphStore:
+        """Write arrays as a store at `path` and open it. Takes numpy, torch, lists, scipy sparse features.
+
+        features: (nodes, width) numbers, stored as float32; None with num_nodes for structure only.
+        labels: (nodes,) class numbers from 0, -1 unlabelled; None: none labelled.
+        edge_index: (2, entries), row 0 -> row 1, any order; or indptr (nodes + 1,), indices (entries,), the
+            in-neighbours of each node. edge_weight: (entries,), in the order of the entries.
+        name: default the folder's name. num_classes: default the largest label + 1.
+        masks: {"train" | "val" | "test": bool (nodes,) or (splits, nodes)}.
+        directed: None measures it; False also requires each edge in both directions.
+        self_loops: drop or keep. duplicates: drop, keep, or sum (of weights). The manifest counts both.
+        overwrite: replace an existing store (never a folder with other files in it).
+        progress: called with (stage, bytes done, bytes in all).
+
+        Equal graphs give byte-equal files whatever the order of the edges (with the same pyarrow).
+        Raises UserError before anything is written if the arrays do not make a graph; leaves nothing behind
+        when writing fails.
+        """
+        return cls.open(
+            write_store(
+                path,
+                features=features,
+                labels=labels,
+                edge_index=edge_index,
+                indptr=indptr,
+                indices=indices,
+                name=name,
+                num_nodes=num_nodes,
+                num_classes=num_classes,
+                edge_weight=edge_weight,
+                masks=masks,
+                directed=directed,
+                self_loops=self_loops,
+                duplicates=duplicates,
+                provenance=provenance,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        )
+
+    @property
+    def name(self) -> str:
+        """The graph's name."""
+        return self.manifest.name
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes."""
+        return self.manifest.num_nodes
+
+    @property
+    def num_edges(self) -> int:
+        """Number of stored edge entries; an undirected edge counts twice."""
+        return self.manifest.num_edges
+
+    @property
+    def num_features(self) -> int:
+        """Width of the feature table."""
+        return self.manifest.num_features
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 when no node is labelled."""
+        return self.manifest.num_classes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all array files on the disk."""
+        return sum(entry.bytes for entry in self.manifest.files.values())
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the array files' sha256: equal content, equal digest, whatever name or path."""
+        lines = (f"{name} {entry.sha256}" for name, entry in sorted(self.manifest.files.items()))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @property
+    def split_masks(self) -> dict[str, Tensor]:
+        """{train | val | test: bool (nodes,), or (splits, nodes)}, as far as the graph brings them."""
+        return dict(self._masks)
+
+    def in_degrees(self) -> Tensor:
+        """Return the number of edges into each node, int64 [num_nodes]."""
+        return self.indptr.diff()
+
+    def split(self, spec: str, seed: int = 0) -> Split:
+        """Return the split that `spec` names: masks, masks:K, public, complete or random:0.5/0.25/0.25.
+
+        seed matters for `random` only. Raises UserError if the graph has no such split or a part is empty.
+        """
+        return make_split(spec, labels=self.labels, masks=self._masks, graph=self.name, seed=seed)
+
+    def verify(self, progress: Callable[[str, int, int], None] | None = None) -> list[str]:
+        """Return every problem found by hashing all files and checking all values; empty when sound.
+
+        Reads the whole store. progress: called with (file, bytes done, bytes in all).
+        """
+        from dngd.graph.verify import verify_store
+
+        return verify_store(self.path, progress=progress)
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return GraphStore.open, (self.path,)
+
+    def __repr__(self) -> str:
+        return (
+            f"GraphStore({self.name!r}, nodes={self.num_nodes}, edges={self.num_edges}, "
+            f"features={self.num_features}, classes={self.num_classes}, path={str(self.path)!r})"
+        )

@@ -1,0 +1,229 @@
+"""The page: one HTML file with its style and charts inside, no script, nothing fetched from anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from dngd.errors import UserError
+from dngd.report.charts import (
+    TEST_ACCURACY,
+    TRAIN_LOSS,
+    VAL_ACCURACY,
+    VAL_LOSS,
+    Measure,
+    bytes_chart,
+    curves,
+    line_style,
+    phase_chart,
+    phase_parts,
+    sent_bytes,
+)
+from dngd.report.run_files import RunFiles, read_runs
+from dngd.report.style import style_sheet
+from dngd.report.summary import Summary, common_target, dataset_name, first_at, same_task, summarise
+from dngd.report.svg import guide_key, line_key
+from dngd.report.tables import (
+    bytes_table,
+    comparison_table,
+    configuration_tables,
+    environment_table,
+    phase_table,
+    run_key,
+    state,
+)
+from dngd.report.text import duration, escape, integer, number, percent
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+"""The browser itself refuses to load or run anything, should a value ever slip through unescaped."""
+
+
+def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Write one self-contained HTML page about one or several runs and return its path.
+
+    run_dirs: run folders, finished or not; a folder given twice counts once. out: the file; it is written
+    whole or not at all. Raises UserError if a folder holds no run, or if the page cannot be written.
+    """
+    page = render(read_runs(run_dirs))
+    out = Path(out).expanduser()
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; give the name of a file, e.g. {out / 'report.html'}")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.writing")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(page.encode())
+        os.replace(temporary, out)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"report {out} cannot be written: {error.strerror}; give another --out") from None
+    return out
+
+
+def render(runs: Sequence[RunFiles]) -> str:
+    """Return the page as HTML."""
+    summaries = [summarise(run) for run in runs]
+    target = common_target(summaries)
+    several = len(runs) > 1
+    title = f"{len(runs)} runs compared" if several else runs[0].name
+    parts = [
+        _header(summaries, title),
+        _comparison_cards(summaries, target) if several else _cards(summaries[0]),
+        _section("Comparison", _card(comparison_table(summaries, target))) if several else "",
+        _section("Learning", _learning(summaries, target)),
+        _section("Cost of a step", _cost(runs)),
+        _section("Configuration", _card(configuration_tables(runs))),
+        _section("Environment", _card(environment_table(runs))),
+    ]
+    body = "\n".join(part for part in parts if part)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)} – dngd report</title>\n<style>\n{style_sheet()}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n{_FOOTER}</main>\n</body>\n</html>\n"
+    )
+
+
+_FOOTER = (
+    "<footer>Training time leaves evaluation out. Test accuracy is that of the evaluation with the best "
+    "validation accuracy, the ringed point. Point at a marker or a bar for its values.</footer>\n"
+)
+
+
+def _header(summaries: Sequence[Summary], title: str) -> str:
+    runs = [summary.run for summary in summaries]
+    badge = state(runs[0]) if len(runs) == 1 else ""
+    caption = _one_run_caption(summaries[0]) if len(runs) == 1 else _datasets(runs)
+    warning = ""
+    if not same_task(runs):
+        text = "These runs differ in data set or split: their accuracies and losses do not compare."
+        warning = f'<p class="warning">{text}</p>'
+    return (
+        f'<header><p class="eyebrow">dngd training report</p><h1>{escape(title)}{badge}</h1>'
+        f'<p class="caption">{escape(caption)}</p></header>{warning}'
+    )
+
+
+def _one_run_caption(summary: Summary) -> str:
+    config = summary.run.config
+    words = [summary.caption] if summary.caption else []
+    if "num_layers" in config and "hidden" in config:
+        words.append(f"{config['num_layers']} layers of {config['hidden']}")
+    words += [f"{key.replace('_', ' ')} {config[key]}" for key in ("batch_size", "seed") if key in config]
+    return " · ".join(words)
+
+
+def _datasets(runs: Sequence[RunFiles]) -> str:
+    return " · ".join(dict.fromkeys(name for run in runs if (name := dataset_name(run.config)) is not None))
+
+
+def _cards(summary: Summary) -> str:
+    """Return the headline numbers of a single run."""
+    epochs = f"{number(summary.epochs)} epochs" if summary.epochs is not None else ""
+    steps = summary.run.numbers("step_ms")
+    pace = f"{number(steps['p50'])} ms a step (p50)" if "p50" in steps else ""
+    dropped = summary.dropped_steps
+    dropped_note = f"{integer(dropped)} dropped as not finite" if dropped else ""
+    to_best = f"best after {duration(summary.seconds_to_best_val)}" if summary.best is not None else ""
+    return _card_list(
+        [
+            ("Best validation accuracy", percent(summary.best_val_accuracy), to_best),
+            ("Test accuracy", percent(summary.test_accuracy), "at best validation"),
+            ("Training time", duration(summary.train_seconds), epochs),
+            ("Steps", integer(summary.steps), dropped_note or pace),
+            ("Seeds a second", integer(summary.seeds_per_second), "all workers"),
+            ("Workers", integer(summary.world_size), "world size"),
+        ]
+    )
+
+
+def _comparison_cards(summaries: Sequence[Summary], target: float | None) -> str:
+    """Return the headline numbers of several runs: the best of each, and whose it is."""
+    cards = []
+    scored = [s for s in summaries if s.best is not None]
+    if scored and same_task([s.run for s in summaries]):
+        best = max(scored, key=lambda s: s.run.evaluations[s.best or 0].val_accuracy)
+        cards.append(("Best validation accuracy", percent(best.best_val_accuracy), best.run.name))
+        cards.append(("Its test accuracy", percent(best.test_accuracy), best.run.name))
+    if target is not None:
+        reached = [(record, s) for s in summaries if (record := first_at(s.run, target)) is not None]
+        for words, attribute, form in (
+            ("Fastest", "train_seconds", duration),
+            ("Fewest steps", "step", integer),
+        ):
+            ranked = sorted(reached, key=lambda pair: float(getattr(pair[0], attribute)))
+            first, last = (float(getattr(ranked[end][0], attribute)) for end in (0, -1))
+            ratio = f"; the last took {number(last / first, 2)}×" if 0 < first < last else ""
+            name = ranked[0][1].run.name
+            cards.append((f"{words} to {percent(target)} val", form(first), f"{name}{ratio}"))
+    paced = [s for s in summaries if s.seeds_per_second is not None]
+    if paced:
+        top = max(paced, key=lambda s: s.seeds_per_second or 0.0)
+        cards.append(("Most seeds a second", integer(top.seeds_per_second), top.run.name))
+    return _card_list(cards)
+
+
+def _card_list(cards: Sequence[tuple[str, str, str]]) -> str:
+    items = "".join(
+        f'<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd class="by">{escape(by)}</dd></div>'
+        for name, value, by in cards
+    )
+    return f'<dl class="cards">{items}</dl>' if cards else ""
+
+
+def _learning(summaries: Sequence[Summary], target: float | None) -> str:
+    accuracy, loss = (VAL_ACCURACY, TEST_ACCURACY), (VAL_LOSS, TRAIN_LOSS)
+    charts = [
+        ("Accuracy against training seconds", accuracy, "train_seconds", target),
+        ("Accuracy against steps", accuracy, "step", target),
+        ("Loss against training seconds", loss, "train_seconds", None),
+        ("Loss against steps", loss, "step", None),
+    ]
+    figures = []
+    for title, measures, x, guide in charts:
+        chart, note = curves(summaries, measures, x, guide)
+        more = f'<p class="note">{escape(note)}</p>' if note else ""
+        legend = _line_legend(measures, len(summaries), guide)
+        caption = f"<figcaption><h3>{escape(title)}</h3>{legend}{more}</figcaption>"
+        figures.append(f'<figure class="card">{caption}{chart}</figure>')
+    runs = ""
+    if len(summaries) > 1:
+        items = "".join(f"<li>{run_key(i)}{escape(s.run.name)}</li>" for i, s in enumerate(summaries))
+        runs = f'<ul class="legend runs">{items}</ul>'
+    return f'{runs}<div class="grid2">{"".join(figures)}</div>'
+
+
+def _line_legend(measures: tuple[Measure, Measure], num_runs: int, guide: float | None) -> str:
+    items = []
+    for second, measure in enumerate(measures):
+        colour, shape = line_style(0, bool(second), num_runs) if num_runs == 1 else ("plain", None)
+        items.append(f"<li>{line_key(colour, shape, dashed=bool(second))}{escape(measure.words)}</li>")
+    if guide is not None:
+        items.append(f"<li>{guide_key()}{percent(guide)}, reached by all</li>")
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _cost(runs: Sequence[RunFiles]) -> str:
+    phases = '<p class="note">Known when a run has finished.</p>'
+    traffic = phases
+    if any(phase_parts(run) for run in runs):
+        phases = phase_chart(runs) + phase_table(runs)
+    if any(sent_bytes(run) for run in runs):
+        traffic = '<p class="note">None: a single process sends nothing.</p>'
+        if any(sum(sent_bytes(run).values()) > 0 for run in runs):
+            traffic = bytes_chart(runs) + bytes_table(runs)
+    return (
+        f'<div class="grid2 uneven"><div class="card"><h3>Where a step’s time goes</h3>{phases}</div>'
+        f'<div class="card"><h3>Bytes on the wire</h3>{traffic}</div></div>'
+    )
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>\n{content}</section>"
+
+
+def _card(content: str) -> str:
+    return f'<div class="card">{content}</div>'

@@ -1,0 +1,169 @@
+"""Reads what a run left in its folder: config.yaml, metrics.jsonl, result.json.
+
+A run may be unfinished (no result.json yet) or resumed past its result.json; both are read, never refused.
+Owns no judgement about the numbers: see summary.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dngd.errors import UserError
+
+NOT_A_NUMBER = float("nan")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A line of metrics.jsonl; a value that is missing or not a number is NaN."""
+
+    epoch: float
+    step: float
+    train_loss: float
+    val_loss: float
+    val_accuracy: float
+    test_accuracy: float
+    train_seconds: float
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run folder's content. name: unique among the runs of a page; config: flat, dotted keys."""
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    evaluations: tuple[Evaluation, ...]
+    result: dict[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        """Whether result.json is there and tells of the last evaluation."""
+        return bool(self.result)
+
+    def number(self, key: str) -> float | None:
+        """Return a number of result.json, or None if it is not there."""
+        return as_number(self.result.get(key))
+
+    def numbers(self, key: str) -> dict[str, float]:
+        """Return a mapping of result.json, e.g. phase_ms, with its finite numbers only."""
+        mapping = self.result.get(key)
+        if not isinstance(mapping, dict):
+            return {}
+        values = {str(name): as_number(value) for name, value in mapping.items()}
+        return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+
+    def texts(self, key: str) -> dict[str, str]:
+        """Return a mapping of result.json, e.g. versions, as text."""
+        mapping = self.result.get(key)
+        return {str(k): str(v) for k, v in mapping.items()} if isinstance(mapping, dict) else {}
+
+
+def read_runs(run_dirs: Sequence[Path]) -> list[RunFiles]:
+    """Return the runs in the order given, each folder once.
+
+    Raises UserError if there is none, or if a folder holds no run.
+    """
+    folders = list({Path(path).expanduser().resolve(): Path(path).expanduser() for path in run_dirs}.values())
+    if not folders:
+        raise UserError("no run folder was given; name at least one, e.g. dngd report runs/my-run")
+    return [read_run(path, name) for path, name in zip(folders, unique_names(folders))]
+
+
+def read_run(path: Path, name: str) -> RunFiles:
+    """Return a run folder's content. Raises UserError if it holds no run or a file that cannot be read."""
+    if not path.is_dir():
+        what = "is a file, not a run folder" if path.exists() else "does not exist"
+        raise UserError(f"run folder {path} {what}; give the folder that dngd train wrote (--run-dir)")
+    files = [path / file for file in ("config.yaml", "metrics.jsonl", "result.json")]
+    if not any(file.is_file() for file in files):
+        raise UserError(
+            f"folder {path} holds no run (no config.yaml, metrics.jsonl or result.json); "
+            "give the folder that dngd train wrote (--run-dir)"
+        )
+    config, evaluations, result = _mapping(files[0]), _evaluations(files[1]), _mapping(files[2])
+    steps = as_number(result.get("steps"))
+    if steps is not None and any(evaluation.step > steps for evaluation in evaluations):
+        result = {}  # the run was resumed with more epochs and is going on: result.json is of its past
+    return RunFiles(name, path, flatten(config), evaluations, result)
+
+
+def unique_names(folders: Sequence[Path]) -> list[str]:
+    """Return each folder's last parts, as few as tell the folders apart: run | a/run, b/run."""
+    parts = [path.resolve().parts for path in folders]
+    longest = max(len(part) for part in parts)
+    names = []
+    for own in parts:
+        depth = 1
+        while depth < longest and sum(other[-depth:] == own[-depth:] for other in parts) > 1:
+            depth += 1
+        names.append("/".join(part.strip("/") for part in own[-depth:]) or "/")
+    return names
+
+
+def flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return `{"kfac.damping": 0.01}` for {"kfac": {"damping": 0.01}}."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def as_number(value: object) -> float | None:
+    """Return a JSON number as a float, else None. An integer beyond a float's range is infinite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _evaluations(path: Path) -> tuple[Evaluation, ...]:
+    """Return metrics.jsonl's lines up to the first that a killed process cut short."""
+    records = []
+    for line in _text(path).splitlines():
+        try:
+            values = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            break
+        if not isinstance(values, dict):
+            break
+        numbers = {name: as_number(values.get(name)) for name in Evaluation.__dataclass_fields__}
+        records.append(Evaluation(**{k: NOT_A_NUMBER if v is None else v for k, v in numbers.items()}))
+    return tuple(records)
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """Return a YAML or JSON file's mapping; empty if there is no such file."""
+    text = _text(path)
+    if not text.strip():
+        return {}
+    kind = "JSON" if path.suffix == ".json" else "YAML"
+    try:
+        data = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not {kind}: {' '.join(str(error).split())}; mend or remove it") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds a {type(data).__name__}, not a mapping; mend or remove it")
+    return data
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"{path} cannot be read: {reason}; mend or remove it") from None

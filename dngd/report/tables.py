@@ -1,0 +1,196 @@
+"""The tables of a page: comparison, phases, bytes, configuration, environment. Every cell is escaped here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dngd.report.charts import BYTES, PHASES, phase_parts, phase_words, run_style, sent_bytes
+from dngd.report.run_files import RunFiles
+from dngd.report.summary import Summary, first_at
+from dngd.report.svg import line_key, square_key
+from dngd.report.text import NOTHING, byte_size, duration, escape, integer, milliseconds, number, percent
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], label: str, css: str = "numeric") -> str:
+    """Return a table of cells that are markup already. The first cell of a row is its header."""
+    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    header = f"<thead><tr>{top}</tr></thead>" if head else ""
+    body = "".join(
+        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        for first, *cells in rows
+    )
+    name = escape(label)
+    return (
+        f'<div class="scroll" role="region" aria-label="{name}" tabindex="0">'
+        f'<table class="{css}" aria-label="{name}">{header}<tbody>{body}</tbody></table></div>'
+    )
+
+
+def comparison_table(summaries: Sequence[Summary], target: float | None) -> str:
+    """Return one row a run; the best value of a column that has a better end is marked."""
+    columns: list[tuple[str, list[float | None], Callable[[float | None], str], int]] = [
+        ("best val", [s.best_val_accuracy for s in summaries], percent, 1),
+        ("test at best val", [s.test_accuracy for s in summaries], percent, 1),
+    ]
+    if target is not None:
+        reached = [first_at(s.run, target) for s in summaries]
+        seconds = [record.train_seconds if record else None for record in reached]
+        steps = [record.step if record else None for record in reached]
+        columns.append((f"time to {percent(target)} val", seconds, duration, -1))
+        columns.append((f"steps to {percent(target)} val", steps, integer, -1))
+    columns += [
+        ("time to best val", [s.seconds_to_best_val for s in summaries], duration, 0),
+        ("training time", [s.train_seconds for s in summaries], duration, 0),
+        ("steps", [s.steps for s in summaries], integer, 0),
+        ("step p50", [s.run.numbers("step_ms").get("p50") for s in summaries], milliseconds, 0),
+        ("step p99", [s.run.numbers("step_ms").get("p99") for s in summaries], milliseconds, 0),
+        ("seeds/s", [s.seeds_per_second for s in summaries], integer, 0),
+        ("workers", [s.world_size for s in summaries], integer, 0),
+    ]
+    cells = [_marked(values, form, better) for _, values, form, better in columns]
+    rows = [
+        [f"{run_key(index)}{_name(s.run)}{state(s.run)}<small>{escape(s.caption)}</small>", *own]
+        for index, (s, own) in enumerate(zip(summaries, zip(*cells)))
+    ]
+    head = ["run", *(escape(name) for name, *_ in columns)]
+    return table(head, rows, "Comparison of the runs", "numeric runs-table")
+
+
+def phase_table(runs: Sequence[RunFiles]) -> str:
+    """Return milliseconds of a step by phase; it is the phase chart's legend too.
+
+    A phase with parts has a row for its sum, and its parts stand below it.
+    """
+    parts = [phase_parts(run) for run in runs]
+    totals = [sum(part.values()) for part in parts]
+    names = list(dict.fromkeys([*PHASES, *(name for part in parts for name in part)]))
+    names = [name for name in names if any(name in part for part in parts)]
+    rows, parents = [], set()
+    for name in names:
+        words, colour = phase_words(name)
+        parent = name.partition(".")[0]
+        family = [other for other in names if other.partition(".")[0] == parent]
+        if len(family) == 1:
+            rows.append([f"{square_key(colour)}{escape(words)}", *_milliseconds([name], parts, totals)])
+            continue
+        if parent not in parents:
+            parents.add(parent)
+            rows.append([escape(parent), *_milliseconds(family, parts, totals)])
+        child = f'<span class="child">{square_key(colour)}{escape(words.removeprefix(f"{parent}: "))}</span>'
+        rows.append([child, *_milliseconds([name], parts, totals)])
+    rows.append(["total", *(number(total) if part else NOTHING for total, part in zip(totals, parts))])
+    return table(["mean ms a step", *map(_name, runs)], rows, "Milliseconds of a step by phase")
+
+
+def _milliseconds(names: list[str], parts: Sequence[dict[str, float]], totals: Sequence[float]) -> list[str]:
+    """Return, for each run, the sum of some phases and its share."""
+    sums = [[part[name] for name in names if name in part] for part in parts]
+    return [
+        f"{number(sum(own))} <small>{percent(sum(own) / (total or 1.0), 0)}</small>" if own else NOTHING
+        for own, total in zip(sums, totals)
+    ]
+
+
+def bytes_table(runs: Sequence[RunFiles]) -> str:
+    """Return bytes handed to collectives by kind; it is the bytes chart's legend too."""
+    sent = [sent_bytes(run) for run in runs]
+    kinds = list(dict.fromkeys(kind for one in sent for kind in one))
+    rows = [
+        [f"{square_key(BYTES.get(kind, 'c7'))}{escape(kind)}", *(byte_size(one.get(kind)) for one in sent)]
+        for kind in kinds
+    ]
+    rows.append(["total", *(byte_size(sum(one.values())) if one else NOTHING for one in sent)])
+    return table(["sent by rank 0", *map(_name, runs)], rows, "Bytes handed to collectives by kind")
+
+
+def configuration_tables(runs: Sequence[RunFiles]) -> str:
+    """Return the settings: for several runs those that differ, and the others folded away."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.config))
+    if not keys:
+        return '<p class="note">no config.yaml</p>'
+    same = [key for key in keys if len({setting(run.config, key) for run in runs}) == 1]
+    differ = [key for key in keys if key not in same]
+    common = _pairs([(key, setting(runs[0].config, key)) for key in same])
+    if len(runs) == 1:
+        return common
+    rows = [[_code(key), *(_code(setting(run.config, key)) for run in runs)] for key in differ]
+    head = ["setting", *map(_name, runs)]
+    different = '<p class="note">none differ</p>'
+    if differ:
+        different = table(head, rows, "Settings that differ", css="plain")
+    summary = f"<summary>{len(same)} settings that all runs share</summary>"
+    return f"{different}<details>{summary}{common}</details>"
+
+
+def environment_table(runs: Sequence[RunFiles]) -> str:
+    """Return versions and peak memory, one column a run; one for all if they are alike."""
+    names = list(dict.fromkeys(name for run in runs for name in run.texts("versions")))
+    columns = [
+        [
+            *(run.texts("versions").get(name, NOTHING) for name in names),
+            byte_size(run.number("peak_rss_bytes")),
+            byte_size(run.number("peak_gpu_bytes")) if run.number("peak_gpu_bytes") else "none used",
+        ]
+        if run.finished
+        else [NOTHING] * (len(names) + 2)
+        for run in runs
+    ]
+    labels = [*names, "peak memory, rank 0", "peak GPU memory, rank 0"]
+    rows = [[escape(label), *(escape(column[row]) for column in columns)] for row, label in enumerate(labels)]
+    head = ["", *map(_name, runs)] if len(runs) > 1 else []
+    return table(head, rows, "Versions and memory", css="plain")
+
+
+def setting(config: dict[str, Any], key: str) -> str:
+    """Return a setting's value as YAML would show it; the dash for one that a run does not have."""
+    if key not in config:
+        return NOTHING
+    value = config[key]
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return ", ".join(str(item) for item in value) or "[]"
+    return str(value)
+
+
+def run_key(index: int) -> str:
+    """Return the legend key of a run."""
+    colour, shape = run_style(index)
+    return line_key(colour, shape)
+
+
+def state(run: RunFiles) -> str:
+    """Return badges for a run that is not finished, or whose loss stopped being finite, else nothing."""
+    last = run.evaluations[-1:]
+    lost = any(not (math.isfinite(r.val_loss) and math.isfinite(r.train_loss)) for r in last)
+    badges = ["unfinished"] * (not run.finished) + ["loss not finite"] * lost
+    return "".join(f' <span class="badge">{badge}</span>' for badge in badges)
+
+
+def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
+    rows = "".join(f"<div><dt>{_code(key)}</dt><dd>{_code(value)}</dd></div>" for key, value in pairs)
+    return f'<dl class="settings">{rows}</dl>'
+
+
+def _marked(values: Sequence[float | None], form: Callable[[float | None], str], better: int) -> list[str]:
+    """Return a column's cells. better: 1 if more is, -1 if less is, 0 if neither."""
+    finite = [better * value for value in values if better and value is not None and math.isfinite(value)]
+    best = max(finite) if len(values) > 1 and finite else None
+    return [
+        f"<strong>{escape(form(value))}</strong>"
+        if best is not None and value is not None and better * value == best
+        else escape(form(value))
+        for value in values
+    ]
+
+
+def _name(run: RunFiles) -> str:
+    return f'<span class="run">{escape(run.name)}</span>'
+
+
+def _code(text: str) -> str:
+    return f"<code>{escape(text)}</code>"

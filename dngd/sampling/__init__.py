@@ -1,0 +1,60 @@
+"""Neighbour sampling: from seed nodes to mini-batches of layer graphs. The only package that imports dgl.
+
+Importing it is cheap (no torch, no dgl) and makes a plain `import dgl` work afterwards, see dgl_import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dngd.sampling.dgl_import import PartStatus, dgl_parts, import_dgl, install_import_hook
+
+if TYPE_CHECKING:
+    from dngd.sampling.features import FeatureTable
+    from dngd.sampling.minibatch import BatchCoordinates, LayerGraph, MiniBatch
+    from dngd.sampling.pipeline import SamplerPipeline
+    from dngd.sampling.sampler import NeighborSampler
+    from dngd.sampling.schedule import (
+        derive_seed,
+        epoch_permutation,
+        shard_seeds,
+        steps_per_epoch,
+    )
+
+_HOME = {
+    "FeatureTable": "features",
+    "BatchCoordinates": "minibatch",
+    "LayerGraph": "minibatch",
+    "MiniBatch": "minibatch",
+    "SamplerPipeline": "pipeline",
+    "NeighborSampler": "sampler",
+    "derive_seed": "schedule",
+    "epoch_permutation": "schedule",
+    "shard_seeds": "schedule",
+    "steps_per_epoch": "schedule",
+}
+
+__all__ = [
+    "BatchCoordinates",
+    "FeatureTable",
+    "LayerGraph",
+    "MiniBatch",
+    "NeighborSampler",
+    "PartStatus",
+    "SamplerPipeline",
+    "derive_seed",
+    "dgl_parts",
+    "epoch_permutation",
+    "import_dgl",
+    "shard_seeds",
+    "steps_per_epoch",
+]
+
+install_import_hook()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

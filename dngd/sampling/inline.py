@@ -1,0 +1,42 @@
+"""Sampling inside the trainer's process, on one kept thread.
+
+DGL's stream number belongs to a thread, so all draws of a process come from this one, whoever asks. It also
+keeps DGL's thread setting, which is OpenMP's and so torch's, out of the thread that trains.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from dngd.sampling.sampler import canonical
+
+T = TypeVar("T")
+
+_executor: ThreadPoolExecutor | None = None
+
+
+def on_sampling_thread(function: Callable[[], T]) -> T:
+    """Run function on this process's sampling thread and return its result, or raise what it raises."""
+    global _executor
+    if _executor is None:
+        _executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dngd sampling")
+    return _executor.submit(function).result()
+
+
+def inline_sampling_is_canonical() -> bool:
+    """Whether this process's sampling thread draws what a sampler process draws.
+
+    It does not when another thread (a user's own loop, say) used DGL's generator first.
+    """
+    return on_sampling_thread(canonical)
+
+
+def _forget_thread() -> None:
+    global _executor
+    _executor = None
+
+
+os.register_at_fork(after_in_child=_forget_thread)

@@ -1,0 +1,72 @@
+"""What a sampler returns: layer graphs (message-flow graphs), input side first.
+
+Destination rows are the first rows of the source rows, as in DGL. The input layer's edges name global
+node ids: its distinct source nodes are never collected, since the first aggregation reads the feature table
+itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BatchCoordinates:
+    """Where a mini-batch stands in a run; with the run seed, everything that its content depends on."""
+
+    epoch: int
+    step: int
+    """Within the epoch, from 0."""
+    shard: int
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch}, step {self.step}, shard {self.shard}"
+
+
+@dataclass(frozen=True)
+class LayerGraph:
+    """One layer's sampled edges, by destination (CSC).
+
+    indptr: int64 [num_dst + 1]; edges of destination row i are indices[indptr[i]:indptr[i + 1]].
+    indices: int64 [num_edges], the source of each edge: a global node id where global_indices is True (the
+        input layer), else a row of the layer before (`layers[l - 1].dst_nodes[indices]` are the global ids).
+    num_src: rows that indices may name: all nodes of the graph for the input layer, else the layer
+        before's num_dst, of which the first num_dst rows are this layer's own destinations.
+    degrees: int64 [num_dst], in-degree of each destination in the full graph.
+    edge_weight: float32 [num_edges], or None on a graph without weights.
+    dst_nodes: int64 [num_dst], global ids.
+
+    Edges stand in the order of their destination and, within it, of the draw: a function of the random
+    seed alone. With all neighbours (fanout -1) that is the order in the graph.
+    """
+
+    indptr: Tensor
+    indices: Tensor
+    num_src: int
+    num_dst: int
+    degrees: Tensor
+    edge_weight: Tensor | None
+    dst_nodes: Tensor
+    global_indices: bool
+
+    @property
+    def num_edges(self) -> int:
+        return int(self.indices.shape[0])
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """A shard's part of one step.
+
+    seeds: int64 [n], global ids, distinct; n may be 0. layers[-1].dst_nodes are the seeds, in this order.
+    """
+
+    seeds: Tensor
+    layers: tuple[LayerGraph, ...]
+    coordinates: BatchCoordinates
+
+    @property
+    def num_edges(self) -> int:
+        return sum(layer.num_edges for layer in self.layers)

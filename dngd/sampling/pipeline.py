@@ -1,0 +1,211 @@
+"""From a graph and its training nodes to mini-batches in a fixed order, drawn ahead of use.
+
+Owns the order, the queues and the processes. What a batch holds depends on (run seed, epoch, step, shard)
+alone: not on the number of samplers, nor on where the iteration started.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from dngd.errors import TrainingError, UserError
+from dngd.sampling.inline import inline_sampling_is_canonical, on_sampling_thread
+from dngd.sampling.minibatch import BatchCoordinates, LayerGraph, MiniBatch
+from dngd.sampling.process import SamplerProcess
+from dngd.sampling.sampler import NeighborSampler, check_fanouts
+from dngd.sampling.schedule import epoch_permutation, sampling_seed, shard_bounds, steps_per_epoch
+from dngd.sampling.topology import HasTopology, SharedTopology, open_store
+
+logger = logging.getLogger(__name__)
+
+
+class SamplerPipeline:
+    """Iterates for ever over this rank's mini-batches: each step in order, and in it each of its shards.
+
+    store: an open GraphStore (or any graph with indptr, indices, edge_weight), or a store's path.
+    train_nodes: int64 [n], distinct seed nodes; each is a seed exactly once an epoch.
+    fanouts: entry i is layer i, input side first; -1 is all neighbours.
+    num_shards, batch_size: a step's global batch is num_shards shards of batch_size seeds each.
+    shards: those that this rank executes, in order.
+    num_samplers: child processes; with 0 batches are drawn in this process when they are asked for.
+    prefetch: batches that each child draws ahead.
+    start: the (epoch, step) to begin with.
+    timeout_seconds: the longest wait for one batch, the start of a child included.
+
+    Raises UserError for arguments that cannot be; iterating raises TrainingError, which names the batch, when
+    a child fails, dies or is silent. After an error and after close() the pipeline is finished.
+
+        with SamplerPipeline(store, store.train_nodes, (15, 10), run_seed=0, num_shards=1,
+                             batch_size=1024, shards=[0], num_samplers=1) as batches:
+            for batch in batches: ...
+    """
+
+    def __init__(
+        self,
+        store: str | Path | HasTopology,
+        train_nodes: Tensor,
+        fanouts: Sequence[int],
+        run_seed: int,
+        num_shards: int,
+        batch_size: int,
+        shards: Sequence[int],
+        num_samplers: int,
+        prefetch: int = 4,
+        start: tuple[int, int] = (0, 0),
+        timeout_seconds: float = 120.0,
+    ) -> None:
+        graph = open_store(store) if isinstance(store, str | Path) else store
+        fanouts = check_fanouts(fanouts)
+        _check_nodes(train_nodes, graph.indptr.shape[0] - 1)
+        for name, value, least in (
+            ("num_shards", num_shards, 1),
+            ("batch_size", batch_size, 1),
+            ("num_samplers", num_samplers, 0),
+            ("prefetch", prefetch, 1),
+        ):
+            if value < least:
+                raise UserError(f"{name}={value} is too small; give at least {least}")
+        if not shards or not all(0 <= shard < num_shards for shard in shards):
+            raise UserError(f"shards={list(shards)} must name at least one of the shards 0 to {num_shards - 1}")
+        self.steps_per_epoch = steps_per_epoch(train_nodes.shape[0], num_shards, batch_size)
+        epoch, step = start
+        if epoch < 0 or not 0 <= step < self.steps_per_epoch:
+            raise UserError(f"start={tuple(start)} is not in this run; an epoch has {self.steps_per_epoch} steps")
+        self._train_nodes = train_nodes
+        self._run_seed = run_seed
+        self._num_shards = num_shards
+        self._batch_size = batch_size
+        self._shards = tuple(shards)
+        self._order: tuple[int, Tensor] | None = None
+        self._ahead = self._coordinates(epoch, step)
+        self._pending: deque[MiniBatch] = deque()
+        self._num_requested = 0
+        self._failure: str | None = None
+        self._processes: list[SamplerProcess] = []
+        self._inline: NeighborSampler | None = None
+
+        if num_samplers == 0:
+            if inline_sampling_is_canonical():
+                self._inline = NeighborSampler(graph.indptr, graph.indices, graph.edge_weight, fanouts)
+                return
+            logger.info(
+                "DGL's generator was used in another thread of this process before; sampling in one child "
+                "process instead, so that batches stay the same"
+            )
+            num_samplers = 1
+        shared = SharedTopology(graph)
+        try:
+            for number in range(num_samplers):
+                self._processes.append(SamplerProcess(shared, fanouts, timeout_seconds, f"sampler process {number}"))
+            for _ in range(num_samplers * prefetch):
+                self._request_next()
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            shared.close()
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The sampler processes' ids; empty when batches are drawn in this process."""
+        return tuple(process.pid for process in self._processes)
+
+    def __iter__(self) -> Iterator[MiniBatch]:
+        return self
+
+    def __next__(self) -> MiniBatch:
+        if self._failure is not None:
+            raise TrainingError(self._failure)
+        try:
+            if self._inline is not None:
+                return self._draw(self._inline, self._next_seeds())
+            batch = self._receive()
+            self._request_next()
+            return batch
+        except BaseException as error:
+            self._failure = str(error) or f"sampling ended with {type(error).__name__}"
+            self.close()
+            raise
+
+    def __enter__(self) -> SamplerPipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the sampler processes and wait for them; idempotent."""
+        self._failure = self._failure or "the sampler pipeline is closed"
+        self._inline = None
+        for process in self._processes:
+            process.hang_up()
+        for process in self._processes:
+            process.close()
+
+    def _coordinates(self, epoch: int, step: int) -> Iterator[BatchCoordinates]:
+        while True:
+            while step < self.steps_per_epoch:
+                for shard in self._shards:
+                    yield BatchCoordinates(epoch, step, shard)
+                step += 1
+            epoch, step = epoch + 1, 0
+
+    def _next_seeds(self) -> MiniBatch:
+        """Return the next batch to be drawn, still without layers."""
+        at = next(self._ahead)
+        if self._order is None or self._order[0] != at.epoch:
+            self._order = (at.epoch, epoch_permutation(self._train_nodes, self._run_seed, at.epoch))
+        bounds = shard_bounds(self._train_nodes.shape[0], at.step, self._num_shards, self._batch_size)
+        seeds = self._order[1][bounds[at.shard] : bounds[at.shard + 1]]
+        return MiniBatch(seeds=seeds, layers=(), coordinates=at)
+
+    def _rng_seed(self, at: BatchCoordinates) -> int:
+        return sampling_seed(self._run_seed, at.epoch, at.step, at.shard)
+
+    def _draw(self, sampler: NeighborSampler, batch: MiniBatch) -> MiniBatch:
+        rng_seed = self._rng_seed(batch.coordinates)
+        try:
+            layers = on_sampling_thread(lambda: sampler.sample(batch.seeds, rng_seed))
+        except Exception as error:
+            raise TrainingError(f"sampling failed on the batch ({batch.coordinates}): {error}") from error
+        return self._with_layers(batch, layers)
+
+    def _request_next(self) -> None:
+        batch = self._next_seeds()
+        number = self._num_requested
+        process = self._processes[number % len(self._processes)]
+        process.request(number, self._rng_seed(batch.coordinates), batch.seeds, str(batch.coordinates))
+        self._pending.append(batch)
+        self._num_requested += 1
+
+    def _receive(self) -> MiniBatch:
+        batch = self._pending[0]
+        number = self._num_requested - len(self._pending)
+        process = self._processes[number % len(self._processes)]
+        layers = process.answer(number, str(batch.coordinates))
+        self._pending.popleft()
+        return self._with_layers(batch, layers)
+
+    def _with_layers(self, batch: MiniBatch, layers: tuple[LayerGraph, ...]) -> MiniBatch:
+        return MiniBatch(seeds=batch.seeds, layers=layers, coordinates=batch.coordinates)
+
+
+def _check_nodes(train_nodes: Tensor, num_nodes: int) -> None:
+    if train_nodes.numel() == 0:
+        raise UserError("there are no training nodes; choose a split whose training part is not empty")
+    assert (train_nodes.dtype, train_nodes.dim()) == (torch.int64, 1), (train_nodes.dtype, train_nodes.shape)
+    first, last = int(train_nodes.min()), int(train_nodes.max())
+    if first < 0 or last >= num_nodes:
+        wrong = first if first < 0 else last
+        raise UserError(f"training node {wrong} is not in the graph, whose nodes are 0 to {num_nodes - 1}")
+    if torch.unique(train_nodes).shape != train_nodes.shape:
+        raise UserError("the training nodes name a node more than once; remove the duplicates")

@@ -1,0 +1,194 @@
+"""The trainer's side of one sampler process: start it, ask it, notice its death or silence, end it.
+
+Processes are started as plain commands: multiprocessing's spawn imports the user's main module again, and
+fork would give the child this process's OpenMP and DGL state.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from typing import IO, Any
+
+from torch import Tensor
+
+from dngd.errors import TrainingError
+from dngd.sampling import wire
+from dngd.sampling.minibatch import LayerGraph
+from dngd.sampling.topology import SharedTopology
+
+logger = logging.getLogger(__name__)
+
+STOP_SECONDS = 2.0
+_TAIL_CHARACTERS = 4000
+_ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+class SamplerProcess:
+    """A child process that draws layer graphs; answers arrive in the order of the requests."""
+
+    def __init__(self, graph: SharedTopology, fanouts: Sequence[int], timeout_seconds: float, name: str) -> None:
+        self.name = name
+        self._timeout_seconds = timeout_seconds
+        self._answers: queue.SimpleQueue[tuple[dict[str, Any], list[Tensor]]] = queue.SimpleQueue()
+        self._ready = False
+        self._requests, child_requests = socket.socketpair()
+        replies, child_replies = socket.socketpair()
+        # A stopped child would otherwise block the send of a large request for ever.
+        self._requests.settimeout(timeout_seconds)
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (_stop closes it)
+        try:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "dngd.sampling.worker",
+                    str(child_requests.fileno()),
+                    str(child_replies.fileno()),
+                ],
+                pass_fds=(child_requests.fileno(), child_replies.fileno(), *graph.fds),
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                env=_environment(),
+                # Ctrl-C is for the trainer, which then closes its samplers.
+                start_new_session=True,
+            )
+        finally:
+            child_requests.close()
+            child_replies.close()
+        self._finalizer = weakref.finalize(self, _stop, self._process, self._requests, self._log)
+        self._reader = threading.Thread(target=_read, args=(replies, self._answers), name=f"dngd {name}", daemon=True)
+        self._reader.start()
+        self._send({"graph": graph.description, "fanouts": list(fanouts)}, [], "starting")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def request(self, number: int, rng_seed: int, seeds: Tensor, what: str) -> None:
+        """Ask for layer graphs. what: names the batch in errors. Raises TrainingError."""
+        self._send({"request": number, "rng_seed": rng_seed}, [seeds], what)
+
+    def answer(self, number: int, what: str) -> tuple[LayerGraph, ...]:
+        """Return the answer to the oldest request not yet answered, whose number is given.
+
+        Raises TrainingError, naming the batch, when the child failed, died, or gave no answer in time.
+        """
+        deadline = time.monotonic() + self._timeout_seconds
+        while True:
+            try:
+                header, arrays = self._answers.get(timeout=max(deadline - time.monotonic(), 0.0))
+            except queue.Empty:
+                waits_for = "its answer" if self._ready else "the process to start and open the graph"
+                raise TrainingError(
+                    f"{self._whoami()} gave no batch ({what}) within {self._timeout_seconds:g} s; waiting "
+                    f"for {waits_for}; it is {_state(self.pid)}; raise the sampler timeout if it is only slow"
+                ) from None
+            if header["kind"] == "ready":
+                self._ready = True
+                if not header["canonical"]:
+                    logger.warning("this DGL draws other batches than dgl 2.1.0 does for the same seed")
+            elif header["kind"] == "lost":
+                raise TrainingError(self._death(what))
+            elif header["kind"] == "error":
+                tail = header["traceback"][-_TAIL_CHARACTERS:]
+                raise TrainingError(f"{self._whoami()} failed on the batch ({what}):\n{tail}")
+            else:
+                assert header["request"] == number, (header["request"], number)
+                return wire.unpack_layers(header["layers"], arrays)
+
+    def hang_up(self) -> None:
+        """Tell the process to end, without waiting for it; idempotent."""
+        self._requests.close()
+
+    def close(self) -> None:
+        """End the process and wait for it; idempotent."""
+        self._finalizer()
+        self._reader.join(STOP_SECONDS)
+
+    def _send(self, header: dict[str, Any], arrays: Sequence[Tensor], what: str) -> None:
+        try:
+            wire.send(self._requests, header, arrays)
+        except TimeoutError:
+            raise TrainingError(
+                f"{self._whoami()} did not take the request for the batch ({what}) within "
+                f"{self._timeout_seconds:g} s; it is {_state(self.pid)}"
+            ) from None
+        except OSError:
+            # The reader has seen the end as well and its report stands behind answers that did arrive.
+            return
+
+    def _death(self, what: str) -> str:
+        try:
+            code: int | None = self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = None
+        if code is None:
+            how = "closed its connection"
+        elif code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+            if code == -signal.SIGKILL:
+                how += " (out of memory, perhaps)"
+        else:
+            how = f"exited with code {code}"
+        self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, self._log.tell() - _TAIL_CHARACTERS))
+        tail = self._log.read().decode(errors="replace").strip()
+        return f"{self._whoami()} {how} before the batch ({what})" + (f":\n{tail}" if tail else "")
+
+    def _whoami(self) -> str:
+        return f"{self.name} (pid {self.pid})"
+
+
+def _environment() -> dict[str, str]:
+    environment = dict(os.environ)
+    environment.update(dict.fromkeys(_ONE_THREAD, "1"))
+    environment["DGLBACKEND"] = "pytorch"
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    # The child must find what this process found, wherever that was put on the path, and nothing else
+    # (not a file of the working folder that happens to be called like a package).
+    environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    environment["PYTHONSAFEPATH"] = "1"
+    return environment
+
+
+def _read(replies: socket.socket, answers: queue.SimpleQueue[tuple[dict[str, Any], list[Tensor]]]) -> None:
+    # Not a method: a thread that held the SamplerProcess would keep it from being collected.
+    try:
+        with replies:
+            while True:
+                answers.put(wire.receive(replies))
+    except Exception as error:
+        answers.put(({"kind": "lost", "error": str(error)}, []))
+
+
+def _stop(process: subprocess.Popen[bytes], requests: socket.socket, log: IO[bytes]) -> None:
+    requests.close()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    log.close()
+
+
+def _state(pid: int) -> str:
+    """Return what the process is doing, in words."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            letter = stat.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return "gone"
+    words = {"R": "running", "S": "sleeping", "D": "waiting for a disk", "T": "stopped", "Z": "dead"}
+    return words.get(letter, f"in state {letter}")

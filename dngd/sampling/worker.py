@@ -1,0 +1,74 @@
+"""A sampler process: `python -m dngd.sampling.worker REQUEST_FD REPLY_FD`, started by dngd.sampling.process.
+
+It draws what it is asked for and knows nothing of epochs or shards. It ends when its request stream does, or
+when its parent is gone. Its main thread is the first to use DGL's generator, which makes its stream the
+canonical one (see sampler).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+
+PARENT_POLL_SECONDS = 1.0
+
+
+def main(argv: list[str]) -> int:
+    parent = os.getppid()
+    threading.Thread(target=_leave_with_parent, args=(parent,), daemon=True).start()
+    requests, replies = (socket.socket(fileno=int(number)) for number in argv)
+
+    from dngd.sampling import wire
+
+    try:
+        try:
+            import torch
+
+            from dngd.sampling.sampler import NeighborSampler, canonical
+            from dngd.sampling.topology import open_topology
+
+            torch.set_num_threads(1)
+            setup, _ = wire.receive(requests)
+            is_canonical = canonical()
+            graph = open_topology(setup["graph"])
+            sampler = NeighborSampler(graph.indptr, graph.indices, graph.edge_weight, setup["fanouts"])
+        except ConnectionError:
+            raise
+        except Exception:
+            wire.send(replies, {"kind": "error", "request": -1, "traceback": traceback.format_exc()})
+            return 1
+        wire.send(replies, {"kind": "ready", "canonical": is_canonical})
+        while True:
+            request, (seeds,) = wire.receive(requests)
+            try:
+                sizes, arrays = wire.pack_layers(sampler.sample(seeds, request["rng_seed"]))
+            except Exception:
+                failure = {"kind": "error", "request": request["request"]}
+                wire.send(replies, {**failure, "traceback": traceback.format_exc()})
+                continue
+            wire.send(replies, {"kind": "batch", "request": request["request"], "layers": sizes}, arrays)
+    except ConnectionError:
+        return 0
+
+
+def _leave_with_parent(parent: int) -> None:
+    """End this process when its parent has ended.
+
+    The end of the request stream says so too, but not while another process that the parent forked still
+    holds the stream open.
+    """
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_SECONDS)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Skips DGL's and torch's teardown, which has nothing to save and can take long.
+    os._exit(code)

@@ -1,0 +1,84 @@
+"""The diagnosis: what decides the exit code, and that every fault comes with its fix."""
+
+from __future__ import annotations
+
+import io
+import json
+from importlib import metadata
+
+import pytest
+from rich.console import Console
+
+from dngd import doctor
+from dngd.doctor import Diagnosis, Finding, diagnose
+from dngd.sampling.dgl_import import PartStatus
+
+
+def rendered(diagnosis: Diagnosis) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    diagnosis.render(console)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_every_fault_has_a_fix_and_the_json_says_the_same() -> None:
+    diagnosis = diagnose()
+    for finding in diagnosis.findings:
+        assert finding.status == "ok" or finding.fix, finding
+    report = json.loads(diagnosis.to_json())
+    assert report["exit_code"] == diagnosis.exit_code
+    assert [entry["name"] for entry in report["findings"]] == [finding.name for finding in diagnosis.findings]
+    names = {finding.name for finding in diagnosis.findings}
+    assert names >= {
+        "python",
+        "torch",
+        "CUDA",
+        "dgl core",
+        "dgl graphbolt",
+        "ray",
+        "pyarrow",
+        "torch-geometric",
+    }
+    assert all(name in rendered(diagnosis) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("status", "required", "code"),
+    [("ok", True, 0), ("untested", True, 0), ("missing", False, 0), ("missing", True, 1)],
+)
+def test_exit_code(status: doctor.Status, required: bool, code: int) -> None:
+    assert Diagnosis((Finding("it", "1.0", status, required, "do this"),)).exit_code == code
+
+
+def test_missing_and_untested_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"ray": "99.0"}
+
+    def version(name: str) -> str:
+        if name in versions:
+            return versions[name]
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    findings = {finding.name: finding for finding in diagnose().findings}
+    assert findings["ray"].status == "untested"
+    assert "only tested with" in findings["ray"].fix
+    assert findings["pyarrow"].status == "missing"
+    assert findings["pyarrow"].fix.startswith("pip install")
+
+
+def test_unusable_dgl_core_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {
+        "core": PartStatus(False, "DGL is not installed"),
+        "graphbolt": PartStatus(False, "needs the core"),
+    }
+    monkeypatch.setattr(doctor, "dgl_parts", lambda: parts)
+    diagnosis = diagnose()
+    assert diagnosis.exit_code == 1
+    assert "DGL is not installed" in rendered(diagnosis)
+    assert "cannot run here" in rendered(diagnosis)
+
+
+def test_too_many_threads_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "100000")
+    finding = next(finding for finding in diagnose().findings if finding.name == "OMP_NUM_THREADS")
+    assert finding.status == "untested"
+    assert "unset it" in finding.fix
