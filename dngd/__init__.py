@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dngd.sampling.dgl_import import install_import_hook
+
 if TYPE_CHECKING:
     from dngd.config import TrainConfig
     from dngd.errors import TrainingError, UserError
@@ -23,6 +25,10 @@ _HOMES = {
     "TrainingError": "dngd.errors",
     "UserError": "dngd.errors",
 }
+
+
+# `import dgl` works after `import dngd`; DGL itself is not loaded by this.
+install_import_hook()
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +32,9 @@ app.add_typer(data_app, name="data")
 
 out = Console()
 err = Console(stderr=True)
+
+# Newer typer brings a click of its own, older ones use the installed one: the base class of either.
+_UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else there.")]
 
@@ -183,7 +185,7 @@ def data_import(
     """Turn a graph into a store."""
     from dngd import graph
 
-    importers = {"npz": graph.import_npz, "planetoid": graph.import_planetoid}
+    importers: dict[str, Any] = {"npz": graph.import_npz, "planetoid": graph.import_planetoid}
     if source_format not in importers:
         raise UserError(f"--format {source_format!r} is unknown; use one of: " + ", ".join(importers))
     _print_store(graph.describe(importers[source_format](source, store, name=name, overwrite=overwrite)))
@@ -234,7 +236,7 @@ def verify(store: Annotated[Path, typer.Argument(help="Store folder")]) -> None:
     """Check every byte of a store against its manifest, and that its content makes sense."""
     from dngd import graph
 
-    problems = graph.GraphStore.open(store).verify()
+    problems = graph.verify_store(store)
     if problems:
         raise UserError(f"{store} is damaged: " + "; ".join(problems) + "; import it again")
     out.print(f"{store}: every file matches its manifest", highlight=False)
@@ -323,12 +325,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error), 2)
     except TrainingError as error:
         _fail(str(error), 1)
-    except click.ClickException as error:
-        _fail(error.format_message(), 2)
-    except (KeyboardInterrupt, click.Abort):
+    except _UsageError as error:
+        _fail(_sentence(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; go on with --resume and the same --run-dir", 130)
     else:
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _sentence(error: Exception) -> str:
+    """Return a parser's complaint on one line, with the option that it is about."""
+    format_message = getattr(error, "format_message", None)
+    text = str(format_message() if format_message else error)
+    return " ".join(text.split()) + " (see dngd --help)"
 
 
 def _fail(message: str, code: int) -> None:

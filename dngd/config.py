@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.config import JsonDict
 
 from dngd.errors import UserError
 
-IDENTITY = {"identity": True}
+IDENTITY: JsonDict = {"identity": True}
 
 
 class _Section(BaseModel):

@@ -10,12 +10,15 @@ from dngd.comm.communicator import (
     destroy_process_group,
     init_process_group,
 )
+from dngd.comm.gradients import FlatGradients, StepSums
 from dngd.comm.packing import buckets, flatten, pack_triangle, triangle_size, unflatten, unpack_triangle
 
 __all__ = [
     "Communicator",
+    "FlatGradients",
     "LocalCommunicator",
     "ProcessGroupCommunicator",
+    "StepSums",
     "Work",
     "assign_owners",
     "buckets",

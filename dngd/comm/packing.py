@@ -39,10 +39,12 @@ def unflatten(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     """Return views of a buffer with the given shapes; their sizes must add up to the buffer's."""
     sizes = [math.prod(shape) for shape in shapes]
     assert sum(sizes) == flat.numel(), f"shapes hold {sum(sizes)} entries, the buffer {flat.numel()}"
-    return [part.view(tuple(shape)) for part, shape in zip(flat.split(sizes), shapes)]
+    parts = torch.split(flat, sizes)
+    return [part.view(tuple(shape)) for part, shape in zip(parts, shapes)]
 
 
 def buckets(flat: Tensor, bucket_bytes: int) -> Iterator[Tensor]:
     """Yield consecutive views of a flat buffer, each of at most bucket_bytes bytes (at least one entry)."""
     entries = max(1, bucket_bytes // flat.element_size())
-    yield from flat.split(entries) if flat.numel() else ()
+    for start in range(0, flat.numel(), entries):
+        yield flat[start : start + entries]

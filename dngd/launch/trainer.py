@@ -12,7 +12,7 @@ from dngd.config import TrainConfig
 from dngd.graph import resolve_dataset
 from dngd.report import write_report
 from dngd.train import RunFolder, RunPlan, RunResult, make_plan, prepare_run_folder, run_rank
-from dngd.train.plan import check_fits
+from dngd.train.plan import check_device, check_fits
 from dngd.train.progress import ConsoleReporter, Reporter, SilentReporter
 
 
@@ -39,6 +39,8 @@ class Trainer:
         Raises UserError for anything that `fit` would refuse before its first step.
         """
         config = self.config
+        if config.engine == "local":
+            check_device(config)
         store = resolve_dataset(config.dataset, config.data_root_in_use, config.cache_dir)
         plan = make_plan(config, store, store.split(config.split, config.seed))
         check_fits(plan, config, config.num_workers if config.engine == "ray" else 1)

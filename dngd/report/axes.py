@@ -37,10 +37,10 @@ class Axis:
 
 
 def nice_step(span: float, count: int) -> float:
-    """Return the smallest of 1, 2, 2.5, 5 times a power of ten that is at least span / count."""
+    """Return the smallest of 1, 2, 5 times a power of ten that is at least span / count."""
     raw = span / count
     power = 10.0 ** math.floor(math.log10(raw))
-    return next(m * power for m in (1.0, 2.0, 2.5, 5.0, 10.0) if m * power >= raw * (1 - 1e-9))
+    return next(m * power for m in (1.0, 2.0, 5.0, 10.0) if m * power >= raw * (1 - 1e-9))
 
 
 def linear_axis(
@@ -64,8 +64,8 @@ def linear_axis(
         air = 0.05 * (high - low)
     low = low if from_zero and low == 0 else max(bounds[0], low - air)
     high = min(bounds[1], high + air)
-    if high <= low:  # every value lies on a bound
-        low, high = low - air, high + air
+    if high <= low:  # every value lies on a bound, or beyond it
+        low, high = min(kept) - air, max(kept) + air
     step = nice_step(high - low, count)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     decimals = max(0, 3 - math.floor(math.log10(step)))  # 0.30000000000000004 is 0.3

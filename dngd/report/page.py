@@ -122,15 +122,15 @@ def _datasets(runs: Sequence[RunFiles]) -> str:
 
 def _cards(summary: Summary) -> str:
     """Return the headline numbers of a single run."""
-    epochs = f"{number(summary.epochs)} epochs" if summary.epochs is not None else ""
+    epochs = f"epochs: {number(summary.epochs)}" if summary.epochs is not None else ""
     steps = summary.run.numbers("step_ms")
-    pace = f"{number(steps['p50'])} ms a step (p50)" if "p50" in steps else ""
+    pace = f"{number(steps['p50'])} ms each (p50)" if "p50" in steps else ""
     dropped = summary.dropped_steps
     dropped_note = f"{integer(dropped)} dropped as not finite" if dropped else ""
     to_best = f"best after {duration(summary.seconds_to_best_val)}" if summary.best is not None else ""
     return _card_list(
         [
-            ("Best validation accuracy", percent(summary.best_val_accuracy), to_best),
+            ("Best val accuracy", percent(summary.best_val_accuracy), to_best),
             ("Test accuracy", percent(summary.test_accuracy), "at best validation"),
             ("Training time", duration(summary.train_seconds), epochs),
             ("Steps", integer(summary.steps), dropped_note or pace),
@@ -146,19 +146,19 @@ def _comparison_cards(summaries: Sequence[Summary], target: float | None) -> str
     scored = [s for s in summaries if s.best is not None]
     if scored and same_task([s.run for s in summaries]):
         best = max(scored, key=lambda s: s.run.evaluations[s.best or 0].val_accuracy)
-        cards.append(("Best validation accuracy", percent(best.best_val_accuracy), best.run.name))
+        cards.append(("Best val accuracy", percent(best.best_val_accuracy), best.run.name))
         cards.append(("Its test accuracy", percent(best.test_accuracy), best.run.name))
     if target is not None:
         reached = [(record, s) for s in summaries if (record := first_at(s.run, target)) is not None]
         for words, attribute, form in (
-            ("Fastest", "train_seconds", duration),
+            ("Least time", "train_seconds", duration),
             ("Fewest steps", "step", integer),
         ):
             ranked = sorted(reached, key=lambda pair: float(getattr(pair[0], attribute)))
             first, last = (float(getattr(ranked[end][0], attribute)) for end in (0, -1))
             ratio = f"; the last took {number(last / first, 2)}×" if 0 < first < last else ""
             name = ranked[0][1].run.name
-            cards.append((f"{words} to {percent(target)} val", form(first), f"{name}{ratio}"))
+            cards.append((f"{words} to {percent(target, 1)}", form(first), f"{name}{ratio}"))
     paced = [s for s in summaries if s.seeds_per_second is not None]
     if paced:
         top = max(paced, key=lambda s: s.seeds_per_second or 0.0)

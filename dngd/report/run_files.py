@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from dngd.errors import UserError
+from dngd.report.axes import plottable
 
 NOT_A_NUMBER = float("nan")
 
@@ -53,12 +54,12 @@ class RunFiles:
         return as_number(self.result.get(key))
 
     def numbers(self, key: str) -> dict[str, float]:
-        """Return a mapping of result.json, e.g. phase_ms, with its finite numbers only."""
+        """Return a mapping of result.json, e.g. phase_ms, with the numbers that can be drawn and added up."""
         mapping = self.result.get(key)
         if not isinstance(mapping, dict):
             return {}
         values = {str(name): as_number(value) for name, value in mapping.items()}
-        return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        return {name: value for name, value in values.items() if value is not None and plottable(value)}
 
     def texts(self, key: str) -> dict[str, str]:
         """Return a mapping of result.json, e.g. versions, as text."""

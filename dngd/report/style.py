@@ -94,6 +94,8 @@ tbody th{font-weight:500;min-width:150px;overflow-wrap:anywhere}
 th .run{display:inline-block;min-width:84px;overflow-wrap:anywhere}
 tbody th .run{display:inline}
 .runs-table tbody th{min-width:210px}
+.keyed{display:flex;align-items:baseline}
+.keyed svg{flex:none;position:relative;top:1px}
 .child{padding-left:20px}
 .numeric td,.numeric thead th:not(:first-child){text-align:right;white-space:nowrap}
 .numeric thead th:not(:first-child){white-space:normal}

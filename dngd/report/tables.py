@@ -38,8 +38,8 @@ def comparison_table(summaries: Sequence[Summary], target: float | None) -> str:
         reached = [first_at(s.run, target) for s in summaries]
         seconds = [record.train_seconds if record else None for record in reached]
         steps = [record.step if record else None for record in reached]
-        columns.append((f"time to {percent(target)} val", seconds, duration, -1))
-        columns.append((f"steps to {percent(target)} val", steps, integer, -1))
+        columns.append((f"time to {percent(target)}", seconds, duration, -1))
+        columns.append((f"steps to {percent(target)}", steps, integer, -1))
     columns += [
         ("time to best val", [s.seconds_to_best_val for s in summaries], duration, 0),
         ("training time", [s.train_seconds for s in summaries], duration, 0),
@@ -73,14 +73,14 @@ def phase_table(runs: Sequence[RunFiles]) -> str:
         parent = name.partition(".")[0]
         family = [other for other in names if other.partition(".")[0] == parent]
         if len(family) == 1:
-            rows.append([f"{square_key(colour)}{escape(words)}", *_milliseconds([name], parts, totals)])
+            rows.append([keyed(colour, words), *_milliseconds([name], parts, totals)])
             continue
         if parent not in parents:
             parents.add(parent)
             rows.append([escape(parent), *_milliseconds(family, parts, totals)])
-        child = f'<span class="child">{square_key(colour)}{escape(words.removeprefix(f"{parent}: "))}</span>'
+        child = keyed(colour, words.removeprefix(f"{parent}: "), "keyed child")
         rows.append([child, *_milliseconds([name], parts, totals)])
-    rows.append(["total", *(number(total) if part else NOTHING for total, part in zip(totals, parts))])
+    rows.append(["total", *_milliseconds(names, parts, totals)])
     return table(["mean ms a step", *map(_name, runs)], rows, "Milliseconds of a step by phase")
 
 
@@ -97,10 +97,8 @@ def bytes_table(runs: Sequence[RunFiles]) -> str:
     """Return bytes handed to collectives by kind; it is the bytes chart's legend too."""
     sent = [sent_bytes(run) for run in runs]
     kinds = list(dict.fromkeys(kind for one in sent for kind in one))
-    rows = [
-        [f"{square_key(BYTES.get(kind, 'c7'))}{escape(kind)}", *(byte_size(one.get(kind)) for one in sent)]
-        for kind in kinds
-    ]
+    keys = {kind: keyed(BYTES.get(kind, "c7"), kind) for kind in kinds}
+    rows = [[keys[kind], *(byte_size(one.get(kind)) for one in sent)] for kind in kinds]
     rows.append(["total", *(byte_size(sum(one.values())) if one else NOTHING for one in sent)])
     return table(["sent by rank 0", *map(_name, runs)], rows, "Bytes handed to collectives by kind")
 
@@ -125,7 +123,7 @@ def configuration_tables(runs: Sequence[RunFiles]) -> str:
 
 
 def environment_table(runs: Sequence[RunFiles]) -> str:
-    """Return versions and peak memory, one column a run; one for all if they are alike."""
+    """Return versions and peak memory, one column a run."""
     names = list(dict.fromkeys(name for run in runs for name in run.texts("versions")))
     columns = [
         [
@@ -161,6 +159,11 @@ def run_key(index: int) -> str:
     """Return the legend key of a run."""
     colour, shape = run_style(index)
     return line_key(colour, shape)
+
+
+def keyed(colour: str, words: str, css: str = "keyed") -> str:
+    """Return a legend entry that is a row's header too."""
+    return f'<span class="{css}">{square_key(colour)}<span>{escape(words)}</span></span>'
 
 
 def state(run: RunFiles) -> str:

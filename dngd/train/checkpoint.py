@@ -95,7 +95,7 @@ class CheckpointFolder:
             "ranks": len(locals_by_rank or ()),
             "position": snapshot.position,
             "identity": snapshot.identity,
-            "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+            "sha256": {name: digest(data) for name, data in files.items()},
         }
         write_flushed(temporary / "state.json", json.dumps(state, indent=1).encode())
         flush_folder(temporary)
@@ -103,7 +103,8 @@ class CheckpointFolder:
             shutil.rmtree(final)  # a resumed run rewrites a checkpoint that was damaged
         os.replace(temporary, final)
         flush_folder(self._path)
-        for old in self._complete()[: -self._keep]:
+        left_overs = [path for path in self._path.iterdir() if path.name.startswith(".writing-")]
+        for old in self._complete()[: -self._keep] + left_overs:
             shutil.rmtree(old, ignore_errors=True)
 
     def load_newest(self) -> tuple[Snapshot | None, list[str]]:
@@ -166,7 +167,7 @@ def _read_verified(folder: Path) -> dict[str, bytes]:
     files = {"state.json": state_bytes}
     for name, expected in state["sha256"].items():
         data = (folder / name).read_bytes()
-        if hashlib.sha256(data).hexdigest() != expected:
+        if digest(data) != expected:
             raise _DamagedError(f"{name} does not match its sha256")
         files[name] = data
     return files
@@ -210,6 +211,11 @@ def check_same_run(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
 def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
     data: bytes = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     return data
+
+
+def digest(data: bytes) -> str:
+    """Return the sha256 of a file's content."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def write_flushed(path: Path, data: bytes) -> None:

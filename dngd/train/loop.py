@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from dngd.comm import Communicator, shards_of_rank
+from dngd.comm import Communicator, FlatGradients, StepSums, shards_of_rank
 from dngd.config import TrainConfig
 from dngd.errors import TrainingError, UserError
 from dngd.graph import GraphStore, Split, resolve_dataset
@@ -26,7 +26,6 @@ from dngd.sampling import MiniBatch, SamplerPipeline, derive_seed
 from dngd.train.batch import PropagationBuilder
 from dngd.train.checkpoint import CheckpointFolder, Snapshot, check_same_run, replace_file
 from dngd.train.evaluation import ExactEvaluator
-from dngd.train.gradients import FlatGradients, StepSums
 from dngd.train.metrics import (
     EvaluationRecord,
     MetricsLog,
@@ -37,7 +36,7 @@ from dngd.train.metrics import (
     versions,
 )
 from dngd.train.optimizers import build_optimizer, load_moments, moments, set_learning_rate
-from dngd.train.plan import check_fits, make_plan
+from dngd.train.plan import check_device, check_fits, make_plan
 from dngd.train.progress import Reporter, StepRecord
 from dngd.train.run_folder import RunFolder
 
@@ -132,7 +131,8 @@ class TrainingLoop:
         epoch, step_in_epoch = divmod(self.step, self.plan.steps_per_epoch)
         lr = learning_rate(
             self.step,
-            self.plan.total_steps,
+            # max_steps cuts a run short without bending its schedule, so that it can be gone on with.
+            self.plan.steps_per_epoch * self.config.epochs,
             self.config.learning_rate,
             self.config.lr_schedule,
             self.config.warmup_steps,
@@ -343,11 +343,7 @@ def run_rank(config: TrainConfig, communicator: Communicator, reporter: Reporter
 def _device(config: TrainConfig) -> torch.device:
     if not config.use_gpu:
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError(
-            "--use-gpu was given but torch sees no CUDA device here; leave it out to train on the CPU, or install a "
-            "CUDA build of torch on a machine with a GPU (dngd doctor tells)"
-        )
+    check_device(config)
     return torch.device("cuda", torch.cuda.current_device())
 
 

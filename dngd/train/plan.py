@@ -139,6 +139,15 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split) -> RunPlan:
     )
 
 
+def check_device(config: TrainConfig) -> None:
+    """Raise UserError if the run wants a GPU and this process sees none."""
+    if config.use_gpu and not torch.cuda.is_available():
+        raise UserError(
+            "--use-gpu was given but torch sees no CUDA device here; leave it out to train on the CPU, or install a "
+            "CUDA build of torch on a machine with a GPU (dngd doctor tells)"
+        )
+
+
 def check_fits(plan: RunPlan, config: TrainConfig, workers_here: int) -> None:
     """Raise UserError if this machine's free memory cannot hold its workers."""
     free = psutil.virtual_memory().available

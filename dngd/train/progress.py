@@ -105,7 +105,8 @@ class ConsoleReporter:
             self._console.print(
                 f"step {record.step}/{record.total_steps}  epoch {record.epoch}  loss {record.loss:.4f}  "
                 f"{record.seeds_per_second:,.0f} seeds/s",
-                highlight=False, soft_wrap=True,
+                highlight=False,
+                soft_wrap=True,
             )
 
     def evaluation(self, record: EvaluationRecord) -> None:
@@ -114,7 +115,8 @@ class ConsoleReporter:
             f"epoch {record.epoch:g}  step {record.step}  train loss {record.train_loss:.4f}  "
             f"val loss {record.val_loss:.4f}  val acc {record.val_accuracy:.4f}  "
             f"test acc {record.test_accuracy:.4f}  {record.train_seconds:.1f} s",
-            highlight=False, soft_wrap=True,
+            highlight=False,
+            soft_wrap=True,
         )
 
     def message(self, text: str) -> None:

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dngd.comm import Communicator, shards_of_rank
+from dngd.comm import Communicator, FlatGradients, shards_of_rank
 from dngd.optim import NaturalGradient, refresh
-from dngd.train.gradients import FlatGradients
 
 NUM_SHARDS, STEPS = 4, 12
 
@@ -86,6 +85,7 @@ def train(comm: Communicator, argument: dict[str, Any]) -> dict[str, Any]:
             "weights": [p.detach().flatten().tolist() for p in net.parameters()],
             "momentum": [optimizer.state[p]["momentum_buffer"].flatten().tolist() for p in net.parameters()],
         },
+        "exchanged": state_bytes(comm),
         "bytes": dict(comm.bytes_sent - sent_before),
     }
 
@@ -113,7 +113,7 @@ def _swap_share_order() -> None:
     refresh.RefreshPipeline._by_owner = swapped  # type: ignore[method-assign]
 
 
-def state_bytes(comm: Communicator, argument: Any) -> dict[str, Any]:
+def state_bytes(comm: Communicator) -> dict[str, Any]:
     """Exercise the byte collectives with payloads of different lengths."""
     gathered = comm.gather_bytes(bytes([comm.rank]) * (3 * comm.rank))
     received = comm.broadcast_bytes(b"from rank 0" if comm.rank == 0 else None)

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "launch": {"train", "config", "comm", "graph", "report"},
     "doctor": {"sampling"},
     "cli": {"launch", "train", "graph", "config", "report", "doctor", ""},
-    "": {"launch", "train", "graph", "config"},
+    "": {"launch", "train", "graph", "config", "sampling"},
 }
 """Part -> the parts that it may import; dngd.errors is open to all, "" is the package's own __init__."""
 

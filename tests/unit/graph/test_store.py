@@ -82,6 +82,20 @@ def test_files_do_not_depend_on_edge_order(graph: tuple[int, np.ndarray], seed: 
         assert float(one.edge_weight.sum()) == pytest.approx(float(weight.sum()))
 
 
+def test_negative_zero_weights_do_not_betray_the_edge_order(tmp_path: Path) -> None:
+    stores = [
+        GraphStore.write(
+            tmp_path / str(sign),
+            edge_index=[[0, 0], [1, 1]],
+            edge_weight=np.array([sign * 0.0, -sign * 0.0]),
+            features=np.ones((2, 1)),
+            duplicates="keep",
+        )
+        for sign in (1, -1)
+    ]
+    assert hashes(stores[0]) == hashes(stores[1])
+
+
 def test_weights_follow_their_edges(arrays: dict[str, Any], small: GraphStore) -> None:
     expected = {
         (int(a), int(b)): float(w) for (a, b), w in zip(arrays["edge_index"].T, arrays["edge_weight"]) if a != b

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from dngd.comm import Communicator
+from dngd.comm.communicator import Communicator
 
 
 class FlatGradients:

@@ -1,0 +1,40 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dngd.graph import GraphStore
+from tests.helpers.graphs import small_store
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Converted stores of the tests go to a folder of their own, not to the user's cache."""
+    path = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("DNGD_CACHE_DIR")
+    os.environ["DNGD_CACHE_DIR"] = str(path)
+    yield path
+    if before is None:
+        del os.environ["DNGD_CACHE_DIR"]
+    else:
+        os.environ["DNGD_CACHE_DIR"] = before
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> GraphStore:
+    """A graph of 600 nodes, 5 classes."""
+    return small_store(tmp_path_factory.mktemp("stores") / "small")
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder of public graphs; tests that need it skip without it."""
+    value = os.environ.get("DNGD_DATA_ROOT")
+    if not value or not Path(value).is_dir():
+        pytest.skip("DNGD_DATA_ROOT names no folder of public graphs")
+    return Path(value)

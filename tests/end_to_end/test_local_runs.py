@@ -1,0 +1,257 @@
+"""Whole runs in this process: outputs, determinism, resume, kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dngd
+from dngd.graph import GraphStore
+from dngd.train import checkpoint
+from dngd.train.evaluate_run import evaluate_run
+from dngd.train.metrics import read_metrics
+
+RESULT_KEYS = {
+    "best_val_accuracy",
+    "test_accuracy",
+    "train_seconds",
+    "seconds_to_best_val",
+    "steps",
+    "epochs",
+    "world_size",
+    "seeds_per_second",
+    "step_ms",
+    "phase_ms",
+    "bytes",
+    "peak_rss_bytes",
+    "peak_gpu_bytes",
+    "versions",
+}
+METRIC_KEYS = ["epoch", "step", "train_loss", "val_loss", "val_accuracy", "test_accuracy", "train_seconds"]
+
+
+def config(store: GraphStore, run_dir: Path, **changes: Any) -> dngd.TrainConfig:
+    fields: dict[str, Any] = {
+        "dataset": str(store.path),
+        "engine": "local",
+        "num_layers": 2,
+        "fanout": (5, 5),
+        "hidden": 24,
+        "batch_size": 40,
+        "epochs": 3,
+        "num_samplers": 0,
+        "run_dir": run_dir,
+    }
+    return dngd.TrainConfig(**(fields | changes))
+
+
+def curve(result: dngd.RunResult) -> list[tuple[float, ...]]:
+    return [(r.train_loss, r.val_loss, r.val_accuracy, r.test_accuracy) for r in result.history]
+
+
+def fit(configuration: dngd.TrainConfig) -> dngd.RunResult:
+    return dngd.Trainer(configuration, quiet=True).fit()
+
+
+@pytest.mark.parametrize("optimizer", ["kfac", "adam", "adamw", "sgd"])
+@pytest.mark.parametrize("model", ["gcn", "sage"])
+def test_every_model_and_optimizer_learns(store: GraphStore, tmp_path: Path, model: str, optimizer: str) -> None:
+    result = fit(config(store, tmp_path / "run", model=model, optimizer=optimizer, epochs=4))
+    majority = float(torch.bincount(store.labels).max()) / store.num_nodes
+    assert result.history[-1].train_loss < result.history[0].train_loss
+    assert result.best_val_accuracy > majority + 0.1
+
+
+def test_the_run_folder(store: GraphStore, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = fit(config(store, run))
+    written = json.loads((run / "result.json").read_text())
+    assert written.keys() >= RESULT_KEYS
+    assert written["step_ms"].keys() >= {"p50", "p99"}
+    assert written["bytes"].keys() == {"gradient", "factor", "inverse"}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [list(line) for line in lines] == [METRIC_KEYS] * 3
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert written["best_val_accuracy"] == max(line["val_accuracy"] for line in lines)
+    best = max(lines, key=lambda line: line["val_accuracy"])
+    assert written["test_accuracy"] == best["test_accuracy"]
+    assert written["seconds_to_best_val"] == best["train_seconds"]
+    assert dngd.TrainConfig.from_yaml(run / "config.yaml") == config(store, run)
+    assert (run / "report.html").stat().st_size > 1000
+    assert len(list((run / "checkpoints").iterdir())) == 3
+    scores = evaluate_run(run)
+    assert scores["val"]["accuracy"] == result.best_val_accuracy
+    assert scores["test"]["accuracy"] == result.test_accuracy
+
+
+def test_two_runs_of_one_seed_are_bitwise_the_same(store: GraphStore, tmp_path: Path) -> None:
+    """Whatever the number of samplers; and another seed is another run."""
+    runs = {
+        n: fit(config(store, tmp_path / f"samplers-{n}", num_samplers=n, num_workers=2, batch_size=20))
+        for n in (0, 1, 2)
+    }
+    assert curve(runs[0]) == curve(runs[1]) == curve(runs[2])
+    other = fit(config(store, tmp_path / "other", seed=1, num_workers=2, batch_size=20))
+    assert curve(other) != curve(runs[0])
+
+
+def test_the_callers_random_state_is_kept(store: GraphStore, tmp_path: Path) -> None:
+    torch.manual_seed(123)
+    expected = torch.rand(3)
+    torch.manual_seed(123)
+    fit(config(store, tmp_path / "run", epochs=1))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("optimizer", ["kfac", "adam"])
+@pytest.mark.parametrize("stop_at", [7, 20])
+def test_resume_equals_never_having_stopped(store: GraphStore, tmp_path: Path, optimizer: str, stop_at: int) -> None:
+    """Stopped in the middle of an epoch, with inverses under way; bitwise."""
+    settings: dict[str, Any] = {
+        "optimizer": optimizer,
+        "kfac": {"inverse_update_period": 6, "inverse_delay": 5, "dense_steps": 2, "factor_update_period": 3},
+        "checkpoint": {"period_steps": 5},
+        "epochs": 5,
+    }
+    straight = fit(config(store, tmp_path / "straight", **settings))
+    stopped = tmp_path / "stopped"
+    fit(config(store, stopped, max_steps=stop_at, **settings))
+    # A run cut short evaluates where it stopped; the straight one did not.
+    resumed = fit(config(store, stopped, resume=True, **settings))
+    by_step = {record.step: record for record in resumed.history}
+    for record in straight.history:
+        found = by_step[record.step]
+        assert (found.train_loss, found.val_loss, found.test_accuracy) == (
+            record.train_loss,
+            record.val_loss,
+            record.test_accuracy,
+        )
+    assert resumed.steps == straight.steps
+    assert [r.step for r in read_metrics(stopped / "metrics.jsonl")] == sorted(by_step)
+
+
+def test_a_finished_run_can_be_resumed(store: GraphStore, tmp_path: Path) -> None:
+    first = fit(config(store, tmp_path / "run"))
+    again = fit(config(store, tmp_path / "run", resume=True))
+    assert curve(again) == curve(first)
+    assert again.best_val_accuracy == first.best_val_accuracy
+
+
+KILLED_WRITER = """
+import os, signal, sys
+import dngd
+from dngd.train import checkpoint
+
+survive, point = int(sys.argv[2]), sys.argv[3]
+calls = 0
+original = getattr(checkpoint, point) if point != "replace" else os.replace
+
+def killing(*arguments):
+    global calls
+    is_checkpoint = "checkpoints" in str(arguments[0])
+    calls += is_checkpoint
+    if is_checkpoint and calls > survive:
+        if point == "write_flushed":
+            with open(arguments[0], "wb") as file:
+                file.write(arguments[1][: len(arguments[1]) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+
+if point == "replace":
+    os.replace = killing
+else:
+    setattr(checkpoint, point, killing)
+dngd.Trainer(dngd.TrainConfig.from_yaml(__import__("pathlib").Path(sys.argv[1])), quiet=True).fit()
+"""
+
+
+@pytest.mark.parametrize(
+    ("point", "survive"),
+    # files a checkpoint: model, optimizer, shared curvature, one rank's, state.json
+    [("write_flushed", 5), ("write_flushed", 8), ("write_flushed", 9), ("replace", 1), ("flush_folder", 3)],
+)
+def test_kill_during_a_checkpoint_write(store: GraphStore, tmp_path: Path, point: str, survive: int) -> None:
+    """SIGKILL in the middle of the second checkpoint; --resume goes on from a good one, on the same curve."""
+    straight = fit(config(store, tmp_path / "straight"))
+    run = tmp_path / "killed"
+    settings = tmp_path / "config.yaml"
+    settings.write_text(config(store, run).to_yaml())
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_WRITER, str(settings), str(survive), point], timeout=120, capture_output=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    complete = {p.name for p in (run / "checkpoints").glob("step-*")}
+    # The fourth flush is of the folder that the second checkpoint was just renamed into.
+    assert complete == {"step-00000006"} | ({"step-00000012"} if point == "flush_folder" else set())
+    resumed = fit(config(store, run, resume=True))
+    assert curve(resumed) == curve(straight)
+    assert not list((run / "checkpoints").glob(".writing-*")), "left-overs stay behind"
+
+
+def test_a_damaged_checkpoint_is_passed_over(store: GraphStore, tmp_path: Path) -> None:
+    straight = fit(config(store, tmp_path / "straight"))
+    run = tmp_path / "run"
+    fit(config(store, run, max_steps=13))
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    data = bytearray((newest / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "model.safetensors").write_bytes(data)
+    resumed = fit(config(store, run, resume=True))
+    by_step = {record.step: record.val_loss for record in resumed.history}
+    assert all(by_step[record.step] == record.val_loss for record in straight.history)
+
+
+def test_mutant_unverified_checkpoint_is_caught(
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its sha256 check the damaged weight would go into the run."""
+    monkeypatch.setattr(checkpoint, "digest", lambda data: "same")
+    with pytest.raises(AssertionError):
+        test_a_damaged_checkpoint_is_passed_over(store, tmp_path)
+
+
+def test_nothing_to_resume_starts_from_the_beginning(store: GraphStore, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fit(config(store, run, epochs=1))
+    shutil.rmtree(run / "checkpoints")
+    assert [r.step for r in fit(config(store, run, epochs=1, resume=True)).history] == [6]
+    assert len(read_metrics(run / "metrics.jsonl")) == 1
+
+
+def test_full_batch_and_all_neighbours(store: GraphStore, tmp_path: Path) -> None:
+    """--batch-size full is one step an epoch; with fanout -1 evaluation and training see the same operator."""
+    result = fit(config(store, tmp_path / "run", batch_size="full", fanout=(-1, -1), epochs=5, dropout=0.0))
+    assert result.steps == 5
+
+
+def test_a_nan_feature_at_run_time_is_dropped_not_learnt(
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps with non-finite gradients are dropped and counted; after ten in a row training stops, clearly."""
+    from dngd.train import loop
+
+    features = store.features.clone()
+    features[:] = float("nan")
+    monkeypatch.setattr(loop, "_place_features", lambda *_: features)
+    with pytest.raises(dngd.TrainingError, match="10 steps in a row"):
+        fit(config(store, tmp_path / "run"))
+
+
+def test_command_line_json(store: GraphStore, tmp_path: Path) -> None:
+    """--json prints result.json on standard output, nothing else there."""
+    command = [sys.executable, "-m", "dngd.cli", "train", "--dataset", str(store.path), "--engine", "local"]
+    command += ["--num-layers", "2", "--fanout", "5,5", "--hidden", "16", "--batch-size", "60", "--epochs", "1"]
+    command += ["--run-dir", str(tmp_path / "run"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout).keys() >= RESULT_KEYS
+    assert "val acc" in done.stderr

@@ -1,0 +1,176 @@
+"""The page: self-contained and well formed whatever the runs hold; its numbers are the runs'."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from dngd.errors import UserError
+from dngd.report import write_report
+from tests.unit.report.run_folders import Page, record, result, write_run
+
+
+def page_of(*runs: Path) -> Page:
+    out = write_report(runs, runs[0].parent / "out" / "report.html")
+    page = Page(out.read_text(encoding="utf-8"))
+    page.check_self_contained()
+    return page
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run"))
+    for words in ("81.25%", "80.25%", "15 s", "4,321", "kfac.damping", "0.01", "2.13.0", "3 GiB", "7 KiB"):
+        assert words in page.text, words
+    assert "unfinished" not in page.text
+    charts = page.all("svg", "chart")
+    assert len(charts) == 6
+    assert all(chart["role"] == "img" and "run" in chart["aria-label"] for chart in charts)
+    assert len(page.all("circle", "ring")) == 2, "the best evaluation is ringed in both accuracy charts"
+
+
+def test_hostile_names_are_text(tmp_path: Path) -> None:
+    hostile = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>&amp;\x00"
+    outcome = result()
+    outcome["versions"] = {hostile: hostile}
+    outcome["phase_ms"] |= {hostile: 1.0}
+    outcome["bytes"] |= {hostile: 1}
+    config = {"dataset": hostile, "model": hostile, hostile: {hostile: [hostile]}}
+    folders = [tmp_path / name / "<script>\"'&" for name in ("a", "b")]
+    runs = [write_run(folder, config=config, outcome=outcome) for folder in folders]
+    for chosen in (runs[:1], runs):
+        page = page_of(*chosen)
+        assert "<script>alert('x')" in page.text, "shown, as text"
+        assert "\x00" not in page.markup
+
+
+def test_an_unfinished_run_shows_what_there_is(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run", outcome={}))
+    assert "unfinished" in page.text
+    assert "81.25%" in page.text
+    assert "80.25%" in page.text
+    assert "Known when a run has finished" in page.text
+
+
+def test_a_run_that_only_began(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run", records=[], outcome={}))
+    assert page.text.count("nothing to draw yet") == 4
+    assert "unfinished" in page.text
+
+
+def test_a_resumed_run_is_not_told_by_its_old_result(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", records=[record(30, 0.8125), record(40, 0.9)], outcome=result(steps=30))
+    page = page_of(run)
+    assert "unfinished" in page.text
+    assert "90.00%" in page.text
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e308])
+def test_values_that_have_no_place_break_the_line(tmp_path: Path, value: float) -> None:
+    records = [record(10, 0.5), record(20, 0.75, loss=value), record(30, value), record(40, 0.75, loss=0.5)]
+    outcome = result(steps=40) | {"seeds_per_second": value, "best_val_accuracy": value}
+    outcome["phase_ms"]["forward"] = value
+    page = page_of(write_run(tmp_path / "run", records=records, outcome=outcome))
+    assert "values not finite, left out" in page.text
+    loss = [line["d"] for line in page.all("path", "line") if "M" in line["d"] and line["d"].count(" ") > 1]
+    assert any(path.count("M") == 2 for path in loss), "a gap, not a line across it"
+
+
+def test_a_diverged_run_says_so(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run", records=[record(10, 0.5), record(30, 0.4, loss=math.nan)]))
+    assert "loss not finite" in page.text
+
+
+def test_a_single_evaluation_shows_its_points(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run", records=[record(30, 0.8125)]))
+    assert len(page.all("circle", "target")) == 8, "two measures in four charts"
+    assert page.all("rect", "dot"), "the dashed line's only point has a marker"
+
+
+def test_several_runs_share_plots_and_a_table(tmp_path: Path) -> None:
+    slow = write_run(tmp_path / "slow", config={"optimizer": "adam"})
+    records = [record(10, 0.82), record(30, 0.85)]
+    fast = write_run(tmp_path / "fast", config={"optimizer": "kfac"}, records=records)
+    page = page_of(slow, fast)
+    assert "2 runs compared" in page.text
+    assert "81.25%, reached by all" in page.text
+    assert "the last took 3×" in page.text
+    assert len(page.all("svg", "chart")) == 6
+    assert all("slow" in c["aria-label"] and "fast" in c["aria-label"] for c in page.all("svg", "chart"))
+    solid = {line["class"] for line in page.all("path", "line") if "dashed" not in line["class"]}
+    assert {"line c0", "line c1"} <= solid
+    assert "1 settings" not in page.text
+    assert "3 settings that all runs share" in page.text
+
+
+def test_a_run_counts_once(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert "runs compared" not in page_of(run, tmp_path / "." / "run").text
+
+
+def test_runs_of_different_data_are_not_ranked(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, config={"dataset": name}) for name in ("cora", "pubmed")]
+    page = page_of(*runs)
+    assert "do not compare" in page.text
+    assert "reached by all" not in page.text
+    assert "Best val accuracy" not in page.text
+
+
+def test_many_runs_look_different(tmp_path: Path) -> None:
+    page = page_of(*(write_run(tmp_path / f"run-{i}") for i in range(9)))
+    assert {f"line c{i}" for i in range(8)} <= {line["class"] for line in page.all("path", "line")}
+
+
+def test_many_evaluations_stay_small(tmp_path: Path) -> None:
+    records = [record(step, 0.8 - 1 / (step + 2)) for step in range(1200)]
+    page = page_of(write_run(tmp_path / "run", records=records, outcome=result(1200)))
+    assert len(page.all("circle", "target")) <= 8 * 102
+    assert len(page.markup) < 1_000_000
+
+
+def test_a_single_process_sends_nothing(tmp_path: Path) -> None:
+    outcome = result() | {"bytes": {"gradient": 0, "factor": 0, "inverse": 0}}
+    page = page_of(write_run(tmp_path / "run", outcome=outcome))
+    assert "a single process sends nothing" in page.text
+
+
+def test_the_file_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, out = write_run(tmp_path / "run"), tmp_path / "report.html"
+    out.write_text("the old page")
+
+    def fail(*_: object) -> None:
+        assert out.read_text() == "the old page"
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dngd.report.page.os.replace", fail)
+        with pytest.raises(UserError, match="No space left"):
+            write_report([run], out)
+    assert out.read_text() == "the old page"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run"]
+    assert write_report([run], out) == out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run"]
+    assert out.read_text().startswith("<!DOCTYPE html>")
+
+
+def test_the_same_runs_give_the_same_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert page_of(run).markup == page_of(run).markup
+
+
+def test_a_folder_as_out_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder"):
+        write_report([write_run(tmp_path / "run")], tmp_path)
+
+
+def test_an_integer_beyond_floats_is_infinite(tmp_path: Path) -> None:
+    outcome = result() | {"seeds_per_second": 10**400, "peak_rss_bytes": -(10**400)}
+    assert "∞" in page_of(write_run(tmp_path / "run", outcome=outcome)).text
+
+
+def test_result_of_odd_types(tmp_path: Path) -> None:
+    outcome = {name: "text" for name in result()} | {"steps": [1], "phase_ms": {"forward": None, "x": True}}
+    page = page_of(write_run(tmp_path / "run", outcome=json.loads(json.dumps(outcome))))
+    assert "81.25%" in page.text, "falls back to the evaluations"
