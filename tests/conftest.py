@@ -10,6 +10,7 @@ import pytest
 
 from dngd.graph import GraphStore
 from tests.helpers.graphs import small_store
+from tests.helpers.ray_cluster import Cluster, ray_cluster
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,3 +39,10 @@ def data_root() -> Path:
     if not value or not Path(value).is_dir():
         pytest.skip("DNGD_DATA_ROOT names no folder of public graphs")
     return Path(value)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """One Ray cluster for all tests, token authentication on."""
+    with ray_cluster() as running:
+        yield running

@@ -35,11 +35,11 @@ LIMITS = {
 }
 
 
-def run_on_ray(config: TrainConfig, reporter: Reporter) -> RunResult:
-    """Train on a Ray cluster and return rank 0's result.
+@contextmanager
+def on_cluster(config: TrainConfig, reporter: Reporter) -> Iterator[None]:
+    """Be connected to a Ray cluster that has what the run asks for while the block runs.
 
-    Raises UserError for an unreachable or too small cluster and for what a worker refuses, TrainingError
-    for a worker that failed.
+    Raises UserError for an unreachable or too small cluster.
     """
     for name, value in LIMITS.items():
         os.environ.setdefault(name, value)
@@ -52,13 +52,17 @@ def run_on_ray(config: TrainConfig, reporter: Reporter) -> RunResult:
             config.ray.start_timeout_seconds,
             reporter.message,
         )
-        return _fit(config, reporter)
+        yield
     finally:
         if connected:
             ray.shutdown()
 
 
-def _fit(config: TrainConfig, reporter: Reporter) -> RunResult:
+def run_on_ray(config: TrainConfig, reporter: Reporter) -> RunResult:
+    """Train on the connected cluster and return rank 0's result.
+
+    Raises UserError for what a worker refuses, TrainingError for a worker that failed.
+    """
     assert config.run_dir is not None
     channel = ray.remote(ProgressChannel).options(num_cpus=0).remote()
     resources = {"CPU": config.ray.cpus_per_worker} | ({"GPU": 1.0} if config.use_gpu else {})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
@@ -11,7 +11,7 @@ from dngd.comm import LocalCommunicator
 from dngd.config import TrainConfig
 from dngd.graph import resolve_dataset
 from dngd.report import write_report
-from dngd.train import RunFolder, RunPlan, RunResult, make_plan, prepare_run_folder, run_rank
+from dngd.train import RunFolder, RunPlan, RunResult, check_run_folder, make_plan, prepare_run_folder, run_rank
 from dngd.train.plan import check_device, check_fits
 from dngd.train.progress import ConsoleReporter, Reporter, SilentReporter
 
@@ -52,26 +52,22 @@ class Trainer:
         Raises UserError for a mistake in the configuration, the data or the folder, before anything is
         overwritten; TrainingError if training cannot go on.
         """
-        self.plan()  # refuses bad input before a folder is made or a worker started
-        config = prepare_run_folder(self.config)
+        # Bad input is refused before a folder is made or a worker started.
+        check_run_folder(self.config)
+        self.plan()
         if self._reporter is not None:
-            result = self._run(config, self._reporter)
+            result = self._run(self._reporter)
         else:
             with ConsoleReporter(Console(file=sys.stderr)) as reporter:
-                result = self._run(config, reporter)
-        assert config.run_dir is not None
-        folder = RunFolder(config.run_dir)
+                result = self._run(reporter)
+        folder = RunFolder(Path(result.run_dir))
         write_report([folder.path], folder.report)
         return result
 
-    def _run(self, config: TrainConfig, reporter: Reporter) -> RunResult:
-        if config.engine == "local":
-            return run_rank(config, LocalCommunicator(), reporter)
-        from dngd.launch.ray_train import run_on_ray  # importing Ray takes seconds
+    def _run(self, reporter: Reporter) -> RunResult:
+        if self.config.engine == "local":
+            return run_rank(prepare_run_folder(self.config), LocalCommunicator(), reporter)
+        from dngd.launch.ray_train import on_cluster, run_on_ray  # importing Ray takes seconds
 
-        return run_on_ray(config, reporter)
-
-
-def result_line(result: RunResult) -> str:
-    """Return result.json's content on one line."""
-    return json.dumps(result.to_json())
+        with on_cluster(self.config, reporter):
+            return run_on_ray(prepare_run_folder(self.config), reporter)

@@ -3,7 +3,7 @@
 from dngd.train.loop import TrainingLoop, run_rank
 from dngd.train.metrics import EvaluationRecord, RunResult
 from dngd.train.plan import RunPlan, make_plan
-from dngd.train.run_folder import RunFolder, prepare_run_folder
+from dngd.train.run_folder import RunFolder, check_run_folder, prepare_run_folder
 
 __all__ = [
     "EvaluationRecord",
@@ -11,6 +11,7 @@ __all__ = [
     "RunPlan",
     "RunResult",
     "TrainingLoop",
+    "check_run_folder",
     "make_plan",
     "prepare_run_folder",
     "run_rank",

@@ -35,11 +35,10 @@ def default_run_dir(config: TrainConfig) -> Path:
     return Path("runs") / f"{Path(config.dataset).stem}-{config.model}-{config.optimizer}-{stamp}"
 
 
-def prepare_run_folder(config: TrainConfig) -> TrainConfig:
-    """Create the run folder, or check that it may be gone on with, and return the configuration with its path.
+def check_run_folder(config: TrainConfig) -> Path:
+    """Return the path of the run folder, which may not exist yet.
 
-    Raises UserError, before anything is overwritten, if the folder holds a run and `resume` is off, holds
-    something else, or cannot be written.
+    Raises UserError if the folder holds a run and `resume` is off, or holds something else.
     """
     path = (config.run_dir or default_run_dir(config)).expanduser().absolute()
     folder = RunFolder(path)
@@ -52,6 +51,16 @@ def prepare_run_folder(config: TrainConfig) -> TrainConfig:
     foreign = path.is_dir() and not folder.holds_a_run and any(path.iterdir())
     if foreign:
         raise UserError(f"run folder {path} holds files that are no run's; give an empty or new --run-dir")
+    return path
+
+
+def prepare_run_folder(config: TrainConfig) -> TrainConfig:
+    """Create the run folder, or check that it may be gone on with, and return the configuration with its path.
+
+    Raises UserError, before anything is overwritten, if `check_run_folder` does or it cannot be written.
+    """
+    path = check_run_folder(config)
+    folder = RunFolder(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".probe-{os.getpid()}"

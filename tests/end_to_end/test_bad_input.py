@@ -57,7 +57,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--resume"], ["--resume needs --run-dir"]),
         (["--config", "missing.yaml"], ["missing.yaml", "cannot be read"]),
         (["--no-such-flag"], ["--no-such-flag"]),
-        (["--epochs", "soon"], ["soon"]),
+        (["--epochs", "soon"], ["--epochs", "integer"]),
     ],
 )
 def test_wrong_flags(
