@@ -268,9 +268,10 @@ def _print_result(result: dict[str, Any]) -> None:
     sent = result["bytes"]
     table.add_row("sent by rank 0", ", ".join(f"{kind} {_size(size)}" for kind, size in sent.items()))
     table.add_row("peak memory of rank 0", _size(result["peak_rss_bytes"]))
-    table.add_row("run folder", result["run_dir"])
-    table.add_row("report", str(Path(result["run_dir"]) / "report.html"))
     out.print(table)
+    # Below the table: a path cut to a column's width is of no use.
+    out.print(f"run folder  {result['run_dir']}", highlight=False, soft_wrap=True)
+    out.print(f"report      {Path(result['run_dir']) / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def _print_plan(plan: dict[str, Any], config: TrainConfig) -> None:
