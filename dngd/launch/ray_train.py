@@ -94,7 +94,8 @@ def _worker(loop_config: dict[str, Any]) -> None:
     config = TrainConfig(**loop_config["config"])
     communicator = current_communicator(timeout_seconds=config.collective_timeout_seconds)
     channel = loop_config["channel"] if communicator.rank == 0 else None
-    result = run_rank(config, communicator, RayReporter(channel))
+    workers_here = ray.train.get_context().get_local_world_size()
+    result = run_rank(config, communicator, RayReporter(channel), workers_here=workers_here)
     if channel is not None:
         ray.get(channel.finish.remote(asdict(result)), timeout=60)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -43,7 +44,10 @@ class Trainer:
             check_device(config)
         store = resolve_dataset(config.dataset, config.data_root_in_use, config.cache_dir)
         plan = make_plan(config, store, store.split(config.split, config.seed))
-        check_fits(plan, config, config.num_workers if config.engine == "ray" else 1)
+        # On a cluster the workers check their own nodes; a local Ray puts them all on this machine.
+        elsewhere = config.engine == "ray" and bool(config.ray.address or os.environ.get("RAY_ADDRESS"))
+        if not elsewhere:
+            check_fits(plan, config, config.num_workers if config.engine == "ray" else 1)
         return plan
 
     def fit(self) -> RunResult:

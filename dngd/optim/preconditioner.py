@@ -272,6 +272,7 @@ class KFACPreconditioner:
         With several ranks all of them must call it, in the same order as their other collectives.
         A layer without statistics yet is left out.
         """
+        self.pipeline.drain()  # sums that a refresh under way has taken are part of the averages
         out: dict[str, KroneckerFactors] = {}
         for name, state in self.states.items():
             total = FactorStatistics(*(tensor.clone() for tensor in state.unfolded.tensors()))

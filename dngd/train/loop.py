@@ -49,7 +49,9 @@ REPORT_PERIOD_SECONDS = 0.25
 class TrainingLoop:
     """One rank of a run. Every method that communicates must be called by all ranks alike."""
 
-    def __init__(self, config: TrainConfig, communicator: Communicator, reporter: Reporter) -> None:
+    def __init__(
+        self, config: TrainConfig, communicator: Communicator, reporter: Reporter, *, workers_here: int = 1
+    ) -> None:
         assert config.run_dir is not None, "the launcher settles the run folder"
         self.config = config
         self.comm = communicator
@@ -59,8 +61,7 @@ class TrainingLoop:
         self.store: GraphStore = resolve_dataset(config.dataset, config.data_root_in_use, config.cache_dir)
         self.split: Split = self.store.split(config.split, config.seed)
         self.plan = make_plan(config, self.store, self.split)
-        workers_here = communicator.world_size if communicator.rank == 0 else 1
-        check_fits(self.plan, config, workers_here if not config.use_gpu else 1)
+        check_fits(self.plan, config, workers_here)
 
         torch.manual_seed(derive_seed(config.seed, _WEIGHTS))
         self.model: GNN = build_model(
@@ -329,10 +330,15 @@ class TrainingLoop:
         )
 
 
-def run_rank(config: TrainConfig, communicator: Communicator, reporter: Reporter) -> RunResult:
-    """Run one rank to the end; rank 0 writes result.json. The caller's random state is left as it was."""
+def run_rank(
+    config: TrainConfig, communicator: Communicator, reporter: Reporter, *, workers_here: int = 1
+) -> RunResult:
+    """Run one rank to the end; rank 0 writes result.json. The caller's random state is left as it was.
+
+    workers_here: how many of the world's ranks share this machine's memory.
+    """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        loop = TrainingLoop(config, communicator, reporter)
+        loop = TrainingLoop(config, communicator, reporter, workers_here=workers_here)
         result = loop.run()
     if communicator.rank == 0:
         replace_file(loop.folder.result, json.dumps(result.to_json(), indent=2).encode())

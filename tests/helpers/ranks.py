@@ -14,18 +14,27 @@ from typing import Any
 TIMEOUT_SECONDS = 120
 
 
-def run_ranks(function: str, world_size: int, arguments: list[Any]) -> list[list[Any]]:
+def run_ranks(function: str, world_size: int, arguments: list[Any], *, wait_limit_seconds: int = 60) -> list[list[Any]]:
     """Return what `module:function(communicator, argument)` returns for each argument, on each rank in order.
 
     function: "tests.multiprocess.work:name". One set of processes does all the arguments, since starting one
-    costs seconds. Arguments and results travel as JSON. A rank that fails or does
-    not end within two minutes fails the test with its output.
+    costs seconds. Arguments and results travel as JSON. wait_limit_seconds: of every collective. A rank that fails or
+    does not end within two minutes fails the test with its output.
     """
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
         processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "tests.helpers.ranks", function, str(rank), str(world_size), folder],
+                [
+                    sys.executable,
+                    "-m",
+                    "tests.helpers.ranks",
+                    function,
+                    str(rank),
+                    str(world_size),
+                    folder,
+                    str(wait_limit_seconds),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -53,13 +62,13 @@ def run_ranks(function: str, world_size: int, arguments: list[Any]) -> list[list
 
 
 def _main() -> None:
-    function, rank, world_size, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    function, rank, world_size, folder, limit = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4], int(sys.argv[5])
     arguments = json.load(sys.stdin)
     from dngd.comm import current_communicator, destroy_process_group, init_process_group
 
     if world_size > 1:
-        init_process_group(rank, world_size, f"file://{folder}/rendezvous", timeout_seconds=60)
-    communicator = current_communicator(timeout_seconds=60)
+        init_process_group(rank, world_size, f"file://{folder}/rendezvous", timeout_seconds=limit)
+    communicator = current_communicator(timeout_seconds=limit)
     module, _, name = function.partition(":")
     work = getattr(importlib.import_module(module), name)
     results = [work(communicator, argument) for argument in arguments]

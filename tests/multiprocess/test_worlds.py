@@ -68,7 +68,10 @@ def test_mutant_per_rank_means_is_caught() -> None:
 def test_mutant_swapped_collective_is_caught() -> None:
     """One rank that shares inverses in another order: an error or another result, never a hang."""
     with pytest.raises(AssertionError):
-        assert_same_run(run_ranks(TRAIN, 2, [{"mutant": "swapped_collectives"}])[0][0], run(1, {"delay": 0})[0])
+        assert_same_run(
+            run_ranks(TRAIN, 2, [{"mutant": "swapped_collectives"}], wait_limit_seconds=15)[0][0],
+            run(1, {"delay": 0})[0],
+        )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

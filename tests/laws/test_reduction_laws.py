@@ -1,0 +1,243 @@
+"""Lazy reduction equals reducing every step, for random uneven counts, decays, schedules, delays and worlds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dngd.curvature import FactorStatistics, damped_inverse, damping_split
+from dngd.optim import KFACPreconditioner, UpdateSchedule
+from dngd.optim.refresh import RefreshPipeline
+from tests.helpers.mutants import assert_caught
+from tests.helpers.thread_world import ThreadCommunicator, run_threads
+
+DAMPING = 0.05
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """counts[step][rank]: rows of that rank at that step; dropped: steps that all ranks drop."""
+
+    counts: tuple[tuple[int, ...], ...]
+    dropped: frozenset[int]
+    rho: float
+    factor_period: int
+    inverse_period: int
+    dense_steps: int
+    delay: int
+
+    @property
+    def world_size(self) -> int:
+        return len(self.counts[0])
+
+
+@st.composite
+def scenarios(draw: st.DrawFn) -> Scenario:
+    world = draw(st.integers(1, 4))
+    steps = draw(st.integers(1, 14))
+    counts = draw(st.lists(st.tuples(*[st.integers(0, 3)] * world), min_size=steps, max_size=steps))
+    inverse_period = draw(st.integers(1, 6))
+    return Scenario(
+        counts=tuple(counts),
+        dropped=frozenset(draw(st.sets(st.integers(0, steps - 1), max_size=3))),
+        rho=draw(st.sampled_from([0.0, 0.5, 0.9])),
+        factor_period=draw(st.integers(1, 3)),
+        inverse_period=inverse_period,
+        dense_steps=draw(st.integers(0, 4)),
+        delay=draw(st.integers(0, inverse_period - 1)),
+    )
+
+
+def make_net() -> nn.Sequential:
+    net = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double()
+    generator = torch.Generator().manual_seed(0)  # torch's own stream is shared by the threads of a world
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    return net
+
+
+def rows(step: int, rank: int, count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return (
+        torch.randn(count, 3, generator=generator, dtype=torch.float64),
+        torch.randn(count, 2, generator=generator, dtype=torch.float64),
+    )
+
+
+def back_propagate(net: nn.Module, step: int, rank: int, count: int) -> None:
+    net.zero_grad(set_to_none=False)
+    for parameter in net.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if count:
+        x, target = rows(step, rank, count)
+        ((net(x) - target) ** 2).sum().backward()
+
+
+def lazy(scenario: Scenario) -> list[dict[str, Any]]:
+    """What the preconditioner does on every rank: inverses in use after each step, factors at the end."""
+
+    def work(comm: ThreadCommunicator) -> dict[str, Any]:
+        net = make_net()
+        pre = KFACPreconditioner(
+            net,
+            damping=DAMPING,
+            loss_reduction="sum",
+            factor_decay=scenario.rho,
+            factor_update_period=scenario.factor_period,
+            inverse_update_period=scenario.inverse_period,
+            dense_steps=scenario.dense_steps,
+            inverse_delay=scenario.delay,
+            communicator=comm,
+        )
+        in_use = []
+        for step, counts in enumerate(scenario.counts):
+            back_propagate(net, step, comm.rank, counts[comm.rank])
+            pre.step(counts[comm.rank], finite=step not in scenario.dropped, mean_gradients=True)
+            in_use.append(
+                {
+                    name: None if s.a_inverse is None or s.g_inverse is None else (s.a_inverse, s.g_inverse)
+                    for name, s in pre.states.items()
+                }
+            )
+        factors = pre.factors()
+        pre.close()
+        return {"in_use": in_use, "factors": factors}
+
+    return run_threads(scenario.world_size, work)
+
+
+def eager(scenario: Scenario) -> dict[str, Any]:
+    """The definition: every factor step's rows of all ranks at once, `S ← ρS + ΔS`, no pipeline."""
+    net = make_net()
+    names = ["0", "2"]
+    schedule = UpdateSchedule(scenario.factor_period, scenario.inverse_period, scenario.dense_steps)
+    sums = {
+        name: FactorStatistics.zeros(d_a, 2, dtype=torch.float64, device=torch.device("cpu"))
+        for name, d_a in zip(names, (4, 3))
+    }
+    inverses: dict[str, tuple[Tensor, Tensor] | None] = dict.fromkeys(names)
+    due: list[tuple[int, str, tuple[Tensor, Tensor] | None]] = []
+    tried: set[str] = set()
+    in_use, committed = [], 0
+    for step, counts in enumerate(scenario.counts):
+        if schedule.is_factor_step(step) and step not in scenario.dropped:
+            committed += 1
+            parts = [rows(step, rank, count) for rank, count in enumerate(counts)]
+            x, target = (torch.cat(tensors) for tensors in zip(*parts))
+            with torch.no_grad():
+                h = torch.tanh(net[0](x))
+                g_out = 2 * (net[2](h) - target)
+                g_hidden = (g_out @ net[2].weight) * (1 - h**2)
+            for name, inputs, gradients in (("0", x, g_hidden), ("2", h, g_out)):
+                m = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=torch.float64)], dim=1)
+                sums[name].decay_(scenario.rho)
+                sums[name].add_(
+                    FactorStatistics(
+                        m.T @ m, gradients.T @ gradients, torch.tensor([len(m), len(m)], dtype=torch.float64)
+                    )
+                )
+        under_way = {name for _, name, _ in due}
+        if committed:
+            wanted = {names[i] for i in schedule.layers_due(step, 2)}
+            for name in names:
+                if name in under_way or not (name in wanted or name not in tried):
+                    continue
+                delay = scenario.delay if name in tried else 0
+                due.append((step + delay, name, invert(sums[name])))
+        for at, name, pair in due:
+            if at <= step:
+                tried.add(name)
+                inverses[name] = pair or inverses[name]
+        due = [item for item in due if item[0] > step]
+        in_use.append(dict(inverses))
+    return {"in_use": in_use, "factors": {n: f for n in names if (f := sums[n].factors()) is not None}}
+
+
+def invert(sums: FactorStatistics) -> tuple[Tensor, Tensor] | None:
+    factors = sums.factors()
+    if factors is None:
+        return None
+    lambda_a, lambda_g = damping_split(factors.A, factors.G, DAMPING, "tikhonov")
+    a, g = damped_inverse(factors.A, lambda_a).inverse, damped_inverse(factors.G, lambda_g).inverse
+    assert a is not None
+    assert g is not None
+    return a, g
+
+
+def law_lazy_is_eager(scenario: Scenario) -> None:
+    expected = eager(scenario)
+    for found in lazy(scenario):
+        assert found["factors"].keys() == expected["factors"].keys()
+        for name, pair in expected["factors"].items():
+            for mine, theirs in zip(found["factors"][name], pair):
+                assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)
+        for step, (mine_now, theirs_now) in enumerate(zip(found["in_use"], expected["in_use"])):
+            for name in theirs_now:
+                mine, theirs = mine_now[name], theirs_now[name]
+                assert (mine is None) == (theirs is None), f"step {step}, layer {name}"
+                if mine is not None and theirs is not None:
+                    for a, b in zip(mine, theirs):
+                        assert torch.allclose(a, b, rtol=1e-7, atol=1e-9), f"step {step}, layer {name}"
+
+
+@settings(max_examples=60, deadline=None)
+@given(scenarios())
+def test_lazy_is_eager(scenario: Scenario) -> None:
+    law_lazy_is_eager(scenario)
+
+
+EXAMPLE = Scenario(
+    counts=((2, 1), (0, 3), (1, 1), (3, 0), (2, 2), (1, 0), (0, 0), (1, 2), (2, 1), (1, 1)),
+    dropped=frozenset({1, 7}),
+    rho=0.7,
+    factor_period=2,
+    inverse_period=4,
+    dense_steps=3,
+    delay=2,
+)
+
+
+def test_mutants_are_caught() -> None:
+    def stale_fold(self: RefreshPipeline, refresh: Any) -> None:
+        refresh.decays = dict.fromkeys(refresh.decays, 1.0)
+        original_fold(self, refresh)
+
+    def keeps_local_sums(self: RefreshPipeline, step: int, layers: Any, damping: Any, delay: int) -> None:
+        kept = {n: [t.clone() for t in self._states[n].unfolded.tensors()] for n in layers}
+        original_launch(self, step, layers, damping, delay)
+        for name, tensors in kept.items():
+            for tensor, value in zip(self._states[name].unfolded.tensors(), tensors):
+                tensor.copy_(value)
+
+    def adopts_late(self: RefreshPipeline, step: int) -> None:
+        original_advance(self, step - 1 if self.under_way and self.under_way[0].step < step else step)
+
+    def ignores_drops(self: KFACPreconditioner) -> None:
+        self.commit(1.0)
+        self.dropped_steps += 1
+
+    def forgets_idle_decay(self: KFACPreconditioner, num_samples: float) -> None:
+        before = {n: ([t.clone() for t in s.unfolded.tensors()], s.decay) for n, s in self.states.items()}
+        idle = [n for n, layer in self.layers.items() if layer.pending is None]
+        original_commit(self, num_samples)
+        for name in idle:
+            tensors, self.states[name].decay = before[name]
+            for tensor, value in zip(self.states[name].unfolded.tensors(), tensors):
+                tensor.copy_(value)
+
+    original_fold, original_launch = RefreshPipeline._fold, RefreshPipeline.launch
+    original_advance, original_commit = RefreshPipeline.advance, KFACPreconditioner.commit
+    for target, attribute, replacement in (
+        (RefreshPipeline, "_fold", stale_fold),
+        (RefreshPipeline, "launch", keeps_local_sums),
+        (RefreshPipeline, "advance", adopts_late),
+        (KFACPreconditioner, "discard", ignores_drops),
+        (KFACPreconditioner, "commit", forgets_idle_decay),
+    ):
+        assert_caught(lambda: law_lazy_is_eager(EXAMPLE), target, attribute, replacement)

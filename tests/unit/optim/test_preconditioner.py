@@ -1,0 +1,194 @@
+"""The preconditioner in a user's own loop: use, misuse, state."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dngd.errors import UserError
+from dngd.optim import KFACPreconditioner, NaturalGradient
+
+
+def make_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def back_propagate(net: nn.Module, n: int = 8) -> None:
+    torch.manual_seed(1)
+    F.cross_entropy(net(torch.randn(n, 4)), torch.randint(3, (n,))).backward()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"damping": 0.0}, "damping=0.0"),
+        ({"damping": -1}, "above 0"),
+        ({"damping_mode": "huge"}, "tikhonov"),
+        ({"damping_g_ratio": 0.0}, "damping_g_ratio"),
+        ({"factor_decay": 1.0}, "below 1.0"),
+        ({"factor_update_period": 0}, "factor_update_period=0"),
+        ({"inverse_update_period": 0}, "inverse_update_period=0"),
+        ({"dense_steps": -1}, "dense_steps=-1"),
+        ({"inverse_delay": 100}, "inverse_delay=100"),
+        ({"kl_clip": 0.0, "lr": 1.0}, "kl_clip=0.0"),
+        ({"kl_clip": 1e-3}, "pass lr="),
+        ({"loss_reduction": "none"}, "mean, sum"),
+        ({"fisher": "ggn"}, "empirical"),
+    ],
+)
+def test_arguments_out_of_range(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said.replace("(", r"\(")):
+        KFACPreconditioner(make_net(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [({"lr": 0.0}, "lr"), ({"momentum": 1.0}, "momentum"), ({"weight_decay": -1.0}, "weight_decay")],
+)
+def test_optimizer_arguments_out_of_range(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        NaturalGradient(make_net(), **arguments)
+
+
+def test_step_before_backward() -> None:
+    with pytest.raises(UserError, match="backward"):
+        KFACPreconditioner(make_net()).step(num_samples=8)
+    with pytest.raises(UserError, match="num_samples"):
+        NaturalGradient(make_net()).step()
+
+
+def test_no_supported_layer() -> None:
+    with pytest.raises(UserError, match=r"nn\.Linear"):
+        KFACPreconditioner(nn.Conv2d(1, 1, 3))
+
+
+def test_shared_weight_is_refused() -> None:
+    net = make_net()
+    net.append(nn.Linear(6, 3))
+    net[3].weight = net[2].weight
+    with pytest.raises(UserError, match="share"):
+        KFACPreconditioner(net)
+
+
+def test_left_over_parameters_are_named_and_keep_their_gradient() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+    with pytest.warns(UserWarning, match=r"1\.weight, 1\.bias"):
+        pre = KFACPreconditioner(net)
+    back_propagate(net)
+    norm, linear = net[1].weight.grad.clone(), net[0].weight.grad.clone()
+    pre.step(num_samples=8)
+    assert torch.equal(net[1].weight.grad, norm)
+    assert not torch.equal(net[0].weight.grad, linear)
+
+
+def test_frozen_layers_are_left_alone() -> None:
+    net = make_net()
+    net[0].requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pre = KFACPreconditioner(net)
+    assert list(pre.layers) == ["2"]
+    back_propagate(net)
+    assert pre.step(num_samples=8)
+
+
+def test_forward_without_backward_leaves_no_trace() -> None:
+    net = make_net()
+    pre = KFACPreconditioner(net)
+    net(torch.randn(100, 4))
+    with torch.no_grad():
+        net(torch.randn(100, 4))
+    back_propagate(net)
+    pre.step(num_samples=8)
+    assert float(pre.states["0"].folded.counts[0]) == 8
+
+
+def test_accumulated_micro_batches_are_one_batch() -> None:
+    """Two backward passes of half the mean loss each: the factors and gradient of the whole batch."""
+    found = []
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    for parts in (1, 2):
+        net = make_net()
+        pre = KFACPreconditioner(net, damping=0.1)
+        for xs, ys in zip(x.chunk(parts), y.chunk(parts)):
+            (F.cross_entropy(net(xs), ys) / parts).backward()
+        pre.step(num_samples=8)
+        found.append([*pre.factors()["0"], *(p.grad for p in net.parameters())])
+    for whole, halves in zip(*found):
+        assert torch.allclose(whole, halves, rtol=1e-4, atol=1e-6)
+
+
+def test_non_finite_gradient_drops_the_step() -> None:
+    net = make_net()
+    optimizer = NaturalGradient(net)
+    back_propagate(net)
+    optimizer.step(num_samples=8)
+    before = [p.clone() for p in net.parameters()]
+    state = {k: v.clone() for k, v in optimizer.preconditioner.state_dict().items()}
+    optimizer.zero_grad()
+    back_propagate(net)
+    net[0].weight.grad[0, 0] = float("inf")
+    optimizer.step(num_samples=8)
+    assert optimizer.preconditioner.dropped_steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
+    after = optimizer.preconditioner.state_dict()
+    assert torch.equal(after["shared.folded.a_sum.0"], state["shared.folded.a_sum.0"])
+    assert torch.equal(after["local.unfolded.a_sum.0"], state["local.unfolded.a_sum.0"])
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+def test_state_dict_is_tensors_and_resumes_bitwise(delay: int) -> None:
+    def run(steps: range, net: nn.Module, optimizer: NaturalGradient) -> None:
+        for step in steps:
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            F.cross_entropy(net(torch.randn(8, 4)), torch.randint(3, (8,))).backward()
+            optimizer.step(num_samples=8)
+
+    options = {"inverse_delay": delay, "inverse_update_period": 5, "dense_steps": 2, "factor_update_period": 2}
+    straight = make_net()
+    run(range(20), straight, NaturalGradient(straight, **options))
+    first = make_net()
+    optimizer = NaturalGradient(first, **options)
+    run(range(7), first, optimizer)
+    state = optimizer.state_dict()
+    assert all(isinstance(value, torch.Tensor) for value in state["preconditioner"].values())
+    second = make_net()
+    second.load_state_dict(first.state_dict())
+    resumed = NaturalGradient(second, **options)
+    resumed.load_state_dict(state)
+    run(range(7, 20), second, resumed)
+    for a, b in zip(straight.parameters(), second.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_state_of_another_model_is_refused() -> None:
+    net = make_net()
+    pre = KFACPreconditioner(net)
+    back_propagate(net)
+    pre.step(num_samples=8)
+    other = KFACPreconditioner(nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)))
+    with pytest.raises(UserError, match="layers"):
+        other.load_state_dict(pre.state_dict())
+
+
+def test_failed_inversion_keeps_the_last_good_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dngd.curvature import InverseResult
+    from dngd.optim import refresh
+
+    net = make_net()
+    pre = KFACPreconditioner(net, inverse_update_period=1, factor_update_period=1)
+    back_propagate(net)
+    pre.step(num_samples=8)
+    good = pre.states["0"].a_inverse
+    monkeypatch.setattr(refresh, "damped_inverse", lambda matrix, damping: InverseResult(None, 1.0, 5))
+    back_propagate(net)
+    pre.step(num_samples=8)
+    assert pre.states["0"].a_inverse is good
+    assert pre.health()["0"] == {"staleness": 2.0, "escalations": 5.0 * 2, "failed_inversions": 2.0}

@@ -1,0 +1,46 @@
+"""Schedules are pure functions of the step."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dngd.optim import UpdateSchedule, learning_rate, value_at
+
+
+def test_values() -> None:
+    assert value_at(0.5, 10) == 0.5
+    assert value_at(lambda step: step / 4, 10) == 2.5
+
+
+def test_cosine() -> None:
+    rates = [learning_rate(step, 100, 0.4, "cosine", 0) for step in range(101)]
+    assert rates[0] == 0.4
+    assert rates[50] == pytest.approx(0.2)
+    assert rates[100] == pytest.approx(0.0, abs=1e-12)
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_warm_up_then_constant() -> None:
+    rates = [learning_rate(step, 100, 0.4, "constant", 4) for step in range(8)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4, 0.4])
+    assert learning_rate(4, 100, 0.4, "cosine", 4) == 0.4
+
+
+@given(st.integers(1, 60), st.integers(1, 8), st.integers(0, 30))
+def test_every_layer_is_refreshed_once_a_period(period: int, num_layers: int, dense_steps: int) -> None:
+    schedule = UpdateSchedule(10, period, dense_steps)
+    assert schedule.layers_due(0, num_layers) == list(range(num_layers))
+    for start in (period, 5 * period):
+        due = [layer for step in range(start, start + period) for layer in schedule.layers_due(step, num_layers)]
+        assert sorted(due) == list(range(num_layers))
+        if period >= num_layers:
+            assert max(len(schedule.layers_due(s, num_layers)) for s in range(start, start + period)) == 1
+
+
+def test_dense_at_first() -> None:
+    schedule = UpdateSchedule(10, 50, 20)
+    assert [step for step in range(41) if schedule.is_factor_step(step)] == [*range(20), 20, 30, 40]
+    assert [step for step in range(50) if schedule.layers_due(step, 2) == [0, 1]] == [0, 1, 2, 4, 8, 16, 32]
+    assert [step for step in range(50) if UpdateSchedule(10, 50, 0).layers_due(step, 2)] == [0]
