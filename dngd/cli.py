@@ -31,7 +31,6 @@ data_app = typer.Typer(help="Graphs on disk: import, make, describe and check st
 app.add_typer(data_app, name="data")
 
 out = Console()
-err = Console(stderr=True)
 
 # Newer typer brings a click of its own, older ones use the installed one: the base class of either.
 _UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -112,11 +111,11 @@ def train(
         flags["kfac"] = {"damping": damping}
     if address is not None:
         flags["ray"] = {"address": address}
-    fields = merge(read_yaml(config) if config is not None else {}, flags)
+    from dngd.launch import Trainer  # imports torch: not for --help
+
+    fields = merge(_base_fields(config, run_dir, bool(resume)), flags)
     for text in assignments or []:
         fields = merge(fields, parse_assignment(text))
-    from dngd.launch import Trainer  # imports DGL: not for --help
-
     trainer = Trainer(TrainConfig(**fields), quiet=quiet)
     if dry_run:
         plan = trainer.plan()
@@ -127,6 +126,17 @@ def train(
         _print_json(result.to_json())
     elif not quiet:
         _print_result(result.to_json())
+
+
+def _base_fields(config: Path | None, run_dir: Path | None, resume: bool) -> dict[str, Any]:
+    """Return what flags go on top of: the configuration file, or else the resumed run's own configuration."""
+    if config is not None:
+        return read_yaml(config)
+    from dngd.train import RunFolder
+
+    if resume and run_dir is not None and RunFolder(run_dir).config.exists():
+        return read_yaml(RunFolder(run_dir).config)
+    return {}
 
 
 @app.command()

@@ -24,75 +24,42 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+# fmt: off
+# one line a field, however long
 class KFACConfig(_Section):
     """Natural gradient (`optimizer: kfac`); see dngd.optim.NaturalGradient for the formulas."""
 
-    damping: float = Field(
-        1e-2,
-        gt=0,
-        description="λ; a share of tr A in relative mode, in units of the Fisher in tikhonov mode",
-        json_schema_extra=IDENTITY,
-    )
-    damping_mode: Literal["relative", "tikhonov"] = Field(
-        "relative",
-        description="relative: λ·tr A and ratio·λ·tr G; tikhonov: √λ·π and √λ/π",
-        json_schema_extra=IDENTITY,
-    )
-    damping_g_ratio: float = Field(
-        10.0, gt=0, description="relative mode: G's share over A's", json_schema_extra=IDENTITY
-    )
-    factor_decay: float = Field(
-        0.95, ge=0, lt=1, description="ρ of the running averages, per factor step", json_schema_extra=IDENTITY
-    )
+    damping: float = Field(1e-2, gt=0, description="λ; a share of tr A in relative mode, in units of the Fisher in tikhonov mode", json_schema_extra=IDENTITY)
+    damping_mode: Literal["relative", "tikhonov"] = Field("relative", description="relative: λ·tr A and ratio·λ·tr G; tikhonov: √λ·π and √λ/π", json_schema_extra=IDENTITY)
+    damping_g_ratio: float = Field(10.0, gt=0, description="relative mode: G's share over A's", json_schema_extra=IDENTITY)
+    factor_decay: float = Field(0.95, ge=0, lt=1, description="ρ of the running averages, per factor step", json_schema_extra=IDENTITY)
     factor_update_period: int = Field(10, ge=1, description="steps between factor steps", json_schema_extra=IDENTITY)
-    inverse_update_period: int = Field(
-        50, ge=1, description="steps between two refreshes of a layer", json_schema_extra=IDENTITY
-    )
-    dense_steps: int = Field(
-        20,
-        ge=0,
-        description="first steps that are all factor steps; inverses then at powers of two",
-        json_schema_extra=IDENTITY,
-    )
-    inverse_delay: int = Field(
-        0,
-        ge=0,
-        description="steps from a refresh's launch to its adoption; 0 waits at once",
-        json_schema_extra=IDENTITY,
-    )
-    kl_clip: float | None = Field(
-        3e-3, gt=0, description="κ, bound of a step's predicted KL; null for none", json_schema_extra=IDENTITY
-    )
+    inverse_update_period: int = Field(50, ge=1, description="steps between two refreshes of a layer", json_schema_extra=IDENTITY)
+    dense_steps: int = Field(20, ge=0, description="first steps that are all factor steps; inverses then at powers of two", json_schema_extra=IDENTITY)
+    inverse_delay: int = Field(0, ge=0, description="steps from a refresh's launch to its adoption; 0 waits at once", json_schema_extra=IDENTITY)
+    kl_clip: float | None = Field(3e-3, gt=0, description="κ, bound of η²·⟨natural gradient, gradient⟩, twice a step's predicted KL; null for none", json_schema_extra=IDENTITY)
     momentum: float = Field(0.9, ge=0, lt=1, description="μ, applied after preconditioning", json_schema_extra=IDENTITY)
 
     @model_validator(mode="after")
     def _delay_below_period(self) -> KFACConfig:
         if self.inverse_delay >= self.inverse_update_period:
-            raise ValueError(
-                f"inverse_delay={self.inverse_delay} must be below inverse_update_period={self.inverse_update_period}"
-            )
+            raise ValueError(f"inverse_delay={self.inverse_delay} must be below inverse_update_period={self.inverse_update_period}")
         return self
 
 
 class CheckpointConfig(_Section):
     """Checkpoints in RUN/checkpoints."""
 
-    period_steps: int | None = Field(
-        None, ge=1, description="steps between checkpoints; null: at the end of each epoch"
-    )
+    period_steps: int | None = Field(None, ge=1, description="steps between checkpoints; null: at the end of each epoch")
     keep: int = Field(3, ge=1, description="newest checkpoints kept")
 
 
 class RayConfig(_Section):
     """Ray Train (`engine: ray`)."""
 
-    address: str | None = Field(
-        None, description="cluster to connect to; null: $RAY_ADDRESS, else a local one is started"
-    )
+    address: str | None = Field(None, description="cluster to connect to; null: $RAY_ADDRESS, else this machine's, else a local one is started")
     cpus_per_worker: float = Field(1.0, gt=0, description="CPUs reserved for a worker")
-    start_timeout_seconds: float = Field(
-        60.0, gt=0, description="limit for the cluster to offer what is asked, seconds"
-    )
+    start_timeout_seconds: float = Field(45.0, gt=0, description="limit for the cluster to offer what is asked, seconds; more where it scales by itself")
 
 
 class TrainConfig(_Section):
@@ -106,64 +73,29 @@ class TrainConfig(_Section):
 
     dataset: str = Field(description="name (DATA_ROOT/NAME.npz or built-in) or path of a store or npz file")
     data_root: Path | None = Field(None, description="folder of data sets; null: $DNGD_DATA_ROOT")
-    cache_dir: Path | None = Field(
-        None, description="folder of converted stores; null: $DNGD_CACHE_DIR or ~/.cache/dngd"
-    )
-    split: str = Field(
-        "masks",
-        description="masks | masks:K | public | complete | random:TRAIN/VAL/TEST",
-        json_schema_extra=IDENTITY,
-    )
+    cache_dir: Path | None = Field(None, description="folder of converted stores; null: $DNGD_CACHE_DIR or ~/.cache/dngd")
+    split: str = Field("masks", description="masks | masks:K | public | complete | random:TRAIN/VAL/TEST", json_schema_extra=IDENTITY)
     model: Literal["gcn", "sage"] = Field("gcn", description="layer kind", json_schema_extra=IDENTITY)
     hidden: int = Field(256, ge=1, description="width of the hidden layers", json_schema_extra=IDENTITY)
     num_layers: int = Field(3, ge=1, le=16, description="number of graph layers", json_schema_extra=IDENTITY)
-    fanout: tuple[int, ...] | None = Field(
-        None,
-        description="neighbours drawn per layer, input side first, -1 for all; null: 15,10,5 cut or repeated to num_layers",
-        json_schema_extra=IDENTITY,
-    )
+    fanout: tuple[int, ...] | None = Field(None, description="neighbours drawn per layer, input side first, -1 for all; null: 15,10,5 cut or repeated to num_layers", json_schema_extra=IDENTITY)
     dropout: float = Field(0.5, ge=0, lt=1, description="between layers", json_schema_extra=IDENTITY)
-    batch_size: int | Literal["full"] = Field(
-        1024,
-        description="seeds a shard and step; full: all training nodes in one step",
-        json_schema_extra=IDENTITY,
-    )
-    epochs: int = Field(10, ge=1, description="passes over the training nodes")
+    batch_size: int | Literal["full"] = Field(1024, description="seeds a shard and step; full: all training nodes in one step", json_schema_extra=IDENTITY)
+    epochs: int = Field(10, ge=1, description="passes over the training nodes; another number on resuming also bends a cosine schedule")
     max_steps: int | None = Field(None, ge=1, description="stop after this many steps")
-    optimizer: Literal["kfac", "adam", "adamw", "sgd"] = Field(
-        "kfac", description="kfac: natural gradient", json_schema_extra=IDENTITY
-    )
-    lr: float | None = Field(
-        None,
-        gt=0,
-        description="peak learning rate; null: 0.1 kfac, 0.01 adam and adamw, 0.1 sgd",
-        json_schema_extra=IDENTITY,
-    )
-    lr_schedule: Literal["cosine", "constant"] = Field(
-        "cosine", description="over all steps of the run", json_schema_extra=IDENTITY
-    )
+    optimizer: Literal["kfac", "adam", "adamw", "sgd"] = Field("kfac", description="kfac: natural gradient", json_schema_extra=IDENTITY)
+    lr: float | None = Field(None, gt=0, description="peak learning rate; null: 0.1 kfac, 0.01 adam and adamw, 0.1 sgd", json_schema_extra=IDENTITY)
+    lr_schedule: Literal["cosine", "constant"] = Field("cosine", description="over all steps of the run", json_schema_extra=IDENTITY)
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up", json_schema_extra=IDENTITY)
-    weight_decay: float = Field(
-        0.0, ge=0, description="decoupled for kfac and adamw, L2 for adam and sgd", json_schema_extra=IDENTITY
-    )
+    weight_decay: float = Field(0.0, ge=0, description="decoupled for kfac and adamw, L2 for adam and sgd", json_schema_extra=IDENTITY)
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd", json_schema_extra=IDENTITY)
     kfac: KFACConfig = Field(default_factory=lambda: KFACConfig(), description="natural-gradient settings")
-    seed: int = Field(
-        0,
-        ge=0,
-        lt=2**31,
-        description="of weights, splits, batches, sampling, dropout",
-        json_schema_extra=IDENTITY,
-    )
+    seed: int = Field(0, ge=0, lt=2**31, description="of weights, splits, batches, sampling, dropout", json_schema_extra=IDENTITY)
     engine: Literal["local", "ray"] = Field("ray", description="ray: Ray Train workers; local: this process")
     num_workers: int = Field(1, ge=1, description="Ray Train workers; with engine local: the number of shards run here")
-    num_shards: int | None = Field(
-        None, ge=1, description="S, logical shards of a step; null: num_workers", json_schema_extra=IDENTITY
-    )
+    num_shards: int | None = Field(None, ge=1, description="S, logical shards of a step; null: num_workers", json_schema_extra=IDENTITY)
     use_gpu: bool = Field(False, description="one GPU a worker")
-    num_samplers: int = Field(
-        1, ge=0, le=64, description="sampler processes a worker; 0 samples in the training process"
-    )
+    num_samplers: int = Field(1, ge=0, le=64, description="sampler processes a worker; 0 samples in the training process")
     prefetch: int = Field(4, ge=1, le=64, description="batches that each sampler may be ahead")
     eval_period: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
     eval_rows: int = Field(65536, ge=1, description="most rows aggregated at a time in exact evaluation")
@@ -174,6 +106,7 @@ class TrainConfig(_Section):
     run_dir: Path | None = Field(None, description="run folder; null: runs/DATASET-MODEL-OPTIMIZER-TIME")
     resume: bool = Field(False, description="go on from run_dir's newest good checkpoint")
 
+    # fmt: on
     @field_validator("fanout", mode="before")
     @classmethod
     def _fanout_text(cls, value: object) -> object:
@@ -195,17 +128,11 @@ class TrainConfig(_Section):
     def _consistent(self) -> TrainConfig:
         if self.fanout is not None:
             if len(self.fanout) != self.num_layers:
-                raise ValueError(
-                    f"fanout={self.fanout} has {len(self.fanout)} entries but num_layers={self.num_layers}; "
-                    "give one per layer, input side first"
-                )
+                raise ValueError(f"fanout={self.fanout} has {len(self.fanout)} entries but num_layers={self.num_layers}; give one per layer, input side first")
             if any(entry == 0 or entry < -1 for entry in self.fanout):
                 raise ValueError(f"fanout={self.fanout} has an entry that is neither positive nor -1 (all neighbours)")
         if self.num_workers > self.shards:
-            raise ValueError(
-                f"num_workers={self.num_workers} is above num_shards={self.shards}: a worker would have no shard; "
-                f"use at most {self.shards} workers"
-            )
+            raise ValueError(f"num_workers={self.num_workers} is above num_shards={self.shards}: a worker would have no shard; use at most {self.shards} workers")
         return self
 
     @property

@@ -38,13 +38,17 @@ SUPPORTED_PYTHON = ((3, 10), (3, 12))
 # package: (required, how to install it)
 _PACKAGES: dict[str, tuple[bool, str]] = {
     "numpy": (True, "pip install 'numpy>=1.26,<3'"),
-    "ray": (True, "pip install 'ray[train]>=2.55,<3'"),
+    "ray": (True, "pip install 'ray[train,default]>=2.55,<3'"),
     "pyarrow": (True, "pip install 'pyarrow>=15'"),
     "torch-geometric": (False, "pip install 'torch-geometric>=2.5,<3'"),
     "scipy": (True, "pip install 'scipy>=1.11'"),
     "pandas": (True, "pip install 'pandas>=2'"),
     "pydantic": (True, "pip install 'pydantic>=2.6,<3'"),
     "safetensors": (True, "pip install 'safetensors>=0.4'"),
+    "typer": (True, "pip install 'typer>=0.12'"),
+    "rich": (True, "pip install 'rich>=13'"),
+    "psutil": (True, "pip install 'psutil>=5.9'"),
+    "pyyaml": (True, "pip install 'pyyaml>=6'"),
 }
 _LOW_MEMORY_BYTES = 4 * 2**30
 _CGROUP = Path("/sys/fs/cgroup")

@@ -29,11 +29,6 @@ class FlatGradients:
             parameter.grad = self._flat[offset : offset + parameter.numel()].view_as(parameter)
             offset += parameter.numel()
 
-    @property
-    def payload_bytes(self) -> int:
-        """Bytes of one reduction."""
-        return self._flat.numel() * self._flat.element_size()
-
     def zero_(self) -> None:
         """Start a step."""
         self._flat.zero_()

@@ -65,9 +65,12 @@ def wait_for_resources(
     use_gpu: bool,
     timeout_seconds: float,
     tell: Callable[[str], None],
+    *,
+    may_grow: bool,
 ) -> None:
     """Return once the cluster has free what all workers need together.
 
+    may_grow: whether nodes may still join; a local cluster whose totals fall short is refused at once.
     Raises UserError when timeout_seconds have passed, saying what is asked and what is there.
     """
     asked = {"CPU": num_workers * cpus_per_worker}
@@ -79,8 +82,7 @@ def wait_for_resources(
         total, free = ray.cluster_resources(), ray.available_resources()
         if all(free.get(kind, 0.0) >= amount for kind, amount in asked.items()):
             return
-        # A cluster of one node, whose totals fall short, was sized when it was started: waiting is of no use.
-        hopeless = len(ray.nodes()) == 1 and any(total.get(k, 0.0) < amount for k, amount in asked.items())
+        hopeless = not may_grow and any(total.get(k, 0.0) < amount for k, amount in asked.items())
         if hopeless or time.monotonic() >= deadline:
             raise UserError(_shortage(asked, total, free, num_workers, cpus_per_worker, timeout_seconds, hopeless))
         if not told:
@@ -107,7 +109,8 @@ def _shortage(
         fix = "leave out --use-gpu, or join nodes with GPUs"
     return (
         f"{num_workers} workers need {_amounts(asked)} but the cluster has {_amounts(there)} "
-        f"({_amounts(free_now)} free){waited}; {fix}, or start a larger cluster"
+        f"({_amounts(free_now)} free){waited}; {fix}, start a larger cluster, or wait longer "
+        "for nodes to join with --set ray.start_timeout_seconds=N"
     )
 
 

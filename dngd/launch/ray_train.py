@@ -28,8 +28,9 @@ from dngd.train.progress import Reporter, StepRecord, deliver, event
 
 POLL_SECONDS = 0.2
 
-# Ray's own limits are minutes to unlimited (DESIGN of failures: every wait has a limit).
+# Ray's own limits are minutes to unlimited. Ray Train hands these on from the driver to its controller.
 LIMITS = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "120",
 }
@@ -51,6 +52,7 @@ def on_cluster(config: TrainConfig, reporter: Reporter) -> Iterator[None]:
             config.use_gpu,
             config.ray.start_timeout_seconds,
             reporter.message,
+            may_grow=connected and bool(config.ray.address or os.environ.get("RAY_ADDRESS")),
         )
         yield
     finally:

@@ -37,9 +37,11 @@ class Trainer:
     def plan(self) -> RunPlan:
         """Return what the run will need, without starting it.
 
-        Raises UserError for anything that `fit` would refuse before its first step.
+        Raises UserError for what `fit` refuses before it starts anything: configuration, run folder, data, split,
+        batch size and this machine's memory. A cluster is not asked.
         """
         config = self.config
+        check_run_folder(config)
         if config.engine == "local":
             check_device(config)
         store = resolve_dataset(config.dataset, config.data_root_in_use, config.cache_dir)
@@ -57,7 +59,6 @@ class Trainer:
         overwritten; TrainingError if training cannot go on.
         """
         # Bad input is refused before a folder is made or a worker started.
-        check_run_folder(self.config)
         self.plan()
         if self._reporter is not None:
             result = self._run(self._reporter)

@@ -54,7 +54,7 @@ class KFACPreconditioner:
     factor_decay: ρ in [0, 1) per factor step. factor_update_period, inverse_update_period: in steps.
     dense_steps: this many first steps are all factor steps, and inverses are renewed at powers of two.
     inverse_delay: steps between the launch of a refresh and its adoption by all ranks; 0 waits at once.
-    kl_clip: κ > 0 bounds the step's predicted KL by scaling all layers alike; needs lr (number or
+    kl_clip: κ > 0 bounds η²Σ⟨v, ∇⟩, twice the step's predicted KL, by scaling all layers alike; needs lr (number or
         function of the step). None: no clip.
     communicator: of a world of ranks that step together; None is this process alone. The gradients
         given to `step` must already be reduced over its ranks.

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from dngd.sampling.dgl_import import PartStatus, dgl_parts, import_dgl, install_import_hook
 
 if TYPE_CHECKING:
-    from dngd.sampling.features import FeatureTable
     from dngd.sampling.minibatch import BatchCoordinates, LayerGraph, MiniBatch
     from dngd.sampling.pipeline import SamplerPipeline
     from dngd.sampling.sampler import NeighborSampler
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
-    "FeatureTable": "features",
     "BatchCoordinates": "minibatch",
     "LayerGraph": "minibatch",
     "MiniBatch": "minibatch",
@@ -37,7 +35,6 @@ _HOME = {
 
 __all__ = [
     "BatchCoordinates",
-    "FeatureTable",
     "LayerGraph",
     "MiniBatch",
     "NeighborSampler",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dngd.errors import UserError
 from dngd.graph import GraphStore
 from dngd.models import (
     Aggregation,
@@ -36,7 +37,6 @@ class PropagationBuilder:
 
     def __init__(self, store: GraphStore, aggregation: Aggregation, device: torch.device) -> None:
         self._store = store
-        self._aggregation = aggregation
         self._device = device
         self._norm = _node_norm(store) if aggregation == "gcn" else None
 
@@ -76,4 +76,10 @@ def _node_norm(store: GraphStore) -> Tensor:
         return inverse_sqrt_degrees(store.in_degrees())
     weights = store.edge_weight
     totals = torch.segment_reduce(weights.to(torch.float64), "sum", offsets=store.indptr, axis=0)
+    if bool((totals <= -1).any()):
+        node = int((totals <= -1).nonzero()[0, 0])
+        raise UserError(
+            f"node {node} of {store.name} has in-edge weights that sum to {float(totals[node]):g}; GCN's "
+            "normalisation needs sums above -1, so use weights of at least 0, or --model sage"
+        )
     return inverse_sqrt_degrees(store.in_degrees(), totals)

@@ -3,7 +3,8 @@
 A checkpoint is a folder `checkpoints/step-00000120/` with `state.json` (format version, position, sha256 of every
 other file), `model.safetensors`, `optimizer.safetensors`, and with curvature `curvature-shared.safetensors`
 and one `curvature-rank-K.safetensors` a rank. It is built in a hidden folder, flushed to disk, and renamed into
-place; a process killed at any moment leaves the last good one. Only rank 0 touches the folder: the other
+place; a process killed at any moment leaves the last good one. Random states are not in it: every stream is derived
+from (run seed, epoch, step, shard), so the position says all. Only rank 0 touches the folder: the other
 ranks' parts travel through the communicator. Nothing in it is a pickle.
 """
 
@@ -147,8 +148,15 @@ class CheckpointFolder:
         for folder in reversed(self._complete()):
             try:
                 return _read_verified(folder), skipped
-            except (OSError, json.JSONDecodeError, KeyError, _DamagedError) as error:
+            except (OSError, ValueError, KeyError, TypeError, _DamagedError) as error:
+                if isinstance(error, UserError):
+                    raise
                 skipped.append(f"checkpoint {folder.name} is damaged ({error}) and was passed over")
+        if skipped:
+            raise UserError(
+                f"all checkpoints in {self._path} are damaged, the newest: {skipped[0]}; remove the folder "
+                "to start the run again from the beginning"
+            )
         return {}, skipped
 
 
@@ -196,7 +204,7 @@ def _parse(files: dict[str, bytes]) -> Snapshot:
 def check_same_run(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise UserError if a checkpoint's identity differs from the run's, naming the first differences."""
     differences = [
-        f"{key}={wanted.get(key)!r} (the checkpoint has {saved.get(key)!r})"
+        f"{key}={wanted.get(key)!r} (the run has {saved.get(key)!r})"
         for key in sorted(saved.keys() | wanted.keys())
         if saved.get(key) != wanted.get(key)
     ]

@@ -60,6 +60,8 @@ class TrainingLoop:
         self.device = _device(config)
         self.store: GraphStore = resolve_dataset(config.dataset, config.data_root_in_use, config.cache_dir)
         self.split: Split = self.store.split(config.split, config.seed)
+        if self.split.dropped_unlabelled:
+            reporter.message(f"{self.split.dropped_unlabelled} unlabelled nodes of the split are left out")
         self.plan = make_plan(config, self.store, self.split)
         check_fits(self.plan, config, workers_here)
 
@@ -92,7 +94,7 @@ class TrainingLoop:
         self.train_seconds = 0.0
         self.epoch_loss = 0.0
         self.epoch_seeds = 0.0
-        self.seeds_here = 0.0
+        self.seeds_done = 0.0
         self.dropped_in_a_row = 0
         self.dropped_steps = 0
         self.best: EvaluationRecord | None = None
@@ -181,7 +183,7 @@ class TrainingLoop:
             self.dropped_in_a_row += 1
             self.dropped_steps += 1
             self.reporter.message(f"step {self.step}: a gradient is not finite; all ranks dropped the step")
-        self.seeds_here += sums.num_seeds
+        self.seeds_done += sums.num_seeds
         if self.dropped_in_a_row >= self.config.max_dropped_steps:
             raise TrainingError(
                 f"{self.dropped_in_a_row} steps in a row had non-finite gradients (up to step {self.step}); use a "
@@ -209,8 +211,8 @@ class TrainingLoop:
         last, seeds = self._reported
         if now - last < REPORT_PERIOD_SECONDS and self.step < self.plan.total_steps:
             return
-        rate = (self.seeds_here - seeds) / max(now - last, 1e-9)
-        self._reported = (now, self.seeds_here)
+        rate = (self.seeds_done - seeds) / max(now - last, 1e-9)
+        self._reported = (now, self.seeds_done)
         mean_loss = self.epoch_loss / self.epoch_seeds if self.epoch_seeds else float("nan")
         epoch = (self.step - 1) // self.plan.steps_per_epoch + 1
         self.reporter.step(StepRecord(self.step, self.plan.total_steps, epoch, mean_loss, rate))
@@ -317,7 +319,7 @@ class TrainingLoop:
             steps=self.step,
             epochs=self.step / self.plan.steps_per_epoch,
             world_size=self.comm.world_size,
-            seeds_per_second=self.seeds_here / seconds_here if seconds_here else 0.0,
+            seeds_per_second=self.seeds_done / seconds_here if seconds_here else 0.0,
             step_ms=self.clock.step_ms(),
             phase_ms=phases,
             bytes={kind: int(sent[kind]) for kind in ("gradient", "factor", "inverse")},
@@ -340,7 +342,8 @@ def run_rank(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         loop = TrainingLoop(config, communicator, reporter, workers_here=workers_here)
         result = loop.run()
-    if communicator.rank == 0:
+    # A finished run that is resumed takes no step: its own result stays.
+    if communicator.rank == 0 and (loop.clock.step_seconds or not loop.folder.result.exists()):
         replace_file(loop.folder.result, json.dumps(result.to_json(), indent=2).encode())
     communicator.barrier()
     return result

@@ -15,7 +15,9 @@ from dngd.optim import KFACPreconditioner, NaturalGradient
 class StepOptimizer(Protocol):
     """What the loop needs of an optimizer; gradients are the mean loss's, reduced over ranks."""
 
-    torch_optimizer: torch.optim.Optimizer
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that holds the parameter groups and moments."""
 
     def step(self, *, num_seeds_here: int, finite: bool) -> None:
         """Update the parameters, or, on a step that is not finite, nothing; all ranks enter."""
@@ -52,7 +54,7 @@ class SecondOrder:
         self._natural_gradient.step(num_samples=num_seeds_here, finite=finite, mean_gradients=True)
 
 
-def build_optimizer(config: TrainConfig, model: nn.Module, communicator: Communicator) -> FirstOrder | SecondOrder:
+def build_optimizer(config: TrainConfig, model: nn.Module, communicator: Communicator) -> StepOptimizer:
     """Return the configured optimizer over a model's parameters."""
     lr, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "kfac":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dngd.config import TrainConfig
 from dngd.errors import UserError
-from dngd.train.checkpoint import replace_file
+from dngd.train.checkpoint import check_same_run, replace_file
 
 
 class RunFolder:
@@ -38,7 +38,8 @@ def default_run_dir(config: TrainConfig) -> Path:
 def check_run_folder(config: TrainConfig) -> Path:
     """Return the path of the run folder, which may not exist yet.
 
-    Raises UserError if the folder holds a run and `resume` is off, or holds something else.
+    Raises UserError if the folder holds a run and `resume` is off, a run that differs in a field that defines
+    it, or something else.
     """
     path = (config.run_dir or default_run_dir(config)).expanduser().absolute()
     folder = RunFolder(path)
@@ -46,6 +47,8 @@ def check_run_folder(config: TrainConfig) -> Path:
         raise UserError("--resume needs --run-dir: say which run to go on with")
     if folder.holds_a_run and not config.resume:
         raise UserError(f"run folder {path} already holds a run; go on with --resume, or give another --run-dir")
+    if folder.holds_a_run:
+        check_same_run(TrainConfig.from_yaml(folder.config).identity(), config.identity())
     if path.exists() and not path.is_dir():
         raise UserError(f"run folder {path} is a file; give another --run-dir")
     foreign = path.is_dir() and not folder.holds_a_run and any(path.iterdir())
@@ -69,6 +72,7 @@ def prepare_run_folder(config: TrainConfig) -> TrainConfig:
     except OSError as error:
         raise UserError(f"run folder {path} cannot be written: {error.strerror}; give another --run-dir") from None
     prepared = TrainConfig(**(config.model_dump() | {"run_dir": path}))
-    if not folder.holds_a_run:
-        replace_file(folder.config, prepared.to_yaml().encode())
+    # On resuming too: workers, epochs and the like may have changed, and the file says what is run.
+    kept = TrainConfig(**(prepared.model_dump() | {"resume": False}))
+    replace_file(folder.config, kept.to_yaml().encode())
     return prepared

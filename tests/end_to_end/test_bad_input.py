@@ -179,9 +179,9 @@ def test_run_folder_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFix
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     assert "--resume" in refused(capsys, *command)
     for change, said in (
-        (["--hidden", "9"], "hidden=9 (the checkpoint has 8)"),
-        (["--model", "sage"], "model='sage' (the checkpoint has 'gcn')"),
-        (["--seed", "3"], "seed=3 (the checkpoint has 0)"),
+        (["--hidden", "9"], "hidden=9 (the run has 8)"),
+        (["--model", "sage"], "model='sage' (the run has 'gcn')"),
+        (["--seed", "3"], "seed=3 (the run has 0)"),
     ):
         assert said in refused(capsys, *command, *change, "--resume")
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before

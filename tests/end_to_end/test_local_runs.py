@@ -141,7 +141,9 @@ def test_resume_equals_never_having_stopped(store: GraphStore, tmp_path: Path, o
 
 def test_a_finished_run_can_be_resumed(store: GraphStore, tmp_path: Path) -> None:
     first = fit(config(store, tmp_path / "run"))
+    written = (tmp_path / "run" / "result.json").read_bytes()
     again = fit(config(store, tmp_path / "run", resume=True))
+    assert (tmp_path / "run" / "result.json").read_bytes() == written, "its times are of the run itself"
     assert curve(again) == curve(first)
     assert again.best_val_accuracy == first.best_val_accuracy
 
@@ -210,6 +212,41 @@ def test_a_damaged_checkpoint_is_passed_over(store: GraphStore, tmp_path: Path) 
     assert all(by_step[record.step] == record.val_loss for record in straight.history)
 
 
+def test_all_checkpoints_damaged_is_refused(store: GraphStore, tmp_path: Path) -> None:
+    """Starting again by itself would throw the run away."""
+    run = tmp_path / "run"
+    fit(config(store, run))
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "state.json").write_text("{")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(dngd.UserError, match="damaged"):
+        fit(config(store, run, resume=True))
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_another_model_is_refused_before_the_first_checkpoint(store: GraphStore, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fit(config(store, run, epochs=1))
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(dngd.UserError, match="hidden=32"):
+        fit(config(store, run, epochs=1, hidden=32, resume=True))
+
+
+def test_negative_edge_weights_are_refused_for_gcn(store: GraphStore, tmp_path: Path) -> None:
+    signed = GraphStore.write(
+        tmp_path / "signed",
+        name="signed",
+        indptr=store.indptr,
+        indices=store.indices,
+        edge_weight=torch.full((store.num_edges,), -1.0),
+        features=store.features,
+        labels=store.labels,
+        masks=store.split_masks,
+    )
+    with pytest.raises(dngd.UserError, match="weights"):
+        fit(config(signed, tmp_path / "run"))
+
+
 def test_mutant_unverified_checkpoint_is_caught(
     store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,9 +265,12 @@ def test_nothing_to_resume_starts_from_the_beginning(store: GraphStore, tmp_path
 
 
 def test_full_batch_and_all_neighbours(store: GraphStore, tmp_path: Path) -> None:
-    """--batch-size full is one step an epoch; with fanout -1 evaluation and training see the same operator."""
-    result = fit(config(store, tmp_path / "run", batch_size="full", fanout=(-1, -1), epochs=5, dropout=0.0))
+    """--batch-size full is one step an epoch; with fanout -1 training sees exact evaluation's operator."""
+    settings: dict[str, Any] = {"batch_size": "full", "fanout": (-1, -1), "dropout": 0.0, "optimizer": "sgd"}
+    result = fit(config(store, tmp_path / "run", epochs=5, lr=1e-9, **settings))
     assert result.steps == 5
+    exact = evaluate_run(tmp_path / "run")["train"]["loss"]
+    assert [record.train_loss for record in result.history] == pytest.approx([exact] * 5, rel=1e-5)
 
 
 def test_a_nan_feature_at_run_time_is_dropped_not_learnt(

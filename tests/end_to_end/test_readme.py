@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,14 +43,31 @@ def test_the_readme_has_commands() -> None:
 
 @pytest.mark.data
 def test_commands(
-    folder: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    data_root: Path,
+    store: GraphStore,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In order, in one folder. A `train` is planned and refused or accepted as for real, but not trained: whole runs
-    are the other tests'; everything else is done."""
+    """In order, in one folder. A `train` is planned, not trained (whole runs are the other tests'), but for the
+    pair that begins a run and resumes it, which is trained on a small graph; everything else is done."""
     monkeypatch.chdir(folder)
+    assert sum("--resume" in command for command in COMMANDS) == 1
     for command in COMMANDS:
         arguments = [argument.replace("DATA", str(data_root)) for argument in command[1:]]
-        if arguments[0] == "train" and "--dry-run" not in arguments:
+        if "--run-dir" in arguments:
+            arguments += [
+                "--dataset",
+                str(store.path),
+                "--engine",
+                "local",
+                "--batch-size",
+                "30",
+                "--num-samplers",
+                "0",
+            ]
+            arguments += ["--max-steps", "8" if "--resume" in arguments else "4", "--quiet"]
+        elif arguments[0] == "train" and "--dry-run" not in arguments:
             arguments.append("--dry-run")
         with pytest.raises(SystemExit) as exit_info:
             cli.main(arguments)
@@ -86,11 +105,61 @@ def test_plain_torch_example(
     assert all(len(curve) == 2 and curve[1] < curve[0] for curve in losses)
 
 
-def test_the_demos_configuration_is_valid() -> None:
-    from dngd import TrainConfig
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_demo(tmp_path: Path) -> None:
+    """`make demo`'s command on a machine without a cluster: two Ray workers, a table, a report."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    command = [sys.executable, "-m", "dngd.cli", "train", "--config", str(ROOT / "examples" / "products_mini.yaml")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    [run] = (tmp_path / "runs").iterdir()
+    result = json.loads((run / "result.json").read_text())
+    assert result["world_size"] == 2
+    assert result["best_val_accuracy"] > 0.85, "features alone reach .44"
+    assert f"run folder  {run}" in done.stdout
+    assert (run / "report.html").exists()
 
-    config = TrainConfig.from_yaml(ROOT / "examples" / "products_mini.yaml")
-    assert (config.dataset, config.engine, config.num_workers) == ("products-mini", "ray", 2)
+
+@pytest.mark.slow
+@pytest.mark.data
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("engine", "num_workers", "batch_size"), [("local", 1, 512), ("local", 2, 256), ("ray", 2, 256)]
+)
+def test_computers_in_ten_epochs(
+    data_root: Path, tmp_path: Path, engine: str, num_workers: int, batch_size: int
+) -> None:
+    """K-FAC's defaults pass .895 on Amazon Computers."""
+    command = [
+        sys.executable,
+        "-m",
+        "dngd.cli",
+        "train",
+        "--dataset",
+        "amazon_computers",
+        "--data-root",
+        str(data_root),
+    ]
+    command += [
+        "--split",
+        "random:0.5/0.25/0.25",
+        "--model",
+        "gcn",
+        "--num-layers",
+        "2",
+        "--fanout",
+        "10,10",
+        "--hidden",
+        "256",
+    ]
+    command += (
+        f"--batch-size {batch_size} --epochs 10 --optimizer kfac --seed 0 --engine {engine} --hidden 256 --json".split()
+    )
+    command += ["--num-workers", str(num_workers), "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["best_val_accuracy"] >= 0.895
 
 
 def test_no_machine_is_named() -> None:

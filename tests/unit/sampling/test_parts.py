@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dngd.sampling import wire
-from dngd.sampling.features import FeatureTable
 from dngd.sampling.sampler import NeighborSampler
 from dngd.sampling.schedule import derive_seed, epoch_permutation
 from tests.unit.sampling.graphs import layer_arrays, skewed_graph
@@ -67,12 +66,3 @@ def test_a_closed_end_is_an_error() -> None:
         near.close()
         with pytest.raises(wire.ConnectionLostError):
             wire.receive(far)
-
-
-def test_feature_rows_keep_their_buffer() -> None:
-    features = torch.randn(50, 7)
-    table = FeatureTable(features)
-    for ids in (torch.tensor([3, 3, 49]), torch.arange(50), torch.arange(0), torch.tensor([5])):
-        assert torch.equal(table.rows(ids), features[ids])
-    before = table.rows(torch.arange(10)).data_ptr()
-    assert table.rows(torch.arange(20)).data_ptr() == before
