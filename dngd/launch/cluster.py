@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import socket
 import time
@@ -80,15 +79,27 @@ def wait_for_resources(
     told = False
     while True:
         total, free = ray.cluster_resources(), ray.available_resources()
-        if all(free.get(kind, 0.0) >= amount for kind, amount in asked.items()):
+        places = _places(cpus_per_worker, use_gpu)
+        if places >= num_workers and all(free.get(kind, 0.0) >= amount for kind, amount in asked.items()):
             return
-        hopeless = not may_grow and any(total.get(k, 0.0) < amount for k, amount in asked.items())
+        hopeless = not may_grow and places < num_workers
         if hopeless or time.monotonic() >= deadline:
-            raise UserError(_shortage(asked, total, free, num_workers, cpus_per_worker, timeout_seconds, hopeless))
+            raise UserError(_shortage(asked, total, free, num_workers, places, timeout_seconds, hopeless))
         if not told:
             tell(f"waiting up to {timeout_seconds:.0f} s for the cluster to have {_amounts(asked)} free")
             told = True
         time.sleep(1.0)
+
+
+def _places(cpus_per_worker: float, use_gpu: bool) -> int:
+    """Return how many workers the cluster's nodes hold when idle; a worker does not span nodes."""
+    places = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            have = node["Resources"]
+            on_node = have.get("CPU", 0.0) // cpus_per_worker
+            places += int(min(on_node, have.get("GPU", 0.0)) if use_gpu else on_node)
+    return places
 
 
 def _shortage(
@@ -96,15 +107,14 @@ def _shortage(
     total: dict[str, float],
     free: dict[str, float],
     num_workers: int,
-    cpus_per_worker: float,
+    places: int,
     timeout_seconds: float,
     hopeless: bool,
 ) -> str:
     there = {kind: total.get(kind, 0.0) for kind in asked}
     free_now = {kind: free.get(kind, 0.0) for kind in asked}
-    fits = int(min(there["CPU"] / cpus_per_worker, there.get("GPU", math.inf)))
     waited = "" if hopeless else f" after {timeout_seconds:.0f} s"
-    fix = f"use --num-workers {fits} or less" if fits else "add nodes"
+    fix = f"use --num-workers {places} or less" if places else "add nodes that have what one worker asks for"
     if "GPU" in asked and not total.get("GPU"):
         fix = "leave out --use-gpu, or join nodes with GPUs"
     return (

@@ -74,7 +74,12 @@ def run_on_ray(config: TrainConfig, reporter: Reporter) -> RunResult:
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=resources
         ),
-        run_config=ray.train.RunConfig(name="ray", storage_path=str(config.run_dir)),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=str(config.run_dir),
+            # Ray's default retries its own failures, such as workers that find no node, for ever.
+            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
+        ),
         torch_config=ray.train.torch.TorchConfig(
             backend="nccl" if config.use_gpu else "gloo", timeout_s=int(config.collective_timeout_seconds)
         ),

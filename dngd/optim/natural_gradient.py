@@ -96,9 +96,24 @@ class NaturalGradient(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
+            if finite is None:
+                finite = self._gradients_are_finite()
             if self.preconditioner.step(num_samples, finite=finite, mean_gradients=mean_gradients):
                 self._update()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, and with them the rows that the same backward passes left for the factors."""
+        super().zero_grad(set_to_none=set_to_none)
+        for layer in self.preconditioner.layers.values():
+            layer.pending = None
+
+    def _gradients_are_finite(self) -> bool:
+        """Return whether every parameter's gradient is finite, those without factors too."""
+        found = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not found:
+            raise UserError("step() found no gradient; call loss.backward() before it")
+        return bool(torch.isfinite(torch.stack([torch.linalg.vector_norm(gradient) for gradient in found])).all())
 
     def _update(self) -> None:
         for group in self.param_groups:

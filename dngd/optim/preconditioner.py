@@ -141,6 +141,9 @@ class KFACPreconditioner:
     def step(self, num_samples: float, *, finite: bool | None = None, mean_gradients: bool | None = None) -> bool:
         """Turn the gradients in `.grad` into natural gradients. Call once a step, after backward.
 
+        A backward pass whose step you skip must be forgotten: call `discard()` instead. Back-propagate
+        unscaled losses: a GradScaler's factor would go into G squared.
+
         num_samples: n, the number of seeds (or the sum of their weights) behind this rank's gradients.
         finite: whether the step's gradients are all finite, if the caller (and with several ranks, all
         of them alike) already knows; None checks here.
@@ -152,6 +155,13 @@ class KFACPreconditioner:
         counted in `dropped_steps`, and the optimizer should skip it too.
         Raises UserError if no layer has a gradient.
         """
+        if mean_gradients is None:
+            mean_gradients = self.loss_reduction == "mean"
+        if not mean_gradients and self.communicator.world_size > 1:
+            raise UserError(
+                "with several ranks, divide the reduced gradients by the global number of samples and say "
+                "step(..., mean_gradients=True): this rank's num_samples is not the world's"
+            )
         if finite is None:
             finite = self.gradients_are_finite()
         started = time.perf_counter()
@@ -163,15 +173,17 @@ class KFACPreconditioner:
         self.refresh()
         refreshed = time.perf_counter()
         if finite:
-            if mean_gradients is None:
-                mean_gradients = self.loss_reduction == "mean"
-            self.precondition(1.0 if mean_gradients else 1.0 / max(1.0, num_samples))
+            self.precondition(1.0 if mean_gradients or num_samples == 0 else 1.0 / num_samples)
         self.phase_seconds["commit"] += committed - started
         self.phase_seconds["refresh"] += refreshed - committed
         self.phase_seconds["precondition"] += time.perf_counter() - refreshed
         self.steps += 1
-        self._capturing = self.schedule.is_factor_step(self.steps)
+        self._capturing = self._is_factor_step()
         return finite
+
+    def _is_factor_step(self) -> bool:
+        # Until a step has been committed every step is a factor step: there is nothing to precondition with.
+        return self.factor_steps == 0 or self.schedule.is_factor_step(self.steps)
 
     def gradients_are_finite(self) -> bool:
         """Return whether every layer's gradient is finite. Raises UserError if there is none at all."""
@@ -324,7 +336,7 @@ class KFACPreconditioner:
         summed on rank 0. Raises UserError if the layers or sizes differ from this model's.
         """
         load_preconditioner_state(self, states)
-        self._capturing = self.schedule.is_factor_step(self.steps)
+        self._capturing = self._is_factor_step()
 
     def close(self) -> None:
         """Take the hooks off the model and stop the inversion thread."""

@@ -91,6 +91,8 @@ class RefreshPipeline:
         self._states = states
         self._owners = owners
         self._comm = communicator
+        self.discarded_statistics = 0
+        """Refreshes whose reduced statistics were not finite and were left out, on all ranks alike."""
         self._under_way: list[Refresh] = []
         self._executor: ThreadPoolExecutor | None = None
 
@@ -138,6 +140,11 @@ class RefreshPipeline:
             if refresh.stage == "share":
                 self._receive(refresh)
 
+    def forget(self) -> None:
+        """Drop every refresh under way, after its collectives are over; all ranks enter."""
+        self.drain()
+        self._under_way.clear()
+
     def restore(self, refresh: Refresh) -> None:
         """Take up a refresh that a checkpoint holds as "ready"."""
         self._under_way.append(refresh)
@@ -176,9 +183,15 @@ class RefreshPipeline:
                 (2,),
             ]
         parts = iter(unflatten(refresh.reduced, sizes))
+        # Rows can overflow where gradients did not. The reduced sums are alike on all ranks, so all of them
+        # forget these statistics together; the folded ones stay sound.
+        sound = bool(torch.isfinite(refresh.reduced).all())
+        self.discarded_statistics += not sound
         for name in refresh.layers:
             folded = self._states[name].folded
             folded.decay_(refresh.decays[name])
+            if not sound:
+                continue
             folded.a_sum += unpack_triangle(next(parts), folded.a_sum.shape[0])
             folded.g_sum += unpack_triangle(next(parts), folded.g_sum.shape[0])
             folded.counts += next(parts)
@@ -260,4 +273,8 @@ class RefreshPipeline:
 
 
 def _invert_all(jobs: Mapping[Factor, tuple[Tensor, Tensor]]) -> dict[Factor, InverseResult]:
-    return {factor: damped_inverse(matrix, damping) for factor, (matrix, damping) in jobs.items()}
+    results = {}
+    for factor, (matrix, damping) in jobs.items():
+        usable = bool(torch.isfinite(damping)) and bool(damping > 0)
+        results[factor] = damped_inverse(matrix, damping) if usable else InverseResult(None, float(damping), 0)
+    return results

@@ -57,4 +57,4 @@ class UpdateSchedule:
         if step == 0 or (self.dense_steps > 0 and power_of_two and step < self.inverse_update_period):
             return list(range(num_layers))
         period = self.inverse_update_period
-        return [i for i in range(num_layers) if step >= period and step % period == i * period // num_layers]
+        return [i for i in range(num_layers) if step % period == i * period // num_layers]

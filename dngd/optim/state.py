@@ -57,6 +57,9 @@ def load_preconditioner_state(pre: KFACPreconditioner, states: Sequence[dict[str
     shared = states[0]
     _check_same_layers(pre, shared)
     local = _merge_local(states, pre.communicator.rank, pre.communicator.world_size)
+    pre.pipeline.forget()
+    for layer in pre.layers.values():
+        layer.pending = None
     pre.steps, pre.factor_steps, pre.dropped_steps = (int(v) for v in shared["shared.counters"])
     for name, state in pre.states.items():
         for key in STATISTICS:
@@ -65,6 +68,7 @@ def load_preconditioner_state(pre: KFACPreconditioner, states: Sequence[dict[str
         state.decay = float(shared[f"shared.decay.{name}"])
         state.launched_step, state.attempted_step = (int(v) for v in shared[f"shared.launched.{name}"])
         state.escalations, state.failed_inversions = (int(v) for v in local[f"local.escalations.{name}"])
+        state.a_inverse = state.g_inverse = None
         if f"shared.inverse.A.{name}" in shared:
             device = state.folded.a_sum.device
             state.a_inverse = shared[f"shared.inverse.A.{name}"].to(device, copy=True)

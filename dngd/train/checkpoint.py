@@ -35,6 +35,7 @@ class Snapshot:
 
     position: plain numbers and texts of the loop. identity: the fields that define the run.
     curvature: the preconditioner's state, "shared.*" and this rank's "local.*"; None without one.
+    best_model: the run's model.safetensors at that step (rank 0), so that a resumed run has its own best.
     On loading, `rank_curvatures` are the states of all the ranks that saved, in rank order.
     """
 
@@ -44,6 +45,7 @@ class Snapshot:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     curvature: dict[str, Tensor] | None = None
+    best_model: bytes | None = None
     rank_curvatures: list[dict[str, Tensor]] = field(default_factory=list)
 
 
@@ -83,6 +85,8 @@ class CheckpointFolder:
             shared = {k: v for k, v in snapshot.curvature.items() if k.startswith("shared.")}
             files["curvature-shared.safetensors"] = _to_bytes(shared)
             files |= {f"curvature-rank-{k}.safetensors": data for k, data in enumerate(locals_by_rank)}
+        if snapshot.best_model is not None:
+            files["best-model.safetensors"] = snapshot.best_model
         self._path.mkdir(parents=True, exist_ok=True)
         final = self._path / f"{PREFIX}{snapshot.step:08d}"
         temporary = self._path / f".writing-{snapshot.step:08d}"
@@ -98,6 +102,7 @@ class CheckpointFolder:
             "identity": snapshot.identity,
             "sha256": {name: digest(data) for name, data in files.items()},
         }
+        state["checksum"] = digest(json.dumps(state, sort_keys=True).encode())
         write_flushed(temporary / "state.json", json.dumps(state, indent=1).encode())
         flush_folder(temporary)
         if final.exists():
@@ -148,7 +153,7 @@ class CheckpointFolder:
         for folder in reversed(self._complete()):
             try:
                 return _read_verified(folder), skipped
-            except (OSError, ValueError, KeyError, TypeError, _DamagedError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, _DamagedError) as error:
                 if isinstance(error, UserError):
                     raise
                 skipped.append(f"checkpoint {folder.name} is damaged ({error}) and was passed over")
@@ -167,6 +172,9 @@ class _DamagedError(Exception):
 def _read_verified(folder: Path) -> dict[str, bytes]:
     state_bytes = (folder / "state.json").read_bytes()
     state = json.loads(state_bytes)
+    checksum = state.pop("checksum")
+    if digest(json.dumps(state, sort_keys=True).encode()) != checksum:
+        raise _DamagedError("state.json does not match its checksum")
     if state["format_version"] > FORMAT_VERSION:
         raise UserError(
             f"checkpoint {folder} has format version {state['format_version']}, this dngd reads up to "
@@ -196,6 +204,7 @@ def _parse(files: dict[str, bytes]) -> Snapshot:
             model=safetensors.torch.load(files["model.safetensors"]),
             optimizer=safetensors.torch.load(files["optimizer.safetensors"]),
             rank_curvatures=ranks,
+            best_model=files.get("best-model.safetensors"),
         )
     except SafetensorError as error:
         raise UserError(f"checkpoint of step {state['step']} cannot be read: {error}") from None

@@ -263,8 +263,14 @@ class TrainingLoop:
                 model=dict(self.model.state_dict()),
                 optimizer=moments(self.optimizer.torch_optimizer),
                 curvature=None if preconditioner is None else preconditioner.state_dict(),
+                best_model=self._best_model_bytes(),
             )
         )
+
+    def _best_model_bytes(self) -> bytes | None:
+        if self.comm.rank != 0 or self.best is None:
+            return None
+        return self.folder.best_model.read_bytes()
 
     def _resume(self) -> None:
         snapshot, skipped = self.checkpoints.load_newest()
@@ -286,6 +292,11 @@ class TrainingLoop:
         load_moments(self.optimizer.torch_optimizer, snapshot.optimizer)
         if self.optimizer.preconditioner is not None:
             self.optimizer.preconditioner.load_state_dict(*snapshot.rank_curvatures)
+        if self.comm.rank == 0:
+            # What a later step left there belongs to a time line that is given up.
+            self.folder.best_model.unlink(missing_ok=True)
+            if snapshot.best_model is not None:
+                replace_file(self.folder.best_model, snapshot.best_model)
         self.step = snapshot.step
         self.train_seconds = position["train_seconds"]
         self.epoch_loss, self.epoch_seeds = position["epoch_loss"], position["epoch_seeds"]
@@ -300,6 +311,11 @@ class TrainingLoop:
         return [EvaluationRecord(**item) for item in json.loads(self.comm.broadcast_bytes(payload))]
 
     def _finish(self) -> RunResult:
+        if self.step and self.dropped_steps == self.step:
+            raise TrainingError(
+                f"all {self.step} steps had non-finite gradients and were dropped: nothing was learnt; "
+                "use a smaller --lr or a larger --damping, and check the graph with dngd data verify"
+            )
         if self.best is None:
             self._evaluate()
         assert self.best is not None
@@ -341,7 +357,13 @@ def run_rank(
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         loop = TrainingLoop(config, communicator, reporter, workers_here=workers_here)
-        result = loop.run()
+        try:
+            result = loop.run()
+        except OSError as error:
+            raise UserError(
+                f"a file of run {loop.folder.path} cannot be read or written: {error.strerror or error} "
+                f"({error.filename}); free space or fix permissions, then go on with --resume"
+            ) from error
     # A finished run that is resumed takes no step: its own result stays.
     if communicator.rank == 0 and (loop.clock.step_seconds or not loop.folder.result.exists()):
         replace_file(loop.folder.result, json.dumps(result.to_json(), indent=2).encode())

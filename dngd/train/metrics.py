@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import math
 import platform
 import resource
 import sys
@@ -79,14 +80,20 @@ class MetricsLog:
     def append(self, record: EvaluationRecord) -> None:
         """Add a line."""
         with open(self._path, "a") as file:
-            file.write(json.dumps(asdict(record)) + "\n")
+            file.write(_line(record))
 
     def keep_up_to(self, step: int) -> list[EvaluationRecord]:
         """Drop lines after a step (a resumed run writes them again) and return the others."""
         records = [record for record in read_metrics(self._path) if record.step <= step]
-        lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
+        lines = "".join(_line(record) for record in records)
         replace_file(self._path, lines.encode())
         return records
+
+
+def _line(record: EvaluationRecord) -> str:
+    # JSON has no NaN: an epoch without a single kept step has a null train_loss.
+    values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(record).items()}
+    return json.dumps(values) + "\n"
 
 
 def read_metrics(path: Path) -> list[EvaluationRecord]:
@@ -96,8 +103,10 @@ def read_metrics(path: Path) -> list[EvaluationRecord]:
     records = []
     for line in path.read_text().splitlines():
         try:
-            records.append(EvaluationRecord(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError):
+            read: dict[str, Any] = json.loads(line)
+            values: dict[str, Any] = {k: math.nan if v is None else v for k, v in read.items()}
+            records.append(EvaluationRecord(**values))
+        except (json.JSONDecodeError, TypeError, AttributeError):
             break
     return records
 

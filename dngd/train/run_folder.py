@@ -73,6 +73,7 @@ def prepare_run_folder(config: TrainConfig) -> TrainConfig:
         raise UserError(f"run folder {path} cannot be written: {error.strerror}; give another --run-dir") from None
     prepared = TrainConfig(**(config.model_dump() | {"run_dir": path}))
     # On resuming too: workers, epochs and the like may have changed, and the file says what is run.
-    kept = TrainConfig(**(prepared.model_dump() | {"resume": False}))
+    # S is written out: it stays what it was when the run goes on with other workers.
+    kept = TrainConfig(**(prepared.model_dump() | {"resume": False, "num_shards": config.shards}))
     replace_file(folder.config, kept.to_yaml().encode())
     return prepared

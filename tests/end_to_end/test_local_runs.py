@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import dngd
+from dngd.comm import LocalCommunicator
 from dngd.graph import GraphStore
 from dngd.train import checkpoint
 from dngd.train.evaluate_run import evaluate_run
@@ -85,7 +86,7 @@ def test_the_run_folder(store: GraphStore, tmp_path: Path) -> None:
     best = max(lines, key=lambda line: line["val_accuracy"])
     assert written["test_accuracy"] == best["test_accuracy"]
     assert written["seconds_to_best_val"] == best["train_seconds"]
-    assert dngd.TrainConfig.from_yaml(run / "config.yaml") == config(store, run)
+    assert dngd.TrainConfig.from_yaml(run / "config.yaml") == config(store, run, num_shards=1)
     assert (run / "report.html").stat().st_size > 1000
     assert len(list((run / "checkpoints").iterdir())) == 3
     scores = evaluate_run(run)
@@ -210,6 +211,19 @@ def test_a_damaged_checkpoint_is_passed_over(store: GraphStore, tmp_path: Path) 
     resumed = fit(config(store, run, resume=True))
     by_step = {record.step: record.val_loss for record in resumed.history}
     assert all(by_step[record.step] == record.val_loss for record in straight.history)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"\xff\xfe", b'{"step": 1}', None])
+def test_a_damaged_state_file_is_passed_over(store: GraphStore, tmp_path: Path, content: bytes | None) -> None:
+    """None: a plausible change of one number, which only a checksum sees."""
+    run = tmp_path / "run"
+    fit(config(store, run))
+    newest = sorted((run / "checkpoints").iterdir())[-1] / "state.json"
+    newest.write_bytes(newest.read_bytes().replace(b'"step": 18', b'"step": 12') if content is None else content)
+    snapshot, skipped = checkpoint.CheckpointFolder(run / "checkpoints", LocalCommunicator(), keep=3).load_newest()
+    assert snapshot is not None
+    assert snapshot.step == 12
+    assert len(skipped) == 1
 
 
 def test_all_checkpoints_damaged_is_refused(store: GraphStore, tmp_path: Path) -> None:

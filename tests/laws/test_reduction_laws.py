@@ -126,7 +126,7 @@ def eager(scenario: Scenario) -> dict[str, Any]:
     tried: set[str] = set()
     in_use, committed = [], 0
     for step, counts in enumerate(scenario.counts):
-        if schedule.is_factor_step(step) and step not in scenario.dropped:
+        if (committed == 0 or schedule.is_factor_step(step)) and step not in scenario.dropped:
             committed += 1
             parts = [rows(step, rank, count) for rank, count in enumerate(counts)]
             x, target = (torch.cat(tensors) for tensors in zip(*parts))

@@ -17,7 +17,7 @@ SAVED_AT = 7
 """A step in the middle of a refresh of delay 4."""
 
 BASICS = [{"delay": delay} for delay in DELAYS] + [
-    {"poison_step": 3},
+    {"poison_step": 4},
     {"delay": 4, "steps": SAVED_AT},
     {"inverse_period": 100, "dense_steps": 0, "factor_period": 1},
     {"delay": 0, "mutant": "per_rank_means"},
@@ -66,8 +66,8 @@ def test_mutant_per_rank_means_is_caught() -> None:
 
 
 def test_mutant_swapped_collective_is_caught() -> None:
-    """One rank that shares inverses in another order: an error or another result, never a hang."""
-    with pytest.raises(AssertionError):
+    """One rank that shares inverses in another order: an error within the limit or another result, never a hang."""
+    with pytest.raises(AssertionError, match=r"rank \d of 2: .* failed|Not equal|drifted|exited with"):
         assert_same_run(
             run_ranks(TRAIN, 2, [{"mutant": "swapped_collectives"}], wait_limit_seconds=15)[0][0],
             run(1, {"delay": 0})[0],
@@ -76,14 +76,14 @@ def test_mutant_swapped_collective_is_caught() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_one_ranks_nan_drops_the_step_on_all(world_size: int) -> None:
-    results = run(world_size, {"poison_step": 3})
+    results = run(world_size, {"poison_step": 4})
     assert [result["dropped"] for result in results] == [1] * world_size
     for result in results:
         assert np.isfinite(np.concatenate(result["weights"])).all()
         assert all(np.isfinite(np.concatenate(pair)).all() for pair in result["factors"].values())
         assert result["weights"] == results[0]["weights"]
         # World sizes agree on what was dropped: the poisoned rank's rows are in nobody's factors.
-        assert_same_run(result, run(1, {"poison_step": 3})[0])
+        assert_same_run(result, run(1, {"poison_step": 4})[0])
 
 
 @pytest.mark.parametrize(("resumed_at", "saved_at"), [(1, (1, 2, 4)), (2, (1, 2)), (4, (2,))])

@@ -54,14 +54,14 @@ def train(comm: Communicator, argument: dict[str, Any]) -> dict[str, Any]:
         here = 0
         for index in shards_of_rank(NUM_SHARDS, comm.rank, comm.world_size):
             x, y = shard(step, index)
+            if argument.get("poison_step") == step and index == 0:
+                x = x * float("nan")  # shard 0 is never empty: one rank's rows, so its gradients too
             if not len(y):
                 continue
             loss = F.cross_entropy(net(x), y, reduction="sum")
             loss.backward()
             gradients.add_loss_(loss, len(y))
             here += len(y)
-        if argument.get("poison_step") == step and comm.rank == comm.world_size - 1:
-            next(net.parameters()).grad[0, 0] = float("nan")
         sums = gradients.reduce_(comm)
         if mutate == "per_rank_means" and here:
             for p in net.parameters():
@@ -69,11 +69,12 @@ def train(comm: Communicator, argument: dict[str, Any]) -> dict[str, Any]:
         optimizer.step(num_samples=here, finite=sums.finite, mean_gradients=True)
         losses.append(sums.loss_sum / sums.num_seeds)
     pre = optimizer.preconditioner
+    factors = pre.factors()
     state = pre.state_dict()
     return {
         "losses": losses,
         "weights": [p.detach().flatten().tolist() for p in net.parameters()],
-        "factors": {name: [t.flatten().tolist() for t in pair] for name, pair in pre.factors().items()},
+        "factors": {name: [t.flatten().tolist() for t in pair] for name, pair in factors.items()},
         "dropped": pre.dropped_steps,
         "staleness": {name: values["staleness"] for name, values in pre.health().items()},
         "state": {

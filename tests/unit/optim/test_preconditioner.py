@@ -168,6 +168,92 @@ def test_state_dict_is_tensors_and_resumes_bitwise(delay: int) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_gradient_without_factors_counts_too(poison: float) -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+    with pytest.warns(UserWarning, match="LayerNorm|1.weight"):
+        optimizer = NaturalGradient(net)
+    back_propagate(net)
+    net[1].bias.grad[0] = poison
+    optimizer.step(num_samples=8)
+    assert optimizer.preconditioner.dropped_steps == 1
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+def test_rows_of_a_skipped_step_are_forgotten() -> None:
+    """`zero_grad` begins a step anew: what an earlier backward left is in no factor."""
+    net = make_net()
+    optimizer = NaturalGradient(net)
+    (F.cross_entropy(net(torch.full((3, 4), 1e30)), torch.zeros(3, dtype=torch.int64))).backward()
+    optimizer.zero_grad()
+    back_propagate(net)
+    optimizer.step(num_samples=8)
+    assert float(optimizer.preconditioner.states["0"].folded.counts[0]) == 8
+    assert torch.isfinite(optimizer.preconditioner.factors()["0"].A).all()
+
+
+def test_statistics_that_overflow_are_left_out() -> None:
+    """Finite gradients, rows whose squares are not: the refresh drops them and the next ones are sound."""
+    net = nn.Sequential(nn.Linear(2, 2))
+    pre = KFACPreconditioner(net, inverse_update_period=1, factor_update_period=1)
+    for scale in (1.0, 1e25, 1.0, 1.0):
+        net.zero_grad()
+        (net(torch.full((4, 2), scale)).mean() * 1e-20).backward()
+        assert pre.step(num_samples=4)
+    assert pre.pipeline.discarded_statistics == 1
+    assert torch.isfinite(pre.factors()["0"].A).all()
+    assert pre.health()["0"]["staleness"] == 1.0
+
+
+def test_several_ranks_must_say_that_gradients_are_means() -> None:
+    class Two:
+        rank, world_size = 0, 2
+
+    net = make_net()
+    pre = KFACPreconditioner(net, loss_reduction="sum", communicator=Two())  # type: ignore[arg-type]
+    back_propagate(net)
+    with pytest.raises(UserError, match="mean_gradients=True"):
+        pre.step(num_samples=8)
+
+
+def test_momentum_and_weight_decay() -> None:
+    """`u ← μu + v`, `W ← W − η(u + w·W)`, over three steps, v as the preconditioner left it."""
+    net = make_net()
+    optimizer = NaturalGradient(net, lr=0.3, momentum=0.7, weight_decay=0.2)
+    weights = [p.detach().clone() for p in net.parameters()]
+    momenta = [torch.zeros_like(p) for p in net.parameters()]
+    for step in range(3):
+        lr = 0.3 / (step + 1)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        back_propagate(net)
+        optimizer.step(num_samples=8)
+        for i, parameter in enumerate(net.parameters()):
+            momenta[i] = 0.7 * momenta[i] + parameter.grad
+            weights[i] = weights[i] - lr * (momenta[i] + 0.2 * weights[i])
+            assert torch.allclose(parameter, weights[i], rtol=1e-5, atol=1e-7)
+
+
+def test_loading_state_forgets_the_old_life() -> None:
+    """A rollback is a fresh load: no refresh under way, no inverse, no rows of the steps given up."""
+    options: dict[str, Any] = {"inverse_update_period": 5, "inverse_delay": 3, "dense_steps": 4}
+    net = make_net()
+    pre = KFACPreconditioner(net, **options)
+    beginning = pre.state_dict()
+    for _ in range(7):
+        net.zero_grad()
+        back_propagate(net)
+        pre.step(num_samples=8)
+    back_propagate(net)
+    pre.load_state_dict(beginning)
+    assert pre.pipeline.under_way == ()
+    assert all(state.a_inverse is None for state in pre.states.values())
+    net.zero_grad()
+    back_propagate(net)
+    pre.step(num_samples=8)
+    assert float(pre.states["0"].folded.counts[0]) == 8
+
+
 def test_state_of_another_model_is_refused() -> None:
     net = make_net()
     pre = KFACPreconditioner(net)
