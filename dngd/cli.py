@@ -32,6 +32,9 @@ app.add_typer(data_app, name="data")
 
 out = Console()
 
+INTERRUPTED = 130
+RESUME_HINT = "interrupted; a run goes on from its newest checkpoint with dngd train --run-dir RUN --resume"
+
 # Newer typer brings a click of its own, older ones use the installed one: the base class of either.
 _UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
@@ -168,6 +171,8 @@ def report(
     """Write one self-contained HTML page about one or several runs."""
     from dngd.report import write_report
 
+    if output.exists() and (output.is_dir() or b"dngd" not in output.read_bytes()[:4096]):
+        raise UserError(f"--out {output} exists and is no dngd report; give another path")
     out.print(str(write_report(runs, output)), highlight=False)
 
 
@@ -248,7 +253,7 @@ def verify(store: Annotated[Path, typer.Argument(help="Store folder")]) -> None:
 
     problems = graph.verify_store(store)
     if problems:
-        raise UserError(f"{store} is damaged: " + "; ".join(problems) + "; import it again")
+        raise UserError(f"{store}: " + "; ".join(problems))
     out.print(f"{store}: every file matches its manifest", highlight=False)
 
 
@@ -337,10 +342,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except TrainingError as error:
         _fail(str(error), 1)
     except _UsageError as error:
-        _fail(_sentence(error), 2)
+        if not (sentence := _sentence(error)):
+            sys.exit(2)  # no command at all: the help is on the screen already
+        _fail(f"{sentence} (see dngd --help)", 2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; go on with --resume and the same --run-dir", 130)
+        _fail(RESUME_HINT, INTERRUPTED)
+    except MemoryError as error:
+        _fail(f"out of memory ({error or 'no details'}); ask for less, or use a machine with more", 1)
     else:
+        if code == INTERRUPTED:  # typer turns Ctrl-C into this code
+            _fail(RESUME_HINT, INTERRUPTED)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -348,7 +359,7 @@ def _sentence(error: Exception) -> str:
     """Return a parser's complaint on one line, with the option that it is about."""
     format_message = getattr(error, "format_message", None)
     text = str(format_message() if format_message else error)
-    return " ".join(text.split()) + " (see dngd --help)"
+    return " ".join(text.split())
 
 
 def _fail(message: str, code: int) -> None:

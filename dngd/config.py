@@ -104,7 +104,7 @@ class TrainConfig(_Section):
     checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(), description="checkpoints")
     ray: RayConfig = Field(default_factory=lambda: RayConfig(), description="cluster")
     run_dir: Path | None = Field(None, description="run folder; null: runs/DATASET-MODEL-OPTIMIZER-TIME")
-    resume: bool = Field(False, description="go on from run_dir's newest good checkpoint")
+    resume: bool = Field(False, description="go on from run_dir's newest good checkpoint; a folder without a run starts one")
 
     # fmt: on
     @field_validator("fanout", mode="before")

@@ -90,7 +90,9 @@ def read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
         raise
     except _READ_ERRORS as error:
         if "allow_pickle" in str(error):
-            what = f"array {key!r} of {path} is" if key else f"{path} is"
+            if not key:
+                raise UserError(f"{path} is no npz file; save the graph's arrays by numpy.savez") from error
+            what = f"array {key!r} of {path} is"
             raise UserError(
                 f"{what} pickled, which is never loaded because it could run code; save it as plain numbers "
                 "(not dtype object) by numpy.savez"

@@ -173,7 +173,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not target.exists() and not target.is_symlink():
         return
     if not overwrite:
-        raise UserError(f"{target} already exists and is not overwritten; choose another path or pass overwrite")
+        raise UserError(f"{target} already exists and is not overwritten; choose another path, or --overwrite")
     foreign = not target.is_dir() or target.is_symlink()
     if not foreign:
         foreign = bool({entry.name for entry in target.iterdir()} - {m.MANIFEST_NAME, *m.FILE_NAMES})

@@ -44,6 +44,7 @@ def on_cluster(config: TrainConfig, reporter: Reporter) -> Iterator[None]:
     """
     for name, value in LIMITS.items():
         os.environ.setdefault(name, value)
+    reporter.message("connecting to Ray")
     connected = connect(config.ray)
     try:
         wait_for_resources(
@@ -85,8 +86,11 @@ def run_on_ray(config: TrainConfig, reporter: Reporter) -> RunResult:
         ),
     )
     with _relaying(channel, reporter):
+        reporter.message(f"starting {config.num_workers} workers")
         try:
             trainer.fit()
+        except SystemExit:  # what Ray makes of Ctrl-C
+            raise KeyboardInterrupt from None
         except Exception as error:  # Ray wraps what a worker raised in classes of its own
             raise _cause(error) from error
     result = ray.get(channel.result.remote(), timeout=60)

@@ -58,8 +58,6 @@ class Trainer:
         Raises UserError for a mistake in the configuration, the data or the folder, before anything is
         overwritten; TrainingError if training cannot go on.
         """
-        # Bad input is refused before a folder is made or a worker started.
-        self.plan()
         if self._reporter is not None:
             result = self._run(self._reporter)
         else:
@@ -70,6 +68,9 @@ class Trainer:
         return result
 
     def _run(self, reporter: Reporter) -> RunResult:
+        # Bad input is refused before a folder is made or a worker started.
+        reporter.message(f"reading {self.config.dataset}")
+        self.plan()
         if self.config.engine == "local":
             return run_rank(prepare_run_folder(self.config), LocalCommunicator(), reporter)
         from dngd.launch.ray_train import on_cluster, run_on_ray  # importing Ray takes seconds

@@ -49,6 +49,8 @@ class NaturalGradient(torch.optim.Optimizer):
         inverse_delay: int = 0,
         communicator: Communicator | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise UserError(f"model is a {type(model).__name__}; give the model itself, not its parameters")
         if not lr > 0:
             raise UserError(f"lr={lr} is out of range; it must be above 0")
         if not 0 <= momentum < 1:

@@ -80,6 +80,8 @@ class KFACPreconditioner:
         lr: Schedule | None = None,
         communicator: Communicator | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise UserError(f"model is a {type(model).__name__}; give the model itself, not its parameters")
         _check_choice("damping_mode", damping_mode, get_args(DampingMode))
         _check_choice("loss_reduction", loss_reduction, get_args(LossReduction))
         _check_choice("fisher", fisher, ("empirical",))

@@ -60,8 +60,9 @@ class TrainingLoop:
         self.device = _device(config)
         self.store: GraphStore = resolve_dataset(config.dataset, config.data_root_in_use, config.cache_dir)
         self.split: Split = self.store.split(config.split, config.seed)
-        if self.split.dropped_unlabelled:
-            reporter.message(f"{self.split.dropped_unlabelled} unlabelled nodes of the split are left out")
+        left_out = sum(self.split.dropped_unlabelled.values())
+        if left_out:
+            reporter.message(f"{left_out} nodes of split {config.split} have no label and are left out")
         self.plan = make_plan(config, self.store, self.split)
         check_fits(self.plan, config, workers_here)
 
@@ -304,7 +305,10 @@ class TrainingLoop:
         # Rank 0 alone reads the run folder; the history decides which evaluation is best so far.
         self.history = self._broadcast_history(self.metrics.keep_up_to(self.step) if self.comm.rank == 0 else [])
         self.best = next((r for r in self.history if r.step == position["best_step"]), None)
-        self.reporter.message(f"resumed from step {self.step} of {self.plan.total_steps}")
+        if self.step < self.plan.total_steps:
+            self.reporter.message(f"resumed from step {self.step} of {self.plan.total_steps}")
+        else:
+            self.reporter.message(f"the run is finished (step {self.step}); nothing to do")
 
     def _broadcast_history(self, records: list[EvaluationRecord]) -> list[EvaluationRecord]:
         payload = json.dumps([asdict(record) for record in records]).encode() if self.comm.rank == 0 else None
@@ -364,9 +368,12 @@ def run_rank(
                 f"a file of run {loop.folder.path} cannot be read or written: {error.strerror or error} "
                 f"({error.filename}); free space or fix permissions, then go on with --resume"
             ) from error
-    # A finished run that is resumed takes no step: its own result stays.
-    if communicator.rank == 0 and (loop.clock.step_seconds or not loop.folder.result.exists()):
-        replace_file(loop.folder.result, json.dumps(result.to_json(), indent=2).encode())
+    if communicator.rank == 0:
+        if not loop.clock.step_seconds and loop.folder.result.exists():
+            # A finished run that is resumed takes no step: its own result, with its times, stays.
+            result = RunResult(**json.loads(loop.folder.result.read_text()), history=result.history)
+        else:
+            replace_file(loop.folder.result, json.dumps(result.to_json(), indent=2).encode())
     communicator.barrier()
     return result
 
