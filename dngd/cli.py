@@ -29,6 +29,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Graphs on disk: import, make, describe and check stores.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+bench_app = typer.Typer(help="Measure optimizers against each other, taken in turns.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 out = Console()
 
@@ -69,6 +71,8 @@ def train(
     fanout: Annotated[str | None, typer.Option(help=_field("fanout"))] = None,
     dropout: Annotated[float | None, typer.Option(help=_field("dropout"))] = None,
     batch_size: Annotated[str | None, typer.Option(help=_field("batch_size"))] = None,
+    semi: Annotated[str | None, typer.Option(help=_field("semi") + " (none, two_means or pooled)")] = None,
+    semi_gamma: Annotated[float | None, typer.Option(help=_field("semi_gamma"))] = None,
     epochs: Annotated[int | None, typer.Option(help=_field("epochs"))] = None,
     max_steps: Annotated[int | None, typer.Option(help=_field("max_steps"))] = None,
     optimizer: Annotated[str | None, typer.Option(help=_field("optimizer") + " (kfac, adam, adamw or sgd)")] = None,
@@ -257,6 +261,126 @@ def verify(store: Annotated[Path, typer.Argument(help="Store folder")]) -> None:
     out.print(f"{store}: every file matches its manifest", highlight=False)
 
 
+@bench_app.command("step")
+def bench_step(
+    dataset: Annotated[
+        str, typer.Option(help="Name or path; products-shaped: ogbn-products' shape, generated once and kept")
+    ] = "products-shaped",
+    data_root: Annotated[Path | None, typer.Option(help=_field("data_root"))] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help=_field("cache_dir"))] = None,
+    split: Annotated[str, typer.Option(help=_field("split"))] = "masks",
+    scale: Annotated[float, typer.Option(help="Share of products-shaped's nodes and edges, 0.001 to 1")] = 1.0,
+    model: Annotated[str, typer.Option(help="Layer kind (gcn or sage)")] = "sage",
+    num_layers: Annotated[int, typer.Option(help=_field("num_layers"))] = 3,
+    hidden: Annotated[int, typer.Option(help=_field("hidden"))] = 256,
+    fanout: Annotated[str | None, typer.Option(help=_field("fanout"))] = None,
+    batch_size: Annotated[str, typer.Option(help="Seeds a step, or full")] = "1024",
+    optimizers: Annotated[
+        str, typer.Option(help="Some of kfac, adam, adamw, sgd, soap, muon, shampoo, separated by commas")
+    ] = "adam,kfac",
+    steps: Annotated[int, typer.Option(help="Measured steps, rounded up to whole K-FAC inverse_update_periods")] = 200,
+    warmup: Annotated[
+        int | None, typer.Option(help="Steps before them [default: 60, more where K-FAC's start takes longer]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, splits, batches, sampling, dropout")] = 0,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="kfac.* (K-FAC's settings), dropout, weight_decay, momentum"),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="torch threads [default: torch's own choice]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time one training step of each optimizer, in turns on the same mini-batches."""
+    from dngd.bench import StepOptions, progress_for, run_step_bench
+    from dngd.bench.competitors import SETTABLE, parse_fields, parse_names
+    from dngd.bench.tables import print_step
+
+    flags = _bench_fields(locals())
+    fields = merge(flags, parse_fields(assignments or [], SETTABLE, "--set"))
+    options = StepOptions(
+        TrainConfig(**fields, dataset=dataset, seed=seed, engine="local"),
+        optimizers=parse_names(optimizers),
+        steps=steps,
+        warmup=warmup,
+        threads=threads,
+        scale=scale,
+    )
+    with progress_for(Console(stderr=True)) as progress:
+        result = run_step_bench(options, progress)
+    _print_json(result) if as_json else print_step(result, out)
+
+
+@bench_app.command("accuracy")
+def bench_accuracy(
+    datasets: Annotated[str, typer.Option(help="Names or paths, separated by commas")] = "products-mini",
+    data_root: Annotated[Path | None, typer.Option(help=_field("data_root"))] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help=_field("cache_dir"))] = None,
+    split: Annotated[str, typer.Option(help=_field("split"))] = "masks",
+    model: Annotated[str, typer.Option(help="Layer kind (gcn or sage)")] = "sage",
+    num_layers: Annotated[int, typer.Option(help=_field("num_layers"))] = 2,
+    hidden: Annotated[int, typer.Option(help=_field("hidden"))] = 256,
+    fanout: Annotated[str | None, typer.Option(help=_field("fanout"))] = None,
+    batch_size: Annotated[str, typer.Option(help="Seeds a step, or full: all training nodes, all neighbours")] = "512",
+    epochs: Annotated[int, typer.Option(help="Passes over the training nodes, and length of the cosine schedule")] = 30,
+    optimizers: Annotated[
+        str, typer.Option(help="Some of kfac, adam, adamw, sgd, soap, muon, shampoo, separated by commas")
+    ] = "kfac,adam",
+    seeds: Annotated[str, typer.Option(help="Run seeds, separated by commas; curves are averaged over them")] = "0,1,2",
+    rates: Annotated[
+        str | None,
+        typer.Option("--lrs", help="Learning rates tried, 'adam=3e-3,1e-2;kfac=0.1' [default: adam=3e-3,1e-2,2e-2]"),
+    ] = None,
+    variants: Annotated[
+        str | None,
+        typer.Option(help="Further K-FAC settings, 'NAME:kfac.KEY=VALUE,...;NAME:...' (lr and weight_decay too)"),
+    ] = None,
+    eval_steps: Annotated[
+        int | None, typer.Option(help="Steps between evaluations [default: at least 20 evaluations a run]")
+    ] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Validation accuracies [default: Adam's best seed mean, and 0.005 below it]")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="For all: kfac.*, dropout, weight_decay, lr_schedule, ..."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="torch threads [default: torch's own choice]")] = None,
+    output: Annotated[Path | None, typer.Option("--out", help="File that gets the JSON too")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train optimizers in turns; tell the seconds and steps that each needs to reach a validation accuracy."""
+    from dngd.bench import AccuracyOptions, progress_for, run_accuracy_bench
+    from dngd.bench.competitors import SETTABLE_IN_RUNS, parse_fields, parse_names, parse_seeds, parse_targets
+    from dngd.bench.tables import print_accuracy
+
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise UserError(f"--out {output} is a folder or lies in none that exists; give the path of a file")
+    flags = _bench_fields(locals()) | {"epochs": epochs}
+    fields = merge(flags, parse_fields(assignments or [], SETTABLE_IN_RUNS, "--set"))
+    options = AccuracyOptions(
+        TrainConfig(**fields, dataset="", engine="local"),
+        parse_names(datasets),
+        optimizers=parse_names(optimizers),
+        seeds=parse_seeds(seeds),
+        rates=rates,
+        variants=variants,
+        eval_steps=eval_steps,
+        targets=None if targets is None else parse_targets(targets),
+        threads=threads,
+    )
+    with progress_for(Console(stderr=True)) as progress:
+        result = run_accuracy_bench(options, progress)
+    if output is not None:
+        output.write_text(json.dumps(result) + "\n")
+    _print_json(result) if as_json else print_accuracy(result, out)
+
+
+def _bench_fields(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration fields among a benchmark's flags."""
+    names = ("data_root", "cache_dir", "split", "model", "num_layers", "hidden", "fanout", "batch_size")
+    return {name: flags[name] for name in names if flags[name] is not None}
+
+
 def _print_json(data: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(data) + "\n")
 
@@ -293,13 +417,18 @@ def _print_plan(plan: dict[str, Any], config: TrainConfig) -> None:
     table = Table(title="Plan", show_header=False)
     table.add_row("steps", f"{plan['total_steps']} ({plan['steps_per_epoch']} an epoch)")
     table.add_row("seeds a step", f"{config.shards} shards x {plan['batch_size']}")
-    table.add_row("samplers a worker", str(config.num_samplers))
-    for name in ("store", "worker", "model", "optimizer", "curvature", "activation", "evaluation", "sampler"):
+    if config.constant_full_batch:
+        table.add_row("mode", "constant full batch: all neighbours, the same layer graphs in each step, no sampler")
+    else:
+        table.add_row("samplers a worker", str(config.num_samplers))
+    parts = ("model", "optimizer", "curvature", "full_batch", "activation", "evaluation", "sampler")
+    unused = {"sampler"} if config.constant_full_batch else {"full_batch"}
+    for name in ("store", "worker", *(name for name in parts if name not in unused)):
         note = {"store": " (one shared mapping)", "worker": " (sum of the below)"}.get(name, "")
-        table.add_row(f"memory: {name}", _size(plan[f"{name}_bytes"]) + note)
+        table.add_row(f"memory: {name.replace('_', ' ')}", _size(plan[f"{name}_bytes"]) + note)
     for layer in plan["layers"]:
         d_a, d_out = layer["d_a"], layer["d_out"]
-        factors = f"A {d_a} x {d_a}, G {d_out} x {d_out}" if config.optimizer == "kfac" else "no factors"
+        factors = f"A {layer['factors']['a']}, G {layer['factors']['g']}" if config.optimizer == "kfac" else "no factors"
         table.add_row(layer["name"], f"weight and bias {d_out} x {d_a}; {factors}")
     table.add_row("wire: gradient a step", _size(plan["gradient_bytes_per_step"]))
     table.add_row("wire: factors a refresh", _size(plan["factor_bytes_per_refresh"]))

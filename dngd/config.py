@@ -29,16 +29,29 @@ class _Section(BaseModel):
 class KFACConfig(_Section):
     """Natural gradient (`optimizer: kfac`); see dngd.optim.NaturalGradient for the formulas."""
 
+    update: Literal["momentum", "adam_eigenbasis"] = Field("momentum", description="momentum on the natural gradient, or Adam in the factors' eigenbasis (lr 0.01 by default)", json_schema_extra=IDENTITY)
+    method: Literal["kfac", "ekfac"] = Field("kfac", description="damped inverses, or eigenvalue-corrected", json_schema_extra=IDENTITY)
+    fisher: Literal["empirical", "monte_carlo", "ggn"] | None = Field(None, description="labels behind G: the true ones, sampled ones, or the exact Gauss-Newton matrix (one backward a class); null: empirical, monte_carlo with a semi-supervised loss", json_schema_extra=IDENTITY)
+    variant: Literal["dngd", "paper"] = Field("dngd", description="paper: the factors of arXiv 2008.09624's code (gradients of the mean loss times the layer's width), for reproduction", json_schema_extra=IDENTITY)
     damping: float = Field(1e-2, gt=0, description="λ; a share of tr A in relative mode, in units of the Fisher in tikhonov mode", json_schema_extra=IDENTITY)
-    damping_mode: Literal["relative", "tikhonov"] = Field("relative", description="relative: λ·tr A and ratio·λ·tr G; tikhonov: √λ·π and √λ/π", json_schema_extra=IDENTITY)
+    damping_mode: Literal["relative", "tikhonov", "even"] = Field("relative", description="relative: λ·tr A and ratio·λ·tr G; tikhonov: √λ·π and √λ/π; even: √λ each", json_schema_extra=IDENTITY)
     damping_g_ratio: float = Field(10.0, gt=0, description="relative mode: G's share over A's", json_schema_extra=IDENTITY)
     factor_decay: float = Field(0.95, ge=0, lt=1, description="ρ of the running averages, per factor step", json_schema_extra=IDENTITY)
     factor_update_period: int = Field(10, ge=1, description="steps between factor steps", json_schema_extra=IDENTITY)
     inverse_update_period: int = Field(50, ge=1, description="steps between two refreshes of a layer", json_schema_extra=IDENTITY)
-    dense_steps: int = Field(20, ge=0, description="first steps that are all factor steps; inverses then at powers of two", json_schema_extra=IDENTITY)
+    eigenvalue_update_period: int = Field(10, ge=1, description="ekfac: steps between two corrections of the eigenvalues", json_schema_extra=IDENTITY)
+    dense_steps: int = Field(20, ge=0, description="first steps that are all factor steps; inverses then from powers of two on", json_schema_extra=IDENTITY)
     inverse_delay: int = Field(0, ge=0, description="steps from a refresh's launch to its adoption; 0 waits at once", json_schema_extra=IDENTITY)
+    change_threshold: float = Field(0.0, ge=0, description="a factor whose relative change since its inversion is at most this is not inverted again", json_schema_extra=IDENTITY)
     kl_clip: float | None = Field(3e-3, gt=0, description="κ, bound of η²·⟨natural gradient, gradient⟩, twice a step's predicted KL; null for none", json_schema_extra=IDENTITY)
+    norm_constraint: float | None = Field(None, gt=0, description="bound of a step's length η‖v‖ before momentum; null for none", json_schema_extra=IDENTITY)
     momentum: float = Field(0.9, ge=0, lt=1, description="μ, applied after preconditioning", json_schema_extra=IDENTITY)
+    max_rows: int | None = Field(4096, ge=1, description="rows of a layer and shard that are measured at most, an unbiased draw; null for all", json_schema_extra=IDENTITY)
+    max_dimension: int = Field(2048, ge=1, description="widest factor that is kept dense", json_schema_extra=IDENTITY)
+    wide_inputs: Literal["low_rank", "block_diagonal", "dense"] = Field("low_rank", description="what a wider A becomes", json_schema_extra=IDENTITY)
+    rank: int = Field(256, ge=1, description="of low_rank", json_schema_extra=IDENTITY)
+    split_inputs: bool = Field(True, description="GraphSAGE: a block of A each for self and neighbour rows", json_schema_extra=IDENTITY)
+    inverse_precision: Literal["float16", "bfloat16", "full"] = Field("float16", description="in which inverses are kept and sent", json_schema_extra=IDENTITY)
 
     @model_validator(mode="after")
     def _delay_below_period(self) -> KFACConfig:
@@ -50,7 +63,7 @@ class KFACConfig(_Section):
 class CheckpointConfig(_Section):
     """Checkpoints in RUN/checkpoints."""
 
-    period_steps: int | None = Field(None, ge=1, description="steps between checkpoints; null: at the end of each epoch")
+    period_steps: int | None = Field(None, ge=1, description="steps between checkpoints; null: at the end of each epoch, in constant full batch every 50")
     keep: int = Field(3, ge=1, description="newest checkpoints kept")
 
 
@@ -78,10 +91,12 @@ class TrainConfig(_Section):
     model: Literal["gcn", "sage"] = Field("gcn", description="layer kind", json_schema_extra=IDENTITY)
     hidden: int = Field(256, ge=1, description="width of the hidden layers", json_schema_extra=IDENTITY)
     num_layers: int = Field(3, ge=1, le=16, description="number of graph layers", json_schema_extra=IDENTITY)
-    fanout: tuple[int, ...] | None = Field(None, description="neighbours drawn per layer, input side first, -1 for all; null: 15,10,5 cut or repeated to num_layers", json_schema_extra=IDENTITY)
+    fanout: tuple[int, ...] | None = Field(None, description="neighbours drawn per layer, input side first, -1 for all; null: 15,10,5 cut or repeated to num_layers, or with batch_size full all", json_schema_extra=IDENTITY)
     dropout: float = Field(0.5, ge=0, lt=1, description="between layers", json_schema_extra=IDENTITY)
-    batch_size: int | Literal["full"] = Field(1024, description="seeds a shard and step; full: all training nodes in one step", json_schema_extra=IDENTITY)
-    epochs: int = Field(10, ge=1, description="passes over the training nodes; another number on resuming also bends a cosine schedule")
+    batch_size: int | Literal["full"] = Field(1024, description="seeds a shard and step; full: all training nodes in one step, all neighbours unless fanout says otherwise", json_schema_extra=IDENTITY)
+    semi: Literal["none", "two_means", "pooled"] = Field("none", description="loss of the nodes outside the training set, full batch only, their own arg-max as label, weight λ_u = (epoch/epochs)^semi_gamma; two_means: mean(labelled) + λ_u·mean(others); pooled: one weighted mean", json_schema_extra=IDENTITY)
+    semi_gamma: float = Field(1.0, gt=0, allow_inf_nan=False, description="γ of λ_u, a number above 0; larger keeps the others out longer", json_schema_extra=IDENTITY)
+    epochs: int = Field(10, ge=1, description="passes over the training nodes; another number on resuming also bends a cosine schedule and λ_u")
     max_steps: int | None = Field(None, ge=1, description="stop after this many steps")
     optimizer: Literal["kfac", "adam", "adamw", "sgd"] = Field("kfac", description="kfac: natural gradient", json_schema_extra=IDENTITY)
     lr: float | None = Field(None, gt=0, description="peak learning rate; null: 0.1 kfac, 0.01 adam and adamw, 0.1 sgd", json_schema_extra=IDENTITY)
@@ -131,6 +146,12 @@ class TrainConfig(_Section):
                 raise ValueError(f"fanout={self.fanout} has {len(self.fanout)} entries but num_layers={self.num_layers}; give one per layer, input side first")
             if any(entry == 0 or entry < -1 for entry in self.fanout):
                 raise ValueError(f"fanout={self.fanout} has an entry that is neither positive nor -1 (all neighbours)")
+        if self.semi != "none" and self.batch_size != "full":
+            raise ValueError(f"semi={self.semi} needs every node in each step but batch_size={self.batch_size}; use --batch-size full, or --semi none")
+        if self.semi != "none" and not self.constant_full_batch:
+            raise ValueError(f"semi={self.semi} needs all neighbours but fanout={self.fanouts} draws some; leave --fanout out, or give -1 for every layer, or --semi none")
+        if self.optimizer == "kfac" and self.semi != "none" and self.fisher == "empirical" and self.kfac.variant != "paper":
+            raise ValueError(f"semi={self.semi} weighs its seeds unequally, which the empirical Fisher cannot do; leave kfac.fisher away, or use --set kfac.fisher=monte_carlo")
         if self.num_workers > self.shards:
             raise ValueError(f"num_workers={self.num_workers} is above num_shards={self.shards}: a worker would have no shard; use at most {self.shards} workers")
         return self
@@ -140,7 +161,14 @@ class TrainConfig(_Section):
         """The fanout in use, one entry a layer, input side first."""
         if self.fanout is not None:
             return self.fanout
+        if self.batch_size == "full":
+            return (-1,) * self.num_layers
         return ((15, 10, 5) + (5,) * self.num_layers)[: self.num_layers]
+
+    @property
+    def constant_full_batch(self) -> bool:
+        """Whether every step is the same: all training nodes as seeds, all neighbours, so that nothing is sampled."""
+        return self.batch_size == "full" and all(entry == -1 for entry in self.fanouts)
 
     @property
     def shards(self) -> int:
@@ -148,10 +176,19 @@ class TrainConfig(_Section):
         return self.num_shards if self.num_shards is not None else self.num_workers
 
     @property
+    def fisher(self) -> Literal["empirical", "monte_carlo", "ggn"]:
+        """The kind of Fisher in use: seeds of unequal weights need sampled labels."""
+        if self.kfac.fisher is not None:
+            return self.kfac.fisher
+        return "empirical" if self.semi == "none" or self.kfac.variant == "paper" else "monte_carlo"
+
+    @property
     def learning_rate(self) -> float:
         """The peak learning rate in use."""
         if self.lr is not None:
             return self.lr
+        if self.optimizer == "kfac" and self.kfac.update == "adam_eigenbasis":
+            return 0.01
         return {"kfac": 0.1, "adam": 0.01, "adamw": 0.01, "sgd": 0.1}[self.optimizer]
 
     @property
@@ -166,6 +203,9 @@ class TrainConfig(_Section):
         """Return the fields that define the run, flat, with defaults filled in."""
         flat = _flat_identity(self)
         flat |= {"fanout": list(self.fanouts), "num_shards": self.shards, "lr": self.learning_rate}
+        flat["kfac.fisher"] = self.fisher
+        if self.semi == "none":
+            flat.pop("semi_gamma")
         if self.optimizer != "kfac":
             flat = {key: value for key, value in flat.items() if not key.startswith("kfac.")}
         return flat

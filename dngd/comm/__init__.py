@@ -1,6 +1,6 @@
 """Communication: packing, collectives, ownership of factors. The only package that calls torch.distributed."""
 
-from dngd.comm.assignment import assign_owners, inversion_cost, shards_of_rank
+from dngd.comm.assignment import assign_owners, shards_of_rank
 from dngd.comm.communicator import (
     Communicator,
     LocalCommunicator,
@@ -11,7 +11,7 @@ from dngd.comm.communicator import (
     init_process_group,
 )
 from dngd.comm.gradients import FlatGradients, StepSums
-from dngd.comm.packing import buckets, flatten, pack_triangle, triangle_size, unflatten, unpack_triangle
+from dngd.comm.packing import buckets, flatten, unflatten
 
 __all__ = [
     "Communicator",
@@ -26,10 +26,6 @@ __all__ = [
     "destroy_process_group",
     "flatten",
     "init_process_group",
-    "inversion_cost",
-    "pack_triangle",
     "shards_of_rank",
-    "triangle_size",
     "unflatten",
-    "unpack_triangle",
 ]

@@ -12,11 +12,6 @@ Factor = tuple[str, str]
 """(layer name, "A" or "G")."""
 
 
-def inversion_cost(dimension: int) -> float:
-    """Return the cost model of a Cholesky inverse, `d³` (flops up to a constant)."""
-    return float(dimension) ** 3
-
-
 def assign_owners(costs: Mapping[Factor, float], world_size: int) -> dict[Factor, int]:
     """Return the owner rank of each factor: most costly first, each to the least loaded rank.
 

@@ -12,11 +12,11 @@ from dngd.comm.communicator import Communicator
 
 
 class FlatGradients:
-    """Every parameter's `.grad` as a view of one buffer, followed by the step's loss sum and seed count.
+    """Every parameter's `.grad` as a view of one buffer, followed by the step's loss sum and divisor.
 
-    The backward pass of each shard's **summed** loss accumulates into the views; one bucketed all-reduce
-    then yields the globally summed loss's gradient, and division by the globally summed count its mean,
-    also when shards differ in size.
+    The backward pass of each shard's **summed** loss `Σ_s w_s ℓ_s` accumulates into the views; one bucketed
+    all-reduce then yields the globally summed loss's gradient, and division by the globally summed divisor (the
+    number of seeds, where all weigh 1) that of the loss, also when shards differ in size.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -33,13 +33,13 @@ class FlatGradients:
         """Start a step."""
         self._flat.zero_()
 
-    def add_loss_(self, loss_sum: Tensor, num_seeds: int) -> None:
-        """Add a shard's summed loss and number of seeds to what is reduced."""
+    def add_loss_(self, loss_sum: Tensor, num_seeds: float) -> None:
+        """Add a shard's summed loss and number of seeds (its share of the divisor) to what is reduced."""
         self._flat[-2] += loss_sum.detach()
         self._flat[-1] += num_seeds
 
     def reduce_(self, communicator: Communicator) -> StepSums:
-        """Sum over ranks, then divide the gradients by the count. All ranks enter; all get the same bits."""
+        """Sum over ranks, then divide the gradients by the divisor. All ranks enter; all get the same bits."""
         communicator.all_reduce(self._flat, "gradient").wait()
         # One host synchronisation a step: the sums and the verdict on finiteness travel together.
         verdict = torch.isfinite(self._flat).all().to(self._flat.dtype)
@@ -50,7 +50,7 @@ class FlatGradients:
 
 
 class StepSums:
-    """What a step's reduction tells every rank alike: summed loss, number of seeds, all values finite."""
+    """What a step's reduction tells every rank alike: summed loss, number of seeds (divisor), all values finite."""
 
     def __init__(self, loss_sum: float, num_seeds: float, finite: bool) -> None:
         self.loss_sum = loss_sum

@@ -1,4 +1,4 @@
-"""Tensors to flat buffers and back: triangles of symmetric matrices, lists of tensors, buckets."""
+"""Tensors to flat buffers and back: lists of tensors, buckets."""
 
 from __future__ import annotations
 
@@ -7,25 +7,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-
-
-def triangle_size(d: int) -> int:
-    """Return d(d+1)/2, the number of entries of a symmetric [d, d] matrix that travel."""
-    return d * (d + 1) // 2
-
-
-def pack_triangle(matrix: Tensor) -> Tensor:
-    """Return the upper triangle of a symmetric [d, d] matrix, row by row, as [d(d+1)/2]."""
-    d = matrix.shape[0]
-    mask = torch.ones(d, d, dtype=torch.bool, device=matrix.device).triu_()
-    return matrix.masked_select(mask)
-
-
-def unpack_triangle(packed: Tensor, d: int) -> Tensor:
-    """Return the symmetric [d, d] matrix of a packed upper triangle: the exact inverse of packing."""
-    mask = torch.ones(d, d, dtype=torch.bool, device=packed.device).triu_()
-    upper = torch.zeros(d, d, dtype=packed.dtype, device=packed.device).masked_scatter_(mask, packed)
-    return torch.where(mask, upper, upper.T)
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:

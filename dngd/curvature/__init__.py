@@ -1,4 +1,4 @@
-"""Curvature of one layer as tensors: statistics, factors, damping, inverses.
+"""Curvature of one layer as tensors: statistics, factors, Fisher kinds, damping, inverses.
 
 Pure functions and small containers; no collective, no Ray, no DGL. A layer computes `Z = M Wᵀ + b`;
 row `m_i` of M is node i's aggregated input with a 1 appended for the bias, and `g_i` is the gradient
@@ -7,21 +7,65 @@ of the **sum** of the seeds' losses with respect to row `z_i`. Its Fisher block 
 """
 
 from dngd.curvature.damping import DampingMode, damping_split, pi_ratio
-from dngd.curvature.inverse import InverseResult, damped_inverse
-from dngd.curvature.precondition import kl_clip_scale, precondition, precondition_with_inverses
-from dngd.curvature.statistics import FactorStatistics, KroneckerFactors, input_gram, output_gram
+from dngd.curvature.fisher import FisherKind, LossKind, hessian_columns, random_signs, sampled_gradient
+from dngd.curvature.inverse import InverseResult, cholesky_inverse, eigendecomposition
+from dngd.curvature.precondition import (
+    inner_product,
+    kl_clip_scale,
+    norm_scale,
+    precondition,
+    precondition_in_eigenbasis,
+    precondition_with_inverses,
+    rotate,
+    rotate_back,
+    row_scales,
+)
+from dngd.curvature.statistics import FactorStatistics, KroneckerFactors
+from dngd.curvature.structure import (
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    FactorLayout,
+    FactorStructure,
+    LowRank,
+    Tensors,
+    gram,
+)
+from dngd.curvature.symmetric import pack_symmetric, packed_diagonal, packed_size, unpack_symmetric
 
 __all__ = [
+    "BlockDiagonal",
     "DampingMode",
+    "Dense",
+    "Diagonal",
+    "FactorLayout",
     "FactorStatistics",
+    "FactorStructure",
+    "FisherKind",
     "InverseResult",
     "KroneckerFactors",
-    "damped_inverse",
+    "LossKind",
+    "LowRank",
+    "Tensors",
+    "cholesky_inverse",
     "damping_split",
-    "input_gram",
+    "eigendecomposition",
+    "gram",
+    "hessian_columns",
+    "inner_product",
     "kl_clip_scale",
-    "output_gram",
+    "norm_scale",
+    "pack_symmetric",
+    "packed_diagonal",
+    "packed_size",
     "pi_ratio",
     "precondition",
+    "precondition_in_eigenbasis",
     "precondition_with_inverses",
+    "random_signs",
+    "rotate",
+    "rotate_back",
+    "row_scales",
+    "sampled_gradient",
+    "unpack_symmetric",
 ]

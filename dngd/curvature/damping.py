@@ -2,6 +2,7 @@
 
 `tikhonov`: the π-split of Martens & Grosse 2015, section 6.3: λ_A = √λ·π, λ_G = √λ/π, with
 `π² = (tr A / dim A) / (tr G / dim G)`; λ is in units of the loss's Fisher.
+`even`: λ_A = λ_G = √λ, as in the code behind arXiv 2008.09624.
 `relative`: scale-free, λ_A = λ·tr A and λ_G = r·λ·tr G with a fixed ratio r. It does not change when
 features or losses are rescaled, and so one λ serves graphs whose factors differ by orders of magnitude.
 """
@@ -13,38 +14,42 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-DampingMode = Literal["relative", "tikhonov"]
+DampingMode = Literal["relative", "tikhonov", "even"]
 
 PI_RANGE = (1e-3, 1e3)
 
 
-def pi_ratio(a: Tensor, g: Tensor) -> Tensor:
+def pi_ratio(a_diagonal: Tensor, g_diagonal: Tensor) -> Tensor:
     """Return π, `π² = (tr A / dim A) / (tr G / dim G)`, clamped to [1e-3, 1e3]; 1 when a trace is 0.
 
-    a: [d_a, d_a], g: [d_g, d_g]. Returns a 0-d tensor; no host synchronisation.
+    a_diagonal: [d_a], g_diagonal: [d_g], of the factors. Returns a 0-d tensor; no host synchronisation.
     """
-    mean_a = a.diagonal().mean()
-    mean_g = g.diagonal().mean()
+    mean_a = a_diagonal.mean()
+    mean_g = g_diagonal.mean()
     defined = (mean_a > 0) & (mean_g > 0)
     ratio = torch.where(defined, mean_a / torch.where(defined, mean_g, 1.0), 1.0)
     return ratio.sqrt().clamp(*PI_RANGE)
 
 
 def damping_split(
-    a: Tensor, g: Tensor, damping: float, mode: DampingMode, g_ratio: float = 10.0
+    a_diagonal: Tensor, g_diagonal: Tensor, damping: float, mode: DampingMode, g_ratio: float = 10.0
 ) -> tuple[Tensor, Tensor]:
     """Return (λ_A, λ_G), the multiples of the identity added to A and to G, as 0-d tensors.
 
-    damping: λ > 0. g_ratio: r of the relative mode. A factor whose trace is 0 gets λ itself in the
-    relative mode, so that it stays invertible. Raises ValueError if λ <= 0.
+    a_diagonal, g_diagonal: the factors' diagonals. damping: λ > 0. g_ratio: r of the relative mode. A
+    factor whose trace is 0 gets λ itself in the relative mode, so that it stays invertible.
+    Raises ValueError if λ <= 0.
     """
     if not damping > 0:
         raise ValueError(f"damping={damping} is out of range; it must be above 0")
+    if mode == "even":
+        root = torch.full_like(a_diagonal.sum(), damping**0.5)
+        return root, root.to(g_diagonal)
     if mode == "tikhonov":
-        pi = pi_ratio(a, g)
+        pi = pi_ratio(a_diagonal, g_diagonal)
         root = damping**0.5
         return root * pi, root / pi
-    trace_a, trace_g = a.diagonal().sum(), g.diagonal().sum()
+    trace_a, trace_g = a_diagonal.sum(), g_diagonal.sum()
     fallback = torch.full_like(trace_a, damping)
     lambda_a = torch.where(trace_a > 0, damping * trace_a, fallback)
     lambda_g = torch.where(trace_g > 0, g_ratio * damping * trace_g, fallback)

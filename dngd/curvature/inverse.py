@@ -1,8 +1,8 @@
-"""Damped inverses of factors, with escalation instead of silent failure.
+"""Damped inverses and eigendecompositions of dense factors, with escalation instead of silent failure.
 
-Order of attempts: Cholesky in the factor's own precision; Cholesky in float64; more damping (×10, at
-most three times) in float64. Each attempt is checked with one probe vector, since a Cholesky
-factorisation of an ill-conditioned matrix can succeed and still be useless.
+Order of attempts of an inverse: Cholesky in the factor's own precision; Cholesky in float64; more
+damping (×10, at most three times) in float64. Each attempt is checked with one probe vector, since a
+Cholesky factorisation of an ill-conditioned matrix can succeed and still be useless.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ PROBE_TOLERANCE = 1e-2
 class InverseResult:
     """The outcome of one inversion.
 
-    inverse: `(M + λ'I)⁻¹` in M's dtype, or None when every attempt failed.
+    inverse: `(M + λ'I)⁻¹` as its structure's tensors, in M's dtype, or None when every attempt failed.
     damping: the λ' used (equal to the λ asked for unless escalated).
     escalations: number of attempts that failed before this one.
     """
 
-    inverse: Tensor | None
+    inverse: tuple[Tensor, ...] | None
     damping: float
     escalations: int
 
 
-def damped_inverse(matrix: Tensor, damping: Tensor | float) -> InverseResult:
+def cholesky_inverse(matrix: Tensor, damping: Tensor | float) -> InverseResult:
     """Return `(M + λI)⁻¹` for a symmetric positive semi-definite M.
 
     matrix: [d, d]. damping: λ > 0. Raises ValueError if λ <= 0. A matrix that holds a non-finite
@@ -49,7 +49,7 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float) -> InverseResult:
     for dtype, value in attempts:
         inverse = _cholesky_inverse(matrix.to(dtype), value)
         if inverse is not None:
-            return InverseResult(inverse.to(matrix.dtype), value, escalations)
+            return InverseResult((inverse.to(matrix.dtype),), value, escalations)
         escalations += 1
     return InverseResult(None, lam, escalations)
 
@@ -69,3 +69,17 @@ def _cholesky_inverse(matrix: Tensor, damping: float) -> Tensor | None:
     if not bool(residual <= PROBE_TOLERANCE * torch.linalg.vector_norm(probe)):
         return None
     return inverse
+
+
+def eigendecomposition(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return (Q [d, d], e [d] >= 0) with M = Q diag(e) Qᵀ, computed in float64; None if M is not finite.
+
+    Rounding below zero is clamped: the factors are positive semi-definite by construction.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        return None
+    try:
+        values, vectors = torch.linalg.eigh(matrix.double())
+    except RuntimeError:  # torch.linalg.LinAlgError, which torch does not export for type checkers
+        return None
+    return vectors.to(matrix.dtype).contiguous(), values.clamp_min(0).to(matrix.dtype)

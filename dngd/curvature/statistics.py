@@ -13,9 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dngd.curvature.structure import FactorStructure, Tensors
+
 
 class KroneckerFactors(NamedTuple):
-    """The two factors of a layer's Fisher block `F ≈ A ⊗ G`.
+    """The two factors of a layer's Fisher block `F ≈ A ⊗ G`, as matrices whatever their structure.
 
     A: [d_in (+1 with a bias), same], mean outer product of the layer's input rows.
     G: [d_out, d_out], `(1/n) Σ g_i g_iᵀ` over n seeds.
@@ -25,54 +27,28 @@ class KroneckerFactors(NamedTuple):
     G: Tensor
 
 
-def input_gram(rows: Tensor, has_bias: bool) -> Tensor:
-    """Return `Σ m_i m_iᵀ` with m_i = [x_i, 1] (or x_i without a bias).
-
-    rows: [r, d_in], input rows x_i. Returns [d, d], d = d_in + has_bias. The ones column is not
-    built: its products are the column sums and r.
-    """
-    gram = rows.T @ rows
-    if not has_bias:
-        return gram
-    d_in = rows.shape[1]
-    out = rows.new_empty(d_in + 1, d_in + 1)
-    out[:d_in, :d_in] = gram
-    column_sums = rows.sum(dim=0)
-    out[:d_in, d_in] = column_sums
-    out[d_in, :d_in] = column_sums
-    out[d_in, d_in] = rows.shape[0]
-    return out
-
-
-def output_gram(gradients: Tensor) -> Tensor:
-    """Return `Σ g_i g_iᵀ` for gradients [r, d_out] with respect to the layer's output rows."""
-    return gradients.T @ gradients
-
-
 @dataclass
 class FactorStatistics:
     """Sums and counts of one layer.
 
-    a_sum: [d_a, d_a] = Σ m mᵀ; g_sum: [d_g, d_g] = Σ g gᵀ with g from the summed loss;
-    counts: [2] = (number of input rows r, number of seeds n), decayed like the sums.
+    a: A's sums Σ m mᵀ in its structure; g: G's, Σ g gᵀ with g from the summed loss; counts: [2] =
+    (number of input rows r, number of seeds n), decayed like the sums.
     """
 
-    a_sum: Tensor
-    g_sum: Tensor
+    a: Tensors
+    g: Tensors
     counts: Tensor
 
     @classmethod
-    def zeros(cls, d_a: int, d_g: int, *, dtype: torch.dtype, device: torch.device) -> FactorStatistics:
+    def zeros(
+        cls, a: FactorStructure, g: FactorStructure, *, dtype: torch.dtype, device: torch.device
+    ) -> FactorStatistics:
         """Return empty statistics."""
-        return cls(
-            torch.zeros(d_a, d_a, dtype=dtype, device=device),
-            torch.zeros(d_g, d_g, dtype=dtype, device=device),
-            torch.zeros(2, dtype=dtype, device=device),
-        )
+        return cls(a.zeros(dtype, device), g.zeros(dtype, device), torch.zeros(2, dtype=dtype, device=device))
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (a_sum, g_sum, counts)."""
-        return self.a_sum, self.g_sum, self.counts
+    def tensors(self) -> Tensors:
+        """Return A's sums, G's sums, counts."""
+        return (*self.a, *self.g, self.counts)
 
     def decay_(self, rho: float) -> None:
         """Multiply sums and counts by ρ."""
@@ -89,8 +65,12 @@ class FactorStatistics:
         for tensor in self.tensors():
             tensor.zero_()
 
-    def factors(self) -> KroneckerFactors | None:
-        """Return (S_A / c_A, S_G / c_G), or None while a count is zero."""
+    def clone(self) -> FactorStatistics:
+        """Return a copy."""
+        return FactorStatistics(tuple(t.clone() for t in self.a), tuple(t.clone() for t in self.g), self.counts.clone())
+
+    def averages(self) -> tuple[Tensors, Tensors] | None:
+        """Return (S_A / c_A, S_G / c_G) in their structures, or None while a count is zero."""
         if not bool((self.counts > 0).all()):
             return None
-        return KroneckerFactors(self.a_sum / self.counts[0], self.g_sum / self.counts[1])
+        return tuple(t / self.counts[0] for t in self.a), tuple(t / self.counts[1] for t in self.g)

@@ -10,7 +10,7 @@ A store is a folder of Arrow IPC files (compressed sparse column topology, featu
 processes. This package imports nothing of dngd but its errors.
 """
 
-from dngd.graph.catalog import available_datasets, cache_folder, resolve_dataset
+from dngd.graph.catalog import available_datasets, cache_folder, open_or_build, resolve_dataset
 from dngd.graph.describe import describe
 from dngd.graph.manifest import FORMAT_VERSION, Manifest, Provenance
 from dngd.graph.npz import import_npz
@@ -36,6 +36,7 @@ __all__ = [
     "describe",
     "import_npz",
     "import_planetoid",
+    "open_or_build",
     "parse_split",
     "resolve_dataset",
     "synthesize",

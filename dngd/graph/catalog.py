@@ -82,6 +82,20 @@ def available_datasets(data_root: str | Path | None = None) -> list[str]:
     return sorted(names)
 
 
+def open_or_build(
+    key: str,
+    build: Callable[[Path], GraphStore],
+    purpose: str,
+    cache_dir: str | Path | None = None,
+    wait_seconds: float = 600,
+) -> GraphStore:
+    """Open the cached store of a key, or let `build` write it there first. One process builds, others wait.
+
+    key: names the content: other content needs another key. purpose: what building is called in messages.
+    """
+    return _cached(cache_folder(cache_dir), key, build, purpose, wait_seconds)
+
+
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """Return the cache folder: the argument, else $DNGD_CACHE_DIR, else ~/.cache/dngd."""
     chosen = cache_dir or os.environ.get(CACHE_VARIABLE) or Path("~/.cache/dngd")

@@ -39,18 +39,27 @@ class GNN(nn.Module):
         """Return what follows every layer but the last: ReLU, then dropout in training mode."""
         return F.dropout(F.relu(hidden), p=self.dropout, training=self.training)
 
-    def forward(self, features: Tensor, propagations: Sequence[Propagation]) -> Tensor:
+    def forward(
+        self, features: Tensor, propagations: Sequence[Propagation], first_aggregation: Tensor | None = None
+    ) -> Tensor:
         """Return the seeds' logits, [num_seeds, num_classes].
 
         features: [N, F], the whole table that the first propagation indexes. propagations: one a layer.
+        first_aggregation: the first layer's rows M, [num_dst, in_rows], where they are known already: they go into
+            its `nn.Linear` as the object that they are, features are not read, and propagations are those of the
+            layers behind it.
         """
-        assert len(propagations) == len(self.layers), "one propagation a layer"
-        hidden = features
-        for i, (layer, propagation) in enumerate(zip(self.graph_layers(), propagations)):
-            hidden = layer(hidden, propagation)
-            if i + 1 < len(self.layers):
-                hidden = self.between(hidden)
-        return hidden
+        first, *others = self.graph_layers()
+        if first_aggregation is None:
+            hidden = first(features, propagations[0])
+            propagations = propagations[1:]
+        else:
+            hidden = first.linear(first_aggregation)
+        assert len(propagations) == len(others), "one propagation a layer"
+        for layer, propagation in zip(others, propagations):
+            hidden = layer(self.between(hidden), propagation)
+        logits: Tensor = hidden
+        return logits
 
 
 def build_model(kind: str, *, in_features: int, hidden: int, out_features: int, num_layers: int, dropout: float) -> GNN:

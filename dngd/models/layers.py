@@ -51,13 +51,15 @@ class GCNLayer(GraphLayer):
 class SAGELayer(GraphLayer):
     """GraphSAGE-mean of Hamilton et al. 2017: `m_v = [h_v, mean_u h_u]`, one weight [d_out, 2 d_in].
 
-    The Kronecker factor A is that of the concatenated row, [2 d_in + 1, 2 d_in + 1].
+    The Kronecker factor A is that of the concatenated row, [2 d_in + 1, 2 d_in + 1]; `input_parts` tells the
+    curvature that the row has two parts, so that it may keep a block each (FactorLayout.split_inputs).
     """
 
     aggregation: ClassVar[Aggregation] = "mean"
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(2 * in_features, out_features)
+        object.__setattr__(self.linear, "input_parts", (in_features, in_features))
 
     def aggregate(self, table: Tensor, propagation: Propagation) -> Tensor:
         return torch.cat([propagation.self_rows(table), propagation.neighbour_rows(table)], dim=1)

@@ -3,15 +3,23 @@
 Import from here: `from dngd.optim import KFACPreconditioner, NaturalGradient`.
 """
 
+from dngd.curvature import FactorLayout
+from dngd.optim.footprint import Footprint, layer_footprint
 from dngd.optim.natural_gradient import NaturalGradient
 from dngd.optim.preconditioner import KFACPreconditioner
-from dngd.optim.schedules import Schedule, UpdateSchedule, learning_rate, value_at
+from dngd.optim.schedules import Period, Schedule, UpdateSchedule, learning_rate, value_at
+from dngd.optim.trust import LevenbergMarquardt
 
 __all__ = [
+    "FactorLayout",
+    "Footprint",
     "KFACPreconditioner",
+    "LevenbergMarquardt",
     "NaturalGradient",
+    "Period",
     "Schedule",
     "UpdateSchedule",
+    "layer_footprint",
     "learning_rate",
     "value_at",
 ]

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dngd.comm import Communicator
-from dngd.curvature import DampingMode
+from dngd.curvature import DampingMode, FactorLayout, FisherKind, LossKind, rotate, rotate_back
 from dngd.errors import UserError
-from dngd.optim.preconditioner import KFACPreconditioner, LossReduction
-from dngd.optim.schedules import Schedule
+from dngd.optim.capture import Variant, WeightSharing
+from dngd.optim.inverses import InversePrecision
+from dngd.optim.preconditioner import KFACPreconditioner, LossReduction, Method
+from dngd.optim.schedules import Period, Schedule, value_at
+from dngd.optim.trust import LevenbergMarquardt
+
+Update = Literal["momentum", "adam_eigenbasis"]
+
+ADAM_BETA2 = 0.95
+ADAM_EPSILON = 1e-8
 
 
 class NaturalGradient(torch.optim.Optimizer):
-    """K-FAC with heavy-ball momentum: `u ← μu + v`, `W ← W − η(u + w·W)`.
+    """K-FAC in place of Adam: `optimizer = NaturalGradient(model)`, and `optimizer.step(num_samples=n)` after backward.
 
-    v is the preconditioned, KL-clipped gradient (dngd.optim.KFACPreconditioner), μ the momentum, w the
-    decoupled weight decay. Call `optimizer.step(num_samples=n)` after backward. A step whose gradients
-    are not finite is dropped whole: parameters, momentum and factors stay.
+    update "momentum": `u ← μu + v`, `W ← W - η(u + w·W)`, v the preconditioned, KL-clipped gradient
+    (dngd.optim.KFACPreconditioner), μ the momentum, w the decoupled weight decay.
+    update "adam_eigenbasis": Adam in the eigenbasis of the Kronecker factors (SOAP, Vyas et al. 2024, with the
+    Fisher's factors): `m ← μm + (1-μ)∇`, `s ← β₂s + (1-β₂)(Q_Gᵀ∇Q_A)²`, both bias-corrected,
+    `W ← W - η(Q_G [(Q_GᵀmQ_A) / (√s + ε)] Q_Aᵀ + w·W)`; its rate means what Adam's does (default 1e-2, cut at
+    no KL). Parameters without factors take the same step with Q = I.
 
-    lr: η > 0, as in every torch optimizer, may be changed through `param_groups` or an lr_scheduler.
-    momentum: in [0, 1). weight_decay: >= 0. kl_clip: κ > 0 or None. The other arguments are those of
-    KFACPreconditioner, with the scale-free damping as default.
+    A step whose gradients are not finite is dropped whole: parameters, momentum and factors stay.
+
+    lr: η > 0, as in every torch optimizer, may be changed through `param_groups` or an lr_scheduler; None:
+        0.1 for momentum, 1e-2 for adam_eigenbasis. momentum: μ in [0, 1), weight_decay: w >= 0, both a number or
+        a function of the step. The other arguments are those of KFACPreconditioner, with the scale-free damping
+        and a KL clip as default.
 
     Raises UserError for an argument out of range or a model without a supported layer.
     """
@@ -32,33 +46,56 @@ class NaturalGradient(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.1,
+        lr: float | None = None,
         *,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
+        update: Update = "momentum",
+        momentum: Schedule = 0.9,
+        weight_decay: Schedule = 0.0,
         damping: Schedule = 1e-2,
         damping_mode: DampingMode = "relative",
-        damping_g_ratio: float = 10.0,
-        kl_clip: float | None = 3e-3,
+        damping_g_ratio: Schedule = 10.0,
+        kl_clip: Schedule | None = 3e-3,
+        norm_constraint: Schedule | None = None,
         loss_reduction: LossReduction = "mean",
-        fisher: Literal["empirical"] = "empirical",
+        fisher: FisherKind = "empirical",
+        loss: LossKind = "cross_entropy",
+        method: Literal["kfac", "ekfac"] = "kfac",
+        variant: Variant = "dngd",
         factor_decay: Schedule = 0.95,
-        factor_update_period: int = 10,
-        inverse_update_period: int = 50,
+        factor_update_period: Period = 10,
+        inverse_update_period: Period = 50,
+        eigenvalue_update_period: Period = 10,
         dense_steps: int = 20,
         inverse_delay: int = 0,
+        change_threshold: float = 0.0,
+        weight_sharing: WeightSharing = "expand",
+        max_rows: int | None = 4096,
+        layout: FactorLayout | None = None,
+        inverse_precision: InversePrecision = "float16",
+        loss_scale: Callable[[], float] | None = None,
+        max_dropped_steps: int | None = 10,
+        strict: bool = False,
+        seed: int = 0,
         communicator: Communicator | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise UserError(f"model is a {type(model).__name__}; give the model itself, not its parameters")
-        if not lr > 0:
+        if update not in get_args(Update):
+            raise UserError(f"update={update!r} is unknown; use one of: " + ", ".join(get_args(Update)))
+        rate = lr if lr is not None else {"momentum": 0.1, "adam_eigenbasis": 1e-2}[update]
+        if not rate > 0:
             raise UserError(f"lr={lr} is out of range; it must be above 0")
-        if not 0 <= momentum < 1:
+        if not 0 <= value_at(momentum, 0) < 1:
             raise UserError(f"momentum={momentum} is out of range; it must be in [0, 1)")
-        if not weight_decay >= 0:
+        if not value_at(weight_decay, 0) >= 0:
             raise UserError(f"weight_decay={weight_decay} is out of range; it must be at least 0")
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        rotates = update == "adam_eigenbasis"
+        defaults = {"lr": rate}
         super().__init__([p for p in model.parameters() if p.requires_grad], defaults)
+        self.update: Update = update
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        used: Method = "rotate" if rotates else method
         self.preconditioner = KFACPreconditioner(
             model,
             damping=damping,
@@ -66,15 +103,33 @@ class NaturalGradient(torch.optim.Optimizer):
             damping_g_ratio=damping_g_ratio,
             loss_reduction=loss_reduction,
             fisher=fisher,
+            loss=loss,
+            method=used,
+            variant=variant,
             factor_decay=factor_decay,
             factor_update_period=factor_update_period,
             inverse_update_period=inverse_update_period,
+            eigenvalue_update_period=eigenvalue_update_period,
             dense_steps=dense_steps,
             inverse_delay=inverse_delay,
-            kl_clip=kl_clip,
+            change_threshold=change_threshold,
+            kl_clip=None if rotates else kl_clip,
+            norm_constraint=None if rotates else norm_constraint,
             lr=lambda step: float(self.param_groups[0]["lr"]),
+            weight_sharing=weight_sharing,
+            max_rows=max_rows,
+            layout=layout,
+            inverse_precision=inverse_precision,
+            loss_scale=loss_scale,
+            max_dropped_steps=max_dropped_steps,
+            strict=strict,
+            seed=seed,
             communicator=communicator,
         )
+
+    def observe(self, outputs: Tensor, *, weights: Tensor | None = None, key: int = 0) -> None:
+        """Tell the model's outputs, between forward and backward; see KFACPreconditioner.observe."""
+        self.preconditioner.observe(outputs, weights=weights, key=key)
 
     def step(  # type: ignore[override]
         self,
@@ -83,11 +138,13 @@ class NaturalGradient(torch.optim.Optimizer):
         num_samples: float | None = None,
         finite: bool | None = None,
         mean_gradients: bool | None = None,
+        factor_samples: float | None = None,
     ) -> float | None:
         """Take one step. num_samples: n, the number of seeds of the step (required).
 
         closure: evaluates the loss with gradients, as in torch; its value is returned. finite,
-        mean_gradients: see KFACPreconditioner.step. Raises UserError without num_samples or without gradients.
+        mean_gradients, factor_samples: see KFACPreconditioner.step. Raises UserError without num_samples or
+        without gradients.
         """
         if num_samples is None:
             raise UserError(
@@ -100,15 +157,36 @@ class NaturalGradient(torch.optim.Optimizer):
         with torch.no_grad():
             if finite is None:
                 finite = self._gradients_are_finite()
-            if self.preconditioner.step(num_samples, finite=finite, mean_gradients=mean_gradients):
-                self._update()
+            step = self.preconditioner.steps
+            taken = self.preconditioner.step(
+                num_samples, finite=finite, mean_gradients=mean_gradients, factor_samples=factor_samples
+            )
+            if taken:
+                if self.update == "momentum":
+                    self._momentum_step(step)
+                else:
+                    summed = mean_gradients is False or (
+                        mean_gradients is None and self.preconditioner.loss_reduction == "sum"
+                    )
+                    self._adam_step(step, 1.0 / num_samples if summed and num_samples else 1.0)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and with them the rows that the same backward passes left for the factors."""
         super().zero_grad(set_to_none=set_to_none)
-        for layer in self.preconditioner.layers.values():
-            layer.pending = None
+        self.preconditioner.forget()
+
+    def adapt_damping(self, loss_before: float, loss_after: float) -> float:
+        """Adapt a LevenbergMarquardt damping to the last step; return the reduction ratio.
+
+        loss_before, loss_after: the mean loss on the step's own batch, before and after the step, dropout and
+        sampling alike; call it every few steps. Raises UserError if the damping is a plain schedule.
+        """
+        damping = self.preconditioner.damping
+        if not isinstance(damping, LevenbergMarquardt):
+            raise UserError("adapt_damping needs damping=LevenbergMarquardt(...); this damping is a plain schedule")
+        predicted = self.preconditioner.predicted_reduction(float(self.param_groups[0]["lr"]))
+        return damping.update(loss_before - loss_after, predicted)
 
     def _gradients_are_finite(self) -> bool:
         """Return whether every parameter's gradient is finite, those without factors too."""
@@ -117,20 +195,74 @@ class NaturalGradient(torch.optim.Optimizer):
             raise UserError("step() found no gradient; call loss.backward() before it")
         return bool(torch.isfinite(torch.stack([torch.linalg.vector_norm(gradient) for gradient in found])).all())
 
-    def _update(self) -> None:
+    def _momentum_step(self, step: int) -> None:
+        mu = value_at(self.momentum, step)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 update: Tensor = parameter.grad
-                if group["momentum"] > 0:
+                if mu > 0:
                     state = self.state[parameter]
                     if "momentum_buffer" not in state:
                         state["momentum_buffer"] = torch.zeros_like(parameter)
-                    update = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-                if group["weight_decay"] > 0:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"])
+                    update = state["momentum_buffer"].mul_(mu).add_(update)
+                self._apply(parameter, update, group["lr"], step)
+
+    def _adam_step(self, step: int, gradient_scale: float) -> None:
+        """Adam on each layer's gradient matrix in its eigenbasis, and on the other parameters as they are."""
+        lr = float(self.param_groups[0]["lr"])
+        covered: set[int] = set()
+        for name, layer in self.preconditioner.layers.items():
+            gradient = layer.gradient()
+            covered.update(id(parameter) for parameter in layer.parameters)
+            if gradient is None:
+                continue
+            gradient = gradient.to(layer.dtype) * gradient_scale
+            basis = self.preconditioner.rotation(name)
+            state = self.state[layer.parameters[0]]
+            first = self._first_moment(state, gradient, step)
+            if basis is None:
+                direction = first / self._second_moment(state, gradient, step)
+            else:
+                root = self._second_moment(state, rotate(gradient, *basis), step)
+                direction = rotate_back(rotate(first, *basis) / root, *basis)
+            layer.set_gradient(direction)
+            for parameter in layer.parameters:
+                assert parameter.grad is not None
+                self._apply(parameter, parameter.grad, lr, step)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in covered or parameter.grad is None:
+                    continue
+                state, gradient = self.state[parameter], parameter.grad * gradient_scale
+                direction = self._first_moment(state, gradient, step) / self._second_moment(state, gradient, step)
+                self._apply(parameter, direction, group["lr"], step)
+
+    def _first_moment(self, state: dict[str, Any], gradient: Tensor, step: int) -> Tensor:
+        """Update and return the bias-corrected mean of the gradients."""
+        mu = value_at(self.momentum, step)
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(gradient)
+            state["moment_steps"] = torch.zeros(())
+        state["moment_steps"] += 1
+        mean: Tensor = state["exp_avg"].lerp_(gradient, 1 - mu)
+        corrected: Tensor = mean / (1 - mu ** float(state["moment_steps"]))
+        return corrected
+
+    def _second_moment(self, state: dict[str, Any], gradient: Tensor, step: int) -> Tensor:
+        """Update and return the bias-corrected root mean square of the (rotated) gradients, plus ε."""
+        if "exp_avg_sq" not in state:
+            state["exp_avg_sq"] = torch.zeros_like(gradient)
+        square: Tensor = state["exp_avg_sq"].mul_(ADAM_BETA2).addcmul_(gradient, gradient, value=1 - ADAM_BETA2)
+        root: Tensor = (square / (1 - ADAM_BETA2 ** float(state["moment_steps"]))).sqrt_().add_(ADAM_EPSILON)
+        return root
+
+    def _apply(self, parameter: nn.Parameter, update: Tensor, lr: float, step: int) -> None:
+        decay = value_at(self.weight_decay, step)
+        if decay > 0:
+            parameter.mul_(1 - lr * decay)
+        parameter.add_(update, alpha=-lr)
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict (momentum, groups) with the curvature under "preconditioner"."""
@@ -143,4 +275,9 @@ class NaturalGradient(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         curvature = state_dict.pop("preconditioner")
         super().load_state_dict(state_dict)
+        # torch casts what it loads to the parameter's precision; moments of a layer are kept in the statistics' own.
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for index, saved in state_dict["state"].items():
+            for key, value in saved.items():
+                self.state[parameters[index]][key] = value.to(parameters[index].device, copy=True)
         self.preconditioner.load_state_dict(curvature)

@@ -6,59 +6,83 @@ import math
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from dngd.comm import Communicator, LocalCommunicator, assign_owners, inversion_cost
+from dngd.comm import Communicator, assign_owners, current_communicator
 from dngd.comm.assignment import Factor
 from dngd.curvature import (
     DampingMode,
+    FactorLayout,
     FactorStatistics,
+    FisherKind,
     KroneckerFactors,
+    LossKind,
+    inner_product,
     kl_clip_scale,
+    norm_scale,
+    precondition_in_eigenbasis,
     precondition_with_inverses,
 )
-from dngd.errors import UserError
-from dngd.optim.capture import LinearLayer, find_layers
+from dngd.errors import TrainingError, UserError
+from dngd.optim.capture import Capture, Variant, WeightSharing, check_choices
+from dngd.optim.eigenvalues import EigenvalueCorrection
+from dngd.optim.health import layer_health, layer_table
+from dngd.optim.inverses import PRECISIONS, InversePrecision, Wanted
+from dngd.optim.layers import CurvatureLayer, find_layers
 from dngd.optim.refresh import Damping, LayerState, RefreshPipeline
-from dngd.optim.schedules import Schedule, UpdateSchedule, value_at
+from dngd.optim.schedules import Period, Schedule, UpdateSchedule, period_at, value_at
 from dngd.optim.state import load_preconditioner_state, preconditioner_state
 
 LossReduction = Literal["mean", "sum"]
+Method = Literal["kfac", "ekfac", "rotate"]
+"""kfac: damped inverses; ekfac: eigenvalue-corrected; rotate: eigenbases alone, for an optimizer that works in them."""
 
 
 class KFACPreconditioner:
     """Replaces each layer's gradient by `(G + λ_G I)⁻¹ ∇W (A + λ_A I)⁻¹`, its natural gradient.
 
-    Use, in any loop whose layers are `nn.Linear` on aggregated rows::
+    Use, in any loop of torch, PyG or DGL modules::
 
         pre = KFACPreconditioner(model)
         ...
         loss.backward(); pre.step(num_samples=len(seeds)); optimizer.step()
 
-    The factors are `A = (1/r) Σ m_i m_iᵀ` over the r input rows m_i (a 1 appended for the bias) and
-    the empirical `G = (1/n) Σ g_i g_iᵀ` over n seeds, g_i the gradient of the summed loss with respect
-    to output row i; both are running averages of sums and counts (Martens & Grosse 2015; Izadi et al.
-    2020, arXiv 2008.09624). Between refreshes they stay on their rank; a refresh reduces them over the
-    ranks, inverts each on its owner rank and shares the inverse.
+    The factors are `A = (1/r) Σ m_i m_iᵀ` over the r input rows m_i that the loss reaches (a 1 appended for the
+    bias; aggregated rows for graph convolutions) and `G = (1/n) Σ g_i g_iᵀ` over n seeds, g_i the gradient of
+    the summed loss with respect to output row i; both are running averages of sums and counts (Martens & Grosse
+    2015; Izadi et al. 2020, arXiv 2008.09624). Between refreshes they stay on their rank; a refresh reduces them
+    over the ranks, inverts each on its owner rank and shares the inverse.
 
-    model: its trainable nn.Linear layers are preconditioned; other parameters keep their gradient, and
-        are named in one warning.
-    damping: λ > 0, a number or a function of the step. damping_mode: "tikhonov" (√λ·π and √λ/π, in
-        units of the loss's Fisher) or "relative" (λ·tr A and damping_g_ratio·λ·tr G, free of units).
+    model: linear layers of torch and PyG, graph convolutions of dngd, PyG and DGL, Embedding, BatchNorm and
+        LayerNorm are preconditioned; other parameters keep their gradient and are named in one warning, or
+        refused with `strict`. A module used twice has the rows of both uses; a weight shared by two modules is refused.
+    damping: λ > 0. damping_mode: "tikhonov" (√λ·π and √λ/π, in units of the loss's Fisher), "even" (√λ each)
+        or "relative" (λ·tr A and damping_g_ratio·λ·tr G, free of units). A LevenbergMarquardt adapts it.
     loss_reduction: whether the loss that is back-propagated is the seeds' "mean" or their "sum".
-    fisher: "empirical" (the labels' own gradients).
+    fisher: "empirical" (the labels' own gradients), "monte_carlo" or "ggn", which need
+        `pre.observe(outputs)` between forward and backward; see dngd.curvature.fisher. loss: what the outputs mean.
+    variant: "dngd", or "paper" for the factors of the method's published code; see dngd.optim.capture.Variant.
+    method: "kfac", "ekfac" (eigenvalues corrected every eigenvalue_update_period steps), or "rotate".
     factor_decay: ρ in [0, 1) per factor step. factor_update_period, inverse_update_period: in steps.
-    dense_steps: this many first steps are all factor steps, and inverses are renewed at powers of two.
+    dense_steps: this many first steps are all factor steps, and inverses are renewed from powers of two on.
     inverse_delay: steps between the launch of a refresh and its adoption by all ranks; 0 waits at once.
-    kl_clip: κ > 0 bounds η²Σ⟨v, ∇⟩, twice the step's predicted KL, by scaling all layers alike; needs lr (number or
-        function of the step). None: no clip.
-    communicator: of a world of ranks that step together; None is this process alone. The gradients
-        given to `step` must already be reduced over its ranks.
+    change_threshold: a factor whose relative change since its inversion is at most this is not inverted again.
+    kl_clip: κ > 0 bounds η²Σ⟨v, ∇⟩, twice the step's predicted KL, by scaling all layers alike; norm_constraint:
+        c > 0 bounds the step's length η‖v‖; both need lr.
+    weight_sharing: "expand" or "reduce"; see dngd.optim.capture.WeightSharing, and `row_samples` there.
+    max_rows: rows of a call that are measured at most, an unbiased draw; None for all.
+    layout: what becomes of wide factors; see dngd.curvature.FactorLayout. inverse_precision: how inverses are
+        kept and sent ("full" for float64 models).
+    loss_scale: a function that returns what the loss was multiplied with, e.g. `scaler.get_scale`.
+    max_dropped_steps: non-finite steps in a row after which TrainingError is raised; None for no limit.
+    communicator: None takes torch.distributed's, if initialised. The gradients given to `step` must already be
+        reduced over the ranks (as DDP does).
 
+    Every schedule is a number or a function of the step; so are the periods.
     Raises UserError for an argument out of range, a model without a supported layer, or a shared weight.
     """
 
@@ -68,40 +92,64 @@ class KFACPreconditioner:
         *,
         damping: Schedule = 1e-2,
         damping_mode: DampingMode = "tikhonov",
-        damping_g_ratio: float = 10.0,
+        damping_g_ratio: Schedule = 10.0,
         loss_reduction: LossReduction = "mean",
-        fisher: Literal["empirical"] = "empirical",
+        fisher: FisherKind = "empirical",
+        loss: LossKind = "cross_entropy",
+        method: Method = "kfac",
+        variant: Variant = "dngd",
         factor_decay: Schedule = 0.95,
-        factor_update_period: int = 10,
-        inverse_update_period: int = 100,
+        factor_update_period: Period = 10,
+        inverse_update_period: Period = 100,
+        eigenvalue_update_period: Period = 10,
         dense_steps: int = 20,
         inverse_delay: int = 0,
-        kl_clip: float | None = None,
+        change_threshold: float = 0.0,
+        kl_clip: Schedule | None = None,
+        norm_constraint: Schedule | None = None,
         lr: Schedule | None = None,
+        weight_sharing: WeightSharing = "expand",
+        max_rows: int | None = 4096,
+        layout: FactorLayout | None = None,
+        inverse_precision: InversePrecision = "float16",
+        loss_scale: Callable[[], float] | None = None,
+        max_dropped_steps: int | None = 10,
+        strict: bool = False,
+        seed: int = 0,
         communicator: Communicator | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise UserError(f"model is a {type(model).__name__}; give the model itself, not its parameters")
         _check_choice("damping_mode", damping_mode, get_args(DampingMode))
         _check_choice("loss_reduction", loss_reduction, get_args(LossReduction))
-        _check_choice("fisher", fisher, ("empirical",))
-        for name, value, low in (
-            ("factor_update_period", factor_update_period, 1),
-            ("inverse_update_period", inverse_update_period, 1),
-            ("dense_steps", dense_steps, 0),
-            ("inverse_delay", inverse_delay, 0),
-        ):
-            if value < low:
-                raise UserError(f"{name}={value} is out of range; give a whole number of steps, at least {low}")
-        if inverse_delay >= inverse_update_period:
+        _check_choice("method", method, get_args(Method))
+        _check_choice("inverse_precision", inverse_precision, get_args(InversePrecision))
+        check_choices(fisher, loss, weight_sharing, variant)
+        _check_steps(
+            factor_update_period=(period_at(factor_update_period, 0), 1),
+            inverse_update_period=(period_at(inverse_update_period, 0), 1),
+            eigenvalue_update_period=(period_at(eigenvalue_update_period, 0), 1),
+            dense_steps=(dense_steps, 0),
+            inverse_delay=(inverse_delay, 0),
+            max_rows=(1 if max_rows is None else max_rows, 1),
+            max_dropped_steps=(1 if max_dropped_steps is None else max_dropped_steps, 1),
+        )
+        if variant == "paper" and fisher != "empirical":
+            raise UserError(f"variant='paper' is defined for the empirical Fisher, not fisher={fisher!r}")
+        if inverse_delay >= period_at(inverse_update_period, 0):
             raise UserError(
                 f"inverse_delay={inverse_delay} must be below inverse_update_period={inverse_update_period}; "
                 "an inverse would be renewed before it is in use"
             )
-        if kl_clip is not None and not kl_clip > 0:
-            raise UserError(f"kl_clip={kl_clip} is out of range; give a number above 0, or None for no clip")
-        if kl_clip is not None and lr is None:
-            raise UserError("kl_clip needs the learning rate that it bounds; pass lr= (a number or step -> number)")
+        for name, bound in (("kl_clip", kl_clip), ("norm_constraint", norm_constraint)):
+            if bound is not None and not value_at(bound, 0) > 0:
+                raise UserError(f"{name}={bound} is out of range; give a number above 0, or None for no bound")
+            if bound is not None and lr is None:
+                raise UserError(f"{name} needs the learning rate that it bounds; pass lr= (a number or step -> number)")
+        in_range("damping", value_at(damping, 0), low_open=0.0)
+        in_range("damping_g_ratio", value_at(damping_g_ratio, 0), low_open=0.0)
+        in_range("factor_decay", value_at(factor_decay, 0), low=0.0, high_open=1.0)
+        in_range("change_threshold", change_threshold, low=0.0)
         self.damping = damping
         self.damping_mode: DampingMode = damping_mode
         self.damping_g_ratio = damping_g_ratio
@@ -110,41 +158,86 @@ class KFACPreconditioner:
         self.schedule = UpdateSchedule(factor_update_period, inverse_update_period, dense_steps)
         self.inverse_delay = inverse_delay
         self.kl_clip = kl_clip
+        self.norm_constraint = norm_constraint
         self.lr = lr
-        self.communicator: Communicator = communicator or LocalCommunicator()
-        _in_range("damping", value_at(damping, 0), low_open=0.0)
-        _in_range("damping_g_ratio", damping_g_ratio, low_open=0.0)
-        _in_range("factor_decay", value_at(factor_decay, 0), low=0.0, high_open=1.0)
+        self.method: Method = method
+        self.max_dropped_steps = max_dropped_steps
+        self.communicator: Communicator = communicator if communicator is not None else current_communicator()
+        if variant == "paper" and self.communicator.world_size > 1:
+            raise UserError("variant='paper' reproduces a single-process method; run it with one worker")
 
         self.steps = 0
         self.factor_steps = 0
         self.dropped_steps = 0
-        self.last_kl_scale: Tensor = torch.ones(())
+        self.dropped_in_a_row = 0
+        self.non_finite_statistics = 0
+        self.last_scale: Tensor = torch.ones(())
+        self._quadratic: Tensor | None = None
         self.phase_seconds: dict[str, float] = defaultdict(float)
-        self._capturing = self.schedule.is_factor_step(0)
-        layers, left_over = find_layers(model, lambda: self._capturing)
+        self.capture = Capture(
+            fisher=fisher,
+            loss=loss,
+            weight_sharing=weight_sharing,
+            max_rows=max_rows,
+            seed=seed,
+            loss_scale=loss_scale,
+            variant=variant,
+        )
+        layers, left_over = find_layers(model, self.capture, layout or FactorLayout())
         if left_over:
-            warnings.warn(
-                "K-FAC leaves these parameters to the optimizer's plain gradient: " + ", ".join(left_over),
-                stacklevel=2,
-            )
-        self.layers: dict[str, LinearLayer] = {layer.name: layer for layer in layers}
+            named = "these parameters keep the optimizer's plain gradient, K-FAC has no factors for them: "
+            if strict:
+                raise UserError("strict: " + named + ", ".join(left_over))
+            warnings.warn(named + ", ".join(left_over), stacklevel=2)
+        self.left_over = left_over
+        self.layers: dict[str, CurvatureLayer] = {layer.name: layer for layer in layers}
+        alone = self.communicator.world_size == 1
         self.states = {
-            layer.name: LayerState(unfolded=layer.empty_statistics(), folded=layer.empty_statistics())
+            layer.name: LayerState(
+                layer.a, layer.g, None if alone else layer.empty_statistics(), layer.empty_statistics()
+            )
             for layer in layers
         }
         costs: dict[Factor, float] = {}
         for layer in layers:
-            costs[layer.name, "A"] = inversion_cost(layer.d_a)
-            costs[layer.name, "G"] = inversion_cost(layer.d_g)
+            costs[layer.name, "A"] = layer.a.inversion_cost
+            costs[layer.name, "G"] = layer.g.inversion_cost
         self.owners = assign_owners(costs, self.communicator.world_size)
-        self.pipeline = RefreshPipeline(self.states, self.owners, self.communicator)
+        wanted = Wanted(eigenbasis=method != "kfac", dtype=self._stored_dtype(inverse_precision))
+        self.pipeline = RefreshPipeline(self.states, self.owners, self.communicator, wanted, change_threshold)
+        self.eigenvalues = (
+            EigenvalueCorrection(self.layers, self.states, self.communicator, eigenvalue_update_period)
+            if method == "ekfac"
+            else None
+        )
+        self.capture.start_step(0, self.schedule.is_factor_step(0))
 
-    def step(self, num_samples: float, *, finite: bool | None = None, mean_gradients: bool | None = None) -> bool:
+    def _stored_dtype(self, precision: InversePrecision) -> torch.dtype | None:
+        doubles = any(layer.dtype == torch.float64 for layer in self.layers.values())
+        return None if doubles else PRECISIONS[precision]
+
+    def observe(self, outputs: Tensor, *, weights: Tensor | None = None, key: int = 0) -> None:
+        """Tell the model's outputs, between forward and backward; does work on factor steps alone.
+
+        outputs: [n, C], with their graph. weights: [n], what each seed's loss is multiplied with; the Fisher
+        then is `Σ_s w_s F_s / num_samples`, and `step` wants what the loss is divided by (`Σ w` for a weighted mean).
+        key: of the random draws, besides seed and step; give each part of a step (shard, micro-batch) its own.
+        The empirical Fisher needs this call only where there are weights, and then equal ones (zeros aside).
+        Raises UserError for unequal weights with the empirical Fisher, or outputs of another shape.
+        """
+        self.capture.observe(outputs, weights, key)
+
+    def step(
+        self,
+        num_samples: float,
+        *,
+        finite: bool | None = None,
+        mean_gradients: bool | None = None,
+        factor_samples: float | None = None,
+    ) -> bool:
         """Turn the gradients in `.grad` into natural gradients. Call once a step, after backward.
 
-        A backward pass whose step you skip must be forgotten: call `discard()` instead. Back-propagate
-        unscaled losses: a GradScaler's factor would go into G squared.
+        A backward pass whose step you skip must be forgotten: call `discard()` instead.
 
         num_samples: n, the number of seeds (or the sum of their weights) behind this rank's gradients.
         finite: whether the step's gradients are all finite, if the caller (and with several ranks, all
@@ -153,9 +246,10 @@ class KFACPreconditioner:
         loss_reduction says. A sum's gradient is divided by num_samples first: the result is the mean
         loss's natural gradient either way. Needed where sums are back-propagated, reduced over ranks
         and divided by the global n before this call.
+        factor_samples: n of the paper's variant of the factors, if it is not num_samples.
         Returns False for a step with non-finite gradients: nothing is committed or changed, the step is
         counted in `dropped_steps`, and the optimizer should skip it too.
-        Raises UserError if no layer has a gradient.
+        Raises UserError if no layer has a gradient, TrainingError after max_dropped_steps non-finite steps in a row.
         """
         if mean_gradients is None:
             mean_gradients = self.loss_reduction == "mean"
@@ -168,61 +262,118 @@ class KFACPreconditioner:
             finite = self.gradients_are_finite()
         started = time.perf_counter()
         if finite:
-            self.commit(num_samples)
+            self.commit(num_samples, factor_samples)
+            self.dropped_in_a_row = 0
         else:
             self.discard()
         committed = time.perf_counter()
         self.refresh()
         refreshed = time.perf_counter()
-        if finite:
+        if finite and self.method != "rotate":
             self.precondition(1.0 if mean_gradients or num_samples == 0 else 1.0 / num_samples)
         self.phase_seconds["commit"] += committed - started
         self.phase_seconds["refresh"] += refreshed - committed
         self.phase_seconds["precondition"] += time.perf_counter() - refreshed
         self.steps += 1
-        self._capturing = self._is_factor_step()
+        self.capture.start_step(self.steps, self._is_factor_step())
+        self._stop_after_many_drops()
         return finite
 
     def _is_factor_step(self) -> bool:
         # Until a step has been committed every step is a factor step: there is nothing to precondition with.
         return self.factor_steps == 0 or self.schedule.is_factor_step(self.steps)
 
+    def _stop_after_many_drops(self) -> None:
+        if self.max_dropped_steps is not None and self.dropped_in_a_row >= self.max_dropped_steps:
+            raise TrainingError(
+                f"{self.dropped_in_a_row} steps in a row had non-finite gradients (up to step {self.steps - 1}); use a "
+                "smaller learning rate or a larger damping, and check the inputs for non-finite values"
+            )
+
     def gradients_are_finite(self) -> bool:
         """Return whether every layer's gradient is finite. Raises UserError if there is none at all."""
-        gradients = [p.grad for m in self.layers.values() for p in m.module.parameters() if p.grad is not None]
+        gradients = [p.grad for m in self.layers.values() for p in m.parameters if p.grad is not None]
         if not gradients:
             raise UserError("step() found no gradient; call loss.backward() before it")
         norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
         return bool(torch.isfinite(norms).all())
 
-    def commit(self, num_samples: float) -> None:
+    def commit(self, num_samples: float, factor_samples: float | None = None) -> None:
         """Fold this step's captured rows into this rank's running sums: `S ← ρS + ΔS`, `c ← ρc + Δc`.
 
-        All ranks commit the same steps; a rank that captured no rows for a layer still decays.
+        All ranks commit the same steps; a rank that captured no rows for a layer still decays. Rows whose
+        sums overflow count as no rows (`non_finite_statistics`).
         """
-        if not self._capturing:
+        if not self.capture.active:
             return
         if num_samples < 0 or not math.isfinite(num_samples):
             raise UserError(f"num_samples={num_samples} is out of range; give the number of seeds of the step")
+        if self.capture.is_waiting_for_outputs:
+            raise UserError(
+                f"fisher={self.capture.fisher!r} samples from the model's outputs; call observe(outputs) between the "
+                "forward and the backward pass"
+            )
         rho = value_at(self.factor_decay, self.steps)
-        _in_range("factor_decay", rho, low=0.0, high_open=1.0)
-        scale = float(num_samples) if self.loss_reduction == "mean" else 1.0
+        in_range("factor_decay", rho, low=0.0, high_open=1.0)
+        paper = self.capture.variant == "paper"
+        scale = 1.0
+        if self.capture.fisher == "empirical" and paper == (self.loss_reduction == "sum"):
+            # Rows hold gradients of the loss as back-propagated; wanted are the summed loss's (the paper: the mean's).
+            scale = 1.0 / max(num_samples, 1.0) if paper else float(num_samples)
+        sound = self._sound_layers()
+        # Seeds that do not reach a layer are seeds of its G too, whichever rank they were on.
+        is_measured = any(layer.pending is not None for layer in self.layers.values())
         for name, layer in self.layers.items():
             state = self.states[name]
-            state.unfolded.decay_(rho)
-            state.decay *= rho
-            if layer.pending is not None:
-                layer.pending.g_sum.mul_(scale * scale)
+            target = state.folded if state.unfolded is None else state.unfolded
+            target.decay_(rho)
+            if state.unfolded is not None:
+                state.decay *= rho
+            if layer.pending is not None and sound[name]:
+                for tensor in layer.pending.g:
+                    tensor.mul_(scale * scale)
                 layer.pending.counts[1] = num_samples
-                state.unfolded.add_(layer.pending)
-                layer.pending = None
+                if paper:
+                    layer.pending.counts.fill_(num_samples if factor_samples is None else factor_samples)
+                target.add_(layer.pending)
+            elif layer.pending is None and is_measured:
+                target.counts[1] += num_samples
+        if self.eigenvalues is not None:
+            self.eigenvalues.commit(rho, num_samples, scale * scale)
+        for layer in self.layers.values():
+            layer.forget()
         self.factor_steps += 1
+
+    def _sound_layers(self) -> dict[str, bool]:
+        """Return for each layer whether its pending sums are finite; one host synchronisation.
+
+        `|Σ m_i m_j| <= max(Σ m_i², Σ m_j²)`: a sum that overflows shows on the diagonal.
+        """
+        names, totals = [], []
+        for name, layer in self.layers.items():
+            if layer.pending is not None:
+                names.append(name)
+                total = layer.a.diagonal(layer.pending.a).sum() + layer.g.diagonal(layer.pending.g).sum()
+                totals.append(total.to(self._first_device, torch.float64))
+        verdicts = torch.isfinite(torch.stack(totals)).tolist() if totals else []
+        self.non_finite_statistics += verdicts.count(False)
+        return dict(zip(names, verdicts))
+
+    @property
+    def _first_device(self) -> torch.device:
+        return next(iter(self.layers.values())).device
 
     def discard(self) -> None:
         """Forget this step's captured rows, on all ranks, and count the step as dropped."""
-        for layer in self.layers.values():
-            layer.pending = None
+        self.forget()
         self.dropped_steps += 1
+        self.dropped_in_a_row += 1
+
+    def forget(self) -> None:
+        """Forget this step's captured rows without counting the step (as `zero_grad` does for gradients)."""
+        for layer in self.layers.values():
+            layer.forget()
+        self.capture.forget()
 
     def refresh(self) -> None:
         """Launch the refreshes that are due at this step, and move those under way forward.
@@ -243,85 +394,132 @@ class KFACPreconditioner:
         if later:
             self.pipeline.launch(self.steps, later, self._damping_now(), self.inverse_delay)
         self.pipeline.advance(self.steps)
+        if self.eigenvalues is not None:
+            self.eigenvalues.advance(self.steps)
 
     def _damping_now(self) -> Damping:
         value = value_at(self.damping, self.steps)
-        _in_range("damping", value, low_open=0.0)
-        return Damping(value, self.damping_mode, self.damping_g_ratio)
+        in_range("damping", value, low_open=0.0)
+        ratio = value_at(self.damping_g_ratio, self.steps)
+        in_range("damping_g_ratio", ratio, low_open=0.0)
+        return Damping(value, self.damping_mode, ratio)
 
     def precondition(self, gradient_scale: float = 1.0) -> None:
-        """Replace each layer's gradient by `ν · (G + λ_G I)⁻¹ ∇W (A + λ_A I)⁻¹`, ν the KL clip.
+        """Replace each layer's gradient by `ν · (G + λ_G I)⁻¹ ∇W (A + λ_A I)⁻¹`, ν of the KL clip and norm constraint.
 
         gradient_scale: what turns `.grad` into the mean loss's gradient ∇W.
         """
-        pairs: list[tuple[LinearLayer, Tensor, Tensor]] = []
+        pairs: list[tuple[CurvatureLayer, Tensor, Tensor]] = []
         for name, layer in self.layers.items():
             gradient = layer.gradient()
             if gradient is None:
                 continue
             if gradient_scale != 1.0:
                 gradient = gradient * gradient_scale
-            state = self.states[name]
-            if state.a_inverse is None or state.g_inverse is None:
-                preconditioned = gradient
-            else:
-                preconditioned = precondition_with_inverses(
-                    gradient.to(layer.dtype), state.a_inverse, state.g_inverse
-                ).to(gradient.dtype)
-            pairs.append((layer, preconditioned, gradient))
+            pairs.append((layer, self._direction(layer, self.states[name], gradient), gradient))
         if not pairs:
             raise UserError("step() found no gradient; call loss.backward() before it")
-        scale: Tensor | None = None
-        if self.kl_clip is not None:
-            assert self.lr is not None
-            products = ((preconditioned, gradient) for _, preconditioned, gradient in pairs)
-            scale = kl_clip_scale(products, value_at(self.lr, self.steps), self.kl_clip)
-            self.last_kl_scale = scale
+        self._quadratic = inner_product((preconditioned, gradient) for _, preconditioned, gradient in pairs)
+        scale = self._trust_scale([preconditioned for _, preconditioned, _ in pairs])
         for layer, preconditioned, _ in pairs:
             layer.set_gradient(preconditioned if scale is None else preconditioned * scale)
 
-    def factors(self) -> dict[str, KroneckerFactors]:
-        """Return the averages {layer: (A, G)} over this world's ranks up to now.
+    def _direction(self, layer: CurvatureLayer, state: LayerState, gradient: Tensor) -> Tensor:
+        """Return a layer's preconditioned gradient; the gradient itself while there is no inverse."""
+        if len(state.inverses) < 2:
+            return gradient
+        a, g = (state.inverses[which].expanded(layer.dtype) for which in "AG")
+        working = gradient.to(layer.dtype)
+        if self.method == "kfac":
+            out = precondition_with_inverses(working, layer.a, a, layer.g, g)
+        else:
+            scales = None if self.eigenvalues is None else self.eigenvalues.scales(layer.name)
+            out = precondition_in_eigenbasis(working, a, g, scales, *state.damping)
+        return out.to(gradient.dtype)
 
+    def _trust_scale(self, directions: Sequence[Tensor]) -> Tensor | None:
+        """Return ν as a 0-d tensor, without a host synchronisation; None where nothing bounds the step."""
+        if self.kl_clip is None and self.norm_constraint is None:
+            return None
+        assert self.lr is not None
+        assert self._quadratic is not None
+        lr = value_at(self.lr, self.steps)
+        scale = torch.ones_like(self._quadratic)
+        if self.kl_clip is not None:
+            scale = kl_clip_scale(self._quadratic, lr, value_at(self.kl_clip, self.steps))
+        if self.norm_constraint is not None:
+            squared = inner_product((direction, direction) for direction in directions)
+            scale = torch.minimum(scale, norm_scale(squared, lr, value_at(self.norm_constraint, self.steps)))
+        self.last_scale = scale
+        return scale
+
+    def predicted_reduction(self, lr: float) -> float:
+        """Return by how much the damped quadratic model says that the last step, `-ηνv`, reduces the loss:
+        `ην q (1 - ην/2)`, `q = Σ⟨v, ∇⟩`. Without momentum or weight decay."""
+        if self._quadratic is None:
+            raise UserError("there is no step to predict yet; call step() first")
+        length = lr * float(self.last_scale)
+        return length * float(self._quadratic) * (1 - length / 2)
+
+    def factors(self) -> dict[str, KroneckerFactors]:
+        """Return the averages {layer: (A, G)} over this world's ranks up to now, as matrices.
+
+        A is [d_in (+1), d_in (+1)] whatever its structure (zeros between the blocks of a block-diagonal one;
+        GraphSAGE's rows are [self, neighbour, 1]), G [d_out, d_out].
         With several ranks all of them must call it, in the same order as their other collectives.
         A layer without statistics yet is left out.
         """
         self.pipeline.drain()  # sums that a refresh under way has taken are part of the averages
         out: dict[str, KroneckerFactors] = {}
         for name, state in self.states.items():
-            total = FactorStatistics(*(tensor.clone() for tensor in state.unfolded.tensors()))
-            for tensor in total.tensors():
-                self.communicator.all_reduce(tensor.view(-1), "factor", group="factor").wait()
-            owed = FactorStatistics(*(tensor.clone() for tensor in state.folded.tensors()))
-            owed.decay_(state.decay)
-            total.add_(owed)
-            factors = total.factors()
-            if factors is not None:
-                out[name] = factors
+            averages = self._total(state).averages()
+            if averages is not None:
+                out[name] = KroneckerFactors(state.a.dense(averages[0]), state.g.dense(averages[1]))
         return out
 
+    def _total(self, state: LayerState) -> FactorStatistics:
+        """Return folded and unfolded sums of all ranks together."""
+        total = state.folded.clone()
+        if state.unfolded is not None:
+            total.decay_(state.decay)
+            pending = state.unfolded.clone()
+            for tensor in pending.tensors():
+                self.communicator.all_reduce(tensor.view(-1), "factor", group="factor").wait()
+            total.add_(pending)
+        return total
+
+    def rotation(self, name: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+        """Return a layer's eigenbases (of A, of G), each (Q, e) or (e,) for the identity; None until there are any."""
+        state = self.states[name]
+        if self.method == "kfac" or len(state.inverses) < 2:
+            return None
+        return state.inverses["A"].tensors, state.inverses["G"].tensors
+
     def health(self) -> dict[str, dict[str, float]]:
-        """Return per layer: staleness (steps since its inverse's launch; -1: none yet), escalations and
-        failed_inversions (of the factors this rank owns)."""
-        return {
-            name: {
-                "staleness": float(self.steps - state.launched_step) if state.launched_step >= 0 else -1.0,
-                "escalations": float(state.escalations),
-                "failed_inversions": float(state.failed_inversions),
-            }
-            for name, state in self.states.items()
-        }
+        """Return what shows why training goes wrong, by layer; see dngd.optim.health."""
+        return {name: layer_health(layer, self.states[name], self) for name, layer in self.layers.items()}
+
+    def describe(self) -> str:
+        """Return a table: layer, kind, factor structures, bytes, cost of an inversion, owners."""
+        return layer_table(self)
 
     def memory_bytes(self) -> int:
-        """Return the bytes of statistics and inverses held by this rank now."""
+        """Return the bytes that this rank holds now: statistics, pending sums, inverses, sketches, buffers."""
         tensors: list[Tensor] = []
         for state in self.states.values():
-            tensors += [*state.unfolded.tensors(), *state.folded.tensors()]
-            tensors += [t for t in (state.a_inverse, state.g_inverse) if t is not None]
-        for layer in self.layers.values():
-            if layer.pending is not None:
-                tensors += layer.pending.tensors()
-        return sum(t.numel() * t.element_size() for t in tensors)
+            tensors += state.folded.tensors()
+            tensors += state.unfolded.tensors() if state.unfolded is not None else ()
+            tensors += [t for inverse in state.inverses.values() for t in inverse.tensors]
+            tensors += state.probes.values()
+            for structure in (state.a, state.g):
+                tensors += getattr(structure, "_omega", {}).values()
+        for refresh in self.pipeline.under_way:
+            tensors += [refresh.reduced, *refresh.share_buffers.values()]
+            tensors += [t for inverse in refresh.inverses.values() if inverse is not None for t in inverse.tensors]
+        if self.eigenvalues is not None:
+            tensors += self.eigenvalues.tensors()
+        distinct = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
+        return sum(distinct.values()) + sum(layer.memory_bytes() for layer in self.layers.values())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return tensors alone: "shared.*" equal on all ranks, "local.*" this rank's unfolded statistics.
@@ -338,7 +536,7 @@ class KFACPreconditioner:
         summed on rank 0. Raises UserError if the layers or sizes differ from this model's.
         """
         load_preconditioner_state(self, states)
-        self._capturing = self._is_factor_step()
+        self.capture.start_step(self.steps, self._is_factor_step())
 
     def close(self) -> None:
         """Take the hooks off the model and stop the inversion thread."""
@@ -347,12 +545,18 @@ class KFACPreconditioner:
         self.pipeline.close()
 
 
-def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise UserError(f"{name}={value!r} is unknown; use one of: " + ", ".join(allowed))
 
 
-def _in_range(
+def _check_steps(**limits: tuple[int, int]) -> None:
+    for name, (value, low) in limits.items():
+        if value < low:
+            raise UserError(f"{name}={value} is out of range; give a whole number, at least {low}")
+
+
+def in_range(
     name: str,
     value: float,
     *,
@@ -360,6 +564,7 @@ def _in_range(
     low_open: float = -math.inf,
     high_open: float = math.inf,
 ) -> None:
+    """Raise UserError unless low <= value, low_open < value and value < high_open."""
     if not (value >= low and value > low_open and value < high_open):
         limits = [f"above {low_open}"] if low_open > -math.inf else [f"at least {low}"]
         if high_open < math.inf:

@@ -16,39 +16,42 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dngd.comm import (
-    Communicator,
-    Work,
-    flatten,
-    pack_triangle,
-    triangle_size,
-    unflatten,
-    unpack_triangle,
-)
+from dngd.comm import Communicator, Work, flatten, unflatten
 from dngd.comm.assignment import Factor
-from dngd.curvature import DampingMode, FactorStatistics, InverseResult, damped_inverse, damping_split
+from dngd.curvature import DampingMode, FactorStatistics, FactorStructure, Tensors, damping_split
+from dngd.optim.inverses import Decomposition, StoredInverse, Wanted, decompose, from_bytes, to_bytes
 
 
 @dataclass
 class LayerState:
     """Everything the preconditioner keeps for one layer.
 
-    unfolded: this rank's sums since the last launch. folded: the sums over all ranks up to the last
-    fold. decay: product of ρ since the last launch, which the next fold owes to `folded`.
-    a_inverse, g_inverse: in use; launched_step: when their refresh was launched (-1: none yet).
-    attempted_step: launch of the last refresh that ended, well or not; the same on all ranks, while
-    escalations and failed_inversions count on the owner rank alone.
+    a, g: the factors' structures. unfolded: this rank's sums since the last launch; None on a single rank,
+    where every sum is folded at once. folded: the sums over all ranks up to the last fold. decay: product
+    of ρ since the last launch, which the next fold owes to `folded`. inverses: in use, by "A" and "G";
+    launched_step: when their refresh was launched (-1: none yet). attempted_step: launch of the last
+    refresh that ended, well or not; the same on all ranks, while escalations, failed and reused
+    inversions count on the owner rank alone. probes: `M p` of the factors that were last inverted, p a fixed
+    vector, and damping (λ_A, λ_G): what tells a factor that did not change. scales: EKFAC's.
     """
 
-    unfolded: FactorStatistics
+    a: FactorStructure
+    g: FactorStructure
+    unfolded: FactorStatistics | None
     folded: FactorStatistics
     decay: float = 1.0
-    a_inverse: Tensor | None = None
-    g_inverse: Tensor | None = None
+    inverses: dict[str, StoredInverse] = field(default_factory=dict)
     launched_step: int = -1
     attempted_step: int = -1
     escalations: int = 0
     failed_inversions: int = 0
+    reused_inversions: int = 0
+    probes: dict[str, Tensor] = field(default_factory=dict)
+    damping: tuple[float, float] = (0.0, 0.0)
+
+    def structure(self, which: str) -> FactorStructure:
+        """Return the structure of factor "A" or "G"."""
+        return self.a if which == "A" else self.g
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,12 @@ class Refresh:
     decays: dict[str, float]
     reduced: Tensor
     reduce_work: Work
-    inversion: Future[dict[Factor, InverseResult]] | None = None
+    inversion: Future[dict[Factor, Decomposition]] | None = None
     share_buffers: dict[int, Tensor] = field(default_factory=dict)
     share_works: list[Work] = field(default_factory=list)
-    inverses: dict[Factor, Tensor | None] = field(default_factory=dict)
+    inverses: dict[Factor, StoredInverse | None] = field(default_factory=dict)
+    probes: dict[Factor, Tensor] = field(default_factory=dict)
+    dampings: dict[str, tuple[float, float]] = field(default_factory=dict)
     stage: str = "reduce"
 
     def stage_step(self, thirds: int) -> int:
@@ -83,14 +88,27 @@ class Refresh:
 
 
 class RefreshPipeline:
-    """Launches refreshes and moves those under way forward. Owns no statistics: it edits the LayerStates."""
+    """Launches refreshes and moves those under way forward. Owns no statistics: it edits the LayerStates.
+
+    wanted: whether factors are inverted or decomposed, and how the result is stored. change_threshold: a
+    factor whose relative change since its last inversion, measured on one fixed vector, is at most this is
+    not inverted again, as long as its damping changed no more; 0 still skips factors that did not change
+    beyond rounding (inputs that never change).
+    """
 
     def __init__(
-        self, states: Mapping[str, LayerState], owners: Mapping[Factor, int], communicator: Communicator
+        self,
+        states: Mapping[str, LayerState],
+        owners: Mapping[Factor, int],
+        communicator: Communicator,
+        wanted: Wanted,
+        change_threshold: float = 0.0,
     ) -> None:
         self._states = states
         self._owners = owners
         self._comm = communicator
+        self._wanted = wanted
+        self._change_threshold = change_threshold
         self.discarded_statistics = 0
         """Refreshes whose reduced statistics were not finite and were left out, on all ranks alike."""
         self._under_way: list[Refresh] = []
@@ -101,20 +119,30 @@ class RefreshPipeline:
         """The refreshes launched and not yet adopted, oldest first."""
         return tuple(self._under_way)
 
+    def inverse_bytes(self, structure: FactorStructure, computed: torch.dtype) -> int:
+        """Return the bytes in which a factor's inverse is kept."""
+        return self._wanted.kept_bytes(structure, computed)
+
     def launch(self, step: int, layers: Sequence[str], damping: Damping, delay: int) -> None:
         """Start reducing the named layers' unfolded statistics, and forget them locally."""
         parts: list[Tensor] = []
-        for name in layers:
-            unfolded = self._states[name].unfolded
-            parts += [pack_triangle(unfolded.a_sum), pack_triangle(unfolded.g_sum), unfolded.counts]
-        reduced = flatten(parts)
         decays = {}
         for name in layers:
             state = self._states[name]
-            state.unfolded.zero_()
+            if state.unfolded is not None:
+                parts += state.unfolded.tensors()
+        reduced = flatten(parts)
+        for name in layers:
+            state = self._states[name]
+            if state.unfolded is not None:
+                state.unfolded.zero_()
             decays[name], state.decay = state.decay, 1.0
         work = self._comm.all_reduce(reduced, "factor", group="factor")
-        self._under_way.append(Refresh(step, step + delay, tuple(layers), damping, decays, reduced, work))
+        refresh = Refresh(step, step + delay, tuple(layers), damping, decays, reduced, work)
+        self._under_way.append(refresh)
+        if self._comm.world_size == 1:
+            # Nothing to wait for, and the folded sums of a single rank move on with the next commit.
+            self._start_inversion(refresh)
 
     def advance(self, step: int) -> None:
         """Do every stage that is due at this step, in launch order, and adopt what has arrived."""
@@ -141,12 +169,12 @@ class RefreshPipeline:
                 self._receive(refresh)
 
     def forget(self) -> None:
-        """Drop every refresh under way, after its collectives are over; all ranks enter."""
+        """Drop every refresh under way (before a state is loaded); all ranks enter."""
         self.drain()
-        self._under_way.clear()
+        self._under_way = []
 
     def restore(self, refresh: Refresh) -> None:
-        """Take up a refresh that a checkpoint holds as "ready"."""
+        """Put back a refresh that was drained when its state was saved."""
         self._under_way.append(refresh)
 
     def close(self) -> None:
@@ -158,75 +186,102 @@ class RefreshPipeline:
     def _start_inversion(self, refresh: Refresh) -> None:
         refresh.reduce_work.wait()
         self._fold(refresh)
-        mine = [f for name in refresh.layers for f in ((name, "A"), (name, "G")) if self._is_mine(f)]
-        # Snapshot the factors now: the folded sums may move on before the thread reads them.
-        jobs = self._damped_factors(refresh, mine)
+        # Averages are new tensors: the folded sums may move on before the thread reads them.
+        jobs = self._damped_factors(refresh)
         if refresh.adopt_step > refresh.step:
             if self._executor is None:
                 self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dngd-invert")
-            refresh.inversion = self._executor.submit(_invert_all, jobs)
+            refresh.inversion = self._executor.submit(_decompose_all, jobs, self._wanted)
         else:
             refresh.inversion = Future()
-            refresh.inversion.set_result(_invert_all(jobs))
+            refresh.inversion.set_result(_decompose_all(jobs, self._wanted))
         refresh.stage = "invert"
 
     def _is_mine(self, factor: Factor) -> bool:
         return self._owners[factor] == self._comm.rank
 
     def _fold(self, refresh: Refresh) -> None:
-        sizes: list[tuple[int, ...]] = []
-        for name in refresh.layers:
-            folded = self._states[name].folded
-            sizes += [
-                (triangle_size(folded.a_sum.shape[0]),),
-                (triangle_size(folded.g_sum.shape[0]),),
-                (2,),
-            ]
-        parts = iter(unflatten(refresh.reduced, sizes))
+        states = [self._states[name] for name in refresh.layers]
+        if self._comm.world_size == 1 or all(state.unfolded is None for state in states):
+            sound = all(bool(torch.isfinite(t).all()) for state in states for t in state.folded.tensors())
+            if not sound:
+                # A single rank's sums have no sound part to go back to: its average starts again.
+                self.discarded_statistics += 1
+                for state in states:
+                    if not all(bool(torch.isfinite(t).all()) for t in state.folded.tensors()):
+                        state.folded.zero_()
+            return
+        shapes = [tuple(t.shape) for state in states for t in state.folded.tensors()]
+        parts = iter(unflatten(refresh.reduced, shapes))
         # Rows can overflow where gradients did not. The reduced sums are alike on all ranks, so all of them
         # forget these statistics together; the folded ones stay sound.
         sound = bool(torch.isfinite(refresh.reduced).all())
         self.discarded_statistics += not sound
-        for name in refresh.layers:
-            folded = self._states[name].folded
-            folded.decay_(refresh.decays[name])
-            if not sound:
-                continue
-            folded.a_sum += unpack_triangle(next(parts), folded.a_sum.shape[0])
-            folded.g_sum += unpack_triangle(next(parts), folded.g_sum.shape[0])
-            folded.counts += next(parts)
+        for name, state in zip(refresh.layers, states):
+            state.folded.decay_(refresh.decays[name])
+            if sound:
+                for tensor in state.folded.tensors():
+                    tensor += next(parts)
+        refresh.reduced = refresh.reduced.new_zeros(0)
 
-    def _damped_factors(self, refresh: Refresh, wanted: Sequence[Factor]) -> dict[Factor, tuple[Tensor, Tensor]]:
-        jobs: dict[Factor, tuple[Tensor, Tensor]] = {}
+    def _damped_factors(self, refresh: Refresh) -> dict[Factor, tuple[FactorStructure, Tensors, float]]:
+        jobs: dict[Factor, tuple[FactorStructure, Tensors, float]] = {}
         for name in refresh.layers:
-            factors = self._states[name].folded.factors()
-            if factors is None:
+            state = self._states[name]
+            averages = state.folded.averages()
+            if averages is None:
                 continue
             damping = refresh.damping
-            lambda_a, lambda_g = damping_split(factors.A, factors.G, damping.value, damping.mode, damping.g_ratio)
-            if (name, "A") in wanted:
-                jobs[name, "A"] = (factors.A, lambda_a)
-            if (name, "G") in wanted:
-                jobs[name, "G"] = (factors.G, lambda_g)
+            diagonals = state.a.diagonal(averages[0]), state.g.diagonal(averages[1])
+            split = damping_split(*diagonals, damping.value, damping.mode, damping.g_ratio)
+            kept = {"A": float(split[0]), "G": float(split[1])}
+            for which, sums, lam, old in zip("AG", averages, tuple(kept.values()), state.damping):
+                structure, factor = state.structure(which), (name, which)
+                probe = structure.matvec(sums, _probe_vector(structure.dimension, sums[0]))
+                is_unchanged = which in state.inverses and self._is_unchanged(state.probes.get(which), probe, old, lam)
+                # The next comparison is with what was inverted, or small changes would add up unseen.
+                refresh.probes[factor] = state.probes[which] if is_unchanged else probe
+                if is_unchanged and not self._wanted.eigenbasis:
+                    kept[which] = old
+                if not self._is_mine(factor):
+                    continue
+                if is_unchanged:
+                    refresh.inverses[factor] = state.inverses[which]
+                    state.reused_inversions += 1
+                else:
+                    jobs[factor] = (structure, sums, lam)
+            refresh.dampings[name] = (kept["A"], kept["G"])
         return jobs
+
+    def _is_unchanged(self, old: Tensor | None, new: Tensor, old_damping: float, damping: float) -> bool:
+        """Return whether `‖(M - M₀) p‖ <= t ‖M₀ p‖` and λ moved by no more, t the threshold or a sum's rounding."""
+        if old is None or not bool(torch.isfinite(new).all()):
+            return False
+        rounding = 200 * torch.finfo(new.dtype).eps
+        limit = max(self._change_threshold, rounding)
+        change = float(torch.linalg.vector_norm(new - old)) / max(float(torch.linalg.vector_norm(old)), 1e-300)
+        return change <= limit and abs(damping - old_damping) <= limit * old_damping
 
     def _start_sharing(self, refresh: Refresh) -> None:
         assert refresh.inversion is not None
-        results = refresh.inversion.result()
-        for (name, _), result in results.items():
-            self._states[name].escalations += result.escalations
-            self._states[name].failed_inversions += result.inverse is None
-        mine = {factor: result.inverse for factor, result in results.items()}
+        for factor, result in refresh.inversion.result().items():
+            state = self._states[factor[0]]
+            state.escalations += result.escalations
+            state.failed_inversions += result.stored is None
+            refresh.inverses[factor] = result.stored
         if self._comm.world_size == 1:
-            refresh.inverses = {f: mine.get(f) for n in refresh.layers for f in ((n, "A"), (n, "G"))}
+            for name in refresh.layers:
+                for which in "AG":
+                    refresh.inverses.setdefault((name, which), None)
             refresh.stage = "ready"
             return
+        device = self._states[refresh.layers[0]].folded.counts.device
         for owner, factors in self._by_owner(refresh).items():
             if owner == self._comm.rank:
-                buffer = flatten([part for factor in factors for part in self._packed(factor, mine.get(factor))])
+                buffer = torch.cat([self._packed(factor, refresh.inverses.get(factor)) for factor in factors])
             else:
-                size = sum(1 + triangle_size(self._dimension(factor)) for factor in factors)
-                buffer = torch.empty(size, dtype=refresh.reduced.dtype, device=refresh.reduced.device)
+                size = sum(1 + self._wire_bytes(factor) for factor in factors)
+                buffer = torch.empty(size, dtype=torch.uint8, device=device)
             refresh.share_buffers[owner] = buffer
             refresh.share_works.append(self._comm.broadcast(buffer, owner, "inverse", group="factor"))
         refresh.stage = "share"
@@ -238,43 +293,61 @@ class RefreshPipeline:
                 by_owner.setdefault(self._owners[factor], []).append(factor)
         return dict(sorted(by_owner.items()))
 
-    def _dimension(self, factor: Factor) -> int:
-        folded = self._states[factor[0]].folded
-        return (folded.a_sum if factor[1] == "A" else folded.g_sum).shape[0]
+    def _wire_bytes(self, factor: Factor) -> int:
+        state = self._states[factor[0]]
+        return self._wanted.wire_bytes(state.structure(factor[1]), state.folded.counts.dtype)
 
-    def _packed(self, factor: Factor, inverse: Tensor | None) -> list[Tensor]:
-        folded = self._states[factor[0]].folded
+    def _packed(self, factor: Factor, inverse: StoredInverse | None) -> Tensor:
+        """Return one byte that says whether an inverse follows, and the inverse (or zeros)."""
+        device = self._states[factor[0]].folded.counts.device
+        flag = torch.tensor([inverse is not None], dtype=torch.uint8, device=device)
         if inverse is None:
-            return [folded.counts.new_zeros(1 + triangle_size(self._dimension(factor)))]
-        return [folded.counts.new_ones(1), pack_triangle(inverse)]
+            return torch.cat([flag, torch.zeros(self._wire_bytes(factor), dtype=torch.uint8, device=device)])
+        return torch.cat([flag, to_bytes(self._states[factor[0]].structure(factor[1]), inverse, self._wanted)])
 
     def _receive(self, refresh: Refresh) -> None:
         for work in refresh.share_works:
             work.wait()
         for owner, factors in self._by_owner(refresh).items():
-            sizes = [(size,) for f in factors for size in (1, triangle_size(self._dimension(f)))]
-            parts = iter(unflatten(refresh.share_buffers[owner], sizes))
+            buffer = refresh.share_buffers[owner]
+            offset = 0
             for factor in factors:
-                arrived, triangle = bool(next(parts) > 0), next(parts)
-                inverse = unpack_triangle(triangle, self._dimension(factor)) if arrived else None
-                refresh.inverses[factor] = inverse
+                state, size = self._states[factor[0]], self._wire_bytes(factor)
+                arrived = bool(buffer[offset] > 0)
+                body = buffer[offset + 1 : offset + 1 + size]
+                offset += 1 + size
+                refresh.inverses[factor] = (
+                    from_bytes(state.structure(factor[1]), body, self._wanted, state.folded.counts.dtype)
+                    if arrived
+                    else None
+                )
         refresh.share_buffers.clear()
         refresh.stage = "ready"
 
     def _adopt(self, refresh: Refresh) -> None:
         for name in refresh.layers:
-            self._states[name].attempted_step = refresh.step
+            state = self._states[name]
+            state.attempted_step = refresh.step
             a_inverse, g_inverse = refresh.inverses[name, "A"], refresh.inverses[name, "G"]
             if a_inverse is None or g_inverse is None:
                 continue  # the last good pair stays; counted where the inversion failed
-            state = self._states[name]
-            state.a_inverse, state.g_inverse, state.launched_step = a_inverse, g_inverse, refresh.step
+            state.inverses = {"A": a_inverse, "G": g_inverse}
+            state.launched_step = refresh.step
+            if name in refresh.dampings:
+                state.damping = refresh.dampings[name]
+            for which in "AG":
+                if (name, which) in refresh.probes:
+                    state.probes[which] = refresh.probes[name, which]
         refresh.stage = "adopted"
 
 
-def _invert_all(jobs: Mapping[Factor, tuple[Tensor, Tensor]]) -> dict[Factor, InverseResult]:
-    results = {}
-    for factor, (matrix, damping) in jobs.items():
-        usable = bool(torch.isfinite(damping)) and bool(damping > 0)
-        results[factor] = damped_inverse(matrix, damping) if usable else InverseResult(None, float(damping), 0)
-    return results
+def _probe_vector(dimension: int, like: Tensor) -> Tensor:
+    """Return a fixed vector with entries of both signs: its product with a factor shows whether that changed."""
+    generator = torch.Generator().manual_seed(dimension)
+    return torch.randn(dimension, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
+
+
+def _decompose_all(
+    jobs: Mapping[Factor, tuple[FactorStructure, Tensors, float]], wanted: Wanted
+) -> dict[Factor, Decomposition]:
+    return {factor: decompose(structure, sums, lam, wanted) for factor, (structure, sums, lam) in jobs.items()}

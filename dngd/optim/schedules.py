@@ -10,6 +10,9 @@ from typing import Literal
 Schedule = float | Callable[[int], float]
 """A number, or a function step -> number."""
 
+Period = int | Callable[[int], int]
+"""A number of steps, or a function step -> number of steps."""
+
 LearningRateKind = Literal["constant", "cosine"]
 
 
@@ -37,24 +40,33 @@ class UpdateSchedule:
     """When factors are measured and when inverses are renewed; a pure function of the step.
 
     factor_update_period: steps between factor steps after the first dense_steps steps, in which
-    every step is one. inverse_update_period: steps between two refreshes of a layer; layers take
-    turns, layer i of L at steps congruent to `i·period // L`. Curvature moves fast at first, so with
-    dense_steps > 0 every layer is also refreshed at steps 1, 2, 4, 8, ... below the period. Step 0
-    refreshes every layer.
+    every step is one. inverse_update_period: steps between two refreshes of a layer; layer i of L has its
+    turn at steps congruent to `i·period // L`. Curvature moves fast at first, so with dense_steps > 0
+    there are also rounds from steps 2^k on (L <= 2^k, within the first period), layer i at `2^k + i`: no step
+    refreshes two layers, if L is at most the period, but step 0, which refreshes them all (there is nothing
+    else to precondition with). Both periods may be functions of the step.
     """
 
-    factor_update_period: int
-    inverse_update_period: int
+    factor_update_period: Period
+    inverse_update_period: Period
     dense_steps: int = 0
 
     def is_factor_step(self, step: int) -> bool:
         """Return whether the step's rows are measured."""
-        return step < self.dense_steps or step % self.factor_update_period == 0
+        return step < self.dense_steps or step % period_at(self.factor_update_period, step) == 0
 
     def layers_due(self, step: int, num_layers: int) -> list[int]:
         """Return the positions of the layers whose inverses are renewed at this step."""
-        power_of_two = step & (step - 1) == 0
-        if step == 0 or (self.dense_steps > 0 and power_of_two and step < self.inverse_update_period):
+        if step == 0:
             return list(range(num_layers))
-        period = self.inverse_update_period
+        period = period_at(self.inverse_update_period, step)
+        if self.dense_steps > 0 and step < period:
+            start = 1 << (step.bit_length() - 1)
+            if start >= num_layers and step - start < num_layers:
+                return [step - start]
         return [i for i in range(num_layers) if step % period == i * period // num_layers]
+
+
+def period_at(period: Period, step: int) -> int:
+    """Return a period's value at a step, at least 1."""
+    return max(1, int(period(step))) if callable(period) else period

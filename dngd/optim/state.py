@@ -8,49 +8,71 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dngd.comm.assignment import Factor
 from dngd.comm.communicator import LocalCommunicator
+from dngd.curvature import FactorStatistics
 from dngd.errors import UserError
+from dngd.optim.eigenvalues import ScaleState
+from dngd.optim.inverses import StoredInverse
+from dngd.optim.layers.base import ConstantInput
 from dngd.optim.refresh import Damping, LayerState, Refresh
+from dngd.optim.trust import LevenbergMarquardt
 
 if TYPE_CHECKING:
     from dngd.optim.preconditioner import KFACPreconditioner
 
-STATISTICS = ("a_sum", "g_sum", "counts")
+State = dict[str, Tensor]
 
 
-def preconditioner_state(pre: KFACPreconditioner) -> dict[str, Tensor]:
+def preconditioner_state(pre: KFACPreconditioner) -> State:
     """Return the flat state of a drained preconditioner; keys "shared.…" and "local.…"."""
-    out: dict[str, Tensor] = {
-        "shared.counters": torch.tensor([pre.steps, pre.factor_steps, pre.dropped_steps], dtype=torch.int64)
+    out: State = {
+        "shared.counters": _integers(
+            pre.steps, pre.factor_steps, pre.dropped_steps, pre.dropped_in_a_row, pre.non_finite_statistics
+        )
     }
+    if isinstance(pre.damping, LevenbergMarquardt):
+        out["shared.damping"] = torch.tensor([pre.damping.value], dtype=torch.float64)
     for name, state in pre.states.items():
         out.update(_layer_state(name, state))
+        out[f"local.constant.{name}"] = _integers(pre.layers[name].constant.repeats)
+    if pre.eigenvalues is not None:
+        for name, scale in pre.eigenvalues.by_layer.items():
+            out[f"local.scale_sum.{name}"] = scale.sum.clone()
+            out[f"local.scale_count.{name}"] = torch.tensor(scale.count, dtype=torch.float64)
+            out[f"shared.scale_basis.{name}"] = _integers(scale.basis_step)
+            if scale.scales is not None:
+                out[f"shared.scales.{name}"] = scale.scales.clone()
     for i, refresh in enumerate(pre.pipeline.under_way):
         assert refresh.stage == "ready", "drain the pipeline before taking its state"
-        out[f"shared.refresh.{i}.steps"] = torch.tensor([refresh.step, refresh.adopt_step], dtype=torch.int64)
-        for (name, which), inverse in refresh.inverses.items():
-            # An inversion that failed is kept as an empty tensor: the layer was part of the refresh.
-            kept = torch.zeros(0) if inverse is None else inverse.clone()
-            out[f"shared.refresh.{i}.{which}.{name}"] = kept
+        out[f"shared.refresh.{i}.steps"] = _integers(refresh.step, refresh.adopt_step)
+        for name in refresh.layers:
+            # An inversion that failed is kept as no tensor at all: the layer was part of the refresh.
+            damping = refresh.dampings.get(name, (0.0, 0.0))
+            out[f"shared.refresh.{i}.damping.{name}"] = torch.tensor(damping, dtype=torch.float64)
+            for which in "AG":
+                prefix = f"shared.refresh.{i}.{which}"
+                _put_inverse(out, prefix, name, refresh.inverses.get((name, which)))
+                if (name, which) in refresh.probes:
+                    out[f"{prefix}.probe.{name}"] = refresh.probes[name, which].clone()
     return out
 
 
-def _layer_state(name: str, state: LayerState) -> dict[str, Tensor]:
-    out = {}
-    for key in STATISTICS:
-        out[f"shared.folded.{key}.{name}"] = getattr(state.folded, key).clone()
-        out[f"local.unfolded.{key}.{name}"] = getattr(state.unfolded, key).clone()
-    out[f"shared.decay.{name}"] = torch.tensor(state.decay, dtype=torch.float64)
-    out[f"shared.launched.{name}"] = torch.tensor([state.launched_step, state.attempted_step], dtype=torch.int64)
-    out[f"local.escalations.{name}"] = torch.tensor([state.escalations, state.failed_inversions], dtype=torch.int64)
-    if state.a_inverse is not None and state.g_inverse is not None:
-        out[f"shared.inverse.A.{name}"] = state.a_inverse.clone()
-        out[f"shared.inverse.G.{name}"] = state.g_inverse.clone()
+def _layer_state(name: str, state: LayerState) -> State:
+    out: State = {}
+    _put_statistics(out, "shared.folded", name, state.folded)
+    if state.unfolded is not None:
+        _put_statistics(out, "local.unfolded", name, state.unfolded)
+    out[f"shared.decay.{name}"] = torch.tensor([state.decay, *state.damping], dtype=torch.float64)
+    out[f"shared.launched.{name}"] = _integers(state.launched_step, state.attempted_step)
+    out[f"local.escalations.{name}"] = _integers(state.escalations, state.failed_inversions, state.reused_inversions)
+    for which in "AG":
+        _put_inverse(out, f"shared.inverse.{which}", name, state.inverses.get(which))
+        if which in state.probes:
+            out[f"shared.probe.{which}.{name}"] = state.probes[which].clone()
     return out
 
 
-def load_preconditioner_state(pre: KFACPreconditioner, states: Sequence[dict[str, Tensor]]) -> None:
+def load_preconditioner_state(pre: KFACPreconditioner, states: Sequence[State]) -> None:
     """Restore `pre` from the saved ranks' states; see KFACPreconditioner.load_state_dict."""
     if not states:
         raise UserError("load_state_dict needs the state of at least one rank")
@@ -59,54 +81,126 @@ def load_preconditioner_state(pre: KFACPreconditioner, states: Sequence[dict[str
     local = _merge_local(states, pre.communicator.rank, pre.communicator.world_size)
     pre.pipeline.forget()
     for layer in pre.layers.values():
-        layer.pending = None
-    pre.steps, pre.factor_steps, pre.dropped_steps = (int(v) for v in shared["shared.counters"])
+        layer.forget()
+    counters = [int(v) for v in shared["shared.counters"]]
+    pre.steps, pre.factor_steps, pre.dropped_steps, pre.dropped_in_a_row, pre.non_finite_statistics = counters
+    if isinstance(pre.damping, LevenbergMarquardt) and "shared.damping" in shared:
+        pre.damping.value = float(shared["shared.damping"])
     for name, state in pre.states.items():
-        for key in STATISTICS:
-            getattr(state.folded, key).copy_(shared[f"shared.folded.{key}.{name}"])
-            getattr(state.unfolded, key).copy_(local[f"local.unfolded.{key}.{name}"])
-        state.decay = float(shared[f"shared.decay.{name}"])
-        state.launched_step, state.attempted_step = (int(v) for v in shared[f"shared.launched.{name}"])
-        state.escalations, state.failed_inversions = (int(v) for v in local[f"local.escalations.{name}"])
-        state.a_inverse = state.g_inverse = None
-        if f"shared.inverse.A.{name}" in shared:
-            device = state.folded.a_sum.device
-            state.a_inverse = shared[f"shared.inverse.A.{name}"].to(device, copy=True)
-            state.g_inverse = shared[f"shared.inverse.G.{name}"].to(device, copy=True)
+        _load_layer(name, state, shared, local)
+        pre.layers[name].constant = ConstantInput(repeats=bool(local[f"local.constant.{name}"]))
+    if pre.eigenvalues is not None:
+        pre.eigenvalues.forget()
+        for name, state in pre.states.items():
+            if f"local.scale_sum.{name}" in local and state.inverses:
+                like = state.folded.counts
+                scales = shared.get(f"shared.scales.{name}")
+                saved = ScaleState(
+                    int(shared[f"shared.scale_basis.{name}"]),
+                    local[f"local.scale_sum.{name}"].to(like, copy=True),
+                    float(local[f"local.scale_count.{name}"]),
+                    None if scales is None else scales.to(like, copy=True),
+                )
+                pre.eigenvalues.restore(name, saved)
     for refresh in _refreshes(pre, shared):
         pre.pipeline.restore(refresh)
 
 
-def _refreshes(pre: KFACPreconditioner, shared: dict[str, Tensor]) -> list[Refresh]:
+def _load_layer(name: str, state: LayerState, shared: State, local: State) -> None:
+    device = state.folded.counts.device
+    _take_statistics(shared, "shared.folded", name, state.folded)
+    decay, *damping = shared[f"shared.decay.{name}"].tolist()
+    state.decay, state.damping = decay, (damping[0], damping[1])
+    has_unfolded = f"local.unfolded.counts.{name}" in local
+    if state.unfolded is not None:
+        state.unfolded.zero_()
+        if has_unfolded:
+            _take_statistics(local, "local.unfolded", name, state.unfolded)
+    elif has_unfolded:
+        # Several ranks' sums become one rank's, which folds everything at once.
+        rest = state.folded.clone()
+        _take_statistics(local, "local.unfolded", name, rest)
+        state.folded.decay_(state.decay)
+        state.folded.add_(rest)
+        state.decay = 1.0
+    state.launched_step, state.attempted_step = (int(v) for v in shared[f"shared.launched.{name}"])
+    counts = [int(v) for v in local[f"local.escalations.{name}"]]
+    state.escalations, state.failed_inversions, state.reused_inversions = counts
+    state.inverses, state.probes = {}, {}
+    for which in "AG":
+        inverse = _take_inverse(shared, f"shared.inverse.{which}", name, device)
+        if inverse is not None:
+            state.inverses[which] = inverse
+        probe = shared.get(f"shared.probe.{which}.{name}")
+        if probe is not None:
+            state.probes[which] = probe.to(device, copy=True)
+
+
+def _refreshes(pre: KFACPreconditioner, shared: State) -> list[Refresh]:
     out = []
     i = 0
     while (steps := shared.get(f"shared.refresh.{i}.steps")) is not None:
-        inverses: dict[Factor, Tensor | None] = {}
-        names: list[str] = []
-        for name, state in pre.states.items():
-            for which, statistic in (("A", state.folded.a_sum), ("G", state.folded.g_sum)):
-                saved = shared.get(f"shared.refresh.{i}.{which}.{name}")
-                if saved is not None:
-                    inverses[name, which] = saved.to(statistic) if saved.numel() else None
-                    names += [name] if which == "A" else []
-        out.append(
-            Refresh(
-                step=int(steps[0]),
-                adopt_step=int(steps[1]),
-                layers=tuple(names),
-                damping=Damping(1.0, "tikhonov", 1.0),  # spent: the inversion is done
-                decays={},
-                reduced=torch.zeros(0),
-                reduce_work=LocalCommunicator().all_reduce(torch.zeros(0), "factor"),
-                inverses=inverses,
-                stage="ready",
-            )
+        prefix = f"shared.refresh.{i}"
+        names = [name for name in pre.states if f"{prefix}.damping.{name}" in shared]
+        refresh = Refresh(
+            step=int(steps[0]),
+            adopt_step=int(steps[1]),
+            layers=tuple(names),
+            damping=Damping(1.0, "tikhonov", 1.0),  # spent: the inversion is done
+            decays={},
+            reduced=torch.zeros(0),
+            reduce_work=LocalCommunicator().all_reduce(torch.zeros(0), "factor"),
+            stage="ready",
         )
+        for name in names:
+            device = pre.states[name].folded.counts.device
+            damping = shared[f"{prefix}.damping.{name}"].tolist()
+            refresh.dampings[name] = (damping[0], damping[1])
+            for which in "AG":
+                refresh.inverses[name, which] = _take_inverse(shared, f"{prefix}.{which}", name, device)
+                probe = shared.get(f"{prefix}.{which}.probe.{name}")
+                if probe is not None:
+                    refresh.probes[name, which] = probe.to(device, copy=True)
+        out.append(refresh)
         i += 1
     return out
 
 
-def _merge_local(states: Sequence[dict[str, Tensor]], rank: int, world_size: int) -> dict[str, Tensor]:
+def _integers(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _put_statistics(out: State, prefix: str, name: str, statistics: FactorStatistics) -> None:
+    for which, tensors in (("a", statistics.a), ("g", statistics.g)):
+        for i, tensor in enumerate(tensors):
+            out[f"{prefix}.{which}.{i}.{name}"] = tensor.clone()
+    out[f"{prefix}.counts.{name}"] = statistics.counts.clone()
+
+
+def _take_statistics(saved: State, prefix: str, name: str, statistics: FactorStatistics) -> None:
+    for which, tensors in (("a", statistics.a), ("g", statistics.g)):
+        for i, tensor in enumerate(tensors):
+            tensor.copy_(saved[f"{prefix}.{which}.{i}.{name}"])
+    statistics.counts.copy_(saved[f"{prefix}.counts.{name}"])
+
+
+def _put_inverse(out: State, prefix: str, name: str, inverse: StoredInverse | None) -> None:
+    if inverse is None:
+        return
+    for i, tensor in enumerate(inverse.tensors):
+        out[f"{prefix}.{i}.{name}"] = tensor.clone()
+    out[f"{prefix}.scales.{name}"] = torch.tensor(inverse.scales, dtype=torch.float64)
+
+
+def _take_inverse(saved: State, prefix: str, name: str, device: torch.device) -> StoredInverse | None:
+    scales = saved.get(f"{prefix}.scales.{name}")
+    if scales is None:
+        return None
+    tensors = tuple(saved[f"{prefix}.{i}.{name}"].to(device, copy=True) for i in range(scales.numel()))
+    return StoredInverse(tensors, tuple(scales.tolist()))
+
+
+def _merge_local(states: Sequence[State], rank: int, world_size: int) -> State:
     if len(states) == world_size:
         return states[rank]
     keys = [key for key in states[0] if key.startswith("local.")]
@@ -115,12 +209,16 @@ def _merge_local(states: Sequence[dict[str, Tensor]], rank: int, world_size: int
     return {key: torch.zeros_like(states[0][key]) for key in keys}
 
 
-def _check_same_layers(pre: KFACPreconditioner, shared: dict[str, Tensor]) -> None:
-    prefix = "shared.folded.a_sum."
+def _check_same_layers(pre: KFACPreconditioner, shared: State) -> None:
+    prefix = "shared.folded."
     saved = {k.removeprefix(prefix): tuple(v.shape) for k, v in shared.items() if k.startswith(prefix)}
-    here = {name: tuple(state.folded.a_sum.shape) for name, state in pre.states.items()}
+    wanted: State = {}
+    for name, state in pre.states.items():
+        _put_statistics(wanted, "shared.folded", name, state.folded)
+    here = {k.removeprefix(prefix): tuple(v.shape) for k, v in wanted.items()}
     if saved != here:
+        differ = sorted(set(saved.items()) ^ set(here.items()))[:4]
         raise UserError(
-            f"the saved curvature has layers {saved}, this model has {here}; "
-            "load the state into the model that it was saved from"
+            f"the saved curvature is of other layers or sizes than this model's (first differences: {differ}); "
+            "load the state into the model that it was saved from, with the same layout"
         )

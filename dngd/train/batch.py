@@ -1,8 +1,9 @@
-"""From sampled layer graphs to the operators that a model multiplies with."""
+"""From sampled layer graphs to the operators that a model multiplies with, and where a step's batches come from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,16 +18,30 @@ from dngd.models import (
     mean_coefficients,
 )
 from dngd.models.message_passing import LayerGraphLike
-from dngd.sampling import MiniBatch
+from dngd.sampling import BatchCoordinates, MiniBatch, SamplerPipeline
+from dngd.train.metrics import StepClock
 
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """A shard's mini-batch on its device. seeds: int64 [n]; labels: int64 [n]; one propagation a layer."""
+    """A shard's part of a step on its device; see GNN.forward.
+
+    seeds: int64 [n], global ids. labels: int64 [m], of the first m seeds; m = n but for semi-supervised losses.
+    propagations: one a layer. first_aggregation: [num_dst, in_rows], the first layer's aggregated rows where they are
+    kept from step to step; there is no propagation of the first layer then.
+    """
 
     seeds: Tensor
     labels: Tensor
     propagations: tuple[Propagation, ...]
+    first_aggregation: Tensor | None = None
+
+
+class BatchSource(Protocol):
+    """Hands out the batches of a rank's shards, in the order of the run."""
+
+    def batch(self, epoch: int, step: int, shard: int) -> DeviceBatch:
+        """Return a shard's part of a step (counted within its epoch)."""
 
 
 class PropagationBuilder:
@@ -68,6 +83,24 @@ class PropagationBuilder:
             return Propagation(graph.indptr, graph.indices, mean_coefficients(graph), None, destinations)
         edges, selves = gcn_coefficients(graph, self._norm[source_ids], self._norm[destination_ids])
         return Propagation(graph.indptr, graph.indices, edges, selves, destinations)
+
+
+class SampledBatches:
+    """A pipeline's mini-batches with their operators. clock: gets the time waited, and that spent on operators."""
+
+    def __init__(self, pipeline: SamplerPipeline, builder: PropagationBuilder, clock: StepClock) -> None:
+        self._pipeline = pipeline
+        self._builder = builder
+        self._clock = clock
+
+    def batch(self, epoch: int, step: int, shard: int) -> DeviceBatch:
+        """Return the next mini-batch, which must be the one asked for."""
+        with self._clock.phase("sample_wait"):
+            mini_batch = next(self._pipeline)
+        asked = BatchCoordinates(epoch, step, shard)
+        assert mini_batch.coordinates == asked, f"{mini_batch.coordinates} is not {asked}"
+        with self._clock.phase("forward"):
+            return self._builder.batch(mini_batch)
 
 
 def _node_norm(store: GraphStore) -> Tensor:

@@ -1,20 +1,21 @@
 """The training loop: set up, resume, step, evaluate, checkpoint, report. One rank's whole story.
 
-A step's work is S logical shards. This rank samples and back-propagates its shards, the gradients of the
-summed loss are reduced and divided by the global seed count, and every rank takes the same optimizer step.
+A step's work is S logical shards. This rank back-propagates its shards (sampled ahead, or constant in full batch),
+the gradients of the summed loss are reduced and divided by the global divisor (the number of seeds, where all weigh
+1), and every rank takes the same optimizer step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 
 from dngd.comm import Communicator, FlatGradients, StepSums, shards_of_rank
 from dngd.config import TrainConfig
@@ -22,10 +23,12 @@ from dngd.errors import TrainingError, UserError
 from dngd.graph import GraphStore, Split, resolve_dataset
 from dngd.models import GNN, build_model
 from dngd.optim import learning_rate
-from dngd.sampling import MiniBatch, SamplerPipeline, derive_seed
-from dngd.train.batch import PropagationBuilder
+from dngd.sampling import SamplerPipeline, derive_seed
+from dngd.train.batch import BatchSource, DeviceBatch, PropagationBuilder, SampledBatches
 from dngd.train.checkpoint import CheckpointFolder, Snapshot, check_same_run, replace_file
 from dngd.train.evaluation import ExactEvaluator
+from dngd.train.full_batch import FullBatches
+from dngd.train.losses import UnlabelledWeight, shard_loss, unlabelled_share, unlabelled_weight
 from dngd.train.metrics import (
     EvaluationRecord,
     MetricsLog,
@@ -44,6 +47,7 @@ _WEIGHTS, _DROPOUT = 11, 12
 """Words that keep the random streams of weights and dropout apart from the sampler's."""
 
 REPORT_PERIOD_SECONDS = 0.25
+FULL_BATCH_CHECKPOINT_PERIOD = 50
 
 
 class TrainingLoop:
@@ -108,29 +112,49 @@ class TrainingLoop:
             self._resume()
         shards = shards_of_rank(self.config.shards, self.comm.rank, self.comm.world_size)
         self.model.train()
-        per_epoch = self.plan.steps_per_epoch
         # Past the last step there is nothing to sample: a finished run that is resumed only reports.
         if self.step < self.plan.total_steps:
-            with SamplerPipeline(
-                self.store,
-                self.split.train,
-                self.config.fanouts,
-                self.config.seed,
-                self.config.shards,
-                self.plan.batch_size,
-                shards,
-                num_samplers=self.config.num_samplers,
-                prefetch=self.config.prefetch,
-                start=divmod(self.step, per_epoch),
-                timeout_seconds=self.config.collective_timeout_seconds,
-            ) as pipeline:
-                batches = iter(pipeline)
+            with self._batches(shards) as source:
                 while self.step < self.plan.total_steps:
-                    self._train_step(batches, len(shards))
+                    self._train_step(source, shards)
                     self._after_step()
         return self._finish()
 
-    def _train_step(self, batches: Iterator[MiniBatch], num_shards_here: int) -> None:
+    @contextlib.contextmanager
+    def _batches(self, shards: Sequence[int]) -> Iterator[BatchSource]:
+        config = self.config
+        if config.constant_full_batch:
+            started = time.perf_counter()
+            full = FullBatches(
+                self.store,
+                self.builder,
+                self.model,
+                self.features,
+                self.split.train,
+                with_unlabelled=config.semi != "none",
+                shards=shards,
+                num_shards=config.shards,
+                rows=config.eval_rows,
+            )
+            self.train_seconds += time.perf_counter() - started
+            yield full
+            return
+        with SamplerPipeline(
+            self.store,
+            self.split.train,
+            config.fanouts,
+            config.seed,
+            config.shards,
+            self.plan.batch_size,
+            shards,
+            num_samplers=config.num_samplers,
+            prefetch=config.prefetch,
+            start=divmod(self.step, self.plan.steps_per_epoch),
+            timeout_seconds=config.collective_timeout_seconds,
+        ) as pipeline:
+            yield SampledBatches(pipeline, self.builder, self.clock)
+
+    def _train_step(self, source: BatchSource, shards: Sequence[int]) -> None:
         started = time.perf_counter()
         epoch, step_in_epoch = divmod(self.step, self.plan.steps_per_epoch)
         lr = learning_rate(
@@ -143,37 +167,52 @@ class TrainingLoop:
         )
         set_learning_rate(self.optimizer.torch_optimizer, lr)
         self.gradients.zero_()
-        num_seeds_here = 0
-        for _ in range(num_shards_here):
-            with self.clock.phase("sample_wait"):
-                mini_batch = next(batches)
-            where = mini_batch.coordinates
-            assert (where.epoch, where.step) == (epoch, step_in_epoch), f"{where} is not step {self.step}"
-            torch.manual_seed(derive_seed(self.config.seed, _DROPOUT, epoch, step_in_epoch, where.shard))
-            num_seeds_here += self._back_propagate(mini_batch)
+        num_seeds_here = 0.0
+        for shard in shards:
+            batch = source.batch(epoch, step_in_epoch, shard)
+            torch.manual_seed(derive_seed(self.config.seed, _DROPOUT, epoch, step_in_epoch, shard))
+            num_seeds_here += self._back_propagate(batch, shard, self._unlabelled_weight(epoch))
         with self.clock.phase("reduce"):
             sums = self.gradients.reduce_(self.comm)
         with self.clock.phase("optimizer"):
-            self.optimizer.step(num_seeds_here=num_seeds_here, finite=sums.finite)
+            self.optimizer.step(
+                num_seeds_here=num_seeds_here, finite=sums.finite, factor_samples=self._factor_samples(epoch)
+            )
         self._account(sums)
         self.step += 1
         elapsed = time.perf_counter() - started
         self.train_seconds += elapsed
         self.clock.step_seconds.append(elapsed)
 
-    def _back_propagate(self, mini_batch: MiniBatch) -> int:
-        """Add a shard's summed-loss gradients to the flat buffer; return its number of seeds."""
-        num_seeds = int(mini_batch.seeds.numel())
-        if num_seeds == 0:
-            return 0
+    def _unlabelled_weight(self, epoch: int) -> UnlabelledWeight | None:
+        """Return what a seed outside the training set brings to the epoch's loss; None without such seeds."""
+        if self.config.semi == "none":
+            return None
+        share = unlabelled_share(epoch, self.config.epochs, self.config.semi_gamma)
+        num_labelled = self.split.train.numel()
+        return unlabelled_weight(self.config.semi, share, num_labelled, self.store.num_nodes - num_labelled)
+
+    def _factor_samples(self, epoch: int) -> float | None:
+        """Return the paper's n of its factors, `n_l + λ_u·n_u`; None where it is the number of seeds."""
+        if self.config.semi == "none":
+            return None
+        share = unlabelled_share(epoch, self.config.epochs, self.config.semi_gamma)
+        num_labelled = self.split.train.numel()
+        return num_labelled + share * (self.store.num_nodes - num_labelled)
+
+    def _back_propagate(self, batch: DeviceBatch, shard: int, unlabelled: UnlabelledWeight | None) -> float:
+        """Add a shard's summed-loss gradients to the flat buffer; return its share of the divisor."""
+        if batch.seeds.numel() == 0:
+            return 0.0
         with self.clock.phase("forward"):
-            batch = self.builder.batch(mini_batch)
-            logits = self.model(self.features, batch.propagations)
-            loss_sum = F.cross_entropy(logits, batch.labels, reduction="sum")
+            logits = self.model(self.features, batch.propagations, batch.first_aggregation)
+            loss = shard_loss(logits, batch.labels, unlabelled)
+        with self.clock.phase("observe"):
+            self.optimizer.observe(logits, weights=loss.weights, key=shard)
         with self.clock.phase("backward"):
-            loss_sum.backward()  # type: ignore[no-untyped-call]
-        self.gradients.add_loss_(loss_sum, num_seeds)
-        return num_seeds
+            loss.loss_sum.backward()  # type: ignore[no-untyped-call]
+        self.gradients.add_loss_(loss.loss_sum, loss.divisor)
+        return loss.divisor
 
     def _account(self, sums: StepSums) -> None:
         if sums.finite:
@@ -184,7 +223,7 @@ class TrainingLoop:
             self.dropped_in_a_row += 1
             self.dropped_steps += 1
             self.reporter.message(f"step {self.step}: a gradient is not finite; all ranks dropped the step")
-        self.seeds_done += sums.num_seeds
+        self.seeds_done += sums.num_seeds if self.config.semi == "none" else self.store.num_nodes
         if self.dropped_in_a_row >= self.config.max_dropped_steps:
             raise TrainingError(
                 f"{self.dropped_in_a_row} steps in a row had non-finite gradients (up to step {self.step}); use a "
@@ -200,12 +239,18 @@ class TrainingLoop:
             self._evaluate()
         if epoch_ended:
             self.epoch_loss = self.epoch_seeds = 0.0
-        period = self.config.checkpoint.period_steps
-        if ended or (epoch_ended if period is None else self.step % period == 0):
+        if ended or self._checkpoint_is_due(epoch_ended):
             started = time.perf_counter()
             with self.clock.phase("checkpoint"):
                 self._checkpoint()
             self.train_seconds += time.perf_counter() - started
+
+    def _checkpoint_is_due(self, epoch_ended: bool) -> bool:
+        period = self.config.checkpoint.period_steps
+        if period is None and self.config.constant_full_batch:
+            # An epoch is one step there, shorter than writing a checkpoint.
+            period = FULL_BATCH_CHECKPOINT_PERIOD
+        return epoch_ended if period is None else self.step % period == 0
 
     def _report_step(self) -> None:
         now = time.monotonic()

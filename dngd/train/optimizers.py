@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dngd.comm import Communicator
 from dngd.config import TrainConfig
-from dngd.optim import KFACPreconditioner, NaturalGradient
+from dngd.optim import FactorLayout, KFACPreconditioner, NaturalGradient
 
 
 class StepOptimizer(Protocol):
@@ -19,8 +19,15 @@ class StepOptimizer(Protocol):
     def torch_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer that holds the parameter groups and moments."""
 
-    def step(self, *, num_seeds_here: int, finite: bool) -> None:
-        """Update the parameters, or, on a step that is not finite, nothing; all ranks enter."""
+    def observe(self, outputs: Tensor, *, weights: Tensor | None, key: int) -> None:
+        """See a shard's outputs [n, C] and the weights of its seeds, between forward and backward; key: the shard."""
+
+    def step(self, *, num_seeds_here: float, finite: bool, factor_samples: float | None = None) -> None:
+        """Update the parameters, or, on a step that is not finite, nothing; all ranks enter.
+
+        num_seeds_here: this rank's share of what the summed losses are divided by. factor_samples: n of the
+        paper's variant of the factors, if it is another number.
+        """
 
     @property
     def preconditioner(self) -> KFACPreconditioner | None:
@@ -35,7 +42,10 @@ class FirstOrder:
     def __init__(self, torch_optimizer: torch.optim.Optimizer) -> None:
         self.torch_optimizer = torch_optimizer
 
-    def step(self, *, num_seeds_here: int, finite: bool) -> None:
+    def observe(self, outputs: Tensor, *, weights: Tensor | None, key: int) -> None:
+        return None
+
+    def step(self, *, num_seeds_here: float, finite: bool, factor_samples: float | None = None) -> None:
         if finite:
             self.torch_optimizer.step()
 
@@ -50,8 +60,13 @@ class SecondOrder:
     def preconditioner(self) -> KFACPreconditioner:
         return self._natural_gradient.preconditioner
 
-    def step(self, *, num_seeds_here: int, finite: bool) -> None:
-        self._natural_gradient.step(num_samples=num_seeds_here, finite=finite, mean_gradients=True)
+    def observe(self, outputs: Tensor, *, weights: Tensor | None, key: int) -> None:
+        self._natural_gradient.observe(outputs, weights=weights, key=key)
+
+    def step(self, *, num_seeds_here: float, finite: bool, factor_samples: float | None = None) -> None:
+        self._natural_gradient.step(
+            num_samples=num_seeds_here, finite=finite, mean_gradients=True, factor_samples=factor_samples
+        )
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module, communicator: Communicator) -> StepOptimizer:
@@ -63,18 +78,30 @@ def build_optimizer(config: TrainConfig, model: nn.Module, communicator: Communi
             NaturalGradient(
                 model,
                 lr,
+                update=kfac.update,
+                method=kfac.method,
+                fisher=config.fisher,
+                variant=kfac.variant,
                 momentum=kfac.momentum,
                 weight_decay=decay,
                 damping=kfac.damping,
                 damping_mode=kfac.damping_mode,
                 damping_g_ratio=kfac.damping_g_ratio,
                 kl_clip=kfac.kl_clip,
+                norm_constraint=kfac.norm_constraint,
                 loss_reduction="sum",
                 factor_decay=kfac.factor_decay,
                 factor_update_period=kfac.factor_update_period,
                 inverse_update_period=kfac.inverse_update_period,
+                eigenvalue_update_period=kfac.eigenvalue_update_period,
                 dense_steps=kfac.dense_steps,
                 inverse_delay=kfac.inverse_delay,
+                change_threshold=kfac.change_threshold,
+                max_rows=kfac.max_rows,
+                layout=factor_layout(config),
+                inverse_precision=kfac.inverse_precision,
+                max_dropped_steps=None,  # the loop counts them itself
+                seed=config.seed,
                 communicator=communicator,
             )
         )
@@ -84,6 +111,12 @@ def build_optimizer(config: TrainConfig, model: nn.Module, communicator: Communi
     if config.optimizer == "adamw":
         return FirstOrder(torch.optim.AdamW(parameters, lr=lr, weight_decay=decay))
     return FirstOrder(torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay))
+
+
+def factor_layout(config: TrainConfig) -> FactorLayout:
+    """Return what becomes of the configured run's wide factors."""
+    kfac = config.kfac
+    return FactorLayout(kfac.max_dimension, kfac.wide_inputs, kfac.rank, kfac.split_inputs)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import psutil
 import torch
 
-from dngd.comm import triangle_size
 from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.graph import GraphStore, Split
 from dngd.models import MODELS
+from dngd.optim import Footprint, layer_footprint
 from dngd.sampling import steps_per_epoch
+from dngd.train.optimizers import factor_layout
 
 FLOAT_BYTES = 4
 PROCESS_BYTES = 500 * 1024 * 1024
@@ -23,27 +24,30 @@ PROCESS_BYTES = 500 * 1024 * 1024
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer: sizes of its weight [d_out, d_a - 1] with bias, and of its factors A [d_a, d_a], G [d_out, d_out]."""
+    """One layer: sizes of its weight [d_out, d_a - 1] with bias, and what its factors A, [d_a, d_a], and G,
+    [d_out, d_out], take."""
 
     name: str
     d_a: int
     d_out: int
+    factors: Footprint
 
     @property
     def parameters(self) -> int:
         """Number of parameters."""
         return self.d_a * self.d_out
 
-    @property
-    def triangle_bytes(self) -> int:
-        """Bytes of both factors as triangles: one reduction, or one share of inverses."""
-        return (triangle_size(self.d_a) + triangle_size(self.d_out)) * FLOAT_BYTES
-
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Estimates, in bytes a worker unless said otherwise; upper bounds where sampling makes them vary."""
+    """Estimates, in bytes a worker unless said otherwise; upper bounds where sampling makes them vary.
 
+    mode: whether steps are "sampled" or a "constant full batch". batch_size: most seeds of a shard, the unlabelled
+    ones of a semi-supervised loss included. full_batch_bytes: what a constant full batch keeps from step to step, its
+    shards' layer graphs and first aggregations.
+    """
+
+    mode: str
     batch_size: int
     steps_per_epoch: int
     total_steps: int
@@ -52,6 +56,7 @@ class RunPlan:
     model_bytes: int
     optimizer_bytes: int
     curvature_bytes: int
+    full_batch_bytes: int
     activation_bytes: int
     evaluation_bytes: int
     sampler_bytes: int
@@ -67,6 +72,7 @@ class RunPlan:
             + self.model_bytes
             + self.optimizer_bytes
             + self.curvature_bytes
+            + self.full_batch_bytes
             + max(self.activation_bytes, self.evaluation_bytes)
             + self.sampler_bytes
         )
@@ -77,11 +83,16 @@ class RunPlan:
 
 
 def batch_size_of(config: TrainConfig, num_train: int) -> int:
-    """Return the seeds a shard and step: the configured number, or for "full" all of them over the shards.
+    """Return the training nodes a shard and step: the configured number, or for "full" all of them over the shards.
 
-    Raises UserError for a global batch larger than the training set.
+    Raises UserError for a global batch larger than the training set, or for more shards than it has nodes.
     """
     if config.batch_size == "full":
+        if config.shards > num_train:
+            raise UserError(
+                f"num_shards={config.shards} is above the number of training nodes, {num_train}, so that a shard would "
+                f"have no seed; use at most {num_train} shards"
+            )
         return math.ceil(num_train / config.shards)
     assert isinstance(config.batch_size, int)
     if config.batch_size * config.shards > num_train:
@@ -95,32 +106,35 @@ def batch_size_of(config: TrainConfig, num_train: int) -> int:
 
 
 def make_plan(config: TrainConfig, store: GraphStore, split: Split) -> RunPlan:
-    """Return the plan of a run. Raises UserError for a batch larger than the training set."""
+    """Return the plan of a run.
+
+    Raises UserError for a batch larger than the training set, or a semi-supervised loss without unlabelled nodes.
+    """
     num_train = int(split.train.numel())
     batch_size = batch_size_of(config, num_train)
     per_epoch = steps_per_epoch(num_train, config.shards, batch_size)
+    if config.semi != "none":
+        num_others = store.num_nodes - num_train
+        if num_others == 0:
+            raise UserError(
+                f"semi={config.semi} is about nodes outside the training set, but split {config.split} trains on all "
+                f"{num_train} nodes of {store.name}; use --semi none, or a --split that leaves nodes out"
+            )
+        batch_size += math.ceil(num_others / config.shards)
     total = per_epoch * config.epochs
     widths = [store.num_features] + [config.hidden] * (config.num_layers - 1) + [store.num_classes]
     fan_in = 2 if MODELS[config.model].aggregation == "mean" else 1
-    layers = tuple(
-        LayerPlan(f"layers.{i}.linear", fan_in * a + 1, b) for i, (a, b) in enumerate(zip(widths, widths[1:]))
-    )
+    layers = tuple(_layer_plan(config, i, a, b, fan_in) for i, (a, b) in enumerate(zip(widths, widths[1:])))
     parameters = sum(layer.parameters for layer in layers)
     copies = {"kfac": 1, "sgd": 1, "adam": 2, "adamw": 2}[config.optimizer]
-    triangles = sum(layer.triangle_bytes for layer in layers)
-    squares = sum((layer.d_a**2 + layer.d_out**2) * FLOAT_BYTES for layer in layers)
-    rows, row_bytes, most_edges = batch_size, 0, 0
-    for layer, fanout in zip(reversed(layers), reversed(config.fanouts)):
-        # Forward, gradient, and the aggregated rows that the weight's gradient needs.
-        row_bytes += rows * (layer.d_a + 2 * layer.d_out) * FLOAT_BYTES
-        drawn = store.num_edges if fanout == -1 else min(store.num_edges, rows * fanout)
-        most_edges += drawn
-        rows = min(store.num_nodes, rows + drawn)
-    edge_bytes = most_edges * 3 * 8
+    statistics = sum(layer.factors.statistics for layer in layers)
+    batch = _batch_bytes(config, store, layers, batch_size)
     kfac = config.optimizer == "kfac"
+    ranks = config.num_workers if config.engine == "ray" else 1
     chunk = min(config.eval_rows, store.num_nodes)
     hidden_table = store.num_nodes * (config.hidden if config.num_layers > 1 else store.num_classes) * FLOAT_BYTES
     return RunPlan(
+        mode="constant full batch" if config.constant_full_batch else "sampled",
         batch_size=batch_size,
         steps_per_epoch=per_epoch,
         total_steps=min(total, config.max_steps or total),
@@ -128,15 +142,60 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split) -> RunPlan:
         store_bytes=store.nbytes,
         model_bytes=2 * parameters * FLOAT_BYTES,
         optimizer_bytes=copies * parameters * FLOAT_BYTES,
-        # unfolded, folded, inverses, and one step's pending statistics
-        curvature_bytes=4 * squares if kfac else 0,
-        activation_bytes=row_bytes + edge_bytes,
+        # folded, one step's pending statistics, with several ranks the unfolded and those on their way; inverses
+        curvature_bytes=(
+            (2 if ranks == 1 else 4) * statistics + sum(layer.factors.inverses for layer in layers) if kfac else 0
+        ),
+        full_batch_bytes=math.ceil(config.shards / ranks) * batch.kept,
+        activation_bytes=batch.activation,
         evaluation_bytes=2 * hidden_table + chunk * layers[0].d_a * FLOAT_BYTES,
-        sampler_bytes=config.num_samplers * (PROCESS_BYTES + config.prefetch * edge_bytes),
+        sampler_bytes=0
+        if config.constant_full_batch
+        else config.num_samplers * (PROCESS_BYTES + config.prefetch * batch.edges),
         gradient_bytes_per_step=(parameters + 2) * FLOAT_BYTES,
-        factor_bytes_per_refresh=triangles if kfac else 0,
-        inverse_bytes_per_refresh=triangles if kfac else 0,
+        factor_bytes_per_refresh=statistics if kfac else 0,
+        inverse_bytes_per_refresh=sum(layer.factors.inverses_sent for layer in layers) if kfac else 0,
     )
+
+
+def _layer_plan(config: TrainConfig, index: int, width_in: int, width_out: int, fan_in: int) -> LayerPlan:
+    """Return layer `index`'s plan; its rows are fan_in parts of width_in and a 1."""
+    d_a = fan_in * width_in + 1
+    parts = (width_in, width_in + 1) if fan_in == 2 else ()
+    eigenbasis = config.kfac.method == "ekfac" or config.kfac.update == "adam_eigenbasis"
+    layout, precision = factor_layout(config), config.kfac.inverse_precision
+    footprint = layer_footprint(d_a, width_out, parts, layout, precision, eigenbasis=eigenbasis)
+    return LayerPlan(f"layers.{index}.linear", d_a, width_out, footprint)
+
+
+@dataclass(frozen=True)
+class _BatchBytes:
+    """Most bytes of one shard's part of a step: while it is worked on, its edges alone, what is kept for all steps."""
+
+    activation: int
+    edges: int
+    kept: int
+
+
+def _batch_bytes(config: TrainConfig, store: GraphStore, layers: tuple[LayerPlan, ...], num_seeds: int) -> _BatchBytes:
+    num_rows, rows, edges, kept = num_seeds, 0, 0, 0
+    for i, (layer, fanout) in reversed(list(enumerate(zip(layers, config.fanouts)))):
+        drawn = store.num_edges if fanout == -1 else min(store.num_edges, num_rows * fanout)
+        # Forward, gradient, and the aggregated rows that the weight's gradient needs.
+        aggregated = num_rows * layer.d_a * FLOAT_BYTES
+        rows += 2 * num_rows * layer.d_out * FLOAT_BYTES
+        if config.constant_full_batch and i == 0:
+            kept += aggregated
+        else:
+            rows += aggregated
+        if config.constant_full_batch:
+            edges = max(edges, drawn * 5 * 8)
+            kept += (drawn + num_rows) * (8 + FLOAT_BYTES) if i > 0 else 0
+        else:
+            edges += drawn * 3 * 8
+        num_rows = min(store.num_nodes, num_rows + drawn)
+    # A constant batch's edges are made before the first step, one layer after the other.
+    return _BatchBytes(max(rows, edges) if config.constant_full_batch else rows + edges, edges, kept)
 
 
 def check_device(config: TrainConfig) -> None:
@@ -155,14 +214,19 @@ def check_fits(plan: RunPlan, config: TrainConfig, workers_here: int) -> None:
     if needed > free:
         parts = {
             "curvature": plan.curvature_bytes,
+            "full batch": plan.full_batch_bytes,
             "activations": plan.activation_bytes,
             "evaluation": plan.evaluation_bytes,
             "samplers": plan.sampler_bytes,
         }
         largest = max(parts, key=lambda name: parts[name])
+        constant = config.constant_full_batch
         fix = {
             "curvature": "use a first-order --optimizer or a graph with fewer features",
-            "activations": "use a smaller --batch-size or --fanout",
+            "full batch": "use a number as --batch-size with a --fanout, which samples",
+            "activations": "use more --num-shards, or a number as --batch-size with a --fanout"
+            if constant
+            else "use a smaller --batch-size or --fanout",
             "evaluation": "use a smaller --hidden or --set eval_rows=N",
             "samplers": "use fewer --num-samplers",
         }[largest]
@@ -173,7 +237,7 @@ def check_fits(plan: RunPlan, config: TrainConfig, workers_here: int) -> None:
     if config.use_gpu and torch.cuda.is_available():
         gpu_free, _ = torch.cuda.mem_get_info()
         on_gpu = plan.model_bytes + plan.optimizer_bytes + plan.curvature_bytes
-        on_gpu += max(plan.activation_bytes, plan.evaluation_bytes)
+        on_gpu += plan.full_batch_bytes + max(plan.activation_bytes, plan.evaluation_bytes)
         if on_gpu > gpu_free:
             raise UserError(
                 f"a worker needs about {on_gpu / 2**30:.1f} GiB of GPU memory but {gpu_free / 2**30:.1f} GiB are free; "

@@ -41,6 +41,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--batch-size", "5000"], ["5000", "training set of 300", "--batch-size 300 or less", "full"]),
         (["--batch-size", "200", "--num-workers", "2"], ["2 x 200", "--batch-size 150"]),
         (["--batch-size", "0"], ["batch_size=0"]),
+        (["--batch-size", "full", "--num-workers", "301"], ["num_shards=301", "training nodes, 300", "at most 300"]),
+        (["--semi", "two_means"], ["semi=two_means", "batch_size=50", "--batch-size full"]),
+        (["--semi", "pooled", "--batch-size", "full"], ["semi=pooled", "fanout=(5, 5)", "leave --fanout out"]),
+        (["--semi", "mean"], ["semi='mean'", "pooled"]),
+        (["--semi-gamma", "0"], ["semi_gamma=0", "greater than 0"]),
         (["--batch-size", "many"], ["batch_size='many'", "full"]),
         (["--model", "gat"], ["model='gat'", "gcn", "sage"]),
         (["--optimizer", "lion"], ["optimizer='lion'", "kfac"]),
@@ -209,7 +214,7 @@ def test_a_run_that_will_not_fit(
     capsys: pytest.CaptureFixture[str], store: GraphStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    wide = ["train", "--dataset", str(store.path), *BASE, "--batch-size", "50", "--set", "hidden=300000"]
+    wide = ["train", "--dataset", str(store.path), *BASE, "--batch-size", "50", "--set", "hidden=3000000"]
     assert "GiB" in refused(capsys, *wide)
     assert "GiB" in refused(capsys, *wide, "--dry-run")
 

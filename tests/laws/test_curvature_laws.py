@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,16 +13,18 @@ from torch import Tensor, nn
 
 from dngd import curvature
 from dngd.curvature import (
+    FactorStatistics,
     KroneckerFactors,
-    damped_inverse,
+    cholesky_inverse,
     damping_split,
-    input_gram,
+    gram,
     kl_clip_scale,
     pi_ratio,
     precondition,
     precondition_with_inverses,
+    structure,
 )
-from dngd.optim import KFACPreconditioner, capture, preconditioner
+from dngd.optim import KFACPreconditioner, preconditioner
 from tests.helpers.mutants import assert_caught
 
 D_IN, D_HIDDEN, CLASSES = 4, 3, 3
@@ -110,7 +112,7 @@ def test_factors_are_the_averages(seed: int, n: int, bias: bool, reduction: str)
 def test_mutant_dropped_n_is_caught() -> None:
     """The gradient of the mean loss used as it is: G shrinks as 1/n²."""
 
-    def commit_without_n(self: KFACPreconditioner, num_samples: float) -> None:
+    def commit_without_n(self: KFACPreconditioner, num_samples: float, factor_samples: float | None = None) -> None:
         self.loss_reduction = "sum"
         original_commit(self, num_samples)
 
@@ -121,13 +123,13 @@ def test_mutant_dropped_n_is_caught() -> None:
 
 def test_mutant_missing_ones_column_is_caught() -> None:
     def without_ones(rows: Tensor, has_bias: bool) -> Tensor:
-        gram = input_gram(rows, has_bias)
+        found = gram(rows, has_bias)
         if has_bias:
-            gram[-1, :-1] = 0
-            gram[:-1, -1] = 0
-        return gram
+            found[-1, :-1] = 0
+            found[:-1, -1] = 0
+        return found
 
-    assert_caught(lambda: law_factors_are_the_averages(0, 5, True, "mean"), capture, "input_gram", without_ones)
+    assert_caught(lambda: law_factors_are_the_averages(0, 5, True, "mean"), structure, "gram", without_ones)
 
 
 def psd(seed: int, d: int, rank: int, log_condition: float) -> Tensor:
@@ -143,10 +145,10 @@ def law_inverse(seed: int, d: int, rank: int, log_condition: float, log_damping:
     """inverse · (M + λI) = I, up to what the conditioning leaves of the precision."""
     matrix = psd(seed, d, min(rank, d), log_condition).to(dtype)
     damping = 10.0**log_damping
-    result = damped_inverse(matrix, damping)
+    result = cholesky_inverse(matrix, damping)
     assert result.inverse is not None
     damped = matrix.double() + result.damping * torch.eye(d, dtype=torch.float64)
-    error = (result.inverse.double() @ damped - torch.eye(d, dtype=torch.float64)).abs().max()
+    error = (result.inverse[0].double() @ damped - torch.eye(d, dtype=torch.float64)).abs().max()
     condition = float(torch.linalg.cond(damped))
     assert error <= 20 * d * condition * torch.finfo(dtype).eps
     if dtype == torch.float64 and condition < 1e9:
@@ -179,22 +181,22 @@ def test_mutant_undamped_inverse_is_caught() -> None:
 
 def test_inverse_escalates_and_says_so() -> None:
     ones = torch.ones(64, 64)  # rank one; λ far below float32's resolution of its largest eigenvalue
-    result = damped_inverse(ones, 1e-9)
+    result = cholesky_inverse(ones, 1e-9)
     assert result.inverse is not None
     assert result.escalations > 0
     indefinite = torch.diag(torch.tensor([1.0, -1.0]))
-    failed = damped_inverse(indefinite, 1e-6)
+    failed = cholesky_inverse(indefinite, 1e-6)
     assert failed.inverse is None
     assert failed.escalations == 5
-    assert damped_inverse(torch.full((2, 2), torch.nan), 1.0).inverse is None
+    assert cholesky_inverse(torch.full((2, 2), torch.nan), 1.0).inverse is None
 
 
 @pytest.mark.parametrize("damping", [0.0, -1.0, float("nan")])
 def test_damping_out_of_range(damping: float) -> None:
     with pytest.raises(ValueError, match="above 0"):
-        damped_inverse(torch.eye(2), damping)
+        cholesky_inverse(torch.eye(2), damping)
     with pytest.raises(ValueError, match="above 0"):
-        damping_split(torch.eye(2), torch.eye(2), damping, "tikhonov")
+        damping_split(torch.ones(2), torch.ones(2), damping, "tikhonov")
     with pytest.raises(ValueError, match="above 0"):
         precondition(torch.ones(2, 2), KroneckerFactors(torch.eye(2), torch.eye(2)), damping)
 
@@ -209,7 +211,9 @@ def law_precondition_is_the_damped_solve(seed: int, mode: str) -> None:
     before = {name: layer.gradient() for name, layer in pre.layers.items()}
     pre.step(num_samples=9)
     for name, (a, g) in pre.factors().items():
-        if mode == "tikhonov":
+        if mode == "even":
+            lambda_a = lambda_g = lam**0.5
+        elif mode == "tikhonov":
             pi = ((a.trace() / a.shape[0]) / (g.trace() / g.shape[0])) ** 0.5
             lambda_a, lambda_g = lam**0.5 * pi, lam**0.5 / pi
         else:
@@ -228,7 +232,7 @@ def law_precondition_is_the_damped_solve(seed: int, mode: str) -> None:
     pre.close()
 
 
-@pytest.mark.parametrize("mode", ["tikhonov", "relative"])
+@pytest.mark.parametrize("mode", ["tikhonov", "relative", "even"])
 @pytest.mark.parametrize("seed", range(3))
 def test_precondition_is_the_damped_solve(seed: int, mode: str) -> None:
     law_precondition_is_the_damped_solve(seed, mode)
@@ -244,23 +248,23 @@ def test_mutant_wrong_pi_is_caught() -> None:
 
 
 def test_mutant_swapped_inverses_are_caught() -> None:
-    def transposed(grad: Tensor, a_inverse: Tensor, g_inverse: Tensor) -> Tensor:
-        return precondition_with_inverses(grad, a_inverse, g_inverse @ g_inverse)
+    def squared(grad: Tensor, a: Any, a_inverse: Any, g: Any, g_inverse: Any) -> Tensor:
+        return precondition_with_inverses(grad, a, a_inverse, g, (g_inverse[0] @ g_inverse[0],))
 
     assert_caught(
         lambda: law_precondition_is_the_damped_solve(0, "relative"),
         preconditioner,
         "precondition_with_inverses",
-        transposed,
+        squared,
     )
 
 
 def test_pi_at_its_limits() -> None:
-    eye = torch.eye(3, dtype=torch.float64)
-    assert float(pi_ratio(4 * eye, eye)) == 2.0
-    assert float(pi_ratio(torch.zeros(3, 3), eye.float())) == 1.0
-    assert float(pi_ratio(eye, 1e-30 * eye)) == 1e3
-    assert float(pi_ratio(1e-30 * eye, eye)) == 1e-3
+    ones = torch.ones(3, dtype=torch.float64)
+    assert float(pi_ratio(4 * ones, ones)) == 2.0
+    assert float(pi_ratio(torch.zeros(3), ones.float())) == 1.0
+    assert float(pi_ratio(ones, 1e-30 * ones)) == 1e3
+    assert float(pi_ratio(1e-30 * ones, ones)) == 1e-3
 
 
 def law_kl_clip(mean_gradients: bool) -> None:
@@ -276,9 +280,9 @@ def law_kl_clip(mean_gradients: bool) -> None:
         pre.step(num_samples=9)
         quadratic = 0.0
         for name, layer in pre.layers.items():
-            v = layer.gradient() / pre.last_kl_scale
+            v = layer.gradient() / pre.last_scale
             quadratic += float((v * before[name]).sum()) * lr**2
-        nu = float(pre.last_kl_scale)
+        nu = float(pre.last_scale)
         assert nu == pytest.approx((1e-3 / quadratic) ** 0.5 if acts else 1.0, rel=1e-9)
         assert (nu < 1) == acts
         pre.close()
@@ -294,7 +298,7 @@ def test_mutant_kl_clip_without_lr_is_caught() -> None:
         lambda: law_kl_clip(True),
         preconditioner,
         "kl_clip_scale",
-        lambda pairs, lr, kl_clip: kl_clip_scale(pairs, lr**0.5, kl_clip),
+        lambda quadratic, lr, kl_clip: kl_clip_scale(quadratic, lr**0.5, kl_clip),
     )
 
 
@@ -348,21 +352,15 @@ def test_running_average(steps: list[tuple[float, int]]) -> None:
     running_average_law([rho for rho, _ in steps], [n for _, n in steps])
 
 
-def test_mutant_stale_fold_is_caught() -> None:
-    """A fold that forgets the decay owed to the folded sums."""
-    from dngd.optim.refresh import RefreshPipeline
+def test_mutant_undecayed_count_is_caught() -> None:
+    """Sums that decay while their counts do not (a fold that forgets the decay: test_reduction_laws)."""
 
-    original: Callable[..., None] = RefreshPipeline._fold
-
-    def stale(self: RefreshPipeline, refresh: object) -> None:
-        refresh.decays = dict.fromkeys(refresh.decays, 1.0)  # type: ignore[attr-defined]
-        original(self, refresh)
+    def stale(self: FactorStatistics, rho: float) -> None:
+        for tensor in (*self.a, *self.g):
+            tensor.mul_(rho)
 
     assert_caught(
-        lambda: running_average_law([0.5, 0.5, 0.5, 0.5, 0.5], [3, 1, 4, 1, 5]),
-        RefreshPipeline,
-        "_fold",
-        stale,
+        lambda: running_average_law([0.5, 0.5, 0.5, 0.5, 0.5], [3, 1, 4, 1, 5]), FactorStatistics, "decay_", stale
     )
 
 
@@ -388,7 +386,7 @@ def test_disjoint_copies() -> None:
 def test_mutant_wrong_count_is_caught() -> None:
     original = KFACPreconditioner.commit
 
-    def commit(self: KFACPreconditioner, num_samples: float) -> None:
+    def commit(self: KFACPreconditioner, num_samples: float, factor_samples: float | None = None) -> None:
         original(self, num_samples**0.5)
 
     assert_caught(lambda: law_disjoint_copies(3), KFACPreconditioner, "commit", commit)

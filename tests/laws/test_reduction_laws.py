@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dngd.curvature import FactorStatistics, damped_inverse, damping_split
+from dngd.curvature import damping_split
 from dngd.optim import KFACPreconditioner, UpdateSchedule
 from dngd.optim.refresh import RefreshPipeline
 from tests.helpers.mutants import assert_caught
@@ -101,7 +101,7 @@ def lazy(scenario: Scenario) -> list[dict[str, Any]]:
             pre.step(counts[comm.rank], finite=step not in scenario.dropped, mean_gradients=True)
             in_use.append(
                 {
-                    name: None if s.a_inverse is None or s.g_inverse is None else (s.a_inverse, s.g_inverse)
+                    name: None if len(s.inverses) < 2 else (s.inverses["A"].tensors[0], s.inverses["G"].tensors[0])
                     for name, s in pre.states.items()
                 }
             )
@@ -117,10 +117,8 @@ def eager(scenario: Scenario) -> dict[str, Any]:
     net = make_net()
     names = ["0", "2"]
     schedule = UpdateSchedule(scenario.factor_period, scenario.inverse_period, scenario.dense_steps)
-    sums = {
-        name: FactorStatistics.zeros(d_a, 2, dtype=torch.float64, device=torch.device("cpu"))
-        for name, d_a in zip(names, (4, 3))
-    }
+    sums = {name: [torch.zeros(d, d, dtype=torch.float64) for d in (d_a, 2)] for name, d_a in zip(names, (4, 3))}
+    rows_seen = dict.fromkeys(names, 0.0)
     inverses: dict[str, tuple[Tensor, Tensor] | None] = dict.fromkeys(names)
     due: list[tuple[int, str, tuple[Tensor, Tensor] | None]] = []
     tried: set[str] = set()
@@ -136,12 +134,8 @@ def eager(scenario: Scenario) -> dict[str, Any]:
                 g_hidden = (g_out @ net[2].weight) * (1 - h**2)
             for name, inputs, gradients in (("0", x, g_hidden), ("2", h, g_out)):
                 m = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=torch.float64)], dim=1)
-                sums[name].decay_(scenario.rho)
-                sums[name].add_(
-                    FactorStatistics(
-                        m.T @ m, gradients.T @ gradients, torch.tensor([len(m), len(m)], dtype=torch.float64)
-                    )
-                )
+                sums[name] = [scenario.rho * old + t.T @ t for old, t in zip(sums[name], (m, gradients))]
+                rows_seen[name] = scenario.rho * rows_seen[name] + len(m)
         under_way = {name for _, name, _ in due}
         if committed:
             wanted = {names[i] for i in schedule.layers_due(step, 2)}
@@ -149,25 +143,28 @@ def eager(scenario: Scenario) -> dict[str, Any]:
                 if name in under_way or not (name in wanted or name not in tried):
                     continue
                 delay = scenario.delay if name in tried else 0
-                due.append((step + delay, name, invert(sums[name])))
+                due.append((step + delay, name, invert(sums[name], rows_seen[name])))
         for at, name, pair in due:
             if at <= step:
                 tried.add(name)
                 inverses[name] = pair or inverses[name]
         due = [item for item in due if item[0] > step]
         in_use.append(dict(inverses))
-    return {"in_use": in_use, "factors": {n: f for n in names if (f := sums[n].factors()) is not None}}
+    return {"in_use": in_use, "factors": {n: f for n in names if (f := averages(sums[n], rows_seen[n])) is not None}}
 
 
-def invert(sums: FactorStatistics) -> tuple[Tensor, Tensor] | None:
-    factors = sums.factors()
-    if factors is None:
+def invert(sums: list[Tensor], count: float) -> tuple[Tensor, Tensor] | None:
+    pair = averages(sums, count)
+    if pair is None:
         return None
-    lambda_a, lambda_g = damping_split(factors.A, factors.G, DAMPING, "tikhonov")
-    a, g = damped_inverse(factors.A, lambda_a).inverse, damped_inverse(factors.G, lambda_g).inverse
-    assert a is not None
-    assert g is not None
+    lambdas = damping_split(pair[0].diagonal(), pair[1].diagonal(), DAMPING, "tikhonov")
+    a, g = (torch.linalg.inv(m + lam * torch.eye(len(m), dtype=m.dtype)) for m, lam in zip(pair, lambdas))
     return a, g
+
+
+def averages(sums: list[Tensor], count: float) -> tuple[Tensor, Tensor] | None:
+    """(A, G): every row is a seed here, so that both counts are one."""
+    return (sums[0] / count, sums[1] / count) if count > 0 else None
 
 
 def law_lazy_is_eager(scenario: Scenario) -> None:
@@ -222,7 +219,7 @@ def test_mutants_are_caught() -> None:
         self.commit(1.0)
         self.dropped_steps += 1
 
-    def forgets_idle_decay(self: KFACPreconditioner, num_samples: float) -> None:
+    def forgets_idle_decay(self: KFACPreconditioner, num_samples: float, factor_samples: Any = None) -> None:
         before = {n: ([t.clone() for t in s.unfolded.tensors()], s.decay) for n, s in self.states.items()}
         idle = [n for n, layer in self.layers.items() if layer.pending is None]
         original_commit(self, num_samples)

@@ -22,7 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"optim", "sampling", "models", "graph", "comm", "config"},
     "launch": {"train", "config", "comm", "graph", "report"},
     "doctor": {"sampling"},
-    "cli": {"launch", "train", "graph", "config", "report", "doctor", ""},
+    "bench": {"train", "optim", "sampling", "models", "graph", "comm", "config"},
+    "cli": {"launch", "train", "graph", "config", "report", "doctor", "bench", ""},
     "": {"launch", "train", "graph", "config", "sampling"},
 }
 """Part -> the parts that it may import; dngd.errors is open to all, "" is the package's own __init__."""
@@ -83,6 +84,8 @@ def test_imports_go_one_way(path: Path) -> None:
         ("train", "dngd.launch"),
         ("curvature", "dngd"),
         ("optim", "dngd.Trainer"),
+        ("train", "dngd.bench.step"),
+        ("bench", "dngd.launch"),
     ],
 )
 def test_a_wrong_import_is_seen(part: str, imported: str) -> None:

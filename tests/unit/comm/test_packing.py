@@ -11,44 +11,9 @@ from dngd.comm import (
     assign_owners,
     buckets,
     flatten,
-    inversion_cost,
-    pack_triangle,
-    packing,
     shards_of_rank,
-    triangle_size,
     unflatten,
-    unpack_triangle,
 )
-from tests.helpers.mutants import assert_caught
-
-
-def law_triangle_round_trip(d: int, dtype: torch.dtype) -> None:
-    matrix = torch.randn(d, d, dtype=dtype, generator=torch.Generator().manual_seed(d))
-    matrix = matrix + matrix.T
-    packed = packing.pack_triangle(matrix)
-    assert packed.shape == (triangle_size(d),)
-    assert torch.equal(packing.unpack_triangle(packed, d), matrix)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 40), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
-def test_triangle_round_trip(d: int, dtype: torch.dtype) -> None:
-    law_triangle_round_trip(d, dtype)
-
-
-def test_mutant_lower_for_upper_is_caught() -> None:
-    def transposed(packed: torch.Tensor, d: int) -> torch.Tensor:
-        mask = torch.ones(d, d, dtype=torch.bool).tril_()
-        lower = torch.zeros(d, d, dtype=packed.dtype).masked_scatter_(mask, packed)
-        return torch.where(mask, lower, lower.T)
-
-    assert_caught(lambda: law_triangle_round_trip(5, torch.float64), packing, "unpack_triangle", transposed)
-
-
-def test_a_triangle_packs_row_by_row() -> None:
-    matrix = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 5.0], [3.0, 5.0, 6.0]])
-    assert pack_triangle(matrix).tolist() == [1, 2, 3, 4, 5, 6]
-    assert torch.equal(unpack_triangle(torch.arange(1.0, 7.0), 3), matrix)
 
 
 @settings(max_examples=30, deadline=None)
@@ -72,7 +37,7 @@ def test_buckets_cover_a_buffer_once(size: int, bucket_bytes: int) -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.dictionaries(st.tuples(st.text(max_size=3), st.sampled_from("AG")), st.integers(1, 500)), st.integers(1, 9))
 def test_owners_are_balanced(dimensions: dict[tuple[str, str], int], world_size: int) -> None:
-    costs = {factor: inversion_cost(d) for factor, d in dimensions.items()}
+    costs = {factor: float(d) ** 3 for factor, d in dimensions.items()}
     owners = assign_owners(costs, world_size)
     assert owners.keys() == costs.keys()
     assert owners == assign_owners(dict(reversed(costs.items())), world_size), "depends on the order of a dict"

@@ -42,5 +42,7 @@ def test_every_layer_is_refreshed_once_a_period(period: int, num_layers: int, de
 def test_dense_at_first() -> None:
     schedule = UpdateSchedule(10, 50, 20)
     assert [step for step in range(41) if schedule.is_factor_step(step)] == [*range(20), 20, 30, 40]
-    assert [step for step in range(50) if schedule.layers_due(step, 2) == [0, 1]] == [0, 1, 2, 4, 8, 16, 32]
+    assert [step for step in range(50) if schedule.layers_due(step, 2) == [0, 1]] == [0]
+    assert [step for step in range(50) if schedule.layers_due(step, 2) == [0]] == [2, 4, 8, 16, 32]
+    assert [step for step in range(50) if schedule.layers_due(step, 2) == [1]] == [3, 5, 9, 17, 25, 33]
     assert [step for step in range(50) if UpdateSchedule(10, 50, 0).layers_due(step, 2)] == [0, 25]

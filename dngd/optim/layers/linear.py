@@ -1,0 +1,77 @@
+"""`Z = M Wᵀ + b` as a module: torch's Linear and PyG's, on rows of any leading shape."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dngd.curvature import FactorLayout
+from dngd.optim.capture import Capture
+from dngd.optim.layers.base import CurvatureLayer, InertHook
+
+
+class LinearLayer(CurvatureLayer):
+    """A module whose forward is `x Wᵀ + b` with W [d_out, d_in] in `weight` and b in `bias` (or None).
+
+    Called several times in a step (a module used twice), its rows are those of all calls, and its
+    gradient is their sum. parts: sizes of the input's own blocks (self and neighbour rows of SAGE), for a
+    block-diagonal A.
+    """
+
+    kind: ClassVar[str] = "linear"
+
+    def __init__(
+        self, name: str, module: nn.Module, capture: Capture, layout: FactorLayout, *, parts: tuple[int, ...] = ()
+    ) -> None:
+        weight, bias = module.weight, module.bias
+        assert isinstance(weight, nn.Parameter)
+        self.weight: nn.Parameter = weight
+        self.bias: nn.Parameter | None = bias if isinstance(bias, nn.Parameter) and bias.requires_grad else None
+        has_ones = self.bias is not None
+        sizes = (*parts[:-1], parts[-1] + int(has_ones)) if parts else ()
+        super().__init__(
+            name,
+            capture,
+            [p for p in (self.weight, self.bias) if p is not None],
+            layout.input_structure(weight.shape[1] + int(has_ones), sizes),
+            layout.output_structure(weight.shape[0]),
+            has_ones=has_ones,
+        )
+        self.hook(module.register_forward_hook(InertHook(self, "on_forward"), with_kwargs=True))
+
+    def on_forward(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+        """Note one call; the input may be given by position or by name."""
+        rows = inputs[0] if inputs else next(iter(named.values()))
+        self.capture.record(self, rows, output)
+
+    def rows(self, payload: Tensor) -> Tensor:
+        return payload.detach()
+
+    def sources(self, payload: Tensor) -> tuple[Tensor, ...]:
+        return () if payload.requires_grad else (payload,)
+
+    def gradient(self) -> Tensor | None:
+        return join_gradient(self.weight, self.bias)
+
+    def set_gradient(self, value: Tensor) -> None:
+        split_gradient(self.weight, self.bias, value)
+
+
+def join_gradient(weight: nn.Parameter, bias: nn.Parameter | None) -> Tensor | None:
+    """Return ∇[W | b], [d_out, d_in (+ 1)], a new tensor; None without a gradient."""
+    if weight.grad is None:
+        return None
+    if bias is None:
+        return weight.grad.clone()
+    column = torch.zeros_like(bias) if bias.grad is None else bias.grad
+    return torch.cat([weight.grad, column[:, None]], dim=1)
+
+
+def split_gradient(weight: nn.Parameter, bias: nn.Parameter | None, value: Tensor) -> None:
+    """Overwrite ∇W and ∇b in place with the columns of a [d_out, d_in (+ 1)] matrix."""
+    assert weight.grad is not None
+    weight.grad.copy_(value[:, : weight.shape[1]])
+    if bias is not None and bias.grad is not None:
+        bias.grad.copy_(value[:, weight.shape[1]])

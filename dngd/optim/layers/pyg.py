@@ -1,0 +1,125 @@
+"""PyG's graph convolutions with one weight; those with a weight a relation are in pyg_relational.
+
+- **GCNConv** `Z = Â X Wᵀ + b`: one layer. PyG transforms first and propagates then; K-FAC needs the rows
+  whose product with W is Z, `M = Â X`, so these are made here, by the convolution's own forward without its
+  parameters, and only in a step that reads them.
+- **SAGEConv** `Z = M W_lᵀ + b + X W_rᵀ`: lin_l gets M already aggregated (whatever the aggregation; a list of them
+  side by side), lin_r the node's own row, with `project=True` lin a node's row before the aggregation:
+  two or three plain linear layers, found on their own. Their outputs are rows of Z before `normalize`.
+- **GATConv, GATv2Conv**: the inner linear maps on node rows, as plain linear layers: a message is `α_ij W x_j` with
+  an α that depends on W too, so that no aggregated row gives `∇W = Σ g mᵀ`; the transform itself does, at every
+  node (lin_edge: at every edge). The free bias is a block of its own (GATv2Conv joins further ones to lin_l, lin_r);
+  the attention vectors keep the plain gradient.
+- Chebyshev, TAG and gated convolutions: inner linear maps and a free bias, likewise.
+- **GINConv** and others made of modules only need nothing here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from dngd.curvature import FactorLayout
+from dngd.optim.capture import Capture
+from dngd.optim.layers.adapter import Adapted, argument, class_path, trainable
+from dngd.optim.layers.base import CurvatureLayer, InertHook
+from dngd.optim.layers.bias import BiasLayer
+from dngd.optim.layers.linear import join_gradient, split_gradient
+
+GCN = "torch_geometric.nn.conv.gcn_conv.GCNConv"
+WITH_FREE_BIAS = {
+    GCN,
+    "torch_geometric.nn.conv.gat_conv.GATConv",
+    "torch_geometric.nn.conv.gatv2_conv.GATv2Conv",
+    "torch_geometric.nn.conv.cheb_conv.ChebConv",
+    "torch_geometric.nn.conv.tag_conv.TAGConv",
+    "torch_geometric.nn.conv.res_gated_graph_conv.ResGatedGraphConv",
+}
+"""Convolutions whose last operation is `out + self.bias`."""
+
+LINEAR_AGGREGATIONS = ("add", "sum", "mean")
+"""Those that commute with a linear map."""
+
+
+def adapt_pyg(name: str, module: nn.Module, capture: Capture, layout: FactorLayout) -> Adapted | None:
+    """GCNConv, and the bias of convolutions that add one on its own."""
+    path = class_path(module)
+    if path not in WITH_FREE_BIAS:
+        return None
+    conv: Any = module
+    if path == GCN and conv.aggr in LINEAR_AGGREGATIONS and trainable(name, conv.lin, "weight") is not None:
+        return Adapted([GCNLayer(name, conv, capture, layout)], claimed=[conv.lin])
+    bias = trainable(name, module, "bias")
+    return None if bias is None else Adapted([BiasLayer(f"{name}.bias", module, bias, capture, layout)])
+
+
+class ConvolutionCall(NamedTuple):
+    """The arguments of one call, and those of them by which it is recognised.
+
+    These are references, as autograd keeps them: whoever overwrites x or the edges between forward and
+    backward spoils the rows, and autograd refuses the backward pass of an overwritten x.
+    """
+
+    x: Tensor
+    edge_index: Any
+    edge_weight: Tensor | None
+    sources: tuple[Any, ...]
+
+
+class GCNLayer(CurvatureLayer):
+    """GCNConv as `Z = M Wᵀ + b`, `M = Â X`; gradient [d_out, d_in (+ 1)] of lin.weight and bias."""
+
+    kind: ClassVar[str] = "GCNConv"
+
+    def __init__(self, name: str, conv: Any, capture: Capture, layout: FactorLayout) -> None:
+        self.conv = conv
+        self.weight: nn.Parameter = conv.lin.weight
+        self.bias = trainable(name, conv, "bias")
+        has_ones = self.bias is not None
+        super().__init__(
+            name,
+            capture,
+            [p for p in (self.weight, self.bias) if p is not None],
+            layout.input_structure(self.weight.shape[1] + int(has_ones)),
+            layout.output_structure(self.weight.shape[0]),
+            has_ones=has_ones,
+        )
+        self.hook(conv.register_forward_hook(InertHook(self, "on_forward"), with_kwargs=True))
+
+    def on_forward(self, conv: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+        """Note one call."""
+        x, edge_index, edge_weight = (
+            argument(inputs, named, i, key) for i, key in enumerate(("x", "edge_index", "edge_weight"))
+        )
+        weights = () if edge_weight is None else (edge_weight,)
+        is_constant = not any(t.requires_grad for t in (x, *weights))
+        sources = (x, edge_index, *weights) if is_constant else ()
+        self.capture.record(self, ConvolutionCall(x, edge_index, edge_weight, sources), output)
+
+    def rows(self, payload: ConvolutionCall) -> Tensor:
+        # forward itself, not __call__: hooks of the module are not for this pass. Under no_grad, as all of rows.
+        rows: Tensor = self._bare().forward(payload.x.detach(), payload.edge_index, payload.edge_weight)
+        return rows
+
+    def _bare(self) -> Any:
+        """Return the convolution as it is now (normalisation kept from an earlier call included), its W = I and b = 0.
+
+        A shallow copy: what its forward keeps (cached=True) does not reach the convolution.
+        """
+        bare: Any = object.__new__(type(self.conv))
+        bare.__dict__ = {
+            **self.conv.__dict__,
+            "_modules": {**self.conv._modules, "lin": nn.Identity()},
+            "_parameters": {**self.conv._parameters, "bias": None},
+        }
+        return bare
+
+    def sources(self, payload: ConvolutionCall) -> tuple[Any, ...]:
+        return payload.sources
+
+    def gradient(self) -> Tensor | None:
+        return join_gradient(self.weight, self.bias)
+
+    def set_gradient(self, value: Tensor) -> None:
+        split_gradient(self.weight, self.bias, value)

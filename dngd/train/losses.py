@@ -1,0 +1,77 @@
+"""The loss of a step: cross-entropy over labelled seeds, and over unlabelled ones with their own arg-max as label.
+
+Every loss is one rule: a weight w_s a seed and one divisor D of the whole step, `L = Σ_s w_s ℓ_s / D`. Shards
+back-propagate their part of the sum; sums and divisor are reduced, so any number of shards gives the same loss. With
+n_l labelled and n_u unlabelled seeds in the step, `λ_u = (t/epochs)^γ` in epoch t = 1, 2, ... (Izadi et al. 2020, arXiv
+2008.09624):
+
+    loss        labelled w    unlabelled w       D               L
+    none        1             (no such seeds)    n_l             mean(labelled)
+    two_means   1             λ_u·n_l/n_u        n_l             mean(labelled) + λ_u·mean(unlabelled)
+    pooled      1             λ_u                n_l + λ_u·n_u   (Σ labelled + λ_u·Σ unlabelled) / (n_l + λ_u·n_u)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SemiSupervised = Literal["two_means", "pooled"]
+
+
+@dataclass(frozen=True)
+class UnlabelledWeight:
+    """What one unlabelled seed brings, where a labelled one brings a weight of 1 and 1 to the divisor."""
+
+    weight: float
+    divisor: float
+
+
+@dataclass(frozen=True)
+class ShardLoss:
+    """A shard's part of a step's loss.
+
+    loss_sum: `Σ w_s ℓ_s`, to be back-propagated. divisor: the shard's share of D. weights: w of each seed, [n], or
+    None where all are 1.
+    """
+
+    loss_sum: Tensor
+    divisor: float
+    weights: Tensor | None
+
+
+def unlabelled_share(epoch: int, epochs: int, gamma: float) -> float:
+    """Return `λ_u = (t/epochs)^γ` of epoch t = 1 ... epochs; `epoch` is counted from 0, as everywhere in the loop."""
+    return float(((epoch + 1) / epochs) ** gamma)
+
+
+def unlabelled_weight(semi: SemiSupervised, share: float, num_labelled: int, num_unlabelled: int) -> UnlabelledWeight:
+    """Return the rule of a semi-supervised loss; see the module. share: λ_u. Counts are the whole step's, above 0."""
+    if semi == "two_means":
+        return UnlabelledWeight(weight=share * num_labelled / num_unlabelled, divisor=0.0)
+    return UnlabelledWeight(weight=share, divisor=share)
+
+
+def shard_loss(logits: Tensor, labels: Tensor, unlabelled: UnlabelledWeight | None) -> ShardLoss:
+    """Return a shard's loss sum, its share of the divisor and its seeds' weights.
+
+    logits: [n, classes]. labels: int64 [m], of the first m seeds; the other n - m are unlabelled and take their own
+    prediction, as a constant. unlabelled: what each of these brings; None: there are none.
+    Seeds of weight 0 take no part: they add no rounding, and a value that is not finite there stays without effect.
+    """
+    num_labelled = labels.shape[0]
+    loss_sum = F.cross_entropy(logits[:num_labelled], labels, reduction="sum")
+    if unlabelled is None:
+        assert logits.shape[0] == num_labelled, (logits.shape, labels.shape)
+        return ShardLoss(loss_sum, num_labelled, None)
+    others = logits[num_labelled:]
+    if unlabelled.weight > 0:
+        own_labels = others.detach().argmax(dim=1)
+        loss_sum = loss_sum + unlabelled.weight * F.cross_entropy(others, own_labels, reduction="sum")
+    weights = torch.ones(logits.shape[0], dtype=logits.dtype, device=logits.device)
+    weights[num_labelled:] = unlabelled.weight
+    return ShardLoss(loss_sum, num_labelled + others.shape[0] * unlabelled.divisor, weights)

@@ -1,0 +1,38 @@
+"""Constant full batch on one and on two real processes: the same shards, so the same curve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dngd.comm import LocalCommunicator
+from dngd.graph import GraphStore
+from tests.helpers.ranks import run_ranks
+from tests.multiprocess.full_batch import fit
+
+SEMI = ("none", "two_means", "pooled")
+
+
+def scenarios(store: GraphStore, folder: Path) -> list[dict[str, Any]]:
+    made = []
+    for semi in SEMI:
+        run_dir = folder / semi
+        run_dir.mkdir(parents=True)
+        fields = {"dataset": str(store.path), "engine": "local", "batch_size": "full", "num_layers": 2, "hidden": 16}
+        fields |= {"optimizer": "adam", "epochs": 4, "num_shards": 3, "semi": semi, "run_dir": str(run_dir)}
+        made.append(fields)
+    return made
+
+
+def test_any_world_size_is_the_same_run(store: GraphStore, tmp_path: Path) -> None:
+    """Three shards with dropout; two ranks run two and one of them."""
+    alone = [fit(LocalCommunicator(), scenario) for scenario in scenarios(store, tmp_path / "alone")]
+    pair = run_ranks("tests.multiprocess.full_batch:fit", 2, scenarios(store, tmp_path / "pair"))
+    for semi, expected, (one, other) in zip(SEMI, alone, pair, strict=True):
+        assert one == other, semi
+        np.testing.assert_allclose(one, expected, rtol=1e-4, err_msg=semi)
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(alone[0], alone[1], rtol=1e-4)

@@ -1,0 +1,88 @@
+"""`dngd bench` at the command line: JSON that parses, tables, mistakes in one sentence with exit code 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dngd.cli import main
+from dngd.graph import GraphStore
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["bench", *arguments])
+    captured = capsys.readouterr()
+    assert isinstance(exit_info.value.code, int)
+    return exit_info.value.code, captured.out, captured.err
+
+
+STEP = "step --num-layers 2 --hidden 8 --fanout 3,3 --batch-size 50 --steps 4 --warmup 0 --set kfac.inverse_delay=0"
+STEP += " --set kfac.inverse_update_period=4"
+ACCURACY = "accuracy --model gcn --hidden 8 --batch-size full --epochs 3 --seeds 0,1 --lrs adam=0.01"
+
+
+def test_step_prints_json_and_nothing_else(store: GraphStore, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run([*STEP.split(), "--dataset", str(store.path), "--json"], capsys)
+    assert (code, err) == (0, "")
+    result = json.loads(out, parse_constant=pytest.fail)
+    assert result["benchmark"] == "step"
+    assert set(result["optimizers"]) == {"adam", "kfac"}
+    assert {"cpus", "threads", "versions"} <= set(result["machine"])
+    assert {"torch", "dngd"} <= set(result["machine"]["versions"])
+
+
+def test_step_prints_a_table(store: GraphStore, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run([*STEP.split(), "--dataset", str(store.path)], capsys)
+    assert code == 0
+    assert "whole periods of 4 steps" in out
+    assert "ends within K-FAC's first, denser phase" in out
+    for word in ("p99/p50", "state / parameters", "kfac refresh"):
+        assert word in out
+
+
+def test_accuracy_writes_what_it_prints(store: GraphStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    arguments = [*ACCURACY.split(), "--datasets", str(store.path), "--json", "--out", str(path)]
+    code, out, err = run(arguments, capsys)
+    assert (code, err) == (0, "")
+    result = json.loads(out, parse_constant=pytest.fail)
+    assert json.loads(path.read_text()) == result
+    assert result["config"]["seeds"] == [0, 1]
+    (data,) = result["datasets"].values()
+    assert len(data["settings"]["adam lr=0.01"]["runs"]) == 2
+
+
+def test_accuracy_prints_a_table(store: GraphStore, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run([*ACCURACY.split(), "--datasets", str(store.path), "--targets", "0.01,1"], capsys)
+    assert code == 0
+    assert "never" in out
+    assert "kfac never gets there" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("step --optimizers kfac,lion", "optimizer 'lion' is unknown"),
+        ("step --set kfac.dampin=1", "did you mean kfac.damping?"),
+        ("step --set seed=1", "seed cannot be set here"),
+        ("step --fanout 3,3", "num_layers=3"),
+        ("step --scale 7", "give 0.001 to 1"),
+        ("step --dataset nowhere", "nowhere"),
+        ("step --batch-size some", "batch_size"),
+        ("accuracy --seeds x", "--seeds 'x'"),
+        ("accuracy --lrs adam:1", "--lrs 'adam:1'"),
+        ("accuracy --targets 2", "--targets '2'"),
+        ("accuracy --optimizers kfac", "add adam"),
+        ("accuracy --out /no/such/folder/x.json", "--out"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(arguments.split(), capsys)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert err.startswith("dngd: ")
+    assert err.count("\n") == 1

@@ -1,0 +1,40 @@
+"""Packing symmetric matrices is exact and leaves no gap."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dngd.curvature import symmetric
+from tests.helpers.mutants import assert_caught
+
+
+def law_round_trip(d: int, dtype: torch.dtype) -> None:
+    matrix = torch.randn(d, d, generator=torch.Generator().manual_seed(d)).to(dtype)
+    matrix = matrix + matrix.T
+    packed = symmetric.pack_symmetric(matrix)
+    assert packed.shape == (symmetric.packed_size(d),)
+    assert torch.equal(symmetric.unpack_symmetric(packed, d), matrix)
+    assert torch.equal(symmetric.packed_diagonal(packed, d), matrix.diagonal())
+    # Every entry of the triangle stands in the packed form exactly once.
+    numbers = torch.arange(1.0, d * d + 1, dtype=torch.float64).view(d, d)
+    numbers = numbers.tril() + numbers.tril(-1).T
+    assert sorted(symmetric.pack_symmetric(numbers).tolist()) == sorted(set(numbers.flatten().tolist()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
+def test_round_trip(d: int, dtype: torch.dtype) -> None:
+    law_round_trip(d, dtype)
+
+
+def test_mutant_upper_for_lower_is_caught() -> None:
+    original = symmetric.unpack_symmetric
+    for d in (4, 5):
+        assert_caught(
+            lambda d=d: law_round_trip(d, torch.float64),
+            symmetric,
+            "unpack_symmetric",
+            lambda packed, d: original(packed, d).tril(),
+        )
