@@ -427,8 +427,8 @@ def _print_plan(plan: dict[str, Any], config: TrainConfig) -> None:
         note = {"store": " (one shared mapping)", "worker": " (sum of the below)"}.get(name, "")
         table.add_row(f"memory: {name.replace('_', ' ')}", _size(plan[f"{name}_bytes"]) + note)
     for layer in plan["layers"]:
-        d_a, d_out = layer["d_a"], layer["d_out"]
-        factors = f"A {layer['factors']['a']}, G {layer['factors']['g']}" if config.optimizer == "kfac" else "no factors"
+        d_a, d_out, kept = layer["d_a"], layer["d_out"], layer["factors"]
+        factors = f"A {kept['a']}, G {kept['g']}" if config.optimizer == "kfac" else "no factors"
         table.add_row(layer["name"], f"weight and bias {d_out} x {d_a}; {factors}")
     table.add_row("wire: gradient a step", _size(plan["gradient_bytes_per_step"]))
     table.add_row("wire: factors a refresh", _size(plan["factor_bytes_per_refresh"]))

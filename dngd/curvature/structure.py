@@ -383,9 +383,9 @@ class FactorLayout:
     def input_structure(self, dimension: int, parts: tuple[int, ...] = ()) -> FactorStructure:
         """Return A's structure. parts: sizes of the blocks that the layer itself is made of (relations,
         self and neighbour rows), () for none."""
-        if dimension > self.max_dimension and self.wide == "low_rank" and self.rank < dimension:
-            return LowRank(dimension, self.rank)
         sizes = parts if parts and self.split_inputs else (dimension,)
+        if max(sizes) > self.max_dimension and self.wide == "low_rank" and self.rank < dimension:
+            return LowRank(dimension, self.rank)
         if self.wide != "dense":
             sizes = tuple(block for size in sizes for block in _even_blocks(size, self.max_dimension))
         return Dense(dimension) if len(sizes) == 1 else BlockDiagonal(sizes)

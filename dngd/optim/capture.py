@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -269,15 +269,3 @@ def _uniform_weight(weights: Tensor | None) -> float:
             "(its gradients carry the weight squared); use fisher='monte_carlo'"
         )
     return high
-
-
-def check_choices(fisher: str, loss: str, weight_sharing: str, variant: str) -> None:
-    """Raise UserError for an unknown Fisher, loss, treatment of weight sharing or variant."""
-    for name, value, kind in (
-        ("variant", variant, Variant),
-        ("fisher", fisher, FisherKind),
-        ("loss", loss, LossKind),
-        ("weight_sharing", weight_sharing, WeightSharing),
-    ):
-        if value not in get_args(kind):
-            raise UserError(f"{name}={value!r} is unknown; use one of: " + ", ".join(get_args(kind)))

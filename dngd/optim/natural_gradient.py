@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from dngd.comm import Communicator
 from dngd.curvature import DampingMode, FactorLayout, FisherKind, LossKind, rotate, rotate_back
 from dngd.errors import UserError
+from dngd.optim.arguments import LossReduction, Method
 from dngd.optim.capture import Variant, WeightSharing
 from dngd.optim.inverses import InversePrecision
-from dngd.optim.preconditioner import KFACPreconditioner, LossReduction, Method
+from dngd.optim.preconditioner import KFACPreconditioner
 from dngd.optim.schedules import Period, Schedule, value_at
 from dngd.optim.trust import LevenbergMarquardt
 

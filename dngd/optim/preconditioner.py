@@ -7,7 +7,6 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +27,15 @@ from dngd.curvature import (
     precondition_with_inverses,
 )
 from dngd.errors import TrainingError, UserError
-from dngd.optim.capture import Capture, Variant, WeightSharing, check_choices
+from dngd.optim.arguments import LossReduction, Method, check_arguments, in_range
+from dngd.optim.capture import Capture, Variant, WeightSharing
 from dngd.optim.eigenvalues import EigenvalueCorrection
 from dngd.optim.health import layer_health, layer_table
 from dngd.optim.inverses import PRECISIONS, InversePrecision, Wanted
 from dngd.optim.layers import CurvatureLayer, find_layers
 from dngd.optim.refresh import Damping, LayerState, RefreshPipeline
-from dngd.optim.schedules import Period, Schedule, UpdateSchedule, period_at, value_at
+from dngd.optim.schedules import Period, Schedule, UpdateSchedule, value_at
 from dngd.optim.state import load_preconditioner_state, preconditioner_state
-
-LossReduction = Literal["mean", "sum"]
-Method = Literal["kfac", "ekfac", "rotate"]
-"""kfac: damped inverses; ekfac: eigenvalue-corrected; rotate: eigenbases alone, for an optimizer that works in them."""
 
 
 class KFACPreconditioner:
@@ -118,38 +114,9 @@ class KFACPreconditioner:
         seed: int = 0,
         communicator: Communicator | None = None,
     ) -> None:
+        check_arguments(locals())
         if not isinstance(model, nn.Module):
             raise UserError(f"model is a {type(model).__name__}; give the model itself, not its parameters")
-        _check_choice("damping_mode", damping_mode, get_args(DampingMode))
-        _check_choice("loss_reduction", loss_reduction, get_args(LossReduction))
-        _check_choice("method", method, get_args(Method))
-        _check_choice("inverse_precision", inverse_precision, get_args(InversePrecision))
-        check_choices(fisher, loss, weight_sharing, variant)
-        _check_steps(
-            factor_update_period=(period_at(factor_update_period, 0), 1),
-            inverse_update_period=(period_at(inverse_update_period, 0), 1),
-            eigenvalue_update_period=(period_at(eigenvalue_update_period, 0), 1),
-            dense_steps=(dense_steps, 0),
-            inverse_delay=(inverse_delay, 0),
-            max_rows=(1 if max_rows is None else max_rows, 1),
-            max_dropped_steps=(1 if max_dropped_steps is None else max_dropped_steps, 1),
-        )
-        if variant == "paper" and fisher != "empirical":
-            raise UserError(f"variant='paper' is defined for the empirical Fisher, not fisher={fisher!r}")
-        if inverse_delay >= period_at(inverse_update_period, 0):
-            raise UserError(
-                f"inverse_delay={inverse_delay} must be below inverse_update_period={inverse_update_period}; "
-                "an inverse would be renewed before it is in use"
-            )
-        for name, bound in (("kl_clip", kl_clip), ("norm_constraint", norm_constraint)):
-            if bound is not None and not value_at(bound, 0) > 0:
-                raise UserError(f"{name}={bound} is out of range; give a number above 0, or None for no bound")
-            if bound is not None and lr is None:
-                raise UserError(f"{name} needs the learning rate that it bounds; pass lr= (a number or step -> number)")
-        in_range("damping", value_at(damping, 0), low_open=0.0)
-        in_range("damping_g_ratio", value_at(damping_g_ratio, 0), low_open=0.0)
-        in_range("factor_decay", value_at(factor_decay, 0), low=0.0, high_open=1.0)
-        in_range("change_threshold", change_threshold, low=0.0)
         self.damping = damping
         self.damping_mode: DampingMode = damping_mode
         self.damping_g_ratio = damping_g_ratio
@@ -543,30 +510,3 @@ class KFACPreconditioner:
         for layer in self.layers.values():
             layer.remove()
         self.pipeline.close()
-
-
-def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name}={value!r} is unknown; use one of: " + ", ".join(allowed))
-
-
-def _check_steps(**limits: tuple[int, int]) -> None:
-    for name, (value, low) in limits.items():
-        if value < low:
-            raise UserError(f"{name}={value} is out of range; give a whole number, at least {low}")
-
-
-def in_range(
-    name: str,
-    value: float,
-    *,
-    low: float = -math.inf,
-    low_open: float = -math.inf,
-    high_open: float = math.inf,
-) -> None:
-    """Raise UserError unless low <= value, low_open < value and value < high_open."""
-    if not (value >= low and value > low_open and value < high_open):
-        limits = [f"above {low_open}"] if low_open > -math.inf else [f"at least {low}"]
-        if high_open < math.inf:
-            limits.append(f"below {high_open}")
-        raise UserError(f"{name}={value} is out of range; it must be " + " and ".join(limits))

@@ -227,7 +227,7 @@ def test_dry_run_starts_nothing(
         cli.main(["train", "--dataset", str(store.path), *BASE, "--batch-size", "50", "--dry-run"])
     assert exit_info.value.code == 0
     out = capsys.readouterr().out
-    for text in ("curvature", "A 17 x 17", "wire: gradient", "samplers"):
+    for text in ("curvature", "A dense 17", "wire: gradient", "samplers"):
         assert text in out
     assert list(tmp_path.iterdir()) == []
 

@@ -33,6 +33,8 @@ from tests.helpers.layers import (
 )
 from tests.helpers.mutants import assert_caught
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def gcn_case(seed: int, variant: str = "plain") -> Case:
     options: dict[str, Any] = {
@@ -81,7 +83,6 @@ GCN_VARIANTS = (
     "plain", "improved, weights", "no bias", "cached", "no loops",
     "weights", "raw weights", "mean", "reversed", "sparse",
 )  # fmt: skip
-# fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")

@@ -19,6 +19,8 @@ from dngd.optim.layers.embedding import EmbeddingLayer
 from tests.helpers.layers import close, features, randomised, read_loss, start
 from tests.helpers.mutants import assert_caught
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def embedding_case(seed: int, *, padding: bool) -> tuple[nn.Embedding, Tensor]:
     module = nn.Embedding(7, 3, padding_idx=2 if padding else None, dtype=torch.float64)

@@ -31,6 +31,8 @@ from tests.helpers.layers import (
 )
 from tests.helpers.mutants import assert_caught
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RELATIONS = 3
 
 

@@ -209,7 +209,7 @@ class SageNeighbourLayer(_AggregatedLayer):
             norm=None,
         )
         super().__init__(
-            f"{name}.fc_neigh",
+            f"{name}.fc_neigh".lstrip("."),
             conv,
             [p for p in (self.weight, self.bias) if p is not None],
             (self.weight.shape[1], self.weight.shape[0]),

@@ -51,7 +51,7 @@ def adapt_pyg(name: str, module: nn.Module, capture: Capture, layout: FactorLayo
     if path == GCN and conv.aggr in LINEAR_AGGREGATIONS and trainable(name, conv.lin, "weight") is not None:
         return Adapted([GCNLayer(name, conv, capture, layout)], claimed=[conv.lin])
     bias = trainable(name, module, "bias")
-    return None if bias is None else Adapted([BiasLayer(f"{name}.bias", module, bias, capture, layout)])
+    return None if bias is None else Adapted([BiasLayer(f"{name}.bias".lstrip("."), module, bias, capture, layout)])
 
 
 class ConvolutionCall(NamedTuple):

@@ -38,7 +38,7 @@ def adapt_relational(name: str, module: nn.Module, capture: Capture, layout: Fac
     if conv.num_blocks is None and conv.aggr in LINEAR_AGGREGATIONS and trainable(name, conv, "weight") is not None:
         return Adapted([RelationalLayer(name, conv, capture, layout)])
     bias = trainable(name, conv, "bias")
-    return None if bias is None else Adapted([BiasLayer(f"{name}.bias", conv, bias, capture, layout)])
+    return None if bias is None else Adapted([BiasLayer(f"{name}.bias".lstrip("."), conv, bias, capture, layout)])
 
 
 class RelationalCall(NamedTuple):

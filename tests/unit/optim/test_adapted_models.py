@@ -18,6 +18,8 @@ from torch_geometric import nn as pyg
 
 from dngd.optim import KFACPreconditioner
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N, D, CLASSES = 60, 8, 3
 
 
@@ -197,3 +199,11 @@ def test_copies_are_not_measured(name: str) -> None:
     pre.close()
     model(x, edge_index, relation).sum().backward()
     assert all(layer.pending is None for layer in pre.layers.values())
+
+
+def test_a_convolution_that_is_the_whole_model() -> None:
+    assert list(KFACPreconditioner(GraphConv(D, CLASSES)).layers) == [""]
+    assert list(KFACPreconditioner(SAGEConv(D, CLASSES, "gcn")).layers) == ["fc_neigh"]
+    with pytest.warns(UserWarning, match="att_src"):
+        pre = KFACPreconditioner(pyg.GATConv(D, CLASSES))
+    assert list(pre.layers) == ["bias", "lin"]

@@ -1,0 +1,76 @@
+"""What the preconditioner's arguments may be; each mistake is one sentence with the value, the range and the fix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from dngd.curvature import DampingMode, FisherKind, LossKind
+from dngd.errors import UserError
+from dngd.optim.capture import Variant, WeightSharing
+from dngd.optim.inverses import InversePrecision
+from dngd.optim.schedules import period_at, value_at
+
+LossReduction = Literal["mean", "sum"]
+Method = Literal["kfac", "ekfac", "rotate"]
+"""kfac: damped inverses; ekfac: eigenvalue-corrected; rotate: eigenbases alone, for an optimizer that works in them."""
+
+_CHOICES = {
+    "damping_mode": DampingMode,
+    "loss_reduction": LossReduction,
+    "fisher": FisherKind,
+    "loss": LossKind,
+    "method": Method,
+    "variant": Variant,
+    "weight_sharing": WeightSharing,
+    "inverse_precision": InversePrecision,
+}
+_PERIODS = ("factor_update_period", "inverse_update_period", "eigenvalue_update_period")
+_LEAST = {"dense_steps": 0, "inverse_delay": 0, "max_rows": 1, "max_dropped_steps": 1}
+
+
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """Raise UserError for an argument of KFACPreconditioner that is unknown, out of range, or does not fit another."""
+    for name, kind in _CHOICES.items():
+        if given[name] not in get_args(kind):
+            raise UserError(f"{name}={given[name]!r} is unknown; use one of: " + ", ".join(get_args(kind)))
+    steps = {name: (period_at(given[name], 0) if callable(given[name]) else given[name], 1) for name in _PERIODS}
+    steps |= {name: (given[name], low) for name, low in _LEAST.items()}
+    for name, (value, low) in steps.items():
+        if value is not None and value < low:
+            raise UserError(f"{name}={value} is out of range; give a whole number, at least {low}")
+    if given["variant"] == "paper" and given["fisher"] != "empirical":
+        raise UserError(f"variant='paper' is defined for the empirical Fisher, not fisher={given['fisher']!r}")
+    period = steps["inverse_update_period"][0]
+    if given["inverse_delay"] >= period:
+        raise UserError(
+            f"inverse_delay={given['inverse_delay']} must be below inverse_update_period={period}; "
+            "an inverse would be renewed before it is in use"
+        )
+    for name in ("kl_clip", "norm_constraint"):
+        bound = given[name]
+        if bound is not None and not value_at(bound, 0) > 0:
+            raise UserError(f"{name}={bound} is out of range; give a number above 0, or None for no bound")
+        if bound is not None and given["lr"] is None:
+            raise UserError(f"{name} needs the learning rate that it bounds; pass lr= (a number or step -> number)")
+    in_range("damping", value_at(given["damping"], 0), low_open=0.0)
+    in_range("damping_g_ratio", value_at(given["damping_g_ratio"], 0), low_open=0.0)
+    in_range("factor_decay", value_at(given["factor_decay"], 0), low=0.0, high_open=1.0)
+    in_range("change_threshold", given["change_threshold"], low=0.0)
+
+
+def in_range(
+    name: str,
+    value: float,
+    *,
+    low: float = -math.inf,
+    low_open: float = -math.inf,
+    high_open: float = math.inf,
+) -> None:
+    """Raise UserError unless low <= value, low_open < value and value < high_open."""
+    if not (value >= low and value > low_open and value < high_open):
+        limits = [f"above {low_open}"] if low_open > -math.inf else [f"at least {low}"]
+        if high_open < math.inf:
+            limits.append(f"below {high_open}")
+        raise UserError(f"{name}={value} is out of range; it must be " + " and ".join(limits))

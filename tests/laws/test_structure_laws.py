@@ -1,0 +1,327 @@
+"""Factor structures against dense float64 references: what their sums mean, and what their inverses do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dngd.curvature import (
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    FactorLayout,
+    FactorStructure,
+    LowRank,
+    eigendecomposition,
+    structure,
+)
+from dngd.errors import UserError
+from tests.helpers.mutants import assert_caught
+
+F64 = torch.float64
+CPU = torch.device("cpu")
+
+
+def make_rows(seed: int, count: int, d: int, rank: int, log_condition: float) -> Tensor:
+    """[count, d] rows of at most the given rank, whose directions' scales span 10^log_condition."""
+    generator = torch.Generator().manual_seed(seed)
+    rank = max(1, min(rank, d))
+    scales = torch.logspace(0, -log_condition, rank, dtype=F64)
+    mixed = torch.randn(count, rank, generator=generator, dtype=F64) * scales
+    return mixed @ torch.randn(rank, d, generator=generator, dtype=F64)
+
+
+def with_ones(rows: Tensor, ones: bool) -> Tensor:
+    return torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], dim=1) if ones else rows
+
+
+def structures(d: int, rank: int) -> list[FactorStructure]:
+    sizes = tuple(size for size in (d // 3, d - d // 3 - 1, 1) if size > 0)
+    return [Dense(d), Diagonal(d), BlockDiagonal(sizes), LowRank(d, min(rank, d))]
+
+
+def mask_of(kind: FactorStructure) -> Tensor:
+    """1 where an entry of M is kept."""
+    d = kind.dimension
+    if isinstance(kind, Diagonal):
+        return torch.eye(d, dtype=F64)
+    if isinstance(kind, BlockDiagonal):
+        owner = torch.cat([torch.full((size,), i) for i, size in enumerate(kind.sizes)])
+        return (owner[:, None] == owner).double()
+    return torch.ones(d, d, dtype=F64)
+
+
+def sums_of(kind: FactorStructure, parts: list[tuple[Tensor, float]], ones: bool) -> tuple[Tensor, ...]:
+    out = kind.zeros(parts[0][0].dtype, CPU)
+    for rows, weight in parts:
+        kind.accumulate_(out, rows, ones=ones, weight=weight)
+    return out
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Within a tolerance relative to the largest entry."""
+    return bool(
+        (found.double() - expected.double()).abs().max() <= tolerance * max(float(expected.abs().max()), 1e-300)
+    )
+
+
+cases = given(
+    seed=st.integers(0, 10**6),
+    count=st.integers(1, 12),
+    d_in=st.integers(1, 11),
+    rank=st.integers(1, 11),
+    ones=st.booleans(),
+    log_condition=st.floats(0, 6),
+)
+
+
+def law_sums_are_linear(seed: int, count: int, d_in: int, rank: int, ones: bool, log_condition: float) -> None:
+    """Sums of two parts add up to the whole's; `weight` and decay are plain factors."""
+    rows = make_rows(seed, count, d_in, rank, log_condition)
+    half = count // 2
+    for kind in structures(d_in + ones, rank):
+        whole = sums_of(kind, [(rows, 1.0)], ones)
+        halves = sums_of(kind, [(rows[:half], 1.0), (rows[half:], 1.0)], ones)
+        weighted = sums_of(kind, [(rows[:half], 2.5), (rows, 0.5)], ones)
+        first = sums_of(kind, [(rows[:half], 1.0)], ones)
+        assert [t.shape for t in whole] == [t.shape for t in kind.zeros(F64, CPU)]
+        for a, b, c, d in zip(whole, halves, weighted, first):
+            assert close(b, a, 1e-12)
+            assert close(c, 2.5 * d + 0.5 * a, 1e-12)
+
+
+def law_dense_is_the_definition(seed: int, count: int, d_in: int, rank: int, ones: bool, log_condition: float) -> None:
+    """`dense` is Σ m mᵀ under the structure's mask; diagonal and matvec are dense's own."""
+    rows = make_rows(seed, count, d_in, rank, log_condition)
+    m = with_ones(rows, ones)
+    vector = torch.randn(d_in + ones, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    for kind in structures(d_in + ones, rank):
+        sums = sums_of(kind, [(rows, 3.0)], ones)
+        dense = kind.dense(sums)
+        if not isinstance(kind, LowRank):
+            assert close(dense, 3.0 * (m.T @ m) * mask_of(kind), 1e-12)
+        assert torch.equal(dense, dense.T) or close(dense, dense.T, 1e-15)
+        assert close(kind.diagonal(sums), 3.0 * m.square().sum(dim=0), 1e-12)
+        assert close(dense.diagonal(), kind.diagonal(sums), 1e-7)
+        assert close(kind.matvec(sums, vector), dense @ vector, 1e-12)
+
+
+def law_low_rank(seed: int, count: int, d_in: int, rank: int, ones: bool, log_condition: float) -> None:
+    """F Fᵀ is never above M, and M itself if its rank is at most k; the diagonal is always M's.
+
+    The pseudo-inverse of the core amplifies rounding to √ε at most: directions below ε are cut off.
+    """
+    rows = make_rows(seed, count, d_in, rank, log_condition)
+    m = with_ones(rows, ones)
+    exact = m.T @ m
+    d = d_in + ones
+    norm = float(torch.linalg.matrix_norm(exact, 2))
+    for k in range(1, d + 1):
+        kind = LowRank(d, k)
+        sums = sums_of(kind, [(rows, 1.0)], ones)
+        low, rest = kind._parts(sums)
+        assert low.shape == (d, k)
+        assert float(rest.min()) >= 0
+        assert float(torch.linalg.eigvalsh(exact - low @ low.T).min()) >= -1e-6 * norm
+        assert close(kind.dense(sums).diagonal(), exact.diagonal(), 1e-6)
+        if k >= min(rank, d_in, count) + ones:
+            assert close(kind.dense(sums), exact, 1e-6)
+
+
+def law_inverse_is_the_damped_solve(
+    seed: int,
+    count: int,
+    d_in: int,
+    rank: int,
+    ones: bool,
+    log_condition: float,
+    log_damping: float,
+    dtype: torch.dtype,
+) -> None:
+    """`multiply(V, invert(M, λ))` is `V (M + λI)⁻¹`, up to ε times the condition number."""
+    rows = make_rows(seed, count, d_in, rank, log_condition).to(dtype)
+    d = d_in + ones
+    matrix = torch.randn(3, d, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    for kind in structures(d, rank):
+        sums = tuple(t / count for t in sums_of(kind, [(rows, 1.0)], ones))
+        damping = 10.0**log_damping * float(kind.diagonal(sums).sum()) + 1e-30
+        result = kind.invert(sums, damping)
+        assert result.inverse is not None
+        assert [tuple(t.shape) for t in result.inverse] == [shape for shape, _ in kind.inverse_shapes()]
+        for tensor, (_, symmetric) in zip(result.inverse, kind.inverse_shapes()):
+            assert tensor.dtype == dtype
+            assert not symmetric or torch.equal(tensor, tensor.T)
+        assert result.damping == damping
+        damped = kind.dense(sums).double() + damping * torch.eye(d, dtype=F64)
+        expected = torch.linalg.solve(damped, matrix, left=False)
+        found = kind.multiply(matrix.to(dtype), result.inverse).double()
+        eigenvalues = torch.linalg.eigvalsh(damped)
+        # Woodbury's difference cancels at the scale of 1/λ, whatever the smallest eigenvalue of M is.
+        smallest = damping if isinstance(kind, LowRank) else float(eigenvalues[0])
+        limit = 40 * d * torch.finfo(dtype).eps * float(eigenvalues[-1]) / smallest**2 * float(matrix.norm())
+        assert float((found - expected).norm()) <= limit
+
+
+@settings(max_examples=30, deadline=None)
+@cases
+def test_sums_are_linear(seed: int, count: int, d_in: int, rank: int, ones: bool, log_condition: float) -> None:
+    law_sums_are_linear(seed, count, d_in, rank, ones, log_condition)
+
+
+@settings(max_examples=30, deadline=None)
+@cases
+def test_dense_is_the_definition(seed: int, count: int, d_in: int, rank: int, ones: bool, log_condition: float) -> None:
+    law_dense_is_the_definition(seed, count, d_in, rank, ones, log_condition)
+
+
+@settings(max_examples=30, deadline=None)
+@cases
+def test_low_rank(seed: int, count: int, d_in: int, rank: int, ones: bool, log_condition: float) -> None:
+    law_low_rank(seed, count, d_in, rank, ones, log_condition)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 12),
+    st.integers(1, 11),
+    st.integers(1, 11),
+    st.booleans(),
+    st.floats(0, 6),
+    st.sampled_from([(torch.float64, -9), (torch.float64, -2), (torch.float32, -3.5), (torch.float32, 0)]),
+)
+@example(0, 12, 11, 11, True, 6.0, (torch.float64, -9))
+@example(0, 12, 11, 11, True, 6.0, (torch.float32, -3.5))
+def test_inverse_is_the_damped_solve(
+    seed: int, count: int, d_in: int, rank: int, ones: bool, log_condition: float, kind: tuple[torch.dtype, float]
+) -> None:
+    law_inverse_is_the_damped_solve(seed, count, d_in, rank, ones, log_condition, kind[1], kind[0])
+
+
+ARGUMENTS: dict[str, Any] = {"seed": 1, "count": 9, "d_in": 7, "rank": 7, "ones": True, "log_condition": 1.0}
+
+
+def test_mutants_of_the_sums_are_caught() -> None:
+    original_gram = structure.gram
+
+    def gram_without_diagonal(rows: Tensor, ones: bool) -> Tensor:
+        return (
+            original_gram(with_ones(rows * 0 if ones else rows, ones), False)
+            + original_gram(with_ones(rows, ones), False) / 2
+        )
+
+    assert_caught(lambda: law_dense_is_the_definition(**ARGUMENTS), structure, "gram", gram_without_diagonal)
+
+    def unweighted(self: Diagonal, sums: Any, rows: Tensor, *, ones: bool = False, weight: float = 1.0) -> None:
+        sums[0].add_(with_ones(rows, ones).square().sum(dim=0))
+
+    assert_caught(lambda: law_sums_are_linear(**ARGUMENTS), Diagonal, "accumulate_", unweighted)
+    assert_caught(lambda: law_dense_is_the_definition(**ARGUMENTS), Diagonal, "accumulate_", unweighted)
+
+    def another_sketch(self: LowRank, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.randn(self.dimension, self.rank, dtype=dtype)
+
+    assert_caught(lambda: law_low_rank(**ARGUMENTS), LowRank, "test_matrix", another_sketch)
+    assert_caught(lambda: law_sums_are_linear(**ARGUMENTS), LowRank, "test_matrix", another_sketch)
+
+    def overshooting(self: LowRank, sums: Any) -> tuple[Tensor, Tensor]:
+        low, rest = original_parts(self, sums)
+        return low * 1.01, rest
+
+    original_parts = LowRank._parts
+    assert_caught(lambda: law_low_rank(**ARGUMENTS), LowRank, "_parts", overshooting)
+
+
+def test_mutants_of_the_inverses_are_caught() -> None:
+    def law() -> None:
+        law_inverse_is_the_damped_solve(**ARGUMENTS, log_damping=-2, dtype=F64)
+
+    for kind in (Dense, Diagonal, BlockDiagonal, LowRank):
+        original = kind.invert
+        assert_caught(
+            law, kind, "invert", lambda self, sums, damping, original=original: original(self, sums, damping * 2)
+        )
+
+    def without_correction(self: LowRank, matrix: Tensor, inverse: Any) -> Tensor:
+        return matrix * inverse[0]
+
+    assert_caught(law, LowRank, "multiply", without_correction)
+
+
+def test_eigenbases() -> None:
+    """M = Q diag(e) Qᵀ of the structure's own dense; the diagonal alone where no dense basis is kept."""
+    rows = make_rows(3, 20, 8, 8, 2.0)
+    for kind in structures(9, 4):
+        sums = sums_of(kind, [(rows, 1.0)], True)
+        basis = kind.eigenbasis(sums)
+        assert basis is not None
+        assert [tuple(t.shape) for t in basis] == kind.eigenbasis_shapes()
+        if len(basis) == 2:
+            q, values = basis
+            assert close(q @ q.T, torch.eye(9, dtype=F64), 1e-12)
+            assert close((q * values) @ q.T, kind.dense(sums), 1e-12)
+        else:
+            assert close(basis[0], with_ones(rows, True).square().sum(dim=0), 1e-12)
+    assert eigendecomposition(torch.full((2, 2), torch.inf)) is None
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_no_inverse_of_what_is_not_finite(poison: float) -> None:
+    for kind in structures(6, 3):
+        sums = sums_of(kind, [(make_rows(0, 9, 6, 6, 0.0), 1.0)], False)
+        sums[-1].view(-1)[0] = poison
+        assert kind.invert(sums, 1.0).inverse is None, kind
+        assert kind.eigenbasis(sums) is None, kind
+
+
+def test_layout_chooses_by_width() -> None:
+    layout = FactorLayout(max_dimension=10, rank=4)
+    assert layout.input_structure(10) == Dense(10)
+    assert layout.input_structure(11) == LowRank(11, 4)
+    assert layout.output_structure(10) == Dense(10)
+    assert layout.output_structure(21) == BlockDiagonal((7, 7, 7))
+    blocks = FactorLayout(max_dimension=10, wide="block_diagonal")
+    assert blocks.input_structure(25) == BlockDiagonal((8, 8, 9))
+    assert blocks.input_structure(10) == Dense(10)
+    dense = FactorLayout(max_dimension=10, wide="dense")
+    assert dense.input_structure(500) == Dense(500)
+    assert dense.output_structure(500) == Dense(500)
+
+
+def test_layout_keeps_the_parts_of_a_layer() -> None:
+    layout = FactorLayout(max_dimension=10, wide="block_diagonal")
+    assert layout.input_structure(9, (4, 5)) == BlockDiagonal((4, 5))
+    assert layout.input_structure(17, (4, 13)) == BlockDiagonal((4, 6, 7))
+    assert FactorLayout(split_inputs=False).input_structure(9, (4, 5)) == Dense(9)
+    assert FactorLayout(max_dimension=10, wide="dense").input_structure(17, (4, 13)) == BlockDiagonal((4, 13))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 40), st.sampled_from(["low_rank", "block_diagonal"]))
+def test_no_block_is_wider_than_asked(dimension: int, limit: int, rank: int, wide: str) -> None:
+    layout = FactorLayout(max_dimension=limit, wide=wide, rank=rank)
+    for kind in (layout.input_structure(dimension), layout.output_structure(dimension)):
+        assert kind.dimension == dimension
+        if isinstance(kind, BlockDiagonal):
+            assert max(kind.sizes) <= limit
+            assert max(kind.sizes) - min(kind.sizes) <= 1
+            assert len(kind.sizes) == -(-dimension // limit)
+        elif isinstance(kind, LowRank):
+            assert (wide, kind.rank) == ("low_rank", rank)
+            assert dimension > max(limit, rank)
+        else:
+            assert dimension <= limit
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({"wide": "lowrank"}, "block_diagonal"), ({"max_dimension": 0}, "max_dimension=0"), ({"rank": 0}, "rank=0")],
+)
+def test_layout_out_of_range(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        FactorLayout(**fields)
