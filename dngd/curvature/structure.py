@@ -149,7 +149,7 @@ class Diagonal:
 
     def invert(self, averages: Tensors, damping: Tensor | float) -> InverseResult:
         inverse = (averages[0] + float(damping)).reciprocal()
-        sound = float(damping) > 0 and bool(torch.isfinite(inverse).all())
+        sound = float(damping) > 0 and bool((torch.isfinite(averages[0]) & torch.isfinite(inverse)).all())
         return InverseResult((inverse,) if sound else None, float(damping), 0)
 
     def inverse_shapes(self) -> list[tuple[tuple[int, ...], bool]]:

@@ -52,6 +52,7 @@ def test_sampled_runs_do_equal_work_in_turns(store: GraphStore, monkeypatch: pyt
             variants="same:kfac.inverse_delay=0",
             eval_steps=5,
             targets=(0.01, 1.0),
+            threads=1,
         )
     )
     one, two = "kfac lr=0.1", "same lr=0.1"
@@ -87,6 +88,7 @@ def test_full_batch_default_targets_and_means_over_seeds(store: GraphStore) -> N
             [str(store.path)],
             seeds=(0, 3),
             rates="adam=0.01,0.03",
+            threads=1,
         )
     )
     (data,) = result["datasets"].values()

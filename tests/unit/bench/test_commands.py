@@ -20,8 +20,8 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
 
 
 STEP = "step --num-layers 2 --hidden 8 --fanout 3,3 --batch-size 50 --steps 4 --warmup 0 --set kfac.inverse_delay=0"
-STEP += " --set kfac.inverse_update_period=4"
-ACCURACY = "accuracy --model gcn --hidden 8 --batch-size full --epochs 3 --seeds 0,1 --lrs adam=0.01"
+STEP += " --set kfac.inverse_update_period=4 --threads 1"
+ACCURACY = "accuracy --model gcn --hidden 8 --batch-size full --epochs 3 --seeds 0,1 --lrs adam=0.01 --threads 1"
 
 
 def test_step_prints_json_and_nothing_else(store: GraphStore, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,7 @@ def test_all_step_on_the_same_batches_in_turns(store: GraphStore, monkeypatch: p
         def advance(self, steps: int, text: str) -> None:
             counted.append(steps)
 
-    result = run_step_bench(StepOptions(config(store), names, steps=7, warmup=3), Counting())
+    result = run_step_bench(StepOptions(config(store), names, steps=7, warmup=3, threads=1), Counting())
 
     num_batches = 3 + 12  # 7 steps are rounded up to two periods of 6
     assert result["steps"]["measured"] == 12
