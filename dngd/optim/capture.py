@@ -9,7 +9,7 @@ fires no hook of DDP.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -136,7 +136,7 @@ class Capture:
         reached: list[Tensor | None] = [None] * len(records)
         for vector in vectors:
             weighted = vector if roots is None else vector * roots.to(vector.dtype)
-            gradients = torch.autograd.grad(
+            gradients: Sequence[Tensor | None] = torch.autograd.grad(
                 outputs,
                 [edge for _, _, edge in records],
                 grad_outputs=weighted.to(outputs.dtype),

@@ -326,9 +326,8 @@ def test_outputs_that_are_not_finite_drop_the_step(loss: str, poison: float) -> 
     x[1, 0] = poison
     z = net(x)
     pre.observe(z)
-    seed_losses(
-        z * torch.tensor([1.0, poison, 1.0, 1.0], dtype=F64)[:, None], make_labels(1, 4, loss), loss
-    ).mean().backward()
+    spoiled = z * torch.tensor([1.0, poison, 1.0, 1.0], dtype=F64)[:, None]
+    seed_losses(spoiled, make_labels(1, 4, loss), loss).mean().backward()
     assert not pre.step(num_samples=4)
     assert pre.dropped_steps == 1
     pre.close()
@@ -422,9 +421,9 @@ def test_observe_touches_no_parameter(kind: str) -> None:
     for observed in (True, False):
         net = make_net()
         fired: list[str] = []
-        for name, parameter in net.named_parameters():
-            parameter.register_hook(lambda g, name=name: fired.append(name))
-            parameter.register_post_accumulate_grad_hook(lambda p, name=name: fired.append(name + "*"))
+        for parameter in net.parameters():
+            parameter.register_hook(lambda g, fired=fired: fired.append("gradient"))
+            parameter.register_post_accumulate_grad_hook(lambda p, fired=fired: fired.append("accumulated"))
         pre = KFACPreconditioner(net, fisher=kind)
         z = net(make_rows(0, 5))
         if observed:
@@ -569,6 +568,7 @@ def law_used_twice(kind: str) -> None:
         g = total / n
     loss.backward()
     pre.step(num_samples=n)
+    assert list(pre.factors()) == [""]
     (factors,) = pre.factors().values()
     m = torch.cat([torch.cat([x, inputs.detach()]), torch.ones(2 * n, 1, dtype=F64)], dim=1)
     same(factors.A, m.T @ m / (2 * n))
@@ -656,8 +656,6 @@ def shared_factors(
     net = Pooled(mean).double()
     pre = KFACPreconditioner(net, weight_sharing=treatment)
     z = net(x)
-    if row_samples is not None:
-        pre.capture.row_samples = row_samples
     if mean:
         F.cross_entropy(z, make_labels(6, 5)).backward()
     else:
@@ -716,7 +714,7 @@ def test_reduce() -> None:
     law_reduce()
     original = Capture._merge_samples
     assert_caught(
-        law_reduce, Capture, "_merge_samples", lambda self, rows, gradients: original(self, rows.sum(dim=1), gradients)
+        law_reduce, Capture, "_merge_samples", lambda self, rows, gradients: original(self, 2 * rows, gradients)
     )
 
 

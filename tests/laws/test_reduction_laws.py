@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from dngd.comm import LocalCommunicator
 from dngd.curvature import damping_split
 from dngd.optim import KFACPreconditioner, UpdateSchedule
 from dngd.optim.refresh import RefreshPipeline
@@ -238,3 +239,60 @@ def test_mutants_are_caught() -> None:
         (KFACPreconditioner, "commit", forgets_idle_decay),
     ):
         assert_caught(lambda: law_lazy_is_eager(EXAMPLE), target, attribute, replacement)
+
+
+def law_a_layer_that_one_rank_never_uses() -> None:
+    """Seeds that do not reach a layer count in its G wherever they are: two ranks are one process with both shards."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, both: bool) -> Tensor:
+            out: Tensor = self.a(x) + self.b(x) if both else self.a(x)
+            return out
+
+    def work(comm: Any) -> dict[str, Any]:
+        net = Branches().double()
+        generator = torch.Generator().manual_seed(0)
+        for parameter in net.parameters():
+            nn.init.normal_(parameter, generator=generator)
+            parameter.grad = torch.zeros_like(parameter)
+        pre = KFACPreconditioner(
+            net, loss_reduction="sum", method="ekfac", eigenvalue_update_period=1, communicator=comm
+        )
+        for step in range(3):
+            here = 0
+            for shard in range(comm.rank, 2, comm.world_size):
+                x, target = rows(step, shard, 3 + shard)
+                ((net(x, both=shard == 0) - target) ** 2).sum().backward()
+                here += len(x)
+            pre.step(here, finite=True, mean_gradients=True)
+        assert pre.eigenvalues is not None
+        scales = {name: pre.eigenvalues.scales(name) for name in ("a", "b")}
+        found = {"factors": pre.factors(), "scales": scales}
+        pre.close()
+        return found
+
+    alone = work(LocalCommunicator())
+    for found in run_threads(2, work):
+        for name, pair in alone["factors"].items():
+            for mine, theirs in zip(found["factors"][name], pair):
+                assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)
+            # Signs of eigenvectors do not matter: their squares do.
+            assert torch.allclose(found["scales"][name], alone["scales"][name], rtol=1e-7, atol=1e-10)
+
+
+def test_a_layer_that_one_rank_never_uses() -> None:
+    law_a_layer_that_one_rank_never_uses()
+    original = KFACPreconditioner.commit
+
+    def only_where_used(self: KFACPreconditioner, num_samples: float, factor_samples: Any = None) -> None:
+        held = {n: s.unfolded if s.unfolded is not None else s.folded for n, s in self.states.items()}
+        unused = [name for name, layer in self.layers.items() if layer.pending is None]
+        original(self, num_samples, factor_samples)
+        for name in unused:
+            held[name].counts[1] -= num_samples
+
+    assert_caught(law_a_layer_that_one_rank_never_uses, KFACPreconditioner, "commit", only_where_used)

@@ -22,23 +22,39 @@ BASICS = [{"delay": delay} for delay in DELAYS] + [
     {"inverse_period": 100, "dense_steps": 0, "factor_period": 1},
     {"delay": 0, "mutant": "per_rank_means"},
 ]
+VARIANTS: list[dict[str, Any]] = [
+    {"options": {"fisher": "monte_carlo"}, "delay": 4},
+    {"options": {"fisher": "monte_carlo", "max_rows": 3}},
+    {"options": {"fisher": "ggn"}},
+    {"options": {"method": "ekfac", "eigenvalue_update_period": 3}, "delay": 2},
+    {"options": {"update": "adam_eigenbasis"}},
+    {"layout": {"max_dimension": 4, "rank": 2}},
+    {"layout": {"max_dimension": 3, "wide": "block_diagonal"}, "delay": 4},
+    {"options": {"fisher": "monte_carlo"}, "poison_step": 4},
+    {"options": {"fisher": "monte_carlo"}, "mutant": "key_of_rank"},
+    {"options": {"change_threshold": 0.2}, "delay": 2},
+]
+"""What else must not depend on the world size; one of them draws labels by the rank instead of the shard."""
 
 
 @lru_cache
 def basics(world_size: int) -> dict[str, list[dict[str, Any]]]:
     """Every basic scenario's results by rank, from one set of processes."""
-    results = run_ranks(TRAIN, world_size, BASICS)
-    return {json.dumps(scenario): result for scenario, result in zip(BASICS, results)}
+    scenarios = BASICS + VARIANTS
+    results = run_ranks(TRAIN, world_size, scenarios)
+    return {json.dumps(scenario): result for scenario, result in zip(scenarios, results)}
 
 
 def run(world_size: int, scenario: dict[str, Any]) -> list[dict[str, Any]]:
     return basics(world_size)[json.dumps(scenario)]
 
 
-def assert_same_run(found: dict[str, Any], expected: dict[str, Any], rtol: float = 1e-9) -> None:
+def assert_same_run(
+    found: dict[str, Any], expected: dict[str, Any], rtol: float = 1e-9, weights_atol: float = 1e-12
+) -> None:
     np.testing.assert_allclose(found["losses"], expected["losses"][-len(found["losses"]) :], rtol=rtol)
     for mine, theirs in zip(found["weights"], expected["weights"]):
-        np.testing.assert_allclose(mine, theirs, rtol=rtol, atol=1e-12)
+        np.testing.assert_allclose(mine, theirs, rtol=rtol, atol=weights_atol)
     assert found["factors"].keys() == expected["factors"].keys()
     for name in expected["factors"]:
         for mine, theirs in zip(found["factors"][name], expected["factors"][name]):
@@ -53,6 +69,32 @@ def test_any_world_size_is_the_same_run(world_size: int, delay: int) -> None:
     for result in results:
         assert_same_run(result, run(1, {"delay": delay})[0])
     assert all(result["weights"] == results[0]["weights"] for result in results), "ranks drifted apart"
+
+
+@pytest.mark.parametrize("scenario", [v for v in VARIANTS if "mutant" not in v], ids=json.dumps)
+def test_variants_are_the_same_run_at_any_world_size(scenario: dict[str, Any]) -> None:
+    """Draws depend on the shard (the key), not on the rank; scales, bases and sketches are reduced like sums."""
+    alone = run(1, scenario)[0]
+    assert alone["dropped"] == ("poison_step" in scenario)
+    for world_size in (2, 3, 4):
+        for result in run(world_size, scenario):
+            # Along a null direction of G the gradient is rounding alone, and Adam divides it by ε = 1e-8.
+            is_adam = "update" in scenario.get("options", {})
+            assert_same_run(result, alone, weights_atol=1e-8 if is_adam else 1e-12)
+
+
+def test_variants_are_runs_of_their_own() -> None:
+    """Otherwise the test above would not see whether an option has any effect."""
+    plain = run(1, {"delay": 0})[0]["weights"]
+    for scenario in VARIANTS:
+        assert run(1, scenario)[0]["weights"] != plain, scenario
+
+
+def test_mutant_draw_without_the_shard_is_caught() -> None:
+    """Labels drawn by the rank: the world size shows."""
+    scenario = {"options": {"fisher": "monte_carlo"}, "mutant": "key_of_rank"}
+    with pytest.raises(AssertionError):
+        assert_same_run(run(2, scenario)[0], run(1, scenario)[0])
 
 
 def test_a_delay_changes_the_run() -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dngd.comm import Communicator, FlatGradients, shards_of_rank
+from dngd.curvature import FactorLayout
 from dngd.optim import NaturalGradient, refresh
 
 NUM_SHARDS, STEPS = 4, 12
@@ -41,7 +42,9 @@ def train(comm: Communicator, argument: dict[str, Any]) -> dict[str, Any]:
         inverse_update_period=argument.get("inverse_period", 5),
         dense_steps=argument.get("dense_steps", 3),
         inverse_delay=argument.get("delay", 0),
+        layout=FactorLayout(**argument.get("layout", {})),
         communicator=comm,
+        **argument.get("options", {}),
     )
     sent_before = Counter(comm.bytes_sent)
     gradients = FlatGradients(net.parameters())
@@ -58,7 +61,9 @@ def train(comm: Communicator, argument: dict[str, Any]) -> dict[str, Any]:
                 x = x * float("nan")  # shard 0 is never empty: one rank's rows, so its gradients too
             if not len(y):
                 continue
-            loss = F.cross_entropy(net(x), y, reduction="sum")
+            outputs = net(x)
+            optimizer.observe(outputs, key=comm.rank if mutate == "key_of_rank" else index)
+            loss = F.cross_entropy(outputs, y, reduction="sum")
             loss.backward()
             gradients.add_loss_(loss, len(y))
             here += len(y)
@@ -84,7 +89,11 @@ def train(comm: Communicator, argument: dict[str, Any]) -> dict[str, Any]:
                 for key, t in state.items()
             },
             "weights": [p.detach().flatten().tolist() for p in net.parameters()],
-            "momentum": [optimizer.state[p]["momentum_buffer"].flatten().tolist() for p in net.parameters()],
+            "momentum": [
+                optimizer.state[p]["momentum_buffer"].flatten().tolist()
+                for p in net.parameters()
+                if "momentum_buffer" in optimizer.state[p]
+            ],
         },
         "exchanged": state_bytes(comm),
         "bytes": dict(comm.bytes_sent - sent_before),

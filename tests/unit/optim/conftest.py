@@ -1,0 +1,5 @@
+"""Fixtures of the optimizer."""
+
+from tests.helpers.threads import one_torch_thread
+
+__all__ = ["one_torch_thread"]
