@@ -241,7 +241,8 @@ class LowRank:
     Kept: the sketch `Y = M Ω` with a fixed random Ω [d, k], and the diagonal of M; both are linear in
     M, so they add up and decay like dense sums. `F Fᵀ = Y (Ωᵀ Y)⁺ Yᵀ` (Nyström; Tropp, Yurtsever, Udell &
     Cevher 2017), never above M, and M itself when its rank is at most k. With damping λ = c·tr M at
-    most 1/c eigenvalues exceed λ, so that k of that size loses little. The inverse is exact (Woodbury):
+    most 1/c eigenvalues exceed λ, so that k of that size loses little; in float32, directions below about
+    1e-4·tr M are rounding, so damp above that. The inverse is exact (Woodbury):
     `(E + F Fᵀ)⁻¹ = E⁻¹ - K Kᵀ`, E = D + λ, K = E⁻¹ F L⁻ᵀ, L Lᵀ = I + Fᵀ E⁻¹ F.
     """
 
@@ -296,7 +297,7 @@ class LowRank:
     def _parts(self, sums: Tensors) -> tuple[Tensor, Tensor]:
         """Return F [d, k] and the diagonal D [d] >= 0 that it leaves over."""
         sketch, diagonal = sums[0].double(), sums[1]
-        core = self.test_matrix(torch.float64, sketch.device).T @ sketch
+        core = self.test_matrix(diagonal.dtype, sketch.device).double().T @ sketch
         values, vectors = torch.linalg.eigh((core + core.T) / 2)
         # Below the sums' own rounding a direction of the core is noise; its inverse would amplify it.
         floor = values.amax().clamp_min(0) * self.dimension * torch.finfo(diagonal.dtype).eps
@@ -355,7 +356,7 @@ def gram(rows: Tensor, ones: bool) -> Tensor:
 
 
 WideInputs = str
-"""What is done with an A factor wider than max_dimension: "low_rank", "block_diagonal" or "dense"."""
+"""What is done with an A factor wider than max_dimension: "low_rank", "block_diagonal", "diagonal" or "dense"."""
 
 
 @dataclass(frozen=True)
@@ -363,9 +364,9 @@ class FactorLayout:
     """Which structure a factor gets, by its width.
 
     max_dimension: the widest factor that is kept dense. wide: what a wider A becomes: "low_rank" (rank
-    columns), "block_diagonal" (equal blocks of at most max_dimension) or "dense". A wider G becomes
-    block-diagonal, unless wide is "dense". split_inputs: whether an input that a layer puts together from
-    several parts (self and neighbour rows of GraphSAGE) gets one block a part.
+    columns), "block_diagonal" (equal blocks of at most max_dimension), "diagonal" or "dense". A wider G becomes
+    block-diagonal, or diagonal or dense where wide says so. split_inputs: whether an input that a layer puts together
+    from several parts (self and neighbour rows of GraphSAGE) gets one block a part.
     """
 
     max_dimension: int = 2048
@@ -374,8 +375,8 @@ class FactorLayout:
     split_inputs: bool = True
 
     def __post_init__(self) -> None:
-        if self.wide not in ("low_rank", "block_diagonal", "dense"):
-            raise UserError(f"wide={self.wide!r} is unknown; use one of: low_rank, block_diagonal, dense")
+        if self.wide not in ("low_rank", "block_diagonal", "diagonal", "dense"):
+            raise UserError(f"wide={self.wide!r} is unknown; use one of: low_rank, block_diagonal, diagonal, dense")
         for name in ("max_dimension", "rank"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is out of range; give a whole number, at least 1")
@@ -386,6 +387,8 @@ class FactorLayout:
         sizes = parts if parts and self.split_inputs else (dimension,)
         if max(sizes) > self.max_dimension and self.wide == "low_rank" and self.rank < dimension:
             return LowRank(dimension, self.rank)
+        if max(sizes) > self.max_dimension and self.wide == "diagonal":
+            return Diagonal(dimension)
         if self.wide != "dense":
             sizes = tuple(block for size in sizes for block in _even_blocks(size, self.max_dimension))
         return Dense(dimension) if len(sizes) == 1 else BlockDiagonal(sizes)
@@ -394,6 +397,8 @@ class FactorLayout:
         """Return G's structure."""
         if dimension <= self.max_dimension or self.wide == "dense":
             return Dense(dimension)
+        if self.wide == "diagonal":
+            return Diagonal(dimension)
         return BlockDiagonal(_even_blocks(dimension, self.max_dimension))
 
 

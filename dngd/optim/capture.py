@@ -9,7 +9,10 @@ fires no hook of DDP.
 from __future__ import annotations
 
 import hashlib
+import math
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -38,7 +41,6 @@ class Capture:
     active: whether this step is measured. max_rows: rows of a call that enter the sums at most, drawn
     uniformly without replacement and weighted by r/k, so that every sum keeps its expectation.
     loss_scale: what the back-propagated loss was multiplied with (a GradScaler's scale); divided out here.
-    row_samples: [r], which sample each row belongs to, for the reduce treatment of two-dimensional rows.
     """
 
     def __init__(
@@ -51,8 +53,11 @@ class Capture:
         seed: int,
         loss_scale: Callable[[], float] | None,
         variant: Variant = "dngd",
+        rank: int = 0,
     ) -> None:
         self.variant = variant
+        self.rank = rank
+        self.has_warned_of_second_backward = False
         self.fisher = fisher
         self.loss = loss
         self.weight_sharing = weight_sharing
@@ -61,11 +66,12 @@ class Capture:
         self.loss_scale = loss_scale
         self.active = True
         self.step = 0
-        self.row_samples: Tensor | None = None
+        self._row_samples: Tensor | None = None
         self._records: list[tuple[CurvatureLayer, Any, GradientEdge]] = []
-        self._observed = False
-        self._missed = False
-        self._key = 0
+        self._num_observed = 0
+        """How many of the records the last `observe` has seen; they stay for the outputs of another head."""
+        self._calls = 0
+        self._key = "0/0"
         self._draws: dict[str, int] = {}
         self._weight = 1.0
 
@@ -74,32 +80,38 @@ class Capture:
         self.step, self.active = step, active
         self._records.clear()
         self._draws.clear()
-        self._observed = self._missed = False
-        self._key, self._weight = 0, 1.0
+        self._num_observed = self._calls = 0
+        self._key, self._weight, self._row_samples = "0/0", 1.0, None
 
     def forget(self) -> None:
         """Forget what was observed, as `zero_grad` does for gradients. It often stands between forward and backward:
         calls of layers, key and weight stay, and an observation that is lost must be made again."""
         self._draws.clear()
-        self._observed = False
+        self._num_observed = self._calls = 0
 
     def record(self, layer: CurvatureLayer, payload: Any, output: Tensor) -> None:
         """Note one call of a layer; payload is what the layer needs later to make its input rows."""
         if not (self.active and torch.is_grad_enabled() and output.requires_grad):
             return
         if self.fisher == "empirical":
+            if layer.pending is not None and layer.parameters[0].grad is None:
+                # Gradients were set to None since: the backward pass that left these rows was given up.
+                layer.forget()
             output.register_hook(_GradientHook(self, layer, payload))  # type: ignore[no-untyped-call]
-        else:
-            # The edge, not the tensor: an activation that works in place would turn the tensor into its own output.
-            self._records.append((layer, payload, get_gradient_edge(output)))
-            self._missed = True
+            return
+        if self._num_observed:
+            # A new forward pass: what was observed of the last one is done with.
+            del self._records[: self._num_observed]
+            self._num_observed = 0
+        # The edge, not the tensor: an activation that works in place would turn the tensor into its own output.
+        self._records.append((layer, payload, get_gradient_edge(output)))
 
     @property
     def is_waiting_for_outputs(self) -> bool:
-        """Whether layers ran in this factor step and `observe` was never told of the outputs."""
-        return self._missed and not self._observed
+        """Whether layers ran in this factor step and `observe` was not told of the outputs."""
+        return len(self._records) > self._num_observed
 
-    def observe(self, outputs: Tensor, weights: Tensor | None, key: int) -> None:
+    def observe(self, outputs: Tensor, weights: Tensor | None, key: int | None, row_samples: Tensor | None) -> None:
         """Measure G from the model's outputs; see KFACPreconditioner.observe."""
         if not self.active:
             return
@@ -107,7 +119,9 @@ class Capture:
             raise UserError(
                 f"weights of shape {tuple(weights.shape)} must be one number of at least 0 a row of outputs"
             )
-        self._key = key
+        self._key = f"{self.rank}/{self._calls}" if key is None else str(key)
+        self._calls += 1
+        self._row_samples = row_samples
         self._draws.clear()
         if self.fisher == "empirical":
             if self.variant == "dngd":
@@ -119,8 +133,8 @@ class Capture:
                 + ("" if outputs.requires_grad else " without a graph")
                 + "; give the model's outputs, [num_seeds, num_classes], before backward"
             )
-        self._observed = True
-        records, self._records = self._records, []
+        records = list(self._records)
+        self._num_observed = len(records)
         if not records or outputs.shape[0] == 0:
             return
         generator = self._generator("labels")
@@ -169,41 +183,35 @@ class Capture:
 
         with_gradients: False for a gradient that only says which rows were reached.
         """
-        divisor = 1.0
+        # Products of half-precision rows would overflow or round: the statistics keep their own precision.
+        with torch.autocast(gradient.device.type, enabled=False):
+            samples = self._samples_of(layer, gradient)
+            gradients = _merged_gradients(layer.gradients(payload, gradient), samples)
+            reached = self._reached(gradients)
+            if with_inputs and samples is None and self._is_constant(layer, payload, gradients):
+                layer.add_constant_inputs(lambda: _merged_rows(layer.rows(payload), samples), reached)
+                with_inputs = False
+            chosen, weight = self._choose(layer, reached)
+            # Rows can cost an aggregation over the graph: they are not made where nothing reads them.
+            is_read = with_inputs or layer.basis is not None
+            rows = _merged_rows(layer.rows(payload), samples) if is_read else gradients[:, :0]
+            if chosen is not None:
+                rows, gradients = rows[chosen], gradients[chosen]
+            gradients = gradients.to(layer.dtype) * (self._gradient_factor(layer) if with_gradients else 0.0)
+            layer.add(rows, gradients, weight, with_inputs=with_inputs)
+
+    def _gradient_factor(self, layer: CurvatureLayer) -> float:
+        """Return what turns a back-propagated gradient into the one whose square enters G, up to n (`commit`)."""
+        factor = float(layer.g.dimension) if self.variant == "paper" else 1.0
         if self.fisher == "empirical":
-            divisor = (1.0 if self.loss_scale is None else self.loss_scale()) * self._weight**0.5
-        if self.variant == "paper":
-            divisor /= gradient.shape[-1]
-        gradients = layer.gradients(payload, gradient)
-        sources = layer.sources(payload) if with_inputs and self.weight_sharing == "expand" else ()
-        reached: Tensor | None = None
-        is_small = self.max_rows is None or gradients.shape[:-1].numel() <= self.max_rows
-        if sources and layer.constant.is_worth_keeping(sources, trusts_first=is_small):
-            reached = self._reached(gradients.reshape(-1, gradients.shape[-1]))
-            with_inputs = False
-        # Rows can cost an aggregation over the graph: they are not made where nothing reads them.
-        product_is_missing = reached is not None and layer.constant.product(reached) is None
-        is_read = with_inputs or product_is_missing or layer.basis is not None
-        rows = layer.rows(payload) if is_read else gradients[..., :0]
-        if self.weight_sharing == "reduce" and layer.merges_samples:
-            rows, gradients = self._merge_samples(rows, gradients)
-        gradients = gradients.reshape(-1, gradients.shape[-1])
-        rows = rows.reshape(gradients.shape[0], rows.shape[-1])
-        num_rows = gradients.shape[0]
-        if reached is not None:
-            layer.add_constant_inputs(rows, reached)
-        chosen, weight = self._choose(layer, num_rows)
-        if chosen is not None:
-            rows, gradients = rows[chosen.to(rows.device)], gradients[chosen.to(gradients.device)]
-        gradients = gradients.to(layer.dtype)
-        if divisor != 1.0:
-            gradients = gradients / divisor
-        reached = self._reached(gradients)
-        if with_inputs and not bool(reached.all()):
-            rows, gradients = rows[reached], gradients[reached]
-        if not with_gradients:
-            gradients = torch.zeros_like(gradients)
-        layer.add(rows, gradients, weight, with_inputs=with_inputs)
+            factor /= (1.0 if self.loss_scale is None else self.loss_scale()) * self._weight**0.5
+        return factor
+
+    def _is_constant(self, layer: CurvatureLayer, payload: Any, gradients: Tensor) -> bool:
+        """Return whether the call's rows may be those of every step, and are worth keeping a product of."""
+        sources = layer.sources(payload)
+        is_small = self.max_rows is None or gradients.shape[0] <= self.max_rows
+        return bool(sources) and layer.constant.is_worth_keeping(sources, trusts_first=is_small)
 
     def _reached(self, gradients: Tensor) -> Tensor:
         """Return which rows a seed of nonzero weight reaches: those whose gradient is not exactly zero."""
@@ -211,12 +219,15 @@ class Capture:
             return torch.ones(gradients.shape[0], dtype=torch.bool, device=gradients.device)
         return (gradients != 0).any(dim=1)
 
-    def _choose(self, layer: CurvatureLayer, num_rows: int) -> tuple[Tensor | None, float]:
-        """Return the rows of this call that are measured (None for all) and what each then stands for."""
-        if self.max_rows is None or num_rows <= self.max_rows:
-            return None, 1.0
-        chosen = torch.randperm(num_rows, generator=self._generator(layer.name))[: self.max_rows]
-        return chosen, num_rows / self.max_rows
+    def _choose(self, layer: CurvatureLayer, reached: Tensor) -> tuple[Tensor | None, float]:
+        """Return the positions of the reached rows that are measured (None for all rows) and what each stands for."""
+        num_reached = int(reached.sum())
+        if self.max_rows is None or num_reached <= self.max_rows:
+            return (None if num_reached == reached.numel() else reached.nonzero()[:, 0]), 1.0
+        drawn = torch.randperm(num_reached, generator=self._generator(layer.name))[: self.max_rows]
+        drawn = drawn.to(reached.device)
+        positions = drawn if num_reached == reached.numel() else reached.nonzero()[:, 0][drawn]
+        return positions, num_reached / self.max_rows
 
     def _generator(self, purpose: str) -> torch.Generator:
         """Return a random stream that depends on seed, step, key, purpose and how often it was asked for."""
@@ -226,20 +237,50 @@ class Capture:
         digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
-    def _merge_samples(self, rows: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a sample's mean row and summed gradient; two-dimensional rows by `row_samples`, if it fits."""
-        if gradients.dim() > 2:
-            between = tuple(range(1, gradients.dim() - 1))
-            return rows.mean(dim=between), gradients.sum(dim=between)
-        samples = self.row_samples
-        if samples is None or samples.numel() != gradients.shape[0]:
-            return rows, gradients
-        samples = samples.to(gradients.device)
-        count = int(samples.max()) + 1
-        sizes = torch.bincount(samples, minlength=count).clamp_min(1).to(rows.dtype)
-        means = rows.new_zeros(count, rows.shape[1]).index_add_(0, samples, rows) / sizes[:, None]
-        sums = gradients.new_zeros(count, gradients.shape[1]).index_add_(0, samples, gradients)
-        return means, sums
+    def _samples_of(self, layer: CurvatureLayer, gradient: Tensor) -> _Samples | None:
+        """Return how the call's rows form samples, None where each row is one."""
+        if self.weight_sharing == "expand" or not layer.merges_samples:
+            return None
+        if gradient.dim() > 2:
+            return _Samples(None)
+        if self._row_samples is None:
+            return None
+        if self._row_samples.numel() != gradient.shape[0]:
+            if self._row_samples.numel() and int(self._row_samples.max()) + 1 == gradient.shape[0]:
+                return None  # a layer behind the pooling: one row a sample
+            raise UserError(
+                f"row_samples has {self._row_samples.numel()} entries, but layer {layer.name!r} has "
+                f"{gradient.shape[0]} rows; give the sample (from 0) of each row of the layers before the pooling"
+            )
+        return _Samples(self._row_samples.to(gradient.device))
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Which rows make one sample. index: [r], the sample of each row; None: a sample a first dimension."""
+
+    index: Tensor | None
+
+
+def _merged_rows(rows: Tensor, samples: _Samples | None) -> Tensor:
+    """Return rows as [r, d]; of samples, their mean rows."""
+    if samples is None:
+        return rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
+    if samples.index is None:
+        return rows.mean(dim=tuple(range(1, rows.dim() - 1)))
+    count = int(samples.index.max()) + 1
+    sizes = torch.bincount(samples.index, minlength=count).clamp_min(1).to(rows.dtype)
+    return rows.new_zeros(count, rows.shape[1]).index_add_(0, samples.index, rows) / sizes[:, None]
+
+
+def _merged_gradients(gradients: Tensor, samples: _Samples | None) -> Tensor:
+    """Return gradients as [r, d_g]; of samples, their sums."""
+    if samples is None:
+        return gradients.reshape(math.prod(gradients.shape[:-1]), gradients.shape[-1])
+    if samples.index is None:
+        return gradients.sum(dim=tuple(range(1, gradients.dim() - 1)))
+    count = int(samples.index.max()) + 1
+    return gradients.new_zeros(count, gradients.shape[1]).index_add_(0, samples.index, gradients)
 
 
 class _GradientHook:
@@ -248,11 +289,22 @@ class _GradientHook:
     def __init__(self, capture: Capture, layer: CurvatureLayer, payload: Any) -> None:
         self._capture, self._layer, self._payload = capture, layer, payload
         self._step = capture.step
+        self._fired = False
 
     def __call__(self, gradient: Tensor) -> None:
-        if self._capture.active and self._capture.step == self._step:
-            with torch.no_grad():
-                self._capture.take(self._layer, self._payload, gradient.detach())
+        if not (self._capture.active and self._capture.step == self._step):
+            return
+        if self._fired and not self._capture.has_warned_of_second_backward:
+            self._capture.has_warned_of_second_backward = True
+            warnings.warn(
+                f"a second backward pass went through the same call of layer {self._layer.name!r} in one factor step: "
+                "its rows are measured twice; back-propagate the whole loss at once, or use fisher='monte_carlo', "
+                "whose statistics come from observe() alone",
+                stacklevel=2,
+            )
+        self._fired = True
+        with torch.no_grad():
+            self._capture.take(self._layer, self._payload, gradient.detach())
 
 
 def _uniform_weight(weights: Tensor | None) -> float:

@@ -14,6 +14,9 @@ from dngd.curvature import FactorStructure, Tensors, pack_symmetric, packed_size
 InversePrecision = Literal["float16", "bfloat16", "full"]
 PRECISIONS: dict[str, torch.dtype | None] = {"float16": torch.float16, "bfloat16": torch.bfloat16, "full": None}
 
+MAX_ROUNDING = 0.06
+"""Relative error of an inverse's smallest eigenvalue that half precision may bring."""
+
 TensorSpec = tuple[tuple[int, ...], bool, torch.dtype]
 """(shape, symmetric, dtype)."""
 
@@ -24,11 +27,22 @@ class Wanted:
 
     eigenbasis: decompose it (EKFAC, Adam in the eigenbasis) instead of inverting it. dtype: precision in which
     symmetric inverses are kept and sent; each carries a scale, so that half precision's range is no limit.
-    None: as computed.
+    None: as computed. It is used where rounding leaves the inverse sound (`rounds`).
     """
 
     eigenbasis: bool
     dtype: torch.dtype | None
+
+    def rounds(self, trace: float, damping: float) -> bool:
+        """Return whether `(M + λI)⁻¹` may be kept in `dtype`: where `u·(1 + tr M / λ) <= 0.06`, u its unit roundoff.
+
+        Entries are rounded relative to the largest, 1/λ at most, while the smallest eigenvalue of the inverse is at
+        least `1 / (tr M + λ)`: the bound keeps every direction's relative error of that order. λ = tr M / 100 passes
+        in float16; bfloat16 wants λ above tr M / 14.
+        """
+        if self.dtype is None or not damping > 0:
+            return False
+        return torch.finfo(self.dtype).eps / 2 * (1.0 + trace / damping) <= MAX_ROUNDING
 
     def tensors(
         self, structure: FactorStructure, computed: torch.dtype
@@ -60,6 +74,10 @@ class StoredInverse:
 
     tensors: Tensors
     scales: tuple[float, ...]
+
+    def is_exact(self, computed: torch.dtype) -> bool:
+        """Return whether every tensor is kept as computed."""
+        return all(tensor.dtype == computed for tensor in self.tensors)
 
     def expanded(self, dtype: torch.dtype) -> Tensors:
         """Return the tensors in a precision to compute with."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from dngd.comm import Communicator
 from dngd.curvature import DampingMode, FactorLayout, FisherKind, LossKind, rotate, rotate_back
 from dngd.errors import UserError
-from dngd.optim.arguments import LossReduction, Method
+from dngd.optim.arguments import LossReduction, Method, in_range
 from dngd.optim.capture import Variant, WeightSharing
 from dngd.optim.inverses import InversePrecision
 from dngd.optim.preconditioner import KFACPreconditioner
@@ -91,7 +92,12 @@ class NaturalGradient(torch.optim.Optimizer):
         if not value_at(weight_decay, 0) >= 0:
             raise UserError(f"weight_decay={weight_decay} is out of range; it must be at least 0")
         rotates = update == "adam_eigenbasis"
-        defaults = {"lr": rate}
+        if rotates and method != "kfac":
+            raise UserError(f"update='adam_eigenbasis' has eigenvalues of its own; leave method={method!r} away")
+        if any(getattr(module, "sparse", False) and isinstance(module, nn.Embedding) for module in model.modules()):
+            raise UserError("an Embedding with sparse=True has sparse gradients, which this optimizer does not take")
+        # In the groups, so that torch's schedulers find them (OneCycleLR moves the momentum).
+        defaults = {"lr": rate, "momentum": value_at(momentum, 0), "weight_decay": value_at(weight_decay, 0)}
         super().__init__([p for p in model.parameters() if p.requires_grad], defaults)
         self.update: Update = update
         self.momentum = momentum
@@ -128,9 +134,16 @@ class NaturalGradient(torch.optim.Optimizer):
             communicator=communicator,
         )
 
-    def observe(self, outputs: Tensor, *, weights: Tensor | None = None, key: int = 0) -> None:
+    def observe(
+        self,
+        outputs: Tensor,
+        *,
+        weights: Tensor | None = None,
+        key: int | None = None,
+        row_samples: Tensor | None = None,
+    ) -> None:
         """Tell the model's outputs, between forward and backward; see KFACPreconditioner.observe."""
-        self.preconditioner.observe(outputs, weights=weights, key=key)
+        self.preconditioner.observe(outputs, weights=weights, key=key, row_samples=row_samples)
 
     def step(  # type: ignore[override]
         self,
@@ -159,6 +172,7 @@ class NaturalGradient(torch.optim.Optimizer):
             if finite is None:
                 finite = self._gradients_are_finite()
             step = self.preconditioner.steps
+            self._follow_schedules(step)
             taken = self.preconditioner.step(
                 num_samples, finite=finite, mean_gradients=mean_gradients, factor_samples=factor_samples
             )
@@ -172,22 +186,38 @@ class NaturalGradient(torch.optim.Optimizer):
                     self._adam_step(step, 1.0 / num_samples if summed and num_samples else 1.0)
         return loss
 
+    def _follow_schedules(self, step: int) -> None:
+        """Put the step's momentum and weight decay into the groups, where they are functions of the step."""
+        for name, schedule in (("momentum", self.momentum), ("weight_decay", self.weight_decay)):
+            for group in self.param_groups:
+                if callable(schedule):
+                    group[name] = value_at(schedule, step)
+                in_range(name, group[name], low=0.0, high_open=1.0 if name == "momentum" else math.inf)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and with them the rows that the same backward passes left for the factors."""
         super().zero_grad(set_to_none=set_to_none)
-        self.preconditioner.forget()
+        self.preconditioner.forget_skipped_step()
 
     def adapt_damping(self, loss_before: float, loss_after: float) -> float:
         """Adapt a LevenbergMarquardt damping to the last step; return the reduction ratio.
 
         loss_before, loss_after: the mean loss on the step's own batch, before and after the step, dropout and
-        sampling alike; call it every few steps. Raises UserError if the damping is a plain schedule.
+        sampling alike; call it every few steps, with several ranks on all of them: the ranks' means are taken.
+        Raises UserError if the damping is a plain schedule, or with momentum: the prediction is of the step -ηνv alone.
         """
+        if self.update != "momentum" or float(self.param_groups[0]["momentum"]) > 0:
+            raise UserError(
+                "adapt_damping needs update='momentum' and momentum=0: it predicts the step without momentum"
+            )
         damping = self.preconditioner.damping
         if not isinstance(damping, LevenbergMarquardt):
             raise UserError("adapt_damping needs damping=LevenbergMarquardt(...); this damping is a plain schedule")
         predicted = self.preconditioner.predicted_reduction(float(self.param_groups[0]["lr"]))
-        return damping.update(loss_before - loss_after, predicted)
+        communicator = self.preconditioner.communicator
+        reduction = torch.tensor([loss_before - loss_after], dtype=torch.float64, device=self.preconditioner.device)
+        communicator.all_reduce(reduction, "state").wait()
+        return damping.update(float(reduction) / communicator.world_size, predicted)
 
     def _gradients_are_finite(self) -> bool:
         """Return whether every parameter's gradient is finite, those without factors too."""
@@ -197,8 +227,8 @@ class NaturalGradient(torch.optim.Optimizer):
         return bool(torch.isfinite(torch.stack([torch.linalg.vector_norm(gradient) for gradient in found])).all())
 
     def _momentum_step(self, step: int) -> None:
-        mu = value_at(self.momentum, step)
         for group in self.param_groups:
+            mu = group["momentum"]
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -242,13 +272,13 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _first_moment(self, state: dict[str, Any], gradient: Tensor, step: int) -> Tensor:
         """Update and return the bias-corrected mean of the gradients."""
-        mu = value_at(self.momentum, step)
+        mu = self.param_groups[0]["momentum"]
         if "exp_avg" not in state:
             state["exp_avg"] = torch.zeros_like(gradient)
-            state["moment_steps"] = torch.zeros(())
-        state["moment_steps"] += 1
+            state["step"] = torch.zeros(())
+        state["step"] += 1
         mean: Tensor = state["exp_avg"].lerp_(gradient, 1 - mu)
-        corrected: Tensor = mean / (1 - mu ** float(state["moment_steps"]))
+        corrected: Tensor = mean / (1 - mu ** float(state["step"]))
         return corrected
 
     def _second_moment(self, state: dict[str, Any], gradient: Tensor, step: int) -> Tensor:
@@ -256,11 +286,11 @@ class NaturalGradient(torch.optim.Optimizer):
         if "exp_avg_sq" not in state:
             state["exp_avg_sq"] = torch.zeros_like(gradient)
         square: Tensor = state["exp_avg_sq"].mul_(ADAM_BETA2).addcmul_(gradient, gradient, value=1 - ADAM_BETA2)
-        root: Tensor = (square / (1 - ADAM_BETA2 ** float(state["moment_steps"]))).sqrt_().add_(ADAM_EPSILON)
+        root: Tensor = (square / (1 - ADAM_BETA2 ** float(state["step"]))).sqrt_().add_(ADAM_EPSILON)
         return root
 
     def _apply(self, parameter: nn.Parameter, update: Tensor, lr: float, step: int) -> None:
-        decay = value_at(self.weight_decay, step)
+        decay = self.param_groups[0]["weight_decay"]
         if decay > 0:
             parameter.mul_(1 - lr * decay)
         parameter.add_(update, alpha=-lr)
@@ -272,13 +302,24 @@ class NaturalGradient(torch.optim.Optimizer):
         return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, on a world of the same size."""
+        """Restore what `state_dict` returned, on the same rank of a world of the same size.
+
+        For another world size load the preconditioner's state by itself: KFACPreconditioner.load_state_dict takes
+        the states of all ranks. Raises UserError for the state of another optimizer or model; nothing is changed then.
+        """
         state_dict = dict(state_dict)
-        curvature = state_dict.pop("preconditioner")
+        curvature = state_dict.pop("preconditioner", None)
+        if curvature is None:
+            raise UserError("the state has no curvature; give one that NaturalGradient.state_dict() returned")
+        self.preconditioner.load_state_dict(curvature)
         super().load_state_dict(state_dict)
         # torch casts what it loads to the parameter's precision; moments of a layer are kept in the statistics' own.
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, saved in state_dict["state"].items():
             for key, value in saved.items():
-                self.state[parameters[index]][key] = value.to(parameters[index].device, copy=True)
-        self.preconditioner.load_state_dict(curvature)
+                # A count stays on the CPU: on a GPU reading it would wait for the device.
+                device = parameters[index].device if value.dim() else value.device
+                self.state[parameters[index]][key] = value.to(device, copy=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NaturalGradient:
+        raise UserError("NaturalGradient is tied to its model's layers; make a new one for the copied model")

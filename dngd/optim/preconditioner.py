@@ -7,6 +7,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -69,14 +70,16 @@ class KFACPreconditioner:
     change_threshold: a factor whose relative change since its inversion is at most this is not inverted again.
     kl_clip: κ > 0 bounds η²Σ⟨v, ∇⟩, twice the step's predicted KL, by scaling all layers alike; norm_constraint:
         c > 0 bounds the step's length η‖v‖; both need lr.
-    weight_sharing: "expand" or "reduce"; see dngd.optim.capture.WeightSharing, and `row_samples` there.
-    max_rows: rows of a call that are measured at most, an unbiased draw; None for all.
-    layout: what becomes of wide factors; see dngd.curvature.FactorLayout. inverse_precision: how inverses are
-        kept and sent ("full" for float64 models).
-    loss_scale: a function that returns what the loss was multiplied with, e.g. `scaler.get_scale`.
+    weight_sharing: "expand" or "reduce"; see dngd.optim.capture.WeightSharing, and `observe`.
+    max_rows: rows of a call that are measured at most, an unbiased draw of those that the loss reaches; None for all.
+    layout: what becomes of wide factors; see dngd.curvature.FactorLayout (with eigenbases wide ones are diagonal).
+        inverse_precision: how inverses are kept and sent, where their conditioning allows it ("full" otherwise, and
+        for float64 models).
+    loss_scale: a function that returns what the loss was multiplied with, e.g. `scaler.get_scale`; gradients must be
+        unscaled (`scaler.unscale_(optimizer)`) before `step`.
     max_dropped_steps: non-finite steps in a row after which TrainingError is raised; None for no limit.
-    communicator: None takes torch.distributed's, if initialised. The gradients given to `step` must already be
-        reduced over the ranks (as DDP does).
+    communicator: None takes torch.distributed's, all ranks, if initialised. The gradients given to `step` must
+        already be reduced over the ranks (as DDP does).
 
     Every schedule is a number or a function of the step; so are the periods.
     Raises UserError for an argument out of range, a model without a supported layer, or a shared weight.
@@ -130,6 +133,7 @@ class KFACPreconditioner:
         self.method: Method = method
         self.max_dropped_steps = max_dropped_steps
         self.communicator: Communicator = communicator if communicator is not None else current_communicator()
+        _check_wrapper(model, fisher)
         if variant == "paper" and self.communicator.world_size > 1:
             raise UserError("variant='paper' reproduces a single-process method; run it with one worker")
 
@@ -149,7 +153,14 @@ class KFACPreconditioner:
             seed=seed,
             loss_scale=loss_scale,
             variant=variant,
+            rank=self.communicator.rank,
         )
+        self._trainable = [p for p in model.parameters() if p.requires_grad]
+        self._strict = strict
+        self._unmeasured: set[str] = set()
+        if method != "kfac":
+            # An eigenbasis of a wide factor is as costly as it is large: its diagonal is kept instead.
+            layout = replace(layout or FactorLayout(), wide="diagonal")
         layers, left_over = find_layers(model, self.capture, layout or FactorLayout())
         if left_over:
             named = "these parameters keep the optimizer's plain gradient, K-FAC has no factors for them: "
@@ -183,16 +194,26 @@ class KFACPreconditioner:
         doubles = any(layer.dtype == torch.float64 for layer in self.layers.values())
         return None if doubles else PRECISIONS[precision]
 
-    def observe(self, outputs: Tensor, *, weights: Tensor | None = None, key: int = 0) -> None:
+    def observe(
+        self,
+        outputs: Tensor,
+        *,
+        weights: Tensor | None = None,
+        key: int | None = None,
+        row_samples: Tensor | None = None,
+    ) -> None:
         """Tell the model's outputs, between forward and backward; does work on factor steps alone.
 
         outputs: [n, C], with their graph. weights: [n], what each seed's loss is multiplied with; the Fisher
         then is `Σ_s w_s F_s / num_samples`, and `step` wants what the loss is divided by (`Σ w` for a weighted mean).
-        key: of the random draws, besides seed and step; give each part of a step (shard, micro-batch) its own.
+        key: of the random draws, besides seed and step; None: the rank and the number of the call in this step.
+        row_samples: [r], for weight_sharing="reduce": the sample (from 0) that each row of two-dimensional layers
+        belongs to, as PyG's `batch` vector says it.
+        Several outputs of one forward pass (heads) are observed one after another: their Fishers add up.
         The empirical Fisher needs this call only where there are weights, and then equal ones (zeros aside).
         Raises UserError for unequal weights with the empirical Fisher, or outputs of another shape.
         """
-        self.capture.observe(outputs, weights, key)
+        self.capture.observe(outputs, weights, key, row_samples)
 
     def step(
         self,
@@ -206,7 +227,9 @@ class KFACPreconditioner:
 
         A backward pass whose step you skip must be forgotten: call `discard()` instead.
 
-        num_samples: n, the number of seeds (or the sum of their weights) behind this rank's gradients.
+        num_samples: n, the number of seeds (or the sum of their weights) behind this rank's gradients: what a mean
+        loss is divided by. Losses that also average over C output columns (mse_loss, BCEWithLogitsLoss) are the mean
+        loss over C: multiply them by C first.
         finite: whether the step's gradients are all finite, if the caller (and with several ranks, all
         of them alike) already knows; None checks here.
         mean_gradients: whether `.grad` holds the gradient of the mean loss by now; None: as
@@ -227,6 +250,7 @@ class KFACPreconditioner:
             )
         if finite is None:
             finite = self.gradients_are_finite()
+        self._check_not_moved()
         started = time.perf_counter()
         if finite:
             self.commit(num_samples, factor_samples)
@@ -246,6 +270,15 @@ class KFACPreconditioner:
         self._stop_after_many_drops()
         return finite
 
+    def _check_not_moved(self) -> None:
+        for name, layer in self.layers.items():
+            counts = self.states[name].folded.counts
+            if (layer.dtype, layer.device) != (counts.dtype, counts.device):
+                raise UserError(
+                    f"layer {name!r} is now {layer.dtype} on {layer.device}, its statistics are {counts.dtype} on "
+                    f"{counts.device}; move or cast the model before the preconditioner is made"
+                )
+
     def _is_factor_step(self) -> bool:
         # Until a step has been committed every step is a factor step: there is nothing to precondition with.
         return self.factor_steps == 0 or self.schedule.is_factor_step(self.steps)
@@ -258,11 +291,12 @@ class KFACPreconditioner:
             )
 
     def gradients_are_finite(self) -> bool:
-        """Return whether every layer's gradient is finite. Raises UserError if there is none at all."""
-        gradients = [p.grad for m in self.layers.values() for p in m.parameters if p.grad is not None]
+        """Return whether every parameter's gradient is finite. Raises UserError if there is none at all."""
+        gradients = [p.grad for p in self._trainable if p.grad is not None]
         if not gradients:
             raise UserError("step() found no gradient; call loss.backward() before it")
-        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+        dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in dense])
         return bool(torch.isfinite(norms).all())
 
     def commit(self, num_samples: float, factor_samples: float | None = None) -> None:
@@ -278,7 +312,7 @@ class KFACPreconditioner:
         if self.capture.is_waiting_for_outputs:
             raise UserError(
                 f"fisher={self.capture.fisher!r} samples from the model's outputs; call observe(outputs) between the "
-                "forward and the backward pass"
+                "forward and the backward pass, for each forward pass of the step (and evaluate under torch.no_grad())"
             )
         rho = value_at(self.factor_decay, self.steps)
         in_range("factor_decay", rho, low=0.0, high_open=1.0)
@@ -321,20 +355,31 @@ class KFACPreconditioner:
             if layer.pending is not None:
                 names.append(name)
                 total = layer.a.diagonal(layer.pending.a).sum() + layer.g.diagonal(layer.pending.g).sum()
-                totals.append(total.to(self._first_device, torch.float64))
+                totals.append(total.to(self.device, torch.float64))
         verdicts = torch.isfinite(torch.stack(totals)).tolist() if totals else []
         self.non_finite_statistics += verdicts.count(False)
         return dict(zip(names, verdicts))
-
-    @property
-    def _first_device(self) -> torch.device:
-        return next(iter(self.layers.values())).device
 
     def discard(self) -> None:
         """Forget this step's captured rows, on all ranks, and count the step as dropped."""
         self.forget()
         self.dropped_steps += 1
         self.dropped_in_a_row += 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where scalars that all ranks share are reduced: the first layer's device."""
+        return next(iter(self.layers.values())).device
+
+    def forget_skipped_step(self) -> None:
+        """Forget this step's rows; with a loss_scale, rows that were never stepped on are a step that the GradScaler
+        skipped, and count as dropped."""
+        was_skipped = any(layer.pending is not None for layer in self.layers.values())
+        self.forget()
+        if was_skipped and self.capture.loss_scale is not None:
+            self.dropped_steps += 1
+            self.dropped_in_a_row += 1
+            self._stop_after_many_drops()
 
     def forget(self) -> None:
         """Forget this step's captured rows without counting the step (as `zero_grad` does for gradients)."""
@@ -394,6 +439,7 @@ class KFACPreconditioner:
     def _direction(self, layer: CurvatureLayer, state: LayerState, gradient: Tensor) -> Tensor:
         """Return a layer's preconditioned gradient; the gradient itself while there is no inverse."""
         if len(state.inverses) < 2:
+            self._check_measured(layer, state, gradient)
             return gradient
         a, g = (state.inverses[which].expanded(layer.dtype) for which in "AG")
         working = gradient.to(layer.dtype)
@@ -404,6 +450,22 @@ class KFACPreconditioner:
             out = precondition_in_eigenbasis(working, a, g, scales, *state.damping)
         return out.to(gradient.dtype)
 
+    def _check_measured(self, layer: CurvatureLayer, state: LayerState, gradient: Tensor) -> None:
+        """Say once that a layer has a gradient and no rows: its weight is used in a way that K-FAC cannot see."""
+        if state.attempted_step < 0 or layer.name in self._unmeasured or float(state.folded.counts.min()) > 0:
+            return
+        if not bool(gradient.any()):
+            return  # no seed reaches it yet
+        self._unmeasured.add(layer.name)
+        text = (
+            f"layer {layer.name!r} has a gradient, but K-FAC saw no call of it and leaves it its plain gradient; is "
+            "its weight used by a function instead of the module, was the model compiled or run before the "
+            "preconditioner was made, or is the layer inside an activation checkpoint?"
+        )
+        if self._strict:
+            raise UserError("strict: " + text)
+        warnings.warn(text, stacklevel=2)
+
     def _trust_scale(self, directions: Sequence[Tensor]) -> Tensor | None:
         """Return ν as a 0-d tensor, without a host synchronisation; None where nothing bounds the step."""
         if self.kl_clip is None and self.norm_constraint is None:
@@ -413,10 +475,14 @@ class KFACPreconditioner:
         lr = value_at(self.lr, self.steps)
         scale = torch.ones_like(self._quadratic)
         if self.kl_clip is not None:
-            scale = kl_clip_scale(self._quadratic, lr, value_at(self.kl_clip, self.steps))
+            kl_clip = value_at(self.kl_clip, self.steps)
+            in_range("kl_clip", kl_clip, low_open=0.0)
+            scale = kl_clip_scale(self._quadratic, lr, kl_clip)
         if self.norm_constraint is not None:
+            bound = value_at(self.norm_constraint, self.steps)
+            in_range("norm_constraint", bound, low_open=0.0)
             squared = inner_product((direction, direction) for direction in directions)
-            scale = torch.minimum(scale, norm_scale(squared, lr, value_at(self.norm_constraint, self.steps)))
+            scale = torch.minimum(scale, norm_scale(squared, lr, bound))
         self.last_scale = scale
         return scale
 
@@ -510,3 +576,15 @@ class KFACPreconditioner:
         for layer in self.layers.values():
             layer.remove()
         self.pipeline.close()
+
+
+def _check_wrapper(model: nn.Module, fisher: FisherKind) -> None:
+    """Raise UserError for a wrapper whose backward pass the preconditioner cannot follow."""
+    kind = type(model).__name__
+    if kind in ("DataParallel", "FullyShardedDataParallel"):
+        raise UserError(f"{kind} is not supported: its copies or shards of a weight have no factors; use DDP")
+    if getattr(model, "static_graph", False) and fisher != "empirical":
+        raise UserError(
+            f"DDP(static_graph=True) counts the extra backward pass of fisher={fisher!r} as a step of its own and then "
+            "reduces nothing; use static_graph=False, or fisher='empirical'"
+        )

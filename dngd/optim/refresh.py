@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class LayerState:
     launched_step: when their refresh was launched (-1: none yet). attempted_step: launch of the last
     refresh that ended, well or not; the same on all ranks, while escalations, failed and reused
     inversions count on the owner rank alone. probes: `M p` of the factors that were last inverted, p a fixed
-    vector, and damping (λ_A, λ_G): what tells a factor that did not change. scales: EKFAC's.
+    vector, and damping (λ_A, λ_G): what tells a factor that did not change.
     """
 
     a: FactorStructure
@@ -63,6 +63,10 @@ class Damping:
     g_ratio: float
 
 
+Job = tuple[FactorStructure, Tensors, float, Wanted]
+"""A factor to invert: structure, averages, λ, and the form that is wanted."""
+
+
 @dataclass
 class Refresh:
     """One refresh under way. `inverses[factor]` is None for an inversion that failed."""
@@ -80,6 +84,7 @@ class Refresh:
     inverses: dict[Factor, StoredInverse | None] = field(default_factory=dict)
     probes: dict[Factor, Tensor] = field(default_factory=dict)
     dampings: dict[str, tuple[float, float]] = field(default_factory=dict)
+    wanted: dict[Factor, Wanted] = field(default_factory=dict)
     stage: str = "reduce"
 
     def stage_step(self, thirds: int) -> int:
@@ -108,6 +113,7 @@ class RefreshPipeline:
         self._owners = owners
         self._comm = communicator
         self._wanted = wanted
+        self._exact = replace(wanted, dtype=None)
         self._change_threshold = change_threshold
         self.discarded_statistics = 0
         """Refreshes whose reduced statistics were not finite and were left out, on all ranks alike."""
@@ -191,10 +197,10 @@ class RefreshPipeline:
         if refresh.adopt_step > refresh.step:
             if self._executor is None:
                 self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dngd-invert")
-            refresh.inversion = self._executor.submit(_decompose_all, jobs, self._wanted)
+            refresh.inversion = self._executor.submit(_decompose_all, jobs)
         else:
             refresh.inversion = Future()
-            refresh.inversion.set_result(_decompose_all(jobs, self._wanted))
+            refresh.inversion.set_result(_decompose_all(jobs))
         refresh.stage = "invert"
 
     def _is_mine(self, factor: Factor) -> bool:
@@ -224,8 +230,8 @@ class RefreshPipeline:
                     tensor += next(parts)
         refresh.reduced = refresh.reduced.new_zeros(0)
 
-    def _damped_factors(self, refresh: Refresh) -> dict[Factor, tuple[FactorStructure, Tensors, float]]:
-        jobs: dict[Factor, tuple[FactorStructure, Tensors, float]] = {}
+    def _damped_factors(self, refresh: Refresh) -> dict[Factor, Job]:
+        jobs: dict[Factor, Job] = {}
         for name in refresh.layers:
             state = self._states[name]
             averages = state.folded.averages()
@@ -243,13 +249,18 @@ class RefreshPipeline:
                 refresh.probes[factor] = state.probes[which] if is_unchanged else probe
                 if is_unchanged and not self._wanted.eigenbasis:
                     kept[which] = old
+                # From reduced numbers, which all ranks hold alike: so they agree on what comes over the wire.
+                trace = float(structure.diagonal(sums).sum())
+                refresh.wanted[factor] = self._wanted if self._wanted.rounds(trace, lam) else self._exact
+                if is_unchanged and state.inverses[which].is_exact(sums[0].dtype):
+                    refresh.wanted[factor] = self._exact
                 if not self._is_mine(factor):
                     continue
                 if is_unchanged:
                     refresh.inverses[factor] = state.inverses[which]
                     state.reused_inversions += 1
                 else:
-                    jobs[factor] = (structure, sums, lam)
+                    jobs[factor] = (structure, sums, lam, refresh.wanted[factor])
             refresh.dampings[name] = (kept["A"], kept["G"])
         return jobs
 
@@ -260,7 +271,8 @@ class RefreshPipeline:
         rounding = 200 * torch.finfo(new.dtype).eps
         limit = max(self._change_threshold, rounding)
         change = float(torch.linalg.vector_norm(new - old)) / max(float(torch.linalg.vector_norm(old)), 1e-300)
-        return change <= limit and abs(damping - old_damping) <= limit * old_damping
+        # An eigenbasis does not depend on the damping.
+        return change <= limit and (self._wanted.eigenbasis or abs(damping - old_damping) <= limit * old_damping)
 
     def _start_sharing(self, refresh: Refresh) -> None:
         assert refresh.inversion is not None
@@ -278,9 +290,9 @@ class RefreshPipeline:
         device = self._states[refresh.layers[0]].folded.counts.device
         for owner, factors in self._by_owner(refresh).items():
             if owner == self._comm.rank:
-                buffer = torch.cat([self._packed(factor, refresh.inverses.get(factor)) for factor in factors])
+                buffer = torch.cat([self._packed(refresh, factor) for factor in factors])
             else:
-                size = sum(1 + self._wire_bytes(factor) for factor in factors)
+                size = sum(1 + self._wire_bytes(refresh, factor) for factor in factors)
                 buffer = torch.empty(size, dtype=torch.uint8, device=device)
             refresh.share_buffers[owner] = buffer
             refresh.share_works.append(self._comm.broadcast(buffer, owner, "inverse", group="factor"))
@@ -293,17 +305,24 @@ class RefreshPipeline:
                 by_owner.setdefault(self._owners[factor], []).append(factor)
         return dict(sorted(by_owner.items()))
 
-    def _wire_bytes(self, factor: Factor) -> int:
-        state = self._states[factor[0]]
-        return self._wanted.wire_bytes(state.structure(factor[1]), state.folded.counts.dtype)
+    def _form(self, refresh: Refresh, factor: Factor) -> Wanted:
+        """Return the form in which a factor's inverse travels; of a factor without statistics nothing does."""
+        return refresh.wanted.get(factor, self._wanted)
 
-    def _packed(self, factor: Factor, inverse: StoredInverse | None) -> Tensor:
+    def _wire_bytes(self, refresh: Refresh, factor: Factor) -> int:
+        state = self._states[factor[0]]
+        return self._form(refresh, factor).wire_bytes(state.structure(factor[1]), state.folded.counts.dtype)
+
+    def _packed(self, refresh: Refresh, factor: Factor) -> Tensor:
         """Return one byte that says whether an inverse follows, and the inverse (or zeros)."""
         device = self._states[factor[0]].folded.counts.device
+        inverse = refresh.inverses.get(factor)
         flag = torch.tensor([inverse is not None], dtype=torch.uint8, device=device)
         if inverse is None:
-            return torch.cat([flag, torch.zeros(self._wire_bytes(factor), dtype=torch.uint8, device=device)])
-        return torch.cat([flag, to_bytes(self._states[factor[0]].structure(factor[1]), inverse, self._wanted)])
+            return torch.cat([flag, torch.zeros(self._wire_bytes(refresh, factor), dtype=torch.uint8, device=device)])
+        return torch.cat(
+            [flag, to_bytes(self._states[factor[0]].structure(factor[1]), inverse, self._form(refresh, factor))]
+        )
 
     def _receive(self, refresh: Refresh) -> None:
         for work in refresh.share_works:
@@ -312,12 +331,12 @@ class RefreshPipeline:
             buffer = refresh.share_buffers[owner]
             offset = 0
             for factor in factors:
-                state, size = self._states[factor[0]], self._wire_bytes(factor)
+                state, size = self._states[factor[0]], self._wire_bytes(refresh, factor)
                 arrived = bool(buffer[offset] > 0)
                 body = buffer[offset + 1 : offset + 1 + size]
                 offset += 1 + size
                 refresh.inverses[factor] = (
-                    from_bytes(state.structure(factor[1]), body, self._wanted, state.folded.counts.dtype)
+                    from_bytes(state.structure(factor[1]), body, self._form(refresh, factor), state.folded.counts.dtype)
                     if arrived
                     else None
                 )
@@ -348,6 +367,6 @@ def _probe_vector(dimension: int, like: Tensor) -> Tensor:
 
 
 def _decompose_all(
-    jobs: Mapping[Factor, tuple[FactorStructure, Tensors, float]], wanted: Wanted
+    jobs: Mapping[Factor, Job],
 ) -> dict[Factor, Decomposition]:
-    return {factor: decompose(structure, sums, lam, wanted) for factor, (structure, sums, lam) in jobs.items()}
+    return {factor: decompose(*job) for factor, job in jobs.items()}

@@ -27,14 +27,23 @@ def preconditioner_state(pre: KFACPreconditioner) -> State:
     """Return the flat state of a drained preconditioner; keys "shared.…" and "local.…"."""
     out: State = {
         "shared.counters": _integers(
-            pre.steps, pre.factor_steps, pre.dropped_steps, pre.dropped_in_a_row, pre.non_finite_statistics
-        )
+            pre.steps,
+            pre.factor_steps,
+            pre.dropped_steps,
+            pre.dropped_in_a_row,
+            pre.non_finite_statistics,
+            pre.pipeline.discarded_statistics,
+        ),
+        "local.rank": _integers(pre.communicator.rank, pre.communicator.world_size),
     }
     if isinstance(pre.damping, LevenbergMarquardt):
         out["shared.damping"] = torch.tensor([pre.damping.value], dtype=torch.float64)
     for name, state in pre.states.items():
         out.update(_layer_state(name, state))
-        out[f"local.constant.{name}"] = _integers(pre.layers[name].constant.repeats)
+        constant = pre.layers[name].constant
+        out[f"local.constant.{name}"] = _integers(constant.repeats)
+        if constant.reach is not None and constant.repeats:
+            out[f"local.reach.{name}"] = constant.reach.clone()
     if pre.eigenvalues is not None:
         for name, scale in pre.eigenvalues.by_layer.items():
             out[f"local.scale_sum.{name}"] = scale.sum.clone()
@@ -83,12 +92,16 @@ def load_preconditioner_state(pre: KFACPreconditioner, states: Sequence[State]) 
     for layer in pre.layers.values():
         layer.forget()
     counters = [int(v) for v in shared["shared.counters"]]
-    pre.steps, pre.factor_steps, pre.dropped_steps, pre.dropped_in_a_row, pre.non_finite_statistics = counters
+    pre.steps, pre.factor_steps, pre.dropped_steps, pre.dropped_in_a_row = counters[:4]
+    pre.non_finite_statistics, pre.pipeline.discarded_statistics = counters[4:]
     if isinstance(pre.damping, LevenbergMarquardt) and "shared.damping" in shared:
         pre.damping.value = float(shared["shared.damping"])
     for name, state in pre.states.items():
         _load_layer(name, state, shared, local)
-        pre.layers[name].constant = ConstantInput(repeats=bool(local[f"local.constant.{name}"]))
+        constant = pre.layers[name].constant = ConstantInput()
+        constant.repeats = bool(local[f"local.constant.{name}"])
+        reach = local.get(f"local.reach.{name}")
+        constant.reach = None if reach is None else reach.to(state.folded.counts.device, copy=True)
     if pre.eigenvalues is not None:
         pre.eigenvalues.forget()
         for name, state in pre.states.items():
@@ -201,9 +214,18 @@ def _take_inverse(saved: State, prefix: str, name: str, device: torch.device) ->
 
 
 def _merge_local(states: Sequence[State], rank: int, world_size: int) -> State:
+    saved_ranks = [tuple(int(v) for v in state["local.rank"]) for state in states]
+    if saved_ranks == [(rank, world_size)]:
+        return states[0]
+    if saved_ranks != [(r, len(states)) for r in range(len(states))]:
+        raise UserError(
+            f"the state given is of ranks {[r for r, _ in saved_ranks]} of {saved_ranks[0][1]}; give this rank's own "
+            f"(rank {rank} of {world_size}), or those of all ranks that saved, in rank order"
+        )
     if len(states) == world_size:
         return states[rank]
-    keys = [key for key in states[0] if key.startswith("local.")]
+    # Other ranks have other shards: which of their rows were reached says nothing about this one's.
+    keys = [key for key in states[0] if key.startswith("local.") and not key.startswith("local.reach.")]
     if rank == 0:
         return {key: torch.stack([state[key] for state in states]).sum(dim=0) for key in keys}
     return {key: torch.zeros_like(states[0][key]) for key in keys}

@@ -142,5 +142,6 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> 
     for key, value in saved.items():
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
-        device = parameter.device if value.shape == parameter.shape else torch.device("cpu")
+        # Step counts stay on the CPU; Adam in the eigenbasis has moments of other shapes than its parameters.
+        device = parameter.device if value.dim() > 0 else torch.device("cpu")
         optimizer.state[parameter][name] = value.to(device, copy=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -100,17 +100,22 @@ class CurvatureLayer:
             scales = row_scales(rows.to(self.dtype), gradients, self.has_ones, *self.basis)
             self._add_scales(scales * weight)
 
-    def add_constant_inputs(self, rows: Tensor, reached: Tensor) -> None:
-        """Add the input rows of an input that may never change: their product is taken once and kept."""
+    def add_constant_inputs(self, make_rows: Callable[[], Tensor], reached: Tensor) -> None:
+        """Add the rows [r, d_in] of an input that may never change: their product is taken once and kept.
+
+        Rows that any step so far reached count in all: a hidden unit that is dead or dropped in one step would
+        otherwise take its row out of a product that is meant to stay.
+        """
         pending = self._pending()
-        kept = self.constant.product(reached)
-        if kept is None:
-            if not bool(reached.all()):
-                rows = rows[reached]
+        reach = self.constant.widen(reached)
+        if self.constant.product is None:
+            rows = make_rows()
+            if not bool(reach.all()):
+                rows = rows[reach]
             sums = self.a.zeros(self.dtype, self.device)
             self.a.accumulate_(sums, rows.to(self.dtype), ones=self.has_ones)
-            kept = self.constant.keep(sums, float(rows.shape[0]), reached)
-        sums, count = kept
+            self.constant.product = (sums, float(rows.shape[0]))
+        sums, count = self.constant.product
         for mine, theirs in zip(pending.a, sums):
             mine.add_(theirs)
         pending.counts[0] += count
@@ -148,52 +153,76 @@ class CurvatureLayer:
 
 
 class ConstantInput:
-    """Recognises an input that never changes, by identity and version of the objects that it is made of.
+    """Recognises an input that never changes, by identity, version and a sample of the objects it is made of.
 
     Full-batch training without input dropout shows the first layer the same rows at every step: their
     product is then computed once. The first call is kept on trust, if it is measured whole either way; a call
-    with another input ends that until an input comes twice in a row. repeats: whether that is so; a saved state
-    keeps it.
+    with another input ends that until an input comes twice in a row. repeats: whether that is so. reach: the rows
+    that any step with this input reached. A saved state keeps both. product: A's sums over these rows and their
+    number, None until they are taken. The sample of the values catches writes that torch does not count, such as
+    those through a numpy array that shares the memory.
     """
 
-    def __init__(self, *, repeats: bool = False) -> None:
-        self.repeats = repeats
-        self._seen: tuple[tuple[weakref.ref[Any], int], ...] | None = None
-        self._kept: tuple[Tensors, float, Tensor] | None = None
+    def __init__(self) -> None:
+        self.repeats = False
+        self.reach: Tensor | None = None
+        self.product: tuple[Tensors, float] | None = None
+        self._seen: list[tuple[weakref.ref[Any], int, Tensor | None]] | None = None
 
     def is_worth_keeping(self, sources: tuple[Any, ...], *, trusts_first: bool) -> bool:
         """Return whether this input is the one of the last call, or the first one ever and trusted."""
         is_first = self._seen is None
         is_trusted = is_first and (trusts_first or self.repeats)
-        same = self._seen is not None and len(self._seen) == len(sources)
+        now = [(weakref.ref(t), _version(t), _sample(t)) for t in sources]
+        same = self._seen is not None and len(self._seen) == len(now)
         if same and self._seen is not None:
-            same = all(ref() is t and version == _version(t) for (ref, version), t in zip(self._seen, sources))
-        self._seen = tuple((weakref.ref(t), _version(t)) for t in sources)
+            same = all(
+                old[0]() is new[0]() and old[1] == new[1] and _equal(old[2], new[2])
+                for old, new in zip(self._seen, now)
+            )
+        self._seen = now
         if not same:
-            self._kept = None
+            self.product = None
         if not is_first:
             self.repeats = same
+            if not same:
+                self.reach = None
         return is_trusted or same
 
-    def product(self, reached: Tensor) -> tuple[Tensors, float] | None:
-        """Return the kept sums and row count, if they are of the same reached rows."""
-        if self._kept is None or not torch.equal(self._kept[2], reached):
-            return None
-        return self._kept[0], self._kept[1]
-
-    def keep(self, sums: Tensors, count: float, reached: Tensor) -> tuple[Tensors, float]:
-        """Keep sums and row count for the next call."""
-        self._kept = (sums, count, reached)
-        return sums, count
+    def widen(self, reached: Tensor) -> Tensor:
+        """Return the rows reached so far, these included; a wider reach makes the product void."""
+        if self.reach is None or self.reach.shape != reached.shape:
+            self.reach, self.product = reached, None
+        elif bool((reached & ~self.reach).any()):
+            self.reach, self.product = self.reach | reached, None
+        return self.reach
 
     def tensors(self) -> Tensors:
         """Return what is kept."""
-        return () if self._kept is None else (*self._kept[0], self._kept[2])
+        kept = () if self.product is None else self.product[0]
+        return kept if self.reach is None else (*kept, self.reach)
+
+
+SAMPLE_SIZE = 4096
+"""Entries of an input that are compared from step to step."""
 
 
 def _version(source: Any) -> int:
     """Return how often a tensor was changed in place; 0 for another object, which must not be changed at all."""
     return source._version if isinstance(source, Tensor) else 0
+
+
+def _sample(source: Any) -> Tensor | None:
+    """Return evenly spaced entries of a dense tensor; None for anything else."""
+    if not isinstance(source, Tensor) or source.layout != torch.strided or source.numel() == 0:
+        return None
+    flat = source.detach()
+    flat = flat.view(-1) if flat.is_contiguous() else flat[:: max(1, flat.shape[0] // 64)].reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLE_SIZE)].clone()
+
+
+def _equal(old: Tensor | None, new: Tensor | None) -> bool:
+    return old is new or (old is not None and new is not None and torch.equal(old, new))
 
 
 class InertHook:

@@ -72,6 +72,7 @@ def find_layers(model: nn.Module, capture: Capture, layout: FactorLayout) -> tup
                     )
                 covered[id(parameter)] = layer.name
             layers.append(layer)
+    _check_owners(model, covered)
     left_over = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in covered]
     if not layers:
         raise UserError(
@@ -80,6 +81,20 @@ def find_layers(model: nn.Module, capture: Capture, layout: FactorLayout) -> tup
             "torch.optim.Adam for it"
         )
     return layers, left_over
+
+
+def _check_owners(model: nn.Module, covered: dict[int, str]) -> None:
+    """Raise UserError if a covered parameter also belongs to a module without factors: its rows there go unseen."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(f"{name}.{key}".lstrip("."))
+    for key_id, names in owners.items():
+        if key_id in covered and len(names) > 1:
+            raise UserError(
+                f"{' and '.join(names)} share a parameter; K-FAC needs one set of factors a weight, so give each "
+                "module its own weight, or use one module twice"
+            )
 
 
 def _adapt_all(model: nn.Module, capture: Capture, layout: FactorLayout) -> Iterator[Adapted]:
