@@ -111,7 +111,9 @@ class Capture:
         """Whether layers ran in this factor step and `observe` was not told of the outputs."""
         return len(self._records) > self._num_observed
 
-    def observe(self, outputs: Tensor, weights: Tensor | None, key: int | None, row_samples: Tensor | None) -> None:
+    def observe(
+        self, outputs: Tensor, weights: Tensor | None, key: int | None, row_samples: Tensor | None = None
+    ) -> None:
         """Measure G from the model's outputs; see KFACPreconditioner.observe."""
         if not self.active:
             return

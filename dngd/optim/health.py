@@ -22,9 +22,10 @@ def layer_health(layer: CurvatureLayer, state: LayerState, pre: KFACPrecondition
 
     staleness: steps since the launch of the inverse in use (-1: none yet). a_condition, g_condition:
     (σ_max + λ)/λ, an upper bound of the damped factors' condition numbers, with σ_max by power iteration, which stays
-    a few percent below where the largest eigenvalues lie close (NaN before the first refresh). a_damping_share, g_damping_share: `λ d / (tr M + λ d)`, how much of the damped factor is
-    damping: near 1 the layer takes plain gradient steps. escalations, failed_inversions, reused_inversions:
-    of the factors this rank owns. scale: ν of the last step, the KL clip's and norm constraint's.
+    a few percent below where the largest eigenvalues lie close (NaN before the first refresh). a_damping_share,
+    g_damping_share: `λ d / (tr M + λ d)`, how much of the damped factor is damping: near 1 the layer takes plain
+    gradient steps. escalations, failed_inversions, reused_inversions: of the factors this rank owns. scale: ν of the
+    last step, the KL clip's and norm constraint's.
     non_finite_statistics, dropped_steps: of the whole preconditioner.
     """
     out = {

@@ -367,8 +367,8 @@ def test_mutant_squared_weights_are_caught() -> None:
     """Weights of the losses go into the gradients squared."""
     original = Capture.observe
 
-    def squared(self: Capture, outputs: Tensor, weights: Tensor | None, key: int) -> None:
-        original(self, outputs, None if weights is None else weights.square(), key)
+    def squared(self: Capture, outputs: Tensor, weights: Tensor | None, *rest: Any) -> None:
+        original(self, outputs, None if weights is None else weights.square(), *rest)
 
     for kind in ("ggn", "monte_carlo"):
         assert_caught(lambda kind=kind: law_weights(kind, "cross_entropy"), Capture, "observe", squared)
@@ -712,10 +712,8 @@ def law_expand() -> None:
 
 def test_reduce() -> None:
     law_reduce()
-    original = Capture._merge_samples
-    assert_caught(
-        law_reduce, Capture, "_merge_samples", lambda self, rows, gradients: original(self, 2 * rows, gradients)
-    )
+    original = capture._merged_rows
+    assert_caught(law_reduce, capture, "_merged_rows", lambda rows, samples: original(2 * rows, samples))
 
 
 def test_expand() -> None:
@@ -730,11 +728,11 @@ def law_row_samples() -> None:
     torch.manual_seed(1)
     net = nn.Linear(D_IN, OUT).double()
     pre = KFACPreconditioner(net, weight_sharing="reduce")
-    pre.capture.row_samples = samples
     mean = torch.zeros(3, 20, dtype=F64)
     mean[samples, torch.arange(20)] = 1.0
     mean /= mean.sum(dim=1, keepdim=True)
     z = mean @ net(x)
+    pre.observe(z, row_samples=samples)
     F.cross_entropy(z, y).backward()
     pre.step(num_samples=3)
     (factors,) = pre.factors().values()
@@ -747,7 +745,7 @@ def law_row_samples() -> None:
 
 def test_row_samples() -> None:
     law_row_samples()
-    assert_caught(law_row_samples, Capture, "_merge_samples", lambda self, rows, gradients: (rows, gradients))
+    assert_caught(law_row_samples, Capture, "_samples_of", lambda self, layer, gradient: None)
 
 
 # The published code's variant

@@ -319,4 +319,4 @@ def test_mutants_of_graph_layers(case: Callable[[int], Case], target: Any, attri
 
 def test_mutant_constant_product_that_is_never_renewed() -> None:
     law = lambda: law_constant_input_is_aggregated_once(changes=True)  # noqa: E731
-    assert_caught(law, base, "_version", lambda source: 0)
+    assert_caught(law, base.ConstantInput, "is_worth_keeping", lambda *arguments, **named: True)

@@ -199,8 +199,9 @@ class ConstantInput:
 
     def tensors(self) -> Tensors:
         """Return what is kept."""
-        kept = () if self.product is None else self.product[0]
-        return kept if self.reach is None else (*kept, self.reach)
+        kept = [] if self.product is None else [*self.product[0]]
+        kept += [] if self.reach is None else [self.reach]
+        return (*kept, *(sample for _, _, sample in self._seen or () if sample is not None))
 
 
 SAMPLE_SIZE = 4096
