@@ -46,10 +46,10 @@ class KFACConfig(_Section):
     kl_clip: float | None = Field(3e-3, gt=0, description="κ, bound of η²·⟨natural gradient, gradient⟩, twice a step's predicted KL; null for none", json_schema_extra=IDENTITY)
     norm_constraint: float | None = Field(None, gt=0, description="bound of a step's length η‖v‖ before momentum; null for none", json_schema_extra=IDENTITY)
     momentum: float = Field(0.9, ge=0, lt=1, description="μ, applied after preconditioning", json_schema_extra=IDENTITY)
-    max_rows: int | None = Field(4096, ge=1, description="rows of a layer and shard that are measured at most, an unbiased draw; null for all", json_schema_extra=IDENTITY)
-    max_dimension: int = Field(2048, ge=1, description="widest factor that is kept dense", json_schema_extra=IDENTITY)
+    max_rows: int | None = Field(1024, ge=1, description="rows of a layer and shard that are measured at most, an unbiased draw; null for all", json_schema_extra=IDENTITY)
+    max_dimension: int = Field(640, ge=1, description="widest factor that is kept dense", json_schema_extra=IDENTITY)
     wide_inputs: Literal["low_rank", "block_diagonal", "diagonal", "dense"] = Field("low_rank", description="what a wider A becomes", json_schema_extra=IDENTITY)
-    rank: int = Field(256, ge=1, description="of low_rank", json_schema_extra=IDENTITY)
+    rank: int = Field(128, ge=1, description="of low_rank", json_schema_extra=IDENTITY)
     split_inputs: bool = Field(True, description="GraphSAGE: a block of A each for self and neighbour rows", json_schema_extra=IDENTITY)
     inverse_precision: Literal["float16", "bfloat16", "full"] = Field("float16", description="in which inverses are kept and sent", json_schema_extra=IDENTITY)
 

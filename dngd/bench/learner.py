@@ -18,9 +18,7 @@ from dngd.models import GNN, build_model
 from dngd.sampling import BatchCoordinates, MiniBatch, derive_seed
 from dngd.train.batch import DeviceBatch, PropagationBuilder
 from dngd.train.metrics import StepClock
-
-# The training loop's words: a run here has the weights and dropout that `dngd train` has with this seed.
-_WEIGHTS, _DROPOUT = 11, 12
+from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Batch:
 def initial_model(config: TrainConfig, store: GraphStore) -> GNN:
     """Return the model that every competitor starts from; it depends on the configuration's seed alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, _WEIGHTS))
+        torch.manual_seed(derive_seed(config.seed, WEIGHTS_STREAM))
         return build_model(
             config.model,
             in_features=store.num_features,
@@ -92,7 +90,7 @@ class Learner:
         """
         where = batch.coordinates
         optimizer = self.competitor.step_optimizer
-        torch.manual_seed(derive_seed(self._seed, _DROPOUT, where.epoch, where.step, where.shard))
+        torch.manual_seed(derive_seed(self._seed, DROPOUT_STREAM, where.epoch, where.step, where.shard))
         started = time.perf_counter()
         self.competitor.set_learning_rate(lr)
         with self.clock.phase("zero"):
@@ -101,10 +99,8 @@ class Learner:
             on_device = self._on_device(batch.content)
             logits = self.model(self._features, on_device.propagations, on_device.first_aggregation)
             loss_sum = F.cross_entropy(logits, on_device.labels, reduction="sum")
-        observe = getattr(optimizer, "observe", None)
-        if observe is not None:
-            with self.clock.phase("observe"):
-                observe(logits, weights=None, key=where.shard)
+        with self.clock.phase("observe"):
+            optimizer.observe(logits, weights=None, key=where.shard)
         with self.clock.phase("backward"):
             loss_sum.backward()  # type: ignore[no-untyped-call]
         num_seeds = on_device.seeds.numel()

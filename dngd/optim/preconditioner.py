@@ -81,7 +81,8 @@ class KFACPreconditioner:
     communicator: None takes torch.distributed's, all ranks, if initialised. The gradients given to `step` must
         already be reduced over the ranks (as DDP does).
 
-    Every schedule is a number or a function of the step; so are the periods.
+    The defaults measure every row and keep every digit, in units of the loss's Fisher; NaturalGradient's are the cheap,
+    scale-free ones, chosen by measurement. Every schedule is a number or a function of the step; so are the periods.
     Raises UserError for an argument out of range, a model without a supported layer, or a shared weight.
     """
 
@@ -108,9 +109,9 @@ class KFACPreconditioner:
         norm_constraint: Schedule | None = None,
         lr: Schedule | None = None,
         weight_sharing: WeightSharing = "expand",
-        max_rows: int | None = 4096,
+        max_rows: int | None = None,
         layout: FactorLayout | None = None,
-        inverse_precision: InversePrecision = "float16",
+        inverse_precision: InversePrecision = "full",
         loss_scale: Callable[[], float] | None = None,
         max_dropped_steps: int | None = 10,
         strict: bool = False,

@@ -42,9 +42,7 @@ from dngd.train.optimizers import build_optimizer, load_moments, moments, set_le
 from dngd.train.plan import check_device, check_fits, make_plan
 from dngd.train.progress import Reporter, StepRecord
 from dngd.train.run_folder import RunFolder
-
-_WEIGHTS, _DROPOUT = 11, 12
-"""Words that keep the random streams of weights and dropout apart from the sampler's."""
+from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
 
 REPORT_PERIOD_SECONDS = 0.25
 FULL_BATCH_CHECKPOINT_PERIOD = 50
@@ -70,7 +68,7 @@ class TrainingLoop:
         self.plan = make_plan(config, self.store, self.split)
         check_fits(self.plan, config, workers_here)
 
-        torch.manual_seed(derive_seed(config.seed, _WEIGHTS))
+        torch.manual_seed(derive_seed(config.seed, WEIGHTS_STREAM))
         self.model: GNN = build_model(
             config.model,
             in_features=self.store.num_features,
@@ -170,7 +168,7 @@ class TrainingLoop:
         num_seeds_here = 0.0
         for shard in shards:
             batch = source.batch(epoch, step_in_epoch, shard)
-            torch.manual_seed(derive_seed(self.config.seed, _DROPOUT, epoch, step_in_epoch, shard))
+            torch.manual_seed(derive_seed(self.config.seed, DROPOUT_STREAM, epoch, step_in_epoch, shard))
             num_seeds_here += self._back_propagate(batch, shard, self._unlabelled_weight(epoch))
         with self.clock.phase("reduce"):
             sums = self.gradients.reduce_(self.comm)
