@@ -2,8 +2,8 @@
 
 Layers report each call's input rows and output; the curvature needs the gradient of the loss with
 respect to that output. The empirical Fisher reads it in the user's own backward pass; the others
-(`observe`) back-propagate vectors of their own, with `autograd.grad`, which touches no `.grad` and
-fires no hook of DDP.
+(`observe`) back-propagate vectors of their own, with `autograd.grad`, which touches no parameter's `.grad`
+and fires no hook on parameters (DDP's are such); hooks on intermediate tensors do fire.
 """
 
 from __future__ import annotations

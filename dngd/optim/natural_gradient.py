@@ -172,7 +172,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.preconditioner.device.type, enabled=False):
             if finite is None:
                 finite = self._gradients_are_finite()
             step = self.preconditioner.steps

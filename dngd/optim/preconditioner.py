@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -252,24 +253,28 @@ class KFACPreconditioner:
         if finite is None:
             finite = self.gradients_are_finite()
         self._check_not_moved()
-        started = time.perf_counter()
-        if finite:
-            self.commit(num_samples, factor_samples)
-            self.dropped_in_a_row = 0
-        else:
-            self.discard()
-        committed = time.perf_counter()
-        self.refresh()
-        refreshed = time.perf_counter()
-        if finite and self.method != "rotate":
-            self.precondition(1.0 if mean_gradients or num_samples == 0 else 1.0 / num_samples)
-        self.phase_seconds["commit"] += committed - started
-        self.phase_seconds["refresh"] += refreshed - committed
-        self.phase_seconds["precondition"] += time.perf_counter() - refreshed
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            with self._phase("commit"):
+                if finite:
+                    self.commit(num_samples, factor_samples)
+                    self.dropped_in_a_row = 0
+                else:
+                    self.discard()
+            with self._phase("refresh"):
+                self.refresh()
+            with self._phase("precondition"):
+                if finite and self.method != "rotate":
+                    self.precondition(1.0 if mean_gradients or num_samples == 0 else 1.0 / num_samples)
         self.steps += 1
         self.capture.start_step(self.steps, self._is_factor_step())
         self._stop_after_many_drops()
         return finite
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.phase_seconds[name] += time.perf_counter() - started
 
     def _check_not_moved(self) -> None:
         for name, layer in self.layers.items():
@@ -338,6 +343,12 @@ class KFACPreconditioner:
                 if paper:
                     layer.pending.counts.fill_(num_samples if factor_samples is None else factor_samples)
                 target.add_(layer.pending)
+                if layer.only_constant and layer.constant.is_only_input and state.unfolded is None:
+                    # The average of what never changes is its latest value: rows that were not reached at first
+                    # do not linger in it, and the factor stays as it is. Its weight c goes on as ever.
+                    share = target.counts[0] / layer.pending.counts[0]
+                    for mine, latest in zip(target.a, layer.pending.a):
+                        torch.mul(latest, share, out=mine)
             elif layer.pending is None and is_measured:
                 target.counts[1] += num_samples
         if self.eigenvalues is not None:

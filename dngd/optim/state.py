@@ -41,7 +41,7 @@ def preconditioner_state(pre: KFACPreconditioner) -> State:
     for name, state in pre.states.items():
         out.update(_layer_state(name, state))
         constant = pre.layers[name].constant
-        out[f"local.constant.{name}"] = _integers(constant.repeats)
+        out[f"local.constant.{name}"] = _integers(constant.repeats, constant.is_only_input)
         if constant.reach is not None and constant.repeats:
             out[f"local.reach.{name}"] = constant.reach.clone()
     if pre.eigenvalues is not None:
@@ -99,7 +99,9 @@ def load_preconditioner_state(pre: KFACPreconditioner, states: Sequence[State]) 
     for name, state in pre.states.items():
         _load_layer(name, state, shared, local)
         constant = pre.layers[name].constant = ConstantInput()
-        constant.repeats = bool(local[f"local.constant.{name}"])
+        repeats, is_only_input = (bool(v) for v in local[f"local.constant.{name}"])
+        # Of an input that came once it is not known whether it would have come again.
+        constant.repeats, constant.is_only_input = repeats, repeats and is_only_input
         reach = local.get(f"local.reach.{name}")
         constant.reach = None if reach is None else reach.to(state.folded.counts.device, copy=True)
     if pre.eigenvalues is not None:

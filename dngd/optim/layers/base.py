@@ -21,7 +21,7 @@ class CurvatureLayer:
     the layer is a [d_g, d_a] matrix. has_ones: whether a 1 is appended to each row (a bias). `pending`
     holds what was captured since the last commit or discard: Σ m mᵀ, Σ g gᵀ (of the loss as
     back-propagated) and the row count in counts[0]; `pending_scales` the sums of EKFAC, taken while
-    `basis` is set.
+    `basis` is set. only_constant: whether all input rows pending are those of an input that never changes.
 
     Subclasses register hooks, with `hook`, that call `self.capture.record(self, payload, output)`, and
     implement `rows`, `gradient` and `set_gradient` (and `gradients`, where the output's are not the rows').
@@ -49,6 +49,7 @@ class CurvatureLayer:
         self.has_ones = has_ones
         self.pending: FactorStatistics | None = None
         self.pending_scales: Tensor | None = None
+        self.only_constant: bool | None = None
         self.basis: tuple[Tensors, Tensors] | None = None
         self.constant = ConstantInput()
         self._handles: list[RemovableHandle] = []
@@ -93,6 +94,7 @@ class CurvatureLayer:
         """Add rows and gradients, each standing for `weight` rows, to the pending sums."""
         pending = self._pending()
         if with_inputs:
+            self.only_constant = False
             self.a.accumulate_(pending.a, rows.to(self.dtype), ones=self.has_ones, weight=weight)
             pending.counts[0] += weight * rows.shape[0]
         self.g.accumulate_(pending.g, gradients, weight=weight)
@@ -107,6 +109,7 @@ class CurvatureLayer:
         otherwise take its row out of a product that is meant to stay.
         """
         pending = self._pending()
+        self.only_constant = self.only_constant is not False
         reach = self.constant.widen(reached)
         if self.constant.product is None:
             rows = make_rows()
@@ -124,6 +127,7 @@ class CurvatureLayer:
         """Drop what was captured since the last commit."""
         self.pending = None
         self.pending_scales = None
+        self.only_constant = None
 
     def hook(self, handle: RemovableHandle) -> None:
         """Remember a hook to take off again."""
@@ -157,14 +161,15 @@ class ConstantInput:
 
     Full-batch training without input dropout shows the first layer the same rows at every step: their
     product is then computed once. The first call is kept on trust, if it is measured whole either way; a call
-    with another input ends that until an input comes twice in a row. repeats: whether that is so. reach: the rows
-    that any step with this input reached. A saved state keeps both. product: A's sums over these rows and their
-    number, None until they are taken. The sample of the values catches writes that torch does not count, such as
-    those through a numpy array that shares the memory.
+    with another input ends that until an input comes twice in a row. repeats: whether that is so. is_only_input:
+    whether there never was another. reach: the rows that any step with this input reached. A saved state keeps
+    these. product: A's sums over these rows and their number, None until they are taken. The sample of the values
+    catches writes that torch does not count, such as those through a numpy array that shares the memory.
     """
 
     def __init__(self) -> None:
         self.repeats = False
+        self.is_only_input = True
         self.reach: Tensor | None = None
         self.product: tuple[Tensors, float] | None = None
         self._seen: list[tuple[weakref.ref[Any], int, Tensor | None]] | None = None
@@ -185,6 +190,7 @@ class ConstantInput:
             self.product = None
         if not is_first:
             self.repeats = same
+            self.is_only_input &= same
             if not same:
                 self.reach = None
         return is_trusted or same

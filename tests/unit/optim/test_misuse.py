@@ -1,0 +1,335 @@
+"""Uses that would be silently wrong: each is handled, warned of once, or refused with the fix."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dngd.errors import TrainingError, UserError
+from dngd.optim import KFACPreconditioner, NaturalGradient
+from dngd.optim.capture import Capture
+from tests.helpers.mutants import assert_caught
+
+F64 = torch.float64
+
+
+def make_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def make_data(n: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 4, generator=generator, dtype=F64), torch.randint(3, (n,), generator=generator)
+
+
+def law_only_reached_rows_are_drawn() -> None:
+    """20 labelled rows of 2,000 and at most 50 measured: all 20 are, whatever the draw."""
+    net = make_net()
+    x, y = make_data(2000)
+    found = []
+    for max_rows in (None, 50):
+        pre = KFACPreconditioner(net, max_rows=max_rows)
+        net.zero_grad()
+        F.cross_entropy(net(x)[:20], y[:20]).backward()
+        pre.step(num_samples=20)
+        found.append(pre.factors()["2"])
+        pre.close()
+    for mine, theirs in zip(*found):
+        assert torch.allclose(mine, theirs, rtol=1e-9)
+
+
+def test_only_reached_rows_are_drawn() -> None:
+    def draws_first(self: Capture, layer: Any, reached: Tensor) -> tuple[Tensor | None, float]:
+        chosen = torch.arange(reached.numel())[:: max(1, reached.numel() // 50)]
+        return chosen, reached.numel() / chosen.numel()
+
+    law_only_reached_rows_are_drawn()
+    original = Capture._choose
+
+    def mutant(self: Capture, layer: Any, reached: Tensor) -> tuple[Tensor | None, float]:
+        return original(self, layer, reached) if self.max_rows is None else draws_first(self, layer, reached)
+
+    assert_caught(law_only_reached_rows_are_drawn, Capture, "_choose", mutant)
+
+
+def test_dropped_units_do_not_end_a_constant_input() -> None:
+    """Full batch with few hidden units and dropout: rows come and go, the product is soon taken no more."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Dropout(0.5), nn.Linear(3, 3))
+    x, y = (t.float() if t.is_floating_point() else t for t in make_data(60))
+    pre = KFACPreconditioner(net, damping_mode="relative", dense_steps=60, inverse_update_period=4)
+    for _ in range(60):
+        net.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        pre.step(num_samples=60)
+    layer = pre.layers["0"]
+    alive = (net[0](x) > 0).any(dim=1)
+    assert layer.constant.reach is not None
+    assert torch.equal(layer.constant.reach, alive)
+    assert pre.states["0"].reused_inversions >= 5
+
+
+def test_two_heads_add_up() -> None:
+    """Observed one after another, the trunk's G is the sum of the two heads' own."""
+
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = torch.tanh(self.trunk(x))
+            return self.a(hidden), self.b(hidden)
+
+    x, y = make_data(8)
+    found = []
+    for which in ((0,), (1,), (0, 1)):
+        torch.manual_seed(0)
+        net = TwoHeads().double()
+        pre = KFACPreconditioner(net, fisher="ggn")
+        outputs = net(x)
+        for head in which:
+            pre.observe(outputs[head], key=head)
+        sum(F.cross_entropy(outputs[head], y) for head in which).backward()  # type: ignore[union-attr]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pre.step(num_samples=8)
+        found.append(pre.factors()["trunk"])
+        pre.close()
+    first, second, both = found
+    assert torch.allclose(first.G + second.G, both.G, rtol=1e-9)
+    assert torch.allclose(first.A, both.A, rtol=1e-9)
+
+
+def test_each_micro_batch_must_be_observed() -> None:
+    net = make_net()
+    pre = KFACPreconditioner(net, fisher="monte_carlo")
+    for i, (x, y) in enumerate((make_data(4, 1), make_data(4, 2))):
+        outputs = net(x)
+        if i == 0:
+            pre.observe(outputs)
+        (F.cross_entropy(outputs, y) / 2).backward()
+    with pytest.raises(UserError, match="each forward pass"):
+        pre.step(num_samples=8)
+
+
+def test_micro_batches_draw_labels_of_their_own() -> None:
+    """Without keys too: the same rows twice are not the same labels twice."""
+    net = make_net()
+    x, y = make_data(64)
+    sums = []
+    for calls in (1, 2):
+        pre = KFACPreconditioner(net, fisher="monte_carlo")
+        for _ in range(calls):
+            net.zero_grad()
+            outputs = net(x)
+            pre.observe(outputs)
+            F.cross_entropy(outputs, y).backward()
+        pre.step(num_samples=64 * calls)
+        sums.append(pre.factors()["2"].G)
+        pre.close()
+    assert not torch.allclose(sums[0], sums[1], rtol=1e-6)
+
+
+def test_gradients_given_up_leave_no_rows() -> None:
+    """`model.zero_grad()` before a new forward pass, without the preconditioner being told."""
+    net = make_net()
+    pre = KFACPreconditioner(net)
+    for _ in range(3):
+        net.zero_grad()
+        x, y = make_data(8)
+        F.cross_entropy(net(x), y).backward()
+    pre.step(num_samples=8)
+    assert float(pre.states["0"].folded.counts[0]) == 8
+
+
+def test_a_weight_used_by_a_function_is_said() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(torch.tanh(self.first(x)), self.second.weight, self.second.bias)
+
+    x, y = make_data(8)
+    for strict in (False, True):
+        net = Functional().double()
+        pre = KFACPreconditioner(net, strict=strict)
+        F.cross_entropy(net(x), y).backward()
+        if strict:
+            with pytest.raises(UserError, match="'second'"):
+                pre.step(num_samples=8)
+            continue
+        with pytest.warns(UserWarning, match="'second' has a gradient"):
+            pre.step(num_samples=8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # once is enough
+            pre.step(num_samples=8)
+
+
+def test_a_second_backward_pass_is_said() -> None:
+    net = make_net()
+    KFACPreconditioner(net)
+    x, y = make_data(8)
+    loss = F.cross_entropy(net(x), y)
+    loss.backward(retain_graph=True)
+    with pytest.warns(UserWarning, match="second backward"):
+        loss.backward()
+
+
+def test_a_weight_shared_with_another_kind_of_module_is_refused() -> None:
+    class Bag(nn.Module):
+        def __init__(self, weight: nn.Parameter) -> None:
+            super().__init__()
+            self.table = weight
+
+    linear = nn.Linear(4, 3)
+    with pytest.raises(UserError, match="share a parameter"):
+        KFACPreconditioner(nn.ModuleList([linear, Bag(linear.weight)]))
+    embedding, decoder = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+    decoder.weight = embedding.weight
+    with pytest.raises(UserError, match="share a parameter"):
+        KFACPreconditioner(nn.ModuleList([embedding, decoder]))
+
+
+def test_wrappers_that_cannot_be_followed_are_refused() -> None:
+    class DistributedDataParallel(nn.Module):
+        static_graph = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = make_net()
+
+    with pytest.raises(UserError, match="static_graph"):
+        KFACPreconditioner(DistributedDataParallel(), fisher="monte_carlo")
+    KFACPreconditioner(DistributedDataParallel()).close()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kl_clip": lambda step: 1e-3 - step}, "kl_clip"),
+        ({"norm_constraint": lambda step: 1.0 - step}, "norm_constraint"),
+        ({"momentum": lambda step: 0.5 + step}, "momentum"),
+        ({"weight_decay": lambda step: -float(step)}, "weight_decay"),
+        ({"damping": lambda step: 1.0 - step}, "damping"),
+    ],
+)
+def test_a_schedule_that_leaves_its_range_stops(options: dict[str, Any], said: str) -> None:
+    net = make_net()
+    optimizer = NaturalGradient(net, dense_steps=9, inverse_update_period=1, **options)
+    x, y = make_data(8)
+
+    def three_steps() -> None:
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step(num_samples=8)
+
+    with pytest.raises(UserError, match=said):
+        three_steps()
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+def test_schedulers_find_momentum_and_weight_decay() -> None:
+    optimizer = NaturalGradient(make_net(), lr=0.1, momentum=0.8, weight_decay=1e-3)
+    assert optimizer.param_groups[0]["momentum"] == 0.8
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=10)
+    assert optimizer.param_groups[0]["momentum"] == 0.95
+
+
+def test_state_of_another_rank_or_optimizer_is_refused() -> None:
+    net = make_net()
+    optimizer = NaturalGradient(net)
+    x, y = make_data(8)
+    F.cross_entropy(net(x), y).backward()
+    optimizer.step(num_samples=8)
+    state = optimizer.preconditioner.state_dict()
+    state["local.rank"] = torch.tensor([1, 3])
+    with pytest.raises(UserError, match=r"ranks \[1\] of 3"):
+        optimizer.preconditioner.load_state_dict(state)
+    adam = torch.optim.Adam(net.parameters())
+    with pytest.raises(UserError, match="no curvature"):
+        optimizer.load_state_dict(adam.state_dict())
+    with pytest.raises(UserError, match="make a new one"):
+        copy.deepcopy(optimizer)
+
+
+def test_a_cast_model_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(4, 3))
+    pre = KFACPreconditioner(net)
+    net.double()
+    x, y = make_data(8)
+    F.cross_entropy(net(x), y).backward()
+    with pytest.raises(UserError, match="before the preconditioner is made"):
+        pre.step(num_samples=8)
+
+
+def test_sparse_gradients_are_refused() -> None:
+    net = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 3))
+    with pytest.raises(UserError, match="sparse=True"):
+        NaturalGradient(net)
+
+
+def test_steps_that_a_grad_scaler_skips_are_counted() -> None:
+    net = make_net()
+    optimizer = NaturalGradient(net, loss_scale=lambda: 1.0, max_dropped_steps=3)
+    x, y = make_data(8)
+
+    def skipped_steps() -> None:
+        for _ in range(5):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()  # and no step: the scaler found an overflow
+
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        skipped_steps()
+    assert optimizer.preconditioner.dropped_steps == 3
+
+
+def test_half_precision_only_where_rounding_is_harmless() -> None:
+    """λ = tr M / 100 may be rounded to float16, a λ far below may not: the direction stays right either way."""
+    for damping, half in ((1e-2, True), (1e-5, False)):
+        directions = []
+        for precision in ("float16", "full"):
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Linear(30, 20))
+            pre = KFACPreconditioner(
+                net, damping_mode="relative", damping=damping, damping_g_ratio=1.0, inverse_precision=precision
+            )
+            x = torch.randn(200, 30) * torch.logspace(0, -3, 30)
+            F.mse_loss(net(x), torch.randn(200, 20), reduction="sum").backward()
+            pre.step(num_samples=200, mean_gradients=True)
+            kept = {t.dtype for t in pre.states["0"].inverses["A"].tensors}
+            assert kept == ({torch.float16} if half and precision == "float16" else {torch.float32})
+            directions.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+        error = torch.linalg.vector_norm(directions[0] - directions[1]) / torch.linalg.vector_norm(directions[1])
+        assert float(error) < (2e-2 if half else 1e-6)
+
+
+def test_curvature_is_computed_outside_autocast() -> None:
+    """Everything inside autocast: rows are half as precise, the products of rows are not."""
+    found = []
+    for inside in (True, False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(16, 3))
+        x, y = torch.randn(64, 16).bfloat16().float(), torch.randint(3, (64,))
+        pre = KFACPreconditioner(net)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(net(x).float(), y)
+            if inside:
+                loss.backward()
+                pre.step(num_samples=64)
+        if not inside:
+            loss.backward()
+            pre.step(num_samples=64)
+        found.append([*pre.factors()["0"], *(p.grad for p in net.parameters())])
+    for mine, theirs in zip(*found):
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
