@@ -8,7 +8,7 @@ to invert the damped average, how to multiply by the result, and what travels be
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -380,6 +380,10 @@ class FactorLayout:
         for name in ("max_dimension", "rank"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is out of range; give a whole number, at least 1")
+
+    def for_eigenbases(self) -> FactorLayout:
+        """Return the layout where factors are decomposed: a low-rank sketch has no full basis, its diagonal is kept."""
+        return replace(self, wide="diagonal") if self.wide == "low_rank" else self
 
     def input_structure(self, dimension: int, parts: tuple[int, ...] = ()) -> FactorStructure:
         """Return A's structure. parts: sizes of the blocks that the layer itself is made of (relations,

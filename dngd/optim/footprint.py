@@ -33,6 +33,7 @@ def layer_footprint(
     parts: sizes of the input's own blocks (adding up to d_a), () for none. eigenbasis: whether bases are kept
     (EKFAC, Adam in the eigenbasis) instead of inverses.
     """
+    layout = layout.for_eigenbases() if eigenbasis else layout
     a, g = layout.input_structure(d_a, parts), layout.output_structure(d_g)
     sums = FactorStatistics.zeros(a, g, dtype=torch.float32, device=torch.device("meta"))
     wanted = Wanted(eigenbasis=eigenbasis, dtype=PRECISIONS[precision])

@@ -173,8 +173,6 @@ class NaturalGradient(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad(), torch.autocast(self.preconditioner.device.type, enabled=False):
-            if finite is None:
-                finite = self._gradients_are_finite()
             step = self.preconditioner.steps
             self._follow_schedules(step)
             taken = self.preconditioner.step(
@@ -182,12 +180,12 @@ class NaturalGradient(torch.optim.Optimizer):
             )
             if taken:
                 if self.update == "momentum":
-                    self._momentum_step(step)
+                    self._momentum_step()
                 else:
                     summed = mean_gradients is False or (
                         mean_gradients is None and self.preconditioner.loss_reduction == "sum"
                     )
-                    self._adam_step(step, 1.0 / num_samples if summed and num_samples else 1.0)
+                    self._adam_step(1.0 / num_samples if summed and num_samples else 1.0)
         return loss
 
     def _follow_schedules(self, step: int) -> None:
@@ -223,14 +221,7 @@ class NaturalGradient(torch.optim.Optimizer):
         communicator.all_reduce(reduction, "state").wait()
         return damping.update(float(reduction) / communicator.world_size, predicted)
 
-    def _gradients_are_finite(self) -> bool:
-        """Return whether every parameter's gradient is finite, those without factors too."""
-        found = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not found:
-            raise UserError("step() found no gradient; call loss.backward() before it")
-        return bool(torch.isfinite(torch.stack([torch.linalg.vector_norm(gradient) for gradient in found])).all())
-
-    def _momentum_step(self, step: int) -> None:
+    def _momentum_step(self) -> None:
         for group in self.param_groups:
             mu = group["momentum"]
             for parameter in group["params"]:
@@ -242,9 +233,9 @@ class NaturalGradient(torch.optim.Optimizer):
                     if "momentum_buffer" not in state:
                         state["momentum_buffer"] = torch.zeros_like(parameter)
                     update = state["momentum_buffer"].mul_(mu).add_(update)
-                self._apply(parameter, update, group["lr"], step)
+                self._apply(parameter, update, group["lr"])
 
-    def _adam_step(self, step: int, gradient_scale: float) -> None:
+    def _adam_step(self, gradient_scale: float) -> None:
         """Adam on each layer's gradient matrix in its eigenbasis, and on the other parameters as they are."""
         lr = float(self.param_groups[0]["lr"])
         covered: set[int] = set()
@@ -256,25 +247,25 @@ class NaturalGradient(torch.optim.Optimizer):
             gradient = gradient.to(layer.dtype) * gradient_scale
             basis = self.preconditioner.rotation(name)
             state = self.state[layer.parameters[0]]
-            first = self._first_moment(state, gradient, step)
+            first = self._first_moment(state, gradient)
             if basis is None:
-                direction = first / self._second_moment(state, gradient, step)
+                direction = first / self._second_moment(state, gradient)
             else:
-                root = self._second_moment(state, rotate(gradient, *basis), step)
+                root = self._second_moment(state, rotate(gradient, *basis))
                 direction = rotate_back(rotate(first, *basis) / root, *basis)
             layer.set_gradient(direction)
             for parameter in layer.parameters:
                 assert parameter.grad is not None
-                self._apply(parameter, parameter.grad, lr, step)
+                self._apply(parameter, parameter.grad, lr)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if id(parameter) in covered or parameter.grad is None:
                     continue
                 state, gradient = self.state[parameter], parameter.grad * gradient_scale
-                direction = self._first_moment(state, gradient, step) / self._second_moment(state, gradient, step)
-                self._apply(parameter, direction, group["lr"], step)
+                direction = self._first_moment(state, gradient) / self._second_moment(state, gradient)
+                self._apply(parameter, direction, group["lr"])
 
-    def _first_moment(self, state: dict[str, Any], gradient: Tensor, step: int) -> Tensor:
+    def _first_moment(self, state: dict[str, Any], gradient: Tensor) -> Tensor:
         """Update and return the bias-corrected mean of the gradients."""
         mu = self.param_groups[0]["momentum"]
         if "exp_avg" not in state:
@@ -285,7 +276,7 @@ class NaturalGradient(torch.optim.Optimizer):
         corrected: Tensor = mean / (1 - mu ** float(state["step"]))
         return corrected
 
-    def _second_moment(self, state: dict[str, Any], gradient: Tensor, step: int) -> Tensor:
+    def _second_moment(self, state: dict[str, Any], gradient: Tensor) -> Tensor:
         """Update and return the bias-corrected root mean square of the (rotated) gradients, plus ε."""
         if "exp_avg_sq" not in state:
             state["exp_avg_sq"] = torch.zeros_like(gradient)
@@ -293,7 +284,7 @@ class NaturalGradient(torch.optim.Optimizer):
         root: Tensor = (square / (1 - ADAM_BETA2 ** float(state["step"]))).sqrt_().add_(ADAM_EPSILON)
         return root
 
-    def _apply(self, parameter: nn.Parameter, update: Tensor, lr: float, step: int) -> None:
+    def _apply(self, parameter: nn.Parameter, update: Tensor, lr: float) -> None:
         decay = self.param_groups[0]["weight_decay"]
         if decay > 0:
             parameter.mul_(1 - lr * decay)

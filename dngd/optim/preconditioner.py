@@ -8,7 +8,6 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +72,7 @@ class KFACPreconditioner:
         c > 0 bounds the step's length η‖v‖; both need lr.
     weight_sharing: "expand" or "reduce"; see dngd.optim.capture.WeightSharing, and `observe`.
     max_rows: rows of a call that are measured at most, an unbiased draw of those that the loss reaches; None for all.
-    layout: what becomes of wide factors; see dngd.curvature.FactorLayout (with eigenbases wide ones are diagonal).
+    layout: what becomes of wide factors; see dngd.curvature.FactorLayout (with eigenbases "low_rank" is diagonal).
         inverse_precision: how inverses are kept and sent, where their conditioning allows it ("full" otherwise, and
         for float64 models).
     loss_scale: a function that returns what the loss was multiplied with, e.g. `scaler.get_scale`; gradients must be
@@ -160,10 +159,8 @@ class KFACPreconditioner:
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         self._strict = strict
         self._unmeasured: set[str] = set()
-        if method != "kfac":
-            # An eigenbasis of a wide factor is as costly as it is large: its diagonal is kept instead.
-            layout = replace(layout or FactorLayout(), wide="diagonal")
-        layers, left_over = find_layers(model, self.capture, layout or FactorLayout())
+        layout = layout or FactorLayout()
+        layers, left_over = find_layers(model, self.capture, layout if method == "kfac" else layout.for_eigenbases())
         if left_over:
             named = "these parameters keep the optimizer's plain gradient, K-FAC has no factors for them: "
             if strict:
@@ -346,7 +343,8 @@ class KFACPreconditioner:
                 if layer.only_constant and layer.constant.is_only_input and state.unfolded is None:
                     # The average of what never changes is its latest value: rows that were not reached at first
                     # do not linger in it, and the factor stays as it is. Its weight c goes on as ever.
-                    share = target.counts[0] / layer.pending.counts[0]
+                    # Where no row was ever reached both counts are 0, and so are the sums.
+                    share = target.counts[0] / layer.pending.counts[0].clamp_min(1)
                     for mine, latest in zip(target.a, layer.pending.a):
                         torch.mul(latest, share, out=mine)
             elif layer.pending is None and is_measured:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dngd.errors import TrainingError, UserError
-from dngd.optim import KFACPreconditioner, NaturalGradient
+from dngd.optim import FactorLayout, KFACPreconditioner, NaturalGradient
 from dngd.optim.capture import Capture
 from tests.helpers.mutants import assert_caught
 
@@ -74,6 +74,32 @@ def test_dropped_units_do_not_end_a_constant_input() -> None:
     assert layer.constant.reach is not None
     assert torch.equal(layer.constant.reach, alive)
     assert pre.states["0"].reused_inversions >= 5
+
+
+def test_an_output_layer_that_starts_at_zero() -> None:
+    """No hidden row has a gradient in the first step: nothing is measured then, and nothing is poisoned."""
+    net = make_net()
+    nn.init.zeros_(net[2].weight)
+    x, y = make_data(12)
+    optimizer = NaturalGradient(net)
+    for step in range(6):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if step == 0 else "error")
+            optimizer.step(num_samples=12)
+        assert all(
+            torch.isfinite(t).all() for s in optimizer.preconditioner.states.values() for t in s.folded.tensors()
+        )
+    rows = torch.cat([x, torch.ones(12, 1, dtype=F64)], dim=1)
+    assert torch.allclose(optimizer.preconditioner.factors()["0"].A, rows.T @ rows / 12)
+
+
+def test_a_layout_is_kept_with_eigenbases_where_it_has_one() -> None:
+    for wide, label in (("low_rank", "diagonal 5"), ("block_diagonal", "blocks"), ("dense", "dense 5")):
+        pre = KFACPreconditioner(make_net(), method="ekfac", layout=FactorLayout(max_dimension=3, wide=wide, rank=2))
+        assert pre.layers["0"].a.label.startswith(label)
+        pre.close()
 
 
 def test_two_heads_add_up() -> None:
