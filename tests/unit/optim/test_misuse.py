@@ -91,6 +91,7 @@ def test_an_output_layer_that_starts_at_zero() -> None:
         assert all(
             torch.isfinite(t).all() for s in optimizer.preconditioner.states.values() for t in s.folded.tensors()
         )
+    assert optimizer.preconditioner.pipeline.discarded_statistics == 0
     rows = torch.cat([x, torch.ones(12, 1, dtype=F64)], dim=1)
     assert torch.allclose(optimizer.preconditioner.factors()["0"].A, rows.T @ rows / 12)
 
