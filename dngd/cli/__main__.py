@@ -1,0 +1,5 @@
+"""`python -m dngd.cli`."""
+
+from dngd.cli.root import main
+
+main()

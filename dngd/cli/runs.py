@@ -1,0 +1,196 @@
+"""Commands about runs: train, evaluate, report; and doctor."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from dngd.cli.common import Json, field_help, out, print_json, size_text
+from dngd.config import TrainConfig, merge, parse_assignment, read_yaml
+from dngd.errors import UserError
+
+
+def train(
+    dataset: Annotated[str | None, typer.Option(help=field_help("dataset"))] = None,
+    data_root: Annotated[Path | None, typer.Option(help=field_help("data_root"))] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help=field_help("cache_dir"))] = None,
+    split: Annotated[str | None, typer.Option(help=field_help("split"))] = None,
+    engine: Annotated[str | None, typer.Option(help=field_help("engine"))] = None,
+    num_workers: Annotated[int | None, typer.Option(help=field_help("num_workers"))] = None,
+    num_shards: Annotated[int | None, typer.Option(help=field_help("num_shards"))] = None,
+    use_gpu: Annotated[bool | None, typer.Option("--use-gpu/--no-gpu", help=field_help("use_gpu"))] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to connect to [default: $RAY_ADDRESS, else a local one is started]"),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help=field_help("model") + " (gcn or sage)")] = None,
+    hidden: Annotated[int | None, typer.Option(help=field_help("hidden"))] = None,
+    num_layers: Annotated[int | None, typer.Option(help=field_help("num_layers"))] = None,
+    fanout: Annotated[str | None, typer.Option(help=field_help("fanout"))] = None,
+    dropout: Annotated[float | None, typer.Option(help=field_help("dropout"))] = None,
+    batch_size: Annotated[str | None, typer.Option(help=field_help("batch_size"))] = None,
+    semi: Annotated[str | None, typer.Option(help=field_help("semi") + " (none, two_means or pooled)")] = None,
+    semi_gamma: Annotated[float | None, typer.Option(help=field_help("semi_gamma"))] = None,
+    epochs: Annotated[int | None, typer.Option(help=field_help("epochs"))] = None,
+    max_steps: Annotated[int | None, typer.Option(help=field_help("max_steps"))] = None,
+    optimizer: Annotated[str | None, typer.Option(help=field_help("optimizer") + " (kfac, adam, adamw or sgd)")] = None,
+    lr: Annotated[float | None, typer.Option(help=field_help("lr"))] = None,
+    lr_schedule: Annotated[str | None, typer.Option(help=field_help("lr_schedule") + " (cosine or constant)")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help=field_help("warmup_steps"))] = None,
+    weight_decay: Annotated[float | None, typer.Option(help=field_help("weight_decay"))] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="kfac.damping: λ, a share of the factors' traces [default: 0.01]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help=field_help("seed"))] = None,
+    num_samplers: Annotated[int | None, typer.Option(help=field_help("num_samplers"))] = None,
+    run_dir: Annotated[Path | None, typer.Option(help=field_help("run_dir"))] = None,
+    resume: Annotated[bool | None, typer.Option("--resume", help=field_help("resume"))] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of configuration fields; flags and --set go on top")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any configuration field, e.g. kfac.damping=0.01; may be repeated",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print what the run needs (memory, samplers, factors, bytes on the wire) and stop",
+        ),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model and leave a run folder."""
+    flags: dict[str, Any] = {
+        name: value
+        for name, value in locals().items()
+        if name in TrainConfig.model_fields and name != "config" and value is not None
+    }
+    if damping is not None:
+        flags["kfac"] = {"damping": damping}
+    if address is not None:
+        flags["ray"] = {"address": address}
+    from dngd.launch import Trainer  # imports torch: not for --help
+
+    fields = merge(_base_fields(config, run_dir, bool(resume)), flags)
+    for text in assignments or []:
+        fields = merge(fields, parse_assignment(text))
+    trainer = Trainer(TrainConfig(**fields), quiet=quiet)
+    if dry_run:
+        plan = trainer.plan()
+        print_json(plan.to_json()) if as_json else _print_plan(plan.to_json(), trainer.config)
+        return
+    result = trainer.fit()
+    if as_json:
+        print_json(result.to_json())
+    elif not quiet:
+        _print_result(result.to_json())
+
+
+def _base_fields(config: Path | None, run_dir: Path | None, resume: bool) -> dict[str, Any]:
+    """Return what flags go on top of: the configuration file, or else the resumed run's own configuration."""
+    if config is not None:
+        return read_yaml(config)
+    from dngd.train import RunFolder
+
+    if resume and run_dir is not None and RunFolder(run_dir).config.exists():
+        return read_yaml(RunFolder(run_dir).config)
+    return {}
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder")],
+    data_root: Annotated[Path | None, typer.Option(help=field_help("data_root"))] = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a run's best model exactly, on all neighbours of all nodes."""
+    from dngd.train.evaluate_run import evaluate_run
+
+    scores = evaluate_run(run, data_root=data_root)
+    if as_json:
+        print_json(scores)
+        return
+    table = Table(title=f"{run}: model of step {scores['step']}")
+    for column in ("nodes", "accuracy", "loss"):
+        table.add_column(column)
+    for part in ("train", "val", "test"):
+        table.add_row(part, f"{scores[part]['accuracy']:.4f}", f"{scores[part]['loss']:.4f}")
+    out.print(table)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders")],
+    output: Annotated[Path, typer.Option("--out", help="HTML file to write")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page about one or several runs."""
+    from dngd.report import write_report
+
+    if output.exists() and (output.is_dir() or b"dngd" not in output.read_bytes()[:4096]):
+        raise UserError(f"--out {output} exists and is no dngd report; give another path")
+    out.print(str(write_report(runs, output)), highlight=False)
+
+
+def doctor(as_json: Json = False) -> None:
+    """Check versions, devices and threads; say what is missing or untested, and the fix. Exit code 0 or 1."""
+    from dngd.doctor import diagnose
+
+    diagnosis = diagnose()
+    if as_json:
+        sys.stdout.write(diagnosis.to_json() + "\n")
+    else:
+        diagnosis.render(out)
+    raise typer.Exit(diagnosis.exit_code)
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    table = Table(title="Result", show_header=False)
+    table.add_row("best validation accuracy", f"{result['best_val_accuracy']:.4f}")
+    table.add_row("test accuracy there", f"{result['test_accuracy']:.4f}")
+    table.add_row(
+        "training time",
+        f"{result['train_seconds']:.1f} s, of which to the best {result['seconds_to_best_val']:.1f} s",
+    )
+    table.add_row("steps, epochs, workers", f"{result['steps']}, {result['epochs']:g}, {result['world_size']}")
+    if result["step_ms"]:
+        table.add_row("step, median and p99", f"{result['step_ms']['p50']:.1f} ms, {result['step_ms']['p99']:.1f} ms")
+    table.add_row("seeds per second", f"{result['seeds_per_second']:,.0f}")
+    sent = result["bytes"]
+    table.add_row("sent by rank 0", ", ".join(f"{kind} {size_text(size)}" for kind, size in sent.items()))
+    table.add_row("peak memory of rank 0", size_text(result["peak_rss_bytes"]))
+    out.print(table)
+    # Below the table: a path cut to a column's width is of no use.
+    out.print(f"run folder  {result['run_dir']}", highlight=False, soft_wrap=True)
+    out.print(f"report      {Path(result['run_dir']) / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _print_plan(plan: dict[str, Any], config: TrainConfig) -> None:
+    table = Table(title="Plan", show_header=False)
+    table.add_row("steps", f"{plan['total_steps']} ({plan['steps_per_epoch']} an epoch)")
+    table.add_row("seeds a step", f"{config.shards} shards x {plan['batch_size']}")
+    if config.constant_full_batch:
+        table.add_row("mode", "constant full batch: all neighbours, the same layer graphs in each step, no sampler")
+    else:
+        table.add_row("samplers a worker", str(config.num_samplers))
+    parts = ("model", "optimizer", "curvature", "full_batch", "activation", "evaluation", "sampler")
+    unused = {"sampler"} if config.constant_full_batch else {"full_batch"}
+    for name in ("store", "worker", *(name for name in parts if name not in unused)):
+        note = {"store": " (one shared mapping)", "worker": " (sum of the below)"}.get(name, "")
+        table.add_row(f"memory: {name.replace('_', ' ')}", size_text(plan[f"{name}_bytes"]) + note)
+    for layer in plan["layers"]:
+        d_a, d_out, kept = layer["d_a"], layer["d_out"], layer["factors"]
+        factors = f"A {kept['a']}, G {kept['g']}" if config.optimizer == "kfac" else "no factors"
+        table.add_row(layer["name"], f"weight and bias {d_out} x {d_a}; {factors}")
+    table.add_row("wire: gradient a step", size_text(plan["gradient_bytes_per_step"]))
+    table.add_row("wire: factors a refresh", size_text(plan["factor_bytes_per_refresh"]))
+    table.add_row("wire: inverses a refresh", size_text(plan["inverse_bytes_per_refresh"]))
+    out.print(table)
