@@ -30,6 +30,7 @@ from dngd.errors import UserError
 from dngd.graph import GraphStore, Split
 from dngd.models import GNN
 from dngd.sampling import BatchCoordinates, SamplerPipeline, steps_per_epoch
+from dngd.allocator import keep_freed_memory
 from dngd.train.batch import PropagationBuilder
 from dngd.train.evaluation import ExactEvaluator
 from dngd.train.full_batch import FullBatches
@@ -89,7 +90,7 @@ def run_accuracy_bench(options: AccuracyOptions, progress: BenchProgress | None 
     every = {name: _eval_steps(options, work[0].total_steps) for name, work in works.items()}
     datasets = {}
     with torch_threads(options.threads):
-        machine = describe_machine()
+        machine = describe_machine(keeps_memory=keep_freed_memory())
         total = sum(work.total_steps for name in works for work in works[name]) * len(settings)
         progress.begin(total, "starting")
         for name, of_seeds in works.items():
@@ -182,7 +183,8 @@ def _pipeline(work: _Work, num_samplers: int) -> SamplerPipeline:
         work.batch_size,
         [0],
         num_samplers=num_samplers,
-        prefetch=config.prefetch,
+        # Without a process of its own sampling must not go on while a step is timed.
+        prefetch=config.prefetch if num_samplers else 0,
         timeout_seconds=config.collective_timeout_seconds,
     )
 

@@ -33,17 +33,18 @@ def torch_threads(threads: int | None) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine(*, keeps_memory: bool) -> dict[str, Any]:
     """Return CPUs, threads, memory, load and versions, as plain data.
 
     cpus: that this process may use. load_average: over the last minute, before the measurement; well above 0 means
-    that others used the machine too.
+    that others used the machine too. keeps_memory: what keep_freed_memory returned.
     """
     return {
         "cpu": _cpu_name(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
+        "freed_memory_is_kept": keeps_memory,
         "load_average": os.getloadavg()[0],
         "device": "cpu",
         "platform": platform.platform(),

@@ -22,6 +22,7 @@ from dngd.config import KFACConfig, TrainConfig
 from dngd.errors import TrainingError, UserError
 from dngd.graph import GraphStore, Split
 from dngd.sampling import SamplerPipeline
+from dngd.allocator import keep_freed_memory
 from dngd.train.batch import PropagationBuilder
 from dngd.train.plan import batch_size_of
 
@@ -71,7 +72,7 @@ def run_step_bench(options: StepOptions, progress: BenchProgress | None = None) 
     store = open_graph(config.dataset, config.data_root_in_use, config.cache_dir, options.scale)
     split = store.split(config.split, config.seed)
     with torch_threads(options.threads):
-        machine = describe_machine()
+        machine = describe_machine(keeps_memory=keep_freed_memory())
         learners = _learners(names, config, store)
         try:
             stream = _take_steps(learners, config, store, split, warmup, measured, progress)
@@ -144,7 +145,7 @@ def _take_steps(
     batch_size = batch_size_of(config, int(split.train.numel()))
     progress.begin(warmup + measured, "warm-up")
     with SamplerPipeline(
-        store, split.train, config.fanouts, config.seed, 1, batch_size, [0], num_samplers=0, prefetch=1
+        store, split.train, config.fanouts, config.seed, 1, batch_size, [0], num_samplers=0, prefetch=0
     ) as pipeline:
         # An epoch's last batch may hold a few seeds only: its time is not that of a step.
         batches = (batch for batch in pipeline if batch.seeds.numel() == batch_size)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dngd.errors import UserError
+from dngd.models.activation import relu_dropout
 from dngd.models.layers import GCNLayer, GraphLayer, SAGELayer
 from dngd.models.message_passing import Aggregation, Propagation
 
@@ -37,7 +37,7 @@ class GNN(nn.Module):
 
     def between(self, hidden: Tensor) -> Tensor:
         """Return what follows every layer but the last: ReLU, then dropout in training mode."""
-        return F.dropout(F.relu(hidden), p=self.dropout, training=self.training)
+        return relu_dropout(hidden, self.dropout, self.training)
 
     def forward(
         self, features: Tensor, propagations: Sequence[Propagation], first_aggregation: Tensor | None = None

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from dngd.models.message_passing import Aggregation, Propagation
+from dngd.models.message_passing import Aggregation, Propagation, aggregate_rows
 
 
 class GraphLayer(nn.Module):
@@ -26,7 +25,7 @@ class GraphLayer(nn.Module):
 
     def aggregate(self, table: Tensor, propagation: Propagation) -> Tensor:
         """Return M, [num_dst, in_rows], from source rows [num_src, in_features]."""
-        raise AssertionError("GraphLayer is abstract; use GCNLayer or SAGELayer")
+        return aggregate_rows(self.aggregation, table, propagation)
 
     def forward(self, table: Tensor, propagation: Propagation) -> Tensor:
         """Return Z, [num_dst, out_features]."""
@@ -42,11 +41,6 @@ class GCNLayer(GraphLayer):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
 
-    def aggregate(self, table: Tensor, propagation: Propagation) -> Tensor:
-        assert propagation.self_coefficients is not None
-        own = propagation.self_rows(table) * propagation.self_coefficients[:, None].to(table.dtype)
-        return own + propagation.neighbour_rows(table)
-
 
 class SAGELayer(GraphLayer):
     """GraphSAGE-mean of Hamilton et al. 2017: `m_v = [h_v, mean_u h_u]`, one weight [d_out, 2 d_in].
@@ -60,6 +54,3 @@ class SAGELayer(GraphLayer):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(2 * in_features, out_features)
         object.__setattr__(self.linear, "input_parts", (in_features, in_features))
-
-    def aggregate(self, table: Tensor, propagation: Propagation) -> Tensor:
-        return torch.cat([propagation.self_rows(table), propagation.neighbour_rows(table)], dim=1)

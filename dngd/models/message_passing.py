@@ -73,18 +73,20 @@ class Propagation:
         )
 
     def self_rows(self, table: Tensor) -> Tensor:
-        """Return the destinations' own rows, [num_dst, d]."""
-        return table[: self.num_dst] if self.destinations is None else table.index_select(0, self.destinations)
+        """Return the destinations' own rows, [num_dst, d]; float32 from a 16-bit feature table."""
+        rows = table[: self.num_dst] if self.destinations is None else table.index_select(0, self.destinations)
+        return _widened(rows, table)
 
     def neighbour_rows(self, table: Tensor) -> Tensor:
         """Return `Σ_e c_e table[indices_e]` per destination (the mean without coefficients), [num_dst, d].
 
-        A destination without edges gets zeros.
+        A destination without edges gets zeros. Of a 16-bit feature table the coefficients are rounded to its type,
+        the sums are taken in float32 and rounded to its type, and come back as float32.
         """
         if self.num_dst == 0 or self.indices.numel() == 0:
-            return table.new_zeros(self.num_dst, table.shape[1])
+            return _widened(table.new_zeros(self.num_dst, table.shape[1]), table)
         weights = self.edge_coefficients
-        return F.embedding_bag(
+        rows = F.embedding_bag(
             self.indices,
             table,
             self.indptr,
@@ -92,6 +94,29 @@ class Propagation:
             per_sample_weights=None if weights is None else weights.to(table.dtype),
             include_last_offset=True,
         )
+        return _widened(rows, table)
+
+
+def aggregate_rows(
+    aggregation: Aggregation, table: Tensor, propagation: Propagation, out: Tensor | None = None
+) -> Tensor:
+    """Return M, the rows that enter a layer's `nn.Linear`, from its source rows [num_src, d].
+
+    gcn: `m_v = Σ_u c_uv h_u + c_vv h_v`, [num_dst, d]. mean: `m_v = [h_v, mean_u h_u]`, [num_dst, 2 d].
+    out: where to write it, of M's shape and type; only without gradients.
+    """
+    own, neighbours = propagation.self_rows(table), propagation.neighbour_rows(table)
+    if aggregation == "mean":
+        return torch.cat([own, neighbours], dim=1, out=out)
+    assert propagation.self_coefficients is not None
+    own = own * propagation.self_coefficients[:, None].to(own.dtype)
+    return torch.add(own, neighbours, out=out)
+
+
+def _widened(rows: Tensor, table: Tensor) -> Tensor:
+    """Return rows as float32 where the table is one of 16-bit features; hidden rows under autocast stay as they are."""
+    is_feature_table = table.dtype in (torch.float16, torch.bfloat16) and not table.requires_grad
+    return rows.float() if is_feature_table else rows
 
 
 def inverse_sqrt_degrees(in_degrees: Tensor, weighted_in_degrees: Tensor | None = None) -> Tensor:

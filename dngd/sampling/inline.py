@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from dngd.sampling.sampler import canonical
@@ -18,12 +18,17 @@ T = TypeVar("T")
 _executor: ThreadPoolExecutor | None = None
 
 
-def on_sampling_thread(function: Callable[[], T]) -> T:
-    """Run function on this process's sampling thread and return its result, or raise what it raises."""
+def submit_to_sampling_thread(function: Callable[[], T]) -> Future[T]:
+    """Queue function for this process's sampling thread and return its future."""
     global _executor
     if _executor is None:
         _executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dngd sampling")
-    return _executor.submit(function).result()
+    return _executor.submit(function)
+
+
+def on_sampling_thread(function: Callable[[], T]) -> T:
+    """Run function on this process's sampling thread and return its result, or raise what it raises."""
+    return submit_to_sampling_thread(function).result()
 
 
 def inline_sampling_is_canonical() -> bool:

@@ -61,11 +61,15 @@ class MiniBatch:
     """A shard's part of one step.
 
     seeds: int64 [n], global ids, distinct; n may be 0. layers[-1].dst_nodes are the seeds, in this order.
+    first_rows: float32 [layers[0].num_dst, width], the rows that enter the first layer's `nn.Linear`, where the
+    pipeline was asked for them (SamplerPipeline's aggregation). Arrays that a sampler process sent lie in memory that
+    is used again once nothing refers to them; clone what is to outlive the batch for long.
     """
 
     seeds: Tensor
     layers: tuple[LayerGraph, ...]
     coordinates: BatchCoordinates
+    first_rows: Tensor | None = None
 
     @property
     def num_edges(self) -> int:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -16,14 +18,21 @@ import torch
 from torch import Tensor
 
 from dngd.errors import TrainingError, UserError
-from dngd.sampling.inline import inline_sampling_is_canonical, on_sampling_thread
+from dngd.models.message_passing import Aggregation
+from dngd.sampling.inline import inline_sampling_is_canonical, submit_to_sampling_thread
 from dngd.sampling.minibatch import BatchCoordinates, LayerGraph, MiniBatch
+from dngd.sampling.operators import FirstRows, first_rows_of, node_norm
 from dngd.sampling.process import SamplerProcess
 from dngd.sampling.sampler import NeighborSampler, check_fanouts
 from dngd.sampling.schedule import epoch_permutation, sampling_seed, shard_bounds, steps_per_epoch
 from dngd.sampling.topology import HasTopology, SharedTopology, open_store
 
 logger = logging.getLogger(__name__)
+
+INLINE_AHEAD = 2
+"""Batches that the thread is ahead at most: one thread fills no longer queue, and each batch takes memory."""
+HELD_BATCHES = 2
+"""Slots of a child beyond those in its queue: for batches that the caller still works on."""
 
 
 class SamplerPipeline:
@@ -34,10 +43,14 @@ class SamplerPipeline:
     fanouts: entry i is layer i, input side first; -1 is all neighbours.
     num_shards, batch_size: a step's global batch is num_shards shards of batch_size seeds each.
     shards: those that this rank executes, in order.
-    num_samplers: child processes; with 0 batches are drawn in this process when they are asked for.
-    prefetch: batches that each child draws ahead.
+    num_samplers: child processes; with 0 batches are drawn by a thread of this process.
+    prefetch: batches that each child draws ahead. The thread draws as many ahead, two at most, while this process
+        works; with prefetch=0 it draws a batch when it is asked for.
+    aggregation: of the model's layers; with it batches bring the first layer's rows (MiniBatch.first_rows), taken from
+        the graph's features by the children (by the caller's thread, when it takes the batch, where there are none).
     start: the (epoch, step) to begin with.
     timeout_seconds: the longest wait for one batch, the start of a child included.
+    on_mapped: called with each shared memory that children's batches will lie in (uint8), to pin it for a GPU.
 
     Raises UserError for arguments that cannot be; iterating raises TrainingError, which names the batch, when
     a child fails, dies or is silent. After an error and after close() the pipeline is finished.
@@ -60,6 +73,9 @@ class SamplerPipeline:
         prefetch: int = 4,
         start: tuple[int, int] = (0, 0),
         timeout_seconds: float = 120.0,
+        *,
+        aggregation: Aggregation | None = None,
+        on_mapped: Callable[[Tensor], None] | None = None,
     ) -> None:
         graph = open_store(store) if isinstance(store, str | Path) else store
         fanouts = check_fanouts(fanouts)
@@ -68,7 +84,7 @@ class SamplerPipeline:
             ("num_shards", num_shards, 1),
             ("batch_size", batch_size, 1),
             ("num_samplers", num_samplers, 0),
-            ("prefetch", prefetch, 1),
+            ("prefetch", prefetch, min(1, num_samplers)),
         ):
             if value < least:
                 raise UserError(f"{name}={value} is too small; give at least {least}")
@@ -89,21 +105,34 @@ class SamplerPipeline:
         self._num_requested = 0
         self._failure: str | None = None
         self._processes: list[SamplerProcess] = []
-        self._inline: NeighborSampler | None = None
-
+        self._inline: _InlineSampler | None = None
         if num_samplers == 0:
             if inline_sampling_is_canonical():
-                self._inline = NeighborSampler(graph.indptr, graph.indices, graph.edge_weight, fanouts)
+                sampler = NeighborSampler(graph.indptr, graph.indices, graph.edge_weight, fanouts)
+                self._inline = _InlineSampler(
+                    sampler, first_rows_of(graph, aggregation), ahead=min(prefetch, INLINE_AHEAD)
+                )
                 return
             logger.info(
                 "DGL's generator was used in another thread of this process before; sampling in one child "
                 "process instead, so that batches stay the same"
             )
-            num_samplers = 1
-        shared = SharedTopology(graph)
+            num_samplers, prefetch = 1, max(prefetch, 1)
+        # One copy for all children, which would each compute it again.
+        shared = SharedTopology(graph, {"norm": node_norm(graph)} if aggregation == "gcn" else None)
         try:
             for number in range(num_samplers):
-                self._processes.append(SamplerProcess(shared, fanouts, timeout_seconds, f"sampler process {number}"))
+                self._processes.append(
+                    SamplerProcess(
+                        shared,
+                        fanouts,
+                        timeout_seconds,
+                        f"sampler process {number}",
+                        aggregation=aggregation,
+                        num_slots=prefetch + HELD_BATCHES,
+                        on_mapped=on_mapped,
+                    )
+                )
             for _ in range(num_samplers * prefetch):
                 self._request_next()
         except BaseException:
@@ -125,7 +154,7 @@ class SamplerPipeline:
             raise TrainingError(self._failure)
         try:
             if self._inline is not None:
-                return self._draw(self._inline, self._next_seeds())
+                return self._next_inline(self._inline)
             batch = self._receive()
             self._request_next()
             return batch
@@ -145,6 +174,8 @@ class SamplerPipeline:
     def close(self) -> None:
         """End the sampler processes and wait for them; idempotent."""
         self._failure = self._failure or "the sampler pipeline is closed"
+        if self._inline is not None:
+            self._inline.close()
         self._inline = None
         for process in self._processes:
             process.hang_up()
@@ -171,13 +202,18 @@ class SamplerPipeline:
     def _rng_seed(self, at: BatchCoordinates) -> int:
         return sampling_seed(self._run_seed, at.epoch, at.step, at.shard)
 
-    def _draw(self, sampler: NeighborSampler, batch: MiniBatch) -> MiniBatch:
-        rng_seed = self._rng_seed(batch.coordinates)
+    def _next_inline(self, inline: _InlineSampler) -> MiniBatch:
+        """Return the next batch, having asked the thread for those ahead of it."""
+        while len(self._pending) <= inline.ahead:
+            batch = self._next_seeds()
+            self._pending.append(batch)
+            inline.request(batch.seeds, self._rng_seed(batch.coordinates))
+        batch = self._pending.popleft()
         try:
-            layers = on_sampling_thread(lambda: sampler.sample(batch.seeds, rng_seed))
+            layers, rows = inline.answer()
         except Exception as error:
             raise TrainingError(f"sampling failed on the batch ({batch.coordinates}): {error}") from error
-        return self._with_layers(batch, layers)
+        return replace(batch, layers=layers, first_rows=rows)
 
     def _request_next(self) -> None:
         batch = self._next_seeds()
@@ -191,12 +227,34 @@ class SamplerPipeline:
         batch = self._pending[0]
         number = self._num_requested - len(self._pending)
         process = self._processes[number % len(self._processes)]
-        layers = process.answer(number, str(batch.coordinates))
+        layers, rows = process.answer(number, str(batch.coordinates))
         self._pending.popleft()
-        return self._with_layers(batch, layers)
+        return replace(batch, layers=layers, first_rows=rows)
 
-    def _with_layers(self, batch: MiniBatch, layers: tuple[LayerGraph, ...]) -> MiniBatch:
-        return MiniBatch(seeds=batch.seeds, layers=layers, coordinates=batch.coordinates)
+
+class _InlineSampler:
+    """Draws on this process's sampling thread, ahead of use, and takes the first rows in the caller's."""
+
+    def __init__(self, sampler: NeighborSampler, first_rows: FirstRows | None, ahead: int) -> None:
+        self.ahead = ahead
+        self._sampler = sampler
+        self._first_rows = first_rows
+        self._drawn: deque[Future[tuple[LayerGraph, ...]]] = deque()
+
+    def request(self, seeds: Tensor, rng_seed: int) -> None:
+        """Queue a draw."""
+        sampler = self._sampler
+        self._drawn.append(submit_to_sampling_thread(lambda: sampler.sample(seeds, rng_seed)))
+
+    def answer(self) -> tuple[tuple[LayerGraph, ...], Tensor | None]:
+        """Return the oldest queued draw and its first rows."""
+        layers = self._drawn.popleft().result()
+        return layers, None if self._first_rows is None else self._first_rows.of(layers[0])
+
+    def close(self) -> None:
+        """Give up what is queued."""
+        for future in self._drawn:
+            future.cancel()
 
 
 def _check_nodes(train_nodes: Tensor, num_nodes: int) -> None:

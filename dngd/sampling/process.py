@@ -17,14 +17,17 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 from torch import Tensor
 
 from dngd.errors import TrainingError
+from dngd.models.message_passing import Aggregation
 from dngd.sampling import wire
+from dngd.sampling.draw import NO_SLOT, setup_message, unpack_answer
 from dngd.sampling.minibatch import LayerGraph
+from dngd.sampling.slots import SlotPool
 from dngd.sampling.topology import SharedTopology
 
 logger = logging.getLogger(__name__)
@@ -35,10 +38,25 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NU
 
 
 class SamplerProcess:
-    """A child process that draws layer graphs; answers arrive in the order of the requests."""
+    """A child process that draws batches; answers arrive in the order of the requests.
 
-    def __init__(self, graph: SharedTopology, fanouts: Sequence[int], timeout_seconds: float, name: str) -> None:
+    aggregation: of the first layer's rows, None where they are not wanted. num_slots: of shared memory for answers;
+    further answers, as long as none is free, come over the socket. on_mapped: see SlotPool.
+    """
+
+    def __init__(
+        self,
+        graph: SharedTopology,
+        fanouts: Sequence[int],
+        timeout_seconds: float,
+        name: str,
+        *,
+        aggregation: Aggregation | None = None,
+        num_slots: int = 0,
+        on_mapped: Callable[[Tensor], None] | None = None,
+    ) -> None:
         self.name = name
+        self._slots = SlotPool(num_slots, on_mapped)
         self._timeout_seconds = timeout_seconds
         self._answers: queue.SimpleQueue[tuple[dict[str, Any], list[Tensor]]] = queue.SimpleQueue()
         self._ready = False
@@ -56,7 +74,7 @@ class SamplerProcess:
                     str(child_requests.fileno()),
                     str(child_replies.fileno()),
                 ],
-                pass_fds=(child_requests.fileno(), child_replies.fileno(), *graph.fds),
+                pass_fds=(child_requests.fileno(), child_replies.fileno(), *graph.fds, *self._slots.fds),
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
@@ -70,18 +88,20 @@ class SamplerProcess:
         self._finalizer = weakref.finalize(self, _stop, self._process, self._requests, self._log)
         self._reader = threading.Thread(target=_read, args=(replies, self._answers), name=f"dngd {name}", daemon=True)
         self._reader.start()
-        self._send({"graph": graph.description, "fanouts": list(fanouts)}, [], "starting")
+        self._send(setup_message(graph, fanouts, aggregation, self._slots), [], "starting")
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def request(self, number: int, rng_seed: int, seeds: Tensor, what: str) -> None:
-        """Ask for layer graphs. what: names the batch in errors. Raises TrainingError."""
-        self._send({"request": number, "rng_seed": rng_seed}, [seeds], what)
+        """Ask for a batch. what: names it in errors. Raises TrainingError."""
+        slot = self._slots.acquire()
+        asked = {"request": number, "rng_seed": rng_seed, "slot": NO_SLOT if slot is None else slot}
+        self._send(asked, [seeds], what)
 
-    def answer(self, number: int, what: str) -> tuple[LayerGraph, ...]:
-        """Return the answer to the oldest request not yet answered, whose number is given.
+    def answer(self, number: int, what: str) -> tuple[tuple[LayerGraph, ...], Tensor | None]:
+        """Return the answer to the oldest request not yet answered, whose number is given: layers and first rows.
 
         Raises TrainingError, naming the batch, when the child failed, died, or gave no answer in time.
         """
@@ -106,7 +126,7 @@ class SamplerProcess:
                 raise TrainingError(f"{self._whoami()} failed on the batch ({what}):\n{tail}")
             else:
                 assert header["request"] == number, (header["request"], number)
-                return wire.unpack_layers(header["layers"], arrays)
+                return unpack_answer(header, arrays, self._slots)
 
     def hang_up(self) -> None:
         """Tell the process to end, without waiting for it; idempotent."""
@@ -116,6 +136,7 @@ class SamplerProcess:
         """End the process and wait for it; idempotent."""
         self._finalizer()
         self._reader.join(STOP_SECONDS)
+        self._slots.close()
 
     def _send(self, header: dict[str, Any], arrays: Sequence[Tensor], what: str) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-_DTYPES = {"indptr": torch.int64, "indices": torch.int64, "edge_weight": torch.float32}
+_NAMES = ("indptr", "indices", "edge_weight", "features")
 
 
 class HasTopology(Protocol):
@@ -26,29 +27,43 @@ class HasTopology(Protocol):
 
 @dataclass(frozen=True)
 class Topology:
-    """A graph in memory. indptr: int64 [N + 1]; indices: int64 [E]; edge_weight: float32 [E] or None."""
+    """A graph in memory. indptr: int64 [N + 1]; indices: int64 [E]; edge_weight: float32 [E] or None.
+
+    features: [N, F], or None where nobody asks for the first layer's rows.
+    """
 
     indptr: Tensor
     indices: Tensor
     edge_weight: Tensor | None = None
+    features: Tensor | None = None
 
 
 class SharedTopology:
     """What a child process needs to open a graph: its store's path, or open files that hold a copy.
 
-    description: for open_topology in the child. fds: to be inherited by the child.
+    extra: further arrays by name, which the child gets as they are. description: for open_shared in the child.
+    fds: to be inherited by the child.
     """
 
-    def __init__(self, graph: HasTopology) -> None:
+    def __init__(self, graph: HasTopology, extra: Mapping[str, Tensor] | None = None) -> None:
         path = getattr(graph, "path", None)
-        self.fds: tuple[int, ...] = ()
+        arrays = dict(extra or {})
+        self.description: dict[str, Any] = {}
         if path is not None:
-            self.description: dict[str, Any] = {"store": str(Path(path).absolute())}
-            return
-        arrays = {name: array for name in _DTYPES if (array := getattr(graph, name)) is not None and array.numel()}
-        files = {name: _memory_file(name, array) for name, array in arrays.items()}
-        self.fds = tuple(files.values())
-        self.description = {"files": {name: [files[name], arrays[name].numel()] for name in arrays}}
+            self.description["store"] = str(Path(path).absolute())
+        else:
+            arrays |= {name: array for name in _NAMES if (array := getattr(graph, name, None)) is not None}
+        self.fds: tuple[int, ...] = ()
+        try:
+            described = {}
+            for name, array in arrays.items():
+                fd = _memory_file(name, array)
+                self.fds += (fd,)
+                described[name] = [fd, str(array.dtype).removeprefix("torch."), list(array.shape)]
+        except BaseException:
+            self.close()
+            raise
+        self.description["arrays"] = described
 
     def close(self) -> None:
         """Close this process's files; children that inherited them keep the memory."""
@@ -65,24 +80,31 @@ def open_store(path: str | Path) -> HasTopology:
     return store
 
 
-def open_topology(description: dict[str, Any]) -> HasTopology:
-    """Open what a SharedTopology describes, in the process that inherited its files; nothing is copied."""
+def open_shared(description: dict[str, Any]) -> tuple[HasTopology, dict[str, Tensor]]:
+    """Open what a SharedTopology describes, in the process that inherited its files: the graph, the extra arrays.
+
+    Nothing is copied.
+    """
+    arrays = {name: _map_file(*file) for name, file in description["arrays"].items()}
     if "store" in description:
-        return open_store(description["store"])
-    arrays = {name: _map_file(fd, size, _DTYPES[name]) for name, (fd, size) in description["files"].items()}
-    return Topology(
-        arrays["indptr"], arrays.get("indices", torch.empty(0, dtype=torch.int64)), arrays.get("edge_weight")
-    )
+        return open_store(description["store"]), arrays
+    graph = Topology(**{name: arrays.pop(name) for name in _NAMES if name in arrays})
+    return graph, arrays
 
 
 def _memory_file(name: str, array: Tensor) -> int:
     fd = os.memfd_create(f"dngd-{name}")
-    content: Any = array.contiguous().numpy()
-    view = memoryview(content).cast("B")
+    # numpy has no bfloat16: bytes it is.
+    content: Any = array.contiguous().view(-1).view(torch.uint8).numpy()
+    view = memoryview(content)
     while view.nbytes:
         view = view[os.write(fd, view) :]
     return fd
 
 
-def _map_file(fd: int, size: int, dtype: torch.dtype) -> Tensor:
-    return torch.from_file(f"/proc/self/fd/{fd}", shared=False, size=size, dtype=dtype)
+def _map_file(fd: int, dtype_name: str, shape: list[int]) -> Tensor:
+    dtype: torch.dtype = getattr(torch, dtype_name)
+    size = torch.Size(shape).numel()
+    if size == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_file(f"/proc/self/fd/{fd}", shared=False, size=size, dtype=dtype).view(shape)

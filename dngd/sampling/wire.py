@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dngd.sampling.minibatch import LayerGraph
+from dngd.sampling.slots import DTYPES, spec_of
 
 _LENGTHS = struct.Struct("<II")
-_DTYPES = {"int64": torch.int64, "float32": torch.float32}
 _PADDING = 8
 
 
@@ -27,8 +27,8 @@ class ConnectionLostError(ConnectionError):
 
 
 def send(connection: socket.socket, header: dict[str, Any], arrays: Sequence[Tensor] = ()) -> None:
-    """Send one message. arrays: contiguous CPU tensors, int64 or float32. Raises OSError."""
-    described = [[str(array.dtype).removeprefix("torch."), list(array.shape)] for array in arrays]
+    """Send one message. arrays: contiguous CPU tensors. Raises OSError."""
+    described = [spec_of(array) for array in arrays]
     encoded = json.dumps({**header, "arrays": described}).encode()
     connection.sendall(_LENGTHS.pack(len(encoded), len(arrays)) + encoded)
     for array in arrays:
@@ -52,14 +52,14 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[Tensor]]:
     spans: list[tuple[int, int]] = []
     end = 0
     for dtype, shape in described:
-        size = _DTYPES[dtype].itemsize * torch.Size(shape).numel()
+        size = DTYPES[dtype].itemsize * torch.Size(shape).numel()
         spans.append((end, size))
         end += -(-size // _PADDING) * _PADDING
     buffer = torch.empty(end, dtype=torch.uint8)
     if end:
         _fill(connection, _bytes_of(buffer))
     arrays = [
-        buffer[first : first + size].view(_DTYPES[dtype]).reshape(shape)
+        buffer[first : first + size].view(DTYPES[dtype]).reshape(shape)
         for (first, size), (dtype, shape) in zip(spans, described, strict=True)
     ]
     return header, arrays
@@ -84,12 +84,11 @@ def pack_layers(layers: Sequence[LayerGraph]) -> tuple[list[dict[str, Any]], lis
     return sizes, arrays
 
 
-def unpack_layers(sizes: Sequence[dict[str, Any]], arrays: Sequence[Tensor]) -> tuple[LayerGraph, ...]:
-    """Inverse of pack_layers."""
-    remaining = iter(arrays)
+def unpack_layers(sizes: Sequence[dict[str, Any]], arrays: Iterator[Tensor]) -> tuple[LayerGraph, ...]:
+    """Inverse of pack_layers; takes from arrays what it needs."""
     layers: list[LayerGraph] = []
     for size in sizes:
-        indptr, indices, degrees, dst_nodes = (next(remaining) for _ in range(4))
+        indptr, indices, degrees, dst_nodes = (next(arrays) for _ in range(4))
         layers.append(
             LayerGraph(
                 indptr=indptr,
@@ -97,7 +96,7 @@ def unpack_layers(sizes: Sequence[dict[str, Any]], arrays: Sequence[Tensor]) -> 
                 num_src=size["num_src"],
                 num_dst=size["num_dst"],
                 degrees=degrees,
-                edge_weight=next(remaining) if size["weighted"] else None,
+                edge_weight=next(arrays) if size["weighted"] else None,
                 dst_nodes=dst_nodes,
                 global_indices=size["global"],
             )

@@ -26,16 +26,12 @@ def main(argv: list[str]) -> int:
 
     try:
         try:
-            import torch
+            from dngd.sampling.draw import BatchDrawer
+            from dngd.sampling.sampler import canonical
 
-            from dngd.sampling.sampler import NeighborSampler, canonical
-            from dngd.sampling.topology import open_topology
-
-            torch.set_num_threads(1)
             setup, _ = wire.receive(requests)
             is_canonical = canonical()
-            graph = open_topology(setup["graph"])
-            sampler = NeighborSampler(graph.indptr, graph.indices, graph.edge_weight, setup["fanouts"])
+            drawer = BatchDrawer.from_setup(setup)
         except ConnectionError:
             raise
         except Exception:
@@ -45,12 +41,12 @@ def main(argv: list[str]) -> int:
         while True:
             request, (seeds,) = wire.receive(requests)
             try:
-                sizes, arrays = wire.pack_layers(sampler.sample(seeds, request["rng_seed"]))
+                header, arrays = drawer.draw(seeds, request["rng_seed"], request["slot"])
             except Exception:
                 failure = {"kind": "error", "request": request["request"]}
                 wire.send(replies, {**failure, "traceback": traceback.format_exc()})
                 continue
-            wire.send(replies, {"kind": "batch", "request": request["request"], "layers": sizes}, arrays)
+            wire.send(replies, {"kind": "batch", "request": request["request"], **header}, arrays)
     except ConnectionError:
         return 0
 

@@ -8,17 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dngd.errors import UserError
 from dngd.graph import GraphStore
-from dngd.models import (
-    Aggregation,
-    Propagation,
-    gcn_coefficients,
-    inverse_sqrt_degrees,
-    mean_coefficients,
-)
+from dngd.models import Aggregation, Propagation
 from dngd.models.message_passing import LayerGraphLike
 from dngd.sampling import BatchCoordinates, MiniBatch, SamplerPipeline
+from dngd.sampling.operators import LayerOperators
 from dngd.train.metrics import StepClock
 
 
@@ -45,44 +39,37 @@ class BatchSource(Protocol):
 
 
 class PropagationBuilder:
-    """Computes the coefficients of layer graphs from the whole graph's degrees.
+    """Puts mini-batches on the device, with the operators of their layer graphs.
 
-    aggregation: which kind the model needs. device: where the operators are wanted.
+    aggregation: which operators the model needs. device: where they are wanted.
     """
 
     def __init__(self, store: GraphStore, aggregation: Aggregation, device: torch.device) -> None:
         self._store = store
         self._device = device
-        self._norm = _node_norm(store) if aggregation == "gcn" else None
+        self.operators = LayerOperators(store, aggregation)
 
     def batch(self, mini_batch: MiniBatch) -> DeviceBatch:
-        """Return a sampled mini-batch's seeds, labels and operators on the device."""
-        propagations = []
-        source_nodes: Tensor | None = None  # the input layer's sources are global ids
-        for layer in mini_batch.layers:
-            sources = layer.indices if source_nodes is None else source_nodes[layer.indices]
-            destinations = layer.dst_nodes if source_nodes is None else None
-            propagations.append(self.propagation(layer, sources, layer.dst_nodes, destinations))
-            source_nodes = layer.dst_nodes
+        """Return a sampled mini-batch's seeds, labels and operators on the device.
+
+        Where the mini-batch brings the first layer's rows, they take the place of its operator.
+        """
+        rows = mini_batch.first_rows
+        operators = self.operators
+        propagations = operators.of_layers(mini_batch.layers) if rows is None else operators.behind(mini_batch.layers)
         labels = self._store.labels[mini_batch.seeds]
         return DeviceBatch(
             mini_batch.seeds,
             labels.to(self._device),
             tuple(p.to(self._device) for p in propagations),
+            None if rows is None else rows.to(self._device, non_blocking=True),
         )
 
     def propagation(
         self, graph: LayerGraphLike, source_ids: Tensor, destination_ids: Tensor, destinations: Tensor | None
     ) -> Propagation:
-        """Return one layer's operator, on the CPU.
-
-        source_ids: global id of each edge's source, [num_edges]. destination_ids: global ids, [num_dst].
-        destinations: the destinations' rows in the source table, None if they are its first rows.
-        """
-        if self._norm is None:
-            return Propagation(graph.indptr, graph.indices, mean_coefficients(graph), None, destinations)
-        edges, selves = gcn_coefficients(graph, self._norm[source_ids], self._norm[destination_ids])
-        return Propagation(graph.indptr, graph.indices, edges, selves, destinations)
+        """Return one layer's operator, on the CPU; see LayerOperators.propagation."""
+        return self.operators.propagation(graph, source_ids, destination_ids, destinations)
 
 
 class SampledBatches:
@@ -101,18 +88,3 @@ class SampledBatches:
         assert mini_batch.coordinates == asked, f"{mini_batch.coordinates} is not {asked}"
         with self._clock.phase("forward"):
             return self._builder.batch(mini_batch)
-
-
-def _node_norm(store: GraphStore) -> Tensor:
-    """Return d_v^(-1/2) of every node, float32 [N]; weighted in-degrees where the graph has weights."""
-    if store.edge_weight is None:
-        return inverse_sqrt_degrees(store.in_degrees())
-    weights = store.edge_weight
-    totals = torch.segment_reduce(weights.to(torch.float64), "sum", offsets=store.indptr, axis=0)
-    if bool((totals <= -1).any()):
-        node = int((totals <= -1).nonzero()[0, 0])
-        raise UserError(
-            f"node {node} of {store.name} has in-edge weights that sum to {float(totals[node]):g}; GCN's "
-            "normalisation needs sums above -1, so use weights of at least 0, or --model sage"
-        )
-    return inverse_sqrt_degrees(store.in_degrees(), totals)

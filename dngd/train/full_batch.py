@@ -138,7 +138,8 @@ def first_aggregation(
 
     Needs no gradient: M depends on no parameter.
     """
-    out = features.new_empty(nodes.numel(), layer.linear.in_features)
+    dtype = torch.float32 if features.element_size() < 4 else features.dtype  # as aggregate's, of 16-bit features
+    out = features.new_empty(nodes.numel(), layer.linear.in_features, dtype=dtype)
     for first in range(0, nodes.numel(), rows):
         chunk = nodes[first : first + rows]
         edges = in_edges(store, chunk)

@@ -24,6 +24,7 @@ from dngd.graph import GraphStore, Split, resolve_dataset
 from dngd.models import GNN, build_model
 from dngd.optim import learning_rate
 from dngd.sampling import SamplerPipeline, derive_seed
+from dngd.allocator import keep_freed_memory
 from dngd.train.batch import BatchSource, DeviceBatch, PropagationBuilder, SampledBatches
 from dngd.train.checkpoint import CheckpointFolder, Snapshot, check_same_run, replace_file
 from dngd.train.evaluation import ExactEvaluator
@@ -60,6 +61,8 @@ class TrainingLoop:
         self.reporter = reporter
         self.folder = RunFolder(config.run_dir)
         self.device = _device(config)
+        if config.keep_memory and self.device.type == "cpu":
+            keep_freed_memory()
         self.store: GraphStore = resolve_dataset(config.dataset, config.data_root_in_use, config.cache_dir)
         self.split: Split = self.store.split(config.split, config.seed)
         left_out = sum(self.split.dropped_unlabelled.values())
@@ -149,6 +152,8 @@ class TrainingLoop:
             prefetch=config.prefetch,
             start=divmod(self.step, self.plan.steps_per_epoch),
             timeout_seconds=config.collective_timeout_seconds,
+            # On a GPU that holds the table, the first rows are taken there.
+            aggregation=self.model.aggregation if self.features.device.type == "cpu" else None,
         ) as pipeline:
             yield SampledBatches(pipeline, self.builder, self.clock)
 

@@ -15,7 +15,7 @@ from dngd.graph import GraphStore
 from dngd.models import GNN, build_model, message_passing
 from dngd.optim import KFACPreconditioner
 from dngd.sampling import BatchCoordinates, MiniBatch, NeighborSampler
-from dngd.train import batch as batch_module
+from dngd.sampling import operators as operators_module
 from dngd.train.batch import PropagationBuilder
 from dngd.train.evaluation import ExactEvaluator
 from tests.helpers.mutants import assert_caught
@@ -183,7 +183,7 @@ def test_mutant_no_self_loop_is_caught(tiny: GraphStore) -> None:
         lambda: law_all_neighbours_is_the_full_graph(tiny, "gcn"),
         lambda: law_evaluation_is_exact(tiny, "gcn", 7),
     ):
-        assert_caught(law, batch_module, "gcn_coefficients", without)
+        assert_caught(law, operators_module, "gcn_coefficients", without)
 
 
 def test_mutant_no_scale_for_undrawn_neighbours_is_caught(tiny: GraphStore) -> None:
@@ -195,7 +195,7 @@ def test_mutant_no_scale_for_undrawn_neighbours_is_caught(tiny: GraphStore) -> N
         scale = sampled / graph.degrees.clamp_min(1)  # type: ignore[attr-defined]
         return edges * torch.repeat_interleave(scale, sampled), selves
 
-    assert_caught(lambda: law_sampling_is_unbiased(tiny), batch_module, "gcn_coefficients", unscaled)
+    assert_caught(lambda: law_sampling_is_unbiased(tiny), operators_module, "gcn_coefficients", unscaled)
 
 
 def test_mutant_swapped_halves_are_caught(tiny: GraphStore) -> None:

@@ -11,18 +11,19 @@ PACKAGE = Path(__file__).parents[2] / "dngd"
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "allocator": set(),
     "config": set(),
     "graph": set(),
     "models": set(),
     "curvature": set(),
     "comm": set(),
     "report": set(),
-    "sampling": {"graph"},
+    "sampling": {"graph", "models", "allocator"},
     "optim": {"curvature", "comm"},
-    "train": {"optim", "sampling", "models", "graph", "comm", "config"},
+    "train": {"optim", "sampling", "models", "graph", "comm", "config", "allocator"},
     "launch": {"train", "config", "comm", "graph", "report"},
     "doctor": {"sampling"},
-    "bench": {"train", "optim", "sampling", "models", "graph", "comm", "config"},
+    "bench": {"train", "optim", "allocator", "sampling", "models", "graph", "comm", "config"},
     "cli": {"launch", "train", "graph", "config", "report", "doctor", "bench", ""},
     "": {"launch", "train", "graph", "config", "sampling"},
 }

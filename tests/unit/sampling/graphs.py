@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,8 @@ def skewed_graph(num_nodes: int = 400, seed: int = 0, weighted: bool = True) -> 
     """Degrees from 0 to about num_nodes / 2, many small and few large."""
     generator = np.random.RandomState(seed)
     degrees = np.minimum((generator.pareto(0.8, num_nodes) * 3).astype(int), num_nodes // 2)
-    return topology([generator.choice(num_nodes, degree, replace=False).tolist() for degree in degrees], weighted)
+    graph = topology([generator.choice(num_nodes, degree, replace=False).tolist() for degree in degrees], weighted)
+    return replace(graph, features=torch.from_numpy(generator.standard_normal((num_nodes, 5)).astype(np.float32)))
 
 
 @st.composite
@@ -58,6 +60,9 @@ def digest(batches: Iterable[MiniBatch]) -> str:
     for batch in batches:
         total.update(repr((batch.coordinates, len(batch.layers))).encode())
         total.update(batch.seeds.numpy().tobytes())
+        if batch.first_rows is not None:
+            total.update(repr((batch.first_rows.dtype, tuple(batch.first_rows.shape))).encode())
+            total.update(batch.first_rows.numpy().tobytes())
         for layer in batch.layers:
             total.update(repr((layer.num_src, layer.num_dst, layer.global_indices)).encode())
             for array in layer_arrays(layer):
@@ -79,6 +84,7 @@ def make_pipeline(num_samplers: int, **changes: object) -> SamplerPipeline:
         num_samplers=num_samplers,
         prefetch=2,
         timeout_seconds=60.0,
+        aggregation="mean",
     )
     return SamplerPipeline(**{**arguments, **changes})  # type: ignore[arg-type]
 

@@ -48,7 +48,7 @@ def test_layers_survive_the_wire(seeds: list[int]) -> None:
         sender.start()
         header, received = wire.receive(far)
         sender.join()
-    for sent, got in zip(layers, wire.unpack_layers(header["layers"], received), strict=True):
+    for sent, got in zip(layers, wire.unpack_layers(header["layers"], iter(received)), strict=True):
         assert (sent.num_src, sent.num_dst, sent.global_indices) == (
             got.num_src,
             got.num_dst,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"batch_size": 0}, "batch_size=0"),
         ({"num_shards": 0}, "num_shards=0"),
         ({"num_samplers": -1}, "num_samplers=-1"),
-        ({"prefetch": 0}, "prefetch=0"),
+        ({"prefetch": -1}, "prefetch=-1"),
+        ({"prefetch": 0, "num_samplers": 1}, "prefetch=0"),
         ({"shards": []}, "shards=[]"),
         ({"shards": [4]}, "shards=[4]"),
         ({"start": (0, 7)}, "7 steps"),
@@ -56,7 +58,7 @@ def test_order_is_steps_then_shards_for_ever() -> None:
 
 @pytest.mark.usefixtures("inline")
 def test_empty_shards_and_lonely_nodes() -> None:
-    lonely = topology([[] for _ in range(3)], weighted=True)
+    lonely = replace(topology([[] for _ in range(3)], weighted=True), features=torch.ones(3, 2))
     batches = take(make_pipeline(0, store=lonely, train_nodes=torch.tensor([2]), shards=[0, 1, 2, 3]), 4)
     assert [batch.seeds.tolist() for batch in batches] == [[2], [], [], []]
     for batch in batches:
@@ -65,6 +67,9 @@ def test_empty_shards_and_lonely_nodes() -> None:
             assert layer.num_edges == 0
             assert layer.indptr.tolist() == [0] * (len(batch.seeds) + 1)
             assert layer.edge_weight is not None
+        assert batch.first_rows is not None
+        # A node without neighbours: its own row, and zeros for their mean.
+        assert batch.first_rows.tolist() == [[1.0, 1.0, 0.0, 0.0]] * len(batch.seeds)
 
 
 @pytest.mark.usefixtures("inline")
@@ -90,14 +95,14 @@ def test_a_store_on_disk_gives_the_batches_of_its_arrays_and_a_childs_exception_
     graph = skewed_graph()
     store = GraphStore.write(
         tmp_path / "graph",
-        features=torch.zeros(400, 2),
+        features=graph.features,
         labels=torch.zeros(400, dtype=torch.int64),
         indptr=graph.indptr,
         indices=graph.indices,
         edge_weight=graph.edge_weight,
         self_loops="keep",
     )
-    in_memory = Topology(store.indptr, store.indices, store.edge_weight)
+    in_memory = Topology(store.indptr, store.indices, store.edge_weight, store.features)
     with make_pipeline(1, store=str(tmp_path / "graph")) as opened, make_pipeline(1, store=in_memory) as sent:
         assert digest(take(opened, 6)) == digest(take(sent, 6))
         at = sent._pending[-1].coordinates

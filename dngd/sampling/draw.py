@@ -1,0 +1,82 @@
+"""What a sampler process does for one request: draw the layer graphs, take the first layer's rows, lay both out.
+
+Batches travel in a shared slot where the request names one, and over the socket where it names none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dngd.allocator import keep_freed_memory
+from dngd.models.message_passing import Aggregation
+from dngd.sampling import wire
+from dngd.sampling.minibatch import LayerGraph
+from dngd.sampling.operators import FirstRows, first_rows_of
+from dngd.sampling.sampler import NeighborSampler
+from dngd.sampling.slots import DTYPES, SlotPool, SlotWriter, dtype_name, spec_of
+from dngd.sampling.topology import SharedTopology, open_shared
+
+NO_SLOT = -1
+
+
+class BatchDrawer:
+    """Draws batches. first_rows: given where they are wanted. slots: of the trainer."""
+
+    def __init__(self, sampler: NeighborSampler, first_rows: FirstRows | None, slots: SlotWriter) -> None:
+        self._sampler = sampler
+        self._first_rows = first_rows
+        self._slots = slots
+
+    @classmethod
+    def from_setup(cls, setup: dict[str, Any]) -> BatchDrawer:
+        """Return the drawer that a setup message asks for (see setup_message); one thread from here on."""
+        torch.set_num_threads(1)
+        keep_freed_memory()
+        graph, extra = open_shared(setup["graph"])
+        sampler = NeighborSampler(graph.indptr, graph.indices, graph.edge_weight, setup["fanouts"])
+        first_rows = first_rows_of(graph, setup["aggregation"], extra.get("norm"))
+        return cls(sampler, first_rows, SlotWriter(setup["slots"]))
+
+    def draw(self, seeds: Tensor, rng_seed: int, slot: int) -> tuple[dict[str, Any], list[Tensor]]:
+        """Return the header and the arrays of an answer; arrays is empty where they were laid out in the slot."""
+        layers = self._sampler.sample(seeds, rng_seed)
+        sizes, arrays = wire.pack_layers(layers)
+        specs = [spec_of(array) for array in arrays]
+        first = self._first_rows
+        if first is not None:
+            specs.append((dtype_name(first.dtype), first.shape(layers[0])))
+        in_slot = slot != NO_SLOT
+        places = self._slots.lay_out(slot, specs) if in_slot else [torch.empty(s, dtype=DTYPES[d]) for d, s in specs]
+        for place, array in zip(places, arrays):
+            place.copy_(array)
+        if first is not None:
+            first.of(layers[0], out=places[-1])
+        header: dict[str, Any] = {"layers": sizes, "has_rows": first is not None}
+        return (header | {"slot": slot, "specs": specs}, []) if in_slot else (header, places)
+
+
+def setup_message(
+    graph: SharedTopology, fanouts: Sequence[int], aggregation: Aggregation | None, slots: SlotPool
+) -> dict[str, Any]:
+    """Return the first message to a sampler process, which inherits the graph's and the slots' files."""
+    return {
+        "graph": graph.description,
+        "fanouts": list(fanouts),
+        "aggregation": aggregation,
+        "slots": list(slots.fds),
+    }
+
+
+def unpack_answer(
+    header: dict[str, Any], arrays: Sequence[Tensor], slots: SlotPool
+) -> tuple[tuple[LayerGraph, ...], Tensor | None]:
+    """Return the layer graphs and the first layer's rows (or None) of an answer."""
+    if "slot" in header:
+        arrays = slots.read(header["slot"], [(dtype, shape) for dtype, shape in header["specs"]])
+    remaining = iter(arrays)
+    layers = wire.unpack_layers(header["layers"], remaining)
+    return layers, next(remaining) if header["has_rows"] else None

@@ -1,0 +1,123 @@
+"""From sampled layer graphs to the operators that a model multiplies with, and the first layer's rows.
+
+The coefficients come from the whole graph's degrees. The first layer's rows M need no parameter, so that they are
+taken here, straight from the feature table: the matrix of gathered input rows, the largest of a batch, is never built.
+Runs in the trainer and in sampler processes alike; plain functions of their arguments, whichever runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dngd.errors import UserError
+from dngd.models.message_passing import (
+    Aggregation,
+    LayerGraphLike,
+    Propagation,
+    aggregate_rows,
+    gcn_coefficients,
+    inverse_sqrt_degrees,
+    mean_coefficients,
+)
+from dngd.sampling.minibatch import LayerGraph
+from dngd.sampling.topology import HasTopology
+
+
+class LayerOperators:
+    """Computes the operators of layer graphs, on the CPU.
+
+    aggregation: what the model's layers take. norm: d^(-1/2) of every node as of node_norm; computed where it is None
+    and aggregation is gcn.
+    """
+
+    def __init__(self, graph: HasTopology, aggregation: Aggregation, norm: Tensor | None = None) -> None:
+        self.aggregation: Aggregation = aggregation
+        self.norm = node_norm(graph) if norm is None and aggregation == "gcn" else norm
+
+    def propagation(
+        self, graph: LayerGraphLike, source_ids: Tensor, destination_ids: Tensor, destinations: Tensor | None
+    ) -> Propagation:
+        """Return one layer's operator.
+
+        source_ids: global id of each edge's source, [num_edges]. destination_ids: global ids, [num_dst].
+        destinations: the destinations' rows in the source table, None if they are its first rows.
+        """
+        if self.norm is None:
+            return Propagation(graph.indptr, graph.indices, mean_coefficients(graph), None, destinations)
+        edges, selves = gcn_coefficients(graph, self.norm[source_ids], self.norm[destination_ids])
+        return Propagation(graph.indptr, graph.indices, edges, selves, destinations)
+
+    def of_layers(self, layers: Sequence[LayerGraph]) -> tuple[Propagation, ...]:
+        """Return the operators of layer graphs, input side first; their sources are global ids or the layer before."""
+        operators = []
+        below: LayerGraph | None = None
+        for layer in layers:
+            if layer.global_indices:
+                operators.append(self.first(layer))
+            else:
+                assert below is not None, "a layer graph behind none"
+                operators.append(self.propagation(layer, below.dst_nodes[layer.indices], layer.dst_nodes, None))
+            below = layer
+        return tuple(operators)
+
+    def behind(self, layers: Sequence[LayerGraph]) -> tuple[Propagation, ...]:
+        """Return the operators of all layer graphs but the first, whose rows are known already."""
+        return tuple(
+            self.propagation(layer, below.dst_nodes[layer.indices], layer.dst_nodes, None)
+            for below, layer in zip(layers, layers[1:])
+        )
+
+    def first(self, layer: LayerGraph) -> Propagation:
+        """Return the input layer's operator, from the table of all nodes."""
+        return self.propagation(layer, layer.indices, layer.dst_nodes, layer.dst_nodes)
+
+
+class FirstRows:
+    """Takes the input layer's rows M straight from the feature table, memory-mapped or not.
+
+    features: [N, F]. dtype: of M: float32 from a 16-bit table, else the table's.
+    """
+
+    def __init__(self, operators: LayerOperators, features: Tensor) -> None:
+        self._operators = operators
+        self._features = features
+        self.dtype = torch.float32 if features.element_size() < 4 else features.dtype
+
+    def shape(self, layer: LayerGraph) -> list[int]:
+        """Return M's shape: [num_dst, F], twice the width for the mean, which keeps a node's own row apart."""
+        return [layer.num_dst, self._features.shape[1] * (2 if self._operators.aggregation == "mean" else 1)]
+
+    def of(self, layer: LayerGraph, out: Tensor | None = None) -> Tensor:
+        """Return M of an input layer graph. out: where to write it, of M's shape and type."""
+        return aggregate_rows(self._operators.aggregation, self._features, self._operators.first(layer), out)
+
+
+def first_rows_of(graph: HasTopology, aggregation: Aggregation | None, norm: Tensor | None = None) -> FirstRows | None:
+    """Return what takes the first rows of a graph's features; None where aggregation is None."""
+    if aggregation is None:
+        return None
+    features: Tensor | None = getattr(graph, "features", None)
+    assert features is not None, "the first layer's rows were asked for of a graph without features"
+    return FirstRows(LayerOperators(graph, aggregation, norm), features)
+
+
+def node_norm(graph: HasTopology) -> Tensor:
+    """Return GCN's d_v^(-1/2) of every node, float32 [N]; weighted in-degrees where the graph has weights.
+
+    Raises UserError where a node's weights sum to -1 or less.
+    """
+    degrees = graph.indptr.diff()
+    if graph.edge_weight is None:
+        return inverse_sqrt_degrees(degrees)
+    totals = torch.segment_reduce(graph.edge_weight.to(torch.float64), "sum", offsets=graph.indptr, axis=0)
+    if bool((totals <= -1).any()):
+        node = int((totals <= -1).nonzero()[0, 0])
+        name = getattr(graph, "name", "the graph")
+        raise UserError(
+            f"node {node} of {name} has in-edge weights that sum to {float(totals[node]):g}; GCN's "
+            "normalisation needs sums above -1, so use weights of at least 0, or --model sage"
+        )
+    return inverse_sqrt_degrees(degrees, totals)
