@@ -111,7 +111,7 @@ class TrainConfig(_Section):
     num_shards: int | None = Field(None, ge=1, description="S, logical shards of a step; null: num_workers", json_schema_extra=IDENTITY)
     use_gpu: bool = Field(False, description="one GPU a worker")
     num_samplers: int = Field(1, ge=0, le=64, description="sampler processes a worker; 0 samples in the training process")
-    prefetch: int = Field(4, ge=1, le=64, description="batches that each sampler may be ahead")
+    prefetch: int = Field(2, ge=1, le=64, description="batches that each sampler may be ahead")
     keep_memory: bool = Field(True, description="on a CPU: memory that a step frees stays with the process for the next one, instead of going back to the system; faster, and the process keeps the most that it ever used")
     eval_period: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
     eval_rows: int = Field(65536, ge=1, description="most rows aggregated at a time in exact evaluation")

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BLOCK_ELEMENTS = 1 << 18
-"""Elements worked on at a time: a block of them stays in the core's cache from one operation to the next."""
+_BLOCK_ELEMENTS = 1 << 21
+"""Elements worked on at a time: their random bits are not all in memory at once, and threads meet seldom."""
 _MAX_BITS = 16
 
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from dngd.errors import TrainingError, UserError
+from dngd.graph.advice import read_randomly
 from dngd.models.message_passing import Aggregation
 from dngd.sampling.inline import inline_sampling_is_canonical, submit_to_sampling_thread
-from dngd.sampling.minibatch import BatchCoordinates, LayerGraph, MiniBatch
+from dngd.sampling.minibatch import BatchCoordinates, Drawn, LayerGraph, MiniBatch
 from dngd.sampling.operators import FirstRows, first_rows_of, node_norm
 from dngd.sampling.process import SamplerProcess
 from dngd.sampling.sampler import NeighborSampler, check_fanouts
@@ -33,6 +34,8 @@ INLINE_AHEAD = 2
 """Batches that the thread is ahead at most: one thread fills no longer queue, and each batch takes memory."""
 HELD_BATCHES = 2
 """Slots of a child beyond those in its queue: for batches that the caller still works on."""
+MAX_SLOTS = 10
+"""Of a child: each is an open file in the trainer. What finds none free comes over the socket."""
 
 
 class SamplerPipeline:
@@ -51,6 +54,9 @@ class SamplerPipeline:
     start: the (epoch, step) to begin with.
     timeout_seconds: the longest wait for one batch, the start of a child included.
     on_mapped: called with each shared memory that children's batches will lie in (uint8), to pin it for a GPU.
+    on_host: bool [N], where a device keeps the feature rows of the other nodes: first rows come without their part, and
+        with the operator to add it (MiniBatch.first_operator).
+    random_reads: whether to tell the system that features are read here and there (see dngd.graph.advice).
 
     Raises UserError for arguments that cannot be; iterating raises TrainingError, which names the batch, when
     a child fails, dies or is silent. After an error and after close() the pipeline is finished.
@@ -76,6 +82,8 @@ class SamplerPipeline:
         *,
         aggregation: Aggregation | None = None,
         on_mapped: Callable[[Tensor], None] | None = None,
+        on_host: Tensor | None = None,
+        random_reads: bool = False,
     ) -> None:
         graph = open_store(store) if isinstance(store, str | Path) else store
         fanouts = check_fanouts(fanouts)
@@ -109,9 +117,11 @@ class SamplerPipeline:
         if num_samplers == 0:
             if inline_sampling_is_canonical():
                 sampler = NeighborSampler(graph.indptr, graph.indices, graph.edge_weight, fanouts)
-                self._inline = _InlineSampler(
-                    sampler, first_rows_of(graph, aggregation), ahead=min(prefetch, INLINE_AHEAD)
-                )
+                first_rows = first_rows_of(graph, aggregation, on_host=on_host)
+                features: Tensor | None = getattr(graph, "features", None)
+                if random_reads and features is not None:
+                    read_randomly(features)
+                self._inline = _InlineSampler(sampler, first_rows, ahead=min(prefetch, INLINE_AHEAD))
                 return
             logger.info(
                 "DGL's generator was used in another thread of this process before; sampling in one child "
@@ -119,7 +129,10 @@ class SamplerPipeline:
             )
             num_samplers, prefetch = 1, max(prefetch, 1)
         # One copy for all children, which would each compute it again.
-        shared = SharedTopology(graph, {"norm": node_norm(graph)} if aggregation == "gcn" else None)
+        extra = {"norm": node_norm(graph)} if aggregation == "gcn" else {}
+        if on_host is not None:
+            extra["on_host"] = on_host
+        shared = SharedTopology(graph, extra)
         try:
             for number in range(num_samplers):
                 self._processes.append(
@@ -129,8 +142,9 @@ class SamplerPipeline:
                         timeout_seconds,
                         f"sampler process {number}",
                         aggregation=aggregation,
-                        num_slots=prefetch + HELD_BATCHES,
+                        num_slots=slots_of_sampler(prefetch),
                         on_mapped=on_mapped,
+                        random_reads=random_reads,
                     )
                 )
             for _ in range(num_samplers * prefetch):
@@ -145,6 +159,16 @@ class SamplerPipeline:
     def pids(self) -> tuple[int, ...]:
         """The sampler processes' ids; empty when batches are drawn in this process."""
         return tuple(process.pid for process in self._processes)
+
+    @property
+    def has_next(self) -> bool:
+        """Whether the next batch, or an error in its place, is there already: `next` does not wait for it."""
+        if self._failure is not None:
+            return True
+        if self._inline is not None:
+            return self._inline.has_answer
+        number = self._num_requested - len(self._pending)
+        return self._processes[number % len(self._processes)].has_answer
 
     def __iter__(self) -> Iterator[MiniBatch]:
         return self
@@ -210,10 +234,10 @@ class SamplerPipeline:
             inline.request(batch.seeds, self._rng_seed(batch.coordinates))
         batch = self._pending.popleft()
         try:
-            layers, rows = inline.answer()
+            drawn = inline.answer()
         except Exception as error:
             raise TrainingError(f"sampling failed on the batch ({batch.coordinates}): {error}") from error
-        return replace(batch, layers=layers, first_rows=rows)
+        return replace(batch, **drawn._asdict())
 
     def _request_next(self) -> None:
         batch = self._next_seeds()
@@ -227,9 +251,9 @@ class SamplerPipeline:
         batch = self._pending[0]
         number = self._num_requested - len(self._pending)
         process = self._processes[number % len(self._processes)]
-        layers, rows = process.answer(number, str(batch.coordinates))
+        drawn = process.answer(number, str(batch.coordinates))
         self._pending.popleft()
-        return replace(batch, layers=layers, first_rows=rows)
+        return replace(batch, **drawn._asdict())
 
 
 class _InlineSampler:
@@ -246,15 +270,28 @@ class _InlineSampler:
         sampler = self._sampler
         self._drawn.append(submit_to_sampling_thread(lambda: sampler.sample(seeds, rng_seed)))
 
-    def answer(self) -> tuple[tuple[LayerGraph, ...], Tensor | None]:
-        """Return the oldest queued draw and its first rows."""
+    @property
+    def has_answer(self) -> bool:
+        """Whether the oldest queued draw is done."""
+        return bool(self._drawn) and self._drawn[0].done()
+
+    def answer(self) -> Drawn:
+        """Return the oldest queued draw with its first rows."""
         layers = self._drawn.popleft().result()
-        return layers, None if self._first_rows is None else self._first_rows.of(layers[0])
+        if self._first_rows is None:
+            return Drawn(layers)
+        operator = self._first_rows.operator(layers[0])
+        return Drawn(layers, self._first_rows.of(layers[0], operator=operator), operator)
 
     def close(self) -> None:
         """Give up what is queued."""
         for future in self._drawn:
             future.cancel()
+
+
+def slots_of_sampler(prefetch: int) -> int:
+    """Return the number of batches that a child's shared memory holds."""
+    return min(prefetch + HELD_BATCHES, MAX_SLOTS)
 
 
 def _check_nodes(train_nodes: Tensor, num_nodes: int) -> None:

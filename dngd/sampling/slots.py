@@ -41,7 +41,8 @@ class SlotPool:
 
     def acquire(self) -> int | None:
         """Return a free slot and take it, or None."""
-        return self._free.popleft() if self._free else None
+        # The one that was in use last: its pages are there already.
+        return self._free.pop() if self._free else None
 
     def read(self, slot: int, specs: Sequence[Spec]) -> list[Tensor]:
         """Return the arrays of a filled slot, where they lie. The slot is free once none of them is referred to."""

@@ -15,6 +15,7 @@ from dngd.graph import GraphStore, Split
 from dngd.models import MODELS
 from dngd.optim import Footprint, layer_footprint
 from dngd.sampling import steps_per_epoch
+from dngd.sampling.pipeline import slots_of_sampler
 from dngd.train.optimizers import factor_layout
 
 FLOAT_BYTES = 4
@@ -151,7 +152,7 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split) -> RunPlan:
         evaluation_bytes=2 * hidden_table + chunk * layers[0].d_a * FLOAT_BYTES,
         sampler_bytes=0
         if config.constant_full_batch
-        else config.num_samplers * (PROCESS_BYTES + config.prefetch * batch.edges),
+        else config.num_samplers * (PROCESS_BYTES + slots_of_sampler(config.prefetch) * (batch.edges + batch.first_rows)),
         gradient_bytes_per_step=(parameters + 2) * FLOAT_BYTES,
         factor_bytes_per_refresh=statistics if kfac else 0,
         inverse_bytes_per_refresh=sum(layer.factors.inverses_sent for layer in layers) if kfac else 0,
@@ -170,15 +171,17 @@ def _layer_plan(config: TrainConfig, index: int, width_in: int, width_out: int, 
 
 @dataclass(frozen=True)
 class _BatchBytes:
-    """Most bytes of one shard's part of a step: while it is worked on, its edges alone, what is kept for all steps."""
+    """Most bytes of one shard's part of a step: while it is worked on, its edges alone, what is kept for all steps, and
+    the first layer's rows, which sampler processes lay out."""
 
     activation: int
     edges: int
     kept: int
+    first_rows: int
 
 
 def _batch_bytes(config: TrainConfig, store: GraphStore, layers: tuple[LayerPlan, ...], num_seeds: int) -> _BatchBytes:
-    num_rows, rows, edges, kept = num_seeds, 0, 0, 0
+    num_rows, rows, edges, kept, aggregated = num_seeds, 0, 0, 0, 0
     for i, (layer, fanout) in reversed(list(enumerate(zip(layers, config.fanouts)))):
         drawn = store.num_edges if fanout == -1 else min(store.num_edges, num_rows * fanout)
         # Forward, gradient, and the aggregated rows that the weight's gradient needs.
@@ -195,7 +198,7 @@ def _batch_bytes(config: TrainConfig, store: GraphStore, layers: tuple[LayerPlan
             edges += drawn * 3 * 8
         num_rows = min(store.num_nodes, num_rows + drawn)
     # A constant batch's edges are made before the first step, one layer after the other.
-    return _BatchBytes(max(rows, edges) if config.constant_full_batch else rows + edges, edges, kept)
+    return _BatchBytes(max(rows, edges) if config.constant_full_batch else rows + edges, edges, kept, aggregated)
 
 
 def check_device(config: TrainConfig) -> None:

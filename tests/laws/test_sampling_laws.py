@@ -229,14 +229,17 @@ def test_law_of_batches_catches_dgls_fused_int32_sampler() -> None:
 # --- each neighbour equally likely
 
 
-def law_neighbours_are_equally_likely(graph: Topology, sample: Sample, fanout: int) -> None:
+def law_neighbours_are_equally_likely(
+    graph: Topology, sample: Sample, fanout: int, seeds: torch.Tensor | None = None
+) -> None:
     """Inclusion counts over many batches of one sampler pass a chi-square test, at every degree.
 
     A neighbour is drawn with p = k/d; counts of a draw without replacement have variance np(1 - p) d/(d - 1),
     which the statistic divides out.
     """
     degrees = graph.indptr.diff()
-    seeds = (degrees > fanout).nonzero().flatten()
+    if seeds is None:
+        seeds = (degrees > fanout).nonzero().flatten()
     counts: dict[int, Counter[int]] = {node: Counter() for node in seeds.tolist()}
     num_batches = 600
     for number in range(num_batches):
