@@ -84,7 +84,7 @@ class TrainConfig(_Section):
         except ValidationError as error:
             raise UserError(explain(error, type(self))) from None
 
-    dataset: str = Field(description="name (DATA_ROOT/NAME.npz or built-in) or path of a store or npz file")
+    dataset: str = Field(description="name (DATA_ROOT/NAME.npz or built-in), path of a store or npz file, or s3:// or gs:// address of a store")
     data_root: Path | None = Field(None, description="folder of data sets; null: $DNGD_DATA_ROOT")
     cache_dir: Path | None = Field(None, description="folder of converted stores; null: $DNGD_CACHE_DIR or ~/.cache/dngd")
     split: str = Field("masks", description="masks | masks:K | public | complete | random:TRAIN/VAL/TEST", json_schema_extra=IDENTITY)
@@ -110,11 +110,14 @@ class TrainConfig(_Section):
     num_workers: int = Field(1, ge=1, description="Ray Train workers; with engine local: the number of shards run here")
     num_shards: int | None = Field(None, ge=1, description="S, logical shards of a step; null: num_workers", json_schema_extra=IDENTITY)
     use_gpu: bool = Field(False, description="one GPU a worker")
+    feature_placement: Literal["auto", "device", "pinned", "disk"] = Field("auto", description="where the feature table lies; device: on the GPU; pinned: in the machine's memory, one copy for its workers; disk: there, for a table larger than memory, nothing read ahead; auto: device if it fits in half of the GPU's free memory, else pinned, and on a CPU the store's map as it is")
+    feature_cache_bytes: int | None = Field(None, ge=0, description="GPU memory for the features of the most frequent sources where the table is not there, bytes; null: a quarter of the GPU's free memory if the table does not fit, else 0")
     num_samplers: int = Field(1, ge=0, le=64, description="sampler processes a worker; 0 samples in the training process")
     prefetch: int = Field(2, ge=1, le=64, description="batches that each sampler may be ahead")
     keep_memory: bool = Field(True, description="on a CPU: memory that a step frees stays with the process for the next one, instead of going back to the system; faster, and the process keeps the most that it ever used")
     eval_period: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
-    eval_rows: int = Field(65536, ge=1, description="most rows aggregated at a time in exact evaluation")
+    eval_rows: int = Field(65536, ge=1, description="most rows worked on at a time in exact evaluation; a smaller block may be chosen for the caches' sake")
+    eval_memory_bytes: int | None = Field(None, ge=0, description="memory that a machine may hold exact evaluation's tables in, bytes; what goes beyond lies in unnamed files below cache_dir or the run folder; null: half of what is available")
     collective_timeout_seconds: float = Field(120.0, gt=0, description="limit of every wait for another rank, seconds")
     max_dropped_steps: int = Field(10, ge=1, description="non-finite steps in a row after which training stops")
     checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(), description="checkpoints")
@@ -123,6 +126,15 @@ class TrainConfig(_Section):
     resume: bool = Field(False, description="go on from run_dir's newest good checkpoint; a folder without a run starts one")
 
     # fmt: on
+    @field_validator("dataset", mode="after")
+    @classmethod
+    def _no_credentials(cls, value: str) -> str:
+        scheme, mark, rest = value.partition("://")
+        if mark and "@" in rest.partition("/")[0]:
+            # The value is not repeated: it would reach logs, and the run's config.yaml.
+            raise ValueError(f"the {scheme}:// address of dataset holds credentials before an @; leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or ~/.aws), for gs:// GOOGLE_APPLICATION_CREDENTIALS")
+        return value
+
     @field_validator("fanout", mode="before")
     @classmethod
     def _fanout_text(cls, value: object) -> object:
@@ -153,6 +165,11 @@ class TrainConfig(_Section):
             raise ValueError(f"semi={self.semi} needs all neighbours but fanout={self.fanouts} draws some; leave --fanout out, or give -1 for every layer, or --semi none")
         if self.optimizer == "kfac" and self.semi != "none" and self.fisher == "empirical" and self.kfac.variant != "paper":
             raise ValueError(f"semi={self.semi} weighs its seeds unequally, which the empirical Fisher cannot do; leave kfac.fisher away, or use --set kfac.fisher=monte_carlo")
+        if not self.use_gpu and self.feature_placement in ("device", "pinned"):
+            raise ValueError(f"feature_placement={self.feature_placement} is about a GPU but use_gpu is off; add --use-gpu, or use --feature-placement auto")
+        if self.feature_cache_bytes and (not self.use_gpu or self.feature_placement == "device"):
+            why = "feature_placement=device keeps the whole table on the GPU" if self.use_gpu else "use_gpu is off"
+            raise ValueError(f"feature_cache_bytes={self.feature_cache_bytes} is of no use since {why}; leave it out")
         if self.num_workers > self.shards:
             raise ValueError(f"num_workers={self.num_workers} is above num_shards={self.shards}: a worker would have no shard; use at most {self.shards} workers")
         return self

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from dngd.allocator import keep_freed_memory
 from dngd.bench.competitors import Setting, make_settings
 from dngd.bench.curves import Curve, compare_groups, default_targets, first_reach, mean_curve, spread
 from dngd.bench.graphs import open_graph
@@ -30,7 +31,6 @@ from dngd.errors import UserError
 from dngd.graph import GraphStore, Split
 from dngd.models import GNN
 from dngd.sampling import BatchCoordinates, SamplerPipeline, steps_per_epoch
-from dngd.allocator import keep_freed_memory
 from dngd.train.batch import PropagationBuilder
 from dngd.train.evaluation import ExactEvaluator
 from dngd.train.full_batch import FullBatches

@@ -140,6 +140,14 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return numbers
 
 
+def parse_counts(text: str, flag: str) -> tuple[int, ...]:
+    """Return the distinct whole numbers of "0,1,2". Raises UserError for anything else."""
+    parts = _parts(text, ",")
+    if not parts or not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+        raise UserError(f"{flag} {text!r} is not a list of distinct whole numbers from 0; write e.g. {flag} 0,1,2")
+    return tuple(map(int, parts))
+
+
 def parse_targets(text: str) -> tuple[float, ...]:
     """Return the accuracies of "0.9,0.91". Raises UserError unless each is above 0 and at most 1."""
     targets = []

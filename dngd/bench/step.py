@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dngd.allocator import keep_freed_memory
 from dngd.bench.graphs import open_graph
 from dngd.bench.learner import Batch, Learner, initial_model
 from dngd.bench.machine import describe_machine, torch_threads
@@ -22,7 +23,6 @@ from dngd.config import KFACConfig, TrainConfig
 from dngd.errors import TrainingError, UserError
 from dngd.graph import GraphStore, Split
 from dngd.sampling import SamplerPipeline
-from dngd.allocator import keep_freed_memory
 from dngd.train.batch import PropagationBuilder
 from dngd.train.plan import batch_size_of
 

@@ -10,10 +10,12 @@ import typer
 from rich.console import Console
 
 from dngd.cli.common import Json, field_help, out, print_json
-from dngd.config import TrainConfig, merge
+from dngd.config import TrainConfig, merge, parse_assignment
 from dngd.errors import UserError
 
-bench_app = typer.Typer(help="Measure optimizers against each other, taken in turns.", no_args_is_help=True)
+bench_app = typer.Typer(
+    help="Measure optimizers, and the input pipeline against DGL's, taken in turns.", no_args_is_help=True
+)
 
 
 @bench_app.command("step")
@@ -108,8 +110,7 @@ def bench_accuracy(
     from dngd.bench.competitors import SETTABLE_IN_RUNS, parse_fields, parse_names, parse_seeds, parse_targets
     from dngd.bench.tables import print_accuracy
 
-    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise UserError(f"--out {output} is a folder or lies in none that exists; give the path of a file")
+    _check_output(output)
     flags = _bench_fields(locals()) | {"epochs": epochs}
     fields = merge(flags, parse_fields(assignments or [], SETTABLE_IN_RUNS, "--set"))
     options = AccuracyOptions(
@@ -130,7 +131,130 @@ def bench_accuracy(
     print_json(result) if as_json else print_accuracy(result, out)
 
 
+@bench_app.command("pipeline")
+def bench_pipeline(
+    dataset: Annotated[
+        str, typer.Option(help="Name or path; products-shaped: ogbn-products' shape, generated once and kept")
+    ] = "products-shaped",
+    data_root: Annotated[Path | None, typer.Option(help=field_help("data_root"))] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help=field_help("cache_dir"))] = None,
+    split: Annotated[str, typer.Option(help=field_help("split"))] = "masks",
+    scale: Annotated[float, typer.Option(help="Share of products-shaped's nodes and edges, 0.001 to 1")] = 1.0,
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            help="Some of input, gcn, float16, training, memory, open, disk, roofline, separated by commas "
+            "[default: all]"
+        ),
+    ] = None,
+    processes: Annotated[
+        str, typer.Option(help="Numbers of sampler processes, and of DGL's workers, separated by commas")
+    ] = "0,1,2",
+    num_layers: Annotated[int, typer.Option(help=field_help("num_layers"))] = 3,
+    hidden: Annotated[int, typer.Option(help=field_help("hidden"))] = 256,
+    fanout: Annotated[str | None, typer.Option(help=field_help("fanout"))] = None,
+    batch_size: Annotated[str, typer.Option(help="Seeds a batch")] = "1024",
+    batches: Annotated[int, typer.Option(help="Batches of a contender's turn")] = 6,
+    rounds: Annotated[int, typer.Option(help="Turns of each contender, after one of warm-up")] = 5,
+    steps: Annotated[int, typer.Option(help="Training steps of the rows memory and disk")] = 8,
+    prefetch: Annotated[int | None, typer.Option(help=field_help("prefetch"))] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, splits, batches, sampling, dropout")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(help="torch threads of a training process [default: torch's own choice]")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--out", help="File that gets the JSON too")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the way from disk to mini-batch, and whole training steps, against DGL's example."""
+    from dngd.bench import PipelineOptions, progress_for, run_pipeline_bench
+    from dngd.bench.competitors import parse_counts, parse_names
+    from dngd.bench.pipeline import ROWS
+    from dngd.bench.tables import print_pipeline
+
+    _check_output(output)
+    options = PipelineOptions(
+        TrainConfig(**_bench_fields(locals()), dataset=dataset, seed=seed, engine="local"),
+        rows=ROWS if rows is None else parse_names(rows),
+        processes=parse_counts(processes, "--processes"),
+        batches=batches,
+        rounds=rounds,
+        steps=steps,
+        threads=threads,
+        scale=scale,
+    )
+    with progress_for(Console(stderr=True)) as progress:
+        result = run_pipeline_bench(options, progress)
+    if output is not None:
+        output.write_text(json.dumps(result) + "\n")
+    print_json(result) if as_json else print_pipeline(result, out)
+
+
+@bench_app.command("trace")
+def bench_trace(
+    dataset: Annotated[
+        str, typer.Option(help="Name or path; products-shaped: ogbn-products' shape, generated once and kept")
+    ] = "products-shaped",
+    data_root: Annotated[Path | None, typer.Option(help=field_help("data_root"))] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help=field_help("cache_dir"))] = None,
+    split: Annotated[str, typer.Option(help=field_help("split"))] = "masks",
+    scale: Annotated[float, typer.Option(help="Share of products-shaped's nodes and edges, 0.001 to 1")] = 1.0,
+    model: Annotated[str, typer.Option(help="Layer kind (gcn or sage)")] = "sage",
+    num_layers: Annotated[int, typer.Option(help=field_help("num_layers"))] = 3,
+    hidden: Annotated[int, typer.Option(help=field_help("hidden"))] = 256,
+    fanout: Annotated[str | None, typer.Option(help=field_help("fanout"))] = None,
+    batch_size: Annotated[str, typer.Option(help="Seeds a step")] = "1024",
+    optimizer: Annotated[str, typer.Option(help="kfac, adam, adamw or sgd")] = "adam",
+    feature_placement: Annotated[str, typer.Option(help=field_help("feature_placement"))] = "auto",
+    num_samplers: Annotated[int, typer.Option(help=field_help("num_samplers"))] = 4,
+    steps: Annotated[int, typer.Option(help="Traced steps")] = 20,
+    warmup: Annotated[int, typer.Option(help="Steps before them")] = 20,
+    seed: Annotated[int, typer.Option(help="Of weights, splits, batches, sampling, dropout")] = 0,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other field of dngd train, e.g. feature_cache_bytes=0"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--out", help="File that keeps the trace, for Perfetto or chrome://tracing")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Trace training steps on a GPU; tell how much of the copying to it runs while it computes."""
+    from dngd.bench.trace import trace_training
+
+    _check_output(output)
+    fields: dict[str, Any] = _bench_fields(locals()) | {
+        "dataset": dataset,
+        "optimizer": optimizer,
+        "feature_placement": feature_placement,
+        "num_samplers": num_samplers,
+        "seed": seed,
+        "engine": "local",
+        "use_gpu": True,
+    }
+    for text in assignments or []:
+        fields = merge(fields, parse_assignment(text))
+    result = trace_training(TrainConfig(**fields), steps, warmup, output, scale)
+    if as_json:
+        print_json(result)
+        return
+    hidden_share = result["hidden_share"]
+    if hidden_share is None:
+        out.print("nothing was copied to the GPU", highlight=False)
+        return
+    out.print(
+        f"{100 * hidden_share:.0f} % of {1e3 * result['copy_seconds'] / steps:.2f} ms of copies a step ran while the GPU "
+        f"computed ({result['device']}; features: {result['feature_placement']}; {result['pageable_copies']} of "
+        f"{result['copies']} copies came from memory that is not page-locked)",
+        highlight=False,
+    )
+
+
+def _check_output(output: Path | None) -> None:
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise UserError(f"--out {output} is a folder or lies in none that exists; give the path of a file")
+
+
 def _bench_fields(flags: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration fields among a benchmark's flags."""
-    names = ("data_root", "cache_dir", "split", "model", "num_layers", "hidden", "fanout", "batch_size")
-    return {name: flags[name] for name in names if flags[name] is not None}
+    names = ("data_root", "cache_dir", "split", "model", "num_layers", "hidden", "fanout", "batch_size", "prefetch")
+    return {name: flags[name] for name in names if flags.get(name) is not None}

@@ -10,56 +10,70 @@ import typer
 from rich.table import Table
 
 from dngd.cli.common import Json, out, print_json
+from dngd.cli.data_import import data_import
+from dngd.cli.data_partition import partition
 from dngd.errors import UserError
 
-data_app = typer.Typer(help="Graphs on disk: import, make, describe and check stores.", no_args_is_help=True)
+data_app = typer.Typer(help="Graphs on disk: import, make, describe, check and partition stores.", no_args_is_help=True)
 
 
-@data_app.command("import")
-def data_import(
-    source: Annotated[Path, typer.Argument(help="npz file, or Planetoid folder (with raw/ind.NAME.*)")],
-    store: Annotated[Path, typer.Option("--out", help="Folder of the new store")],
-    source_format: Annotated[str, typer.Option("--format", help="npz or planetoid")] = "npz",
-    name: Annotated[str | None, typer.Option(help="Name kept in the store")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that is already there")] = False,
-) -> None:
-    """Turn a graph into a store."""
-    from dngd import graph
-
-    importers: dict[str, Any] = {"npz": graph.import_npz, "planetoid": graph.import_planetoid}
-    if source_format not in importers:
-        raise UserError(f"--format {source_format!r} is unknown; use one of: " + ", ".join(importers))
-    _print_store(graph.describe(importers[source_format](source, store, name=name, overwrite=overwrite)))
+data_app.command("import")(data_import)
+data_app.command()(partition)
 
 
 @data_app.command()
 def synth(
     store: Annotated[Path, typer.Option("--out", help="Folder of the new store")],
-    name: Annotated[str, typer.Option(help="Name kept in the store")] = "synthetic",
-    nodes: Annotated[int, typer.Option(help="Number of nodes")] = 60_000,
-    edges: Annotated[int, typer.Option(help="Number of edges, both directions counted")] = 1_500_000,
-    classes: Annotated[int, typer.Option(help="Number of classes")] = 47,
-    features: Annotated[int, typer.Option(help="Number of features")] = 100,
-    homophily: Annotated[float, typer.Option(help="Share of edges within a class")] = 0.8,
-    label_noise: Annotated[float, typer.Option(help="Share of labels drawn at random")] = 0.07,
+    like: Annotated[
+        str | None,
+        typer.Option(help="Take size, degrees and split of a public graph: ogbn-products or ogbn-papers100m"),
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="With --like: share of its nodes and edges, 0.001 to 1 [default: 1]")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name kept in the store [default: synthetic, or LIKE-like]")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Number of nodes [default: 60000]")] = None,
+    edges: Annotated[
+        int | None, typer.Option(help="Number of edges, both directions counted [default: 1500000]")
+    ] = None,
+    classes: Annotated[int | None, typer.Option(help="Number of classes [default: 47]")] = None,
+    features: Annotated[int | None, typer.Option(help="Number of features [default: 100]")] = None,
+    homophily: Annotated[float | None, typer.Option(help="Share of edges within a class [default: 0.8]")] = None,
+    label_noise: Annotated[
+        float | None, typer.Option(help="Share of labels that are another class [default: 0.06]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed; equal seeds give equal graphs")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that is already there")] = False,
 ) -> None:
-    """Make a synthetic graph with skewed degrees and learnable labels."""
+    """Make a synthetic graph with skewed degrees and learnable labels, of any size or that of a public graph."""
     from dngd import graph
+    from dngd.cli.progress import data_progress
 
-    made = graph.write_synth(
-        store,
-        name=name,
-        num_nodes=nodes,
-        num_edges=edges,
-        num_classes=classes,
-        num_features=features,
-        homophily=homophily,
-        label_noise=label_noise,
-        seed=seed,
-        overwrite=overwrite,
-    )
+    shape = {
+        "num_nodes": nodes,
+        "num_edges": edges,
+        "num_classes": classes,
+        "num_features": features,
+        "homophily": homophily,
+        "label_noise": label_noise,
+    }
+    given: dict[str, Any] = {key: value for key, value in shape.items() if value is not None}
+    if like is None:
+        if scale is not None:
+            raise UserError(f"--scale {scale:g} is a share of the graph that --like names; give --like, or --nodes")
+        with data_progress() as progress:
+            made = graph.write_synth(
+                store, name=name or "synthetic", seed=seed, overwrite=overwrite, progress=progress, **given
+            )
+    else:
+        if given:
+            flag = "--" + next(iter(given)).removeprefix("num_").replace("_", "-")
+            raise UserError(f"--like {like} sets the graph's shape, {flag} too; leave one of them out")
+        config = graph.like_config(like, 1.0 if scale is None else scale, seed)
+        with data_progress() as progress:
+            made = graph.write_like(
+                store, config, name=name or f"{like.lower()}-like", overwrite=overwrite, progress=progress
+            )
     _print_store(graph.describe(made))
 
 
@@ -76,11 +90,21 @@ def info(store: Annotated[Path, typer.Argument(help="Store folder")], as_json: J
 def verify(store: Annotated[Path, typer.Argument(help="Store folder")]) -> None:
     """Check every byte of a store against its manifest, and that its content makes sense."""
     from dngd import graph
+    from dngd.cli.progress import data_progress
 
-    problems = graph.verify_store(store)
+    with data_progress() as progress:
+        problems = graph.verify_store(store, lambda _, done, total: progress("reading", done, total))
     if problems:
         raise UserError(f"{store}: " + "; ".join(problems))
     out.print(f"{store}: every file matches its manifest", highlight=False)
+
+
+def show_store(store: Any, as_json: bool) -> None:
+    """Print what a store is, as a table or as JSON."""
+    from dngd import graph
+
+    description = graph.describe(store)
+    print_json(description) if as_json else _print_store(description)
 
 
 def _print_store(description: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from dngd import __version__
 from dngd.cli.bench import bench_app
 from dngd.cli.common import out
 from dngd.cli.data import data_app
-from dngd.cli.runs import doctor, evaluate, report, train
+from dngd.cli.runs import doctor, evaluate, predict, report, train
 from dngd.errors import TrainingError, UserError
 
 app = typer.Typer(
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (train, evaluate, report, doctor):
+for command in (train, evaluate, predict, report, doctor):
     app.command()(command)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")

@@ -1,4 +1,4 @@
-"""Commands about runs: train, evaluate, report; and doctor."""
+"""Commands about runs: train, evaluate, predict, report; and doctor."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def train(
     num_workers: Annotated[int | None, typer.Option(help=field_help("num_workers"))] = None,
     num_shards: Annotated[int | None, typer.Option(help=field_help("num_shards"))] = None,
     use_gpu: Annotated[bool | None, typer.Option("--use-gpu/--no-gpu", help=field_help("use_gpu"))] = None,
+    feature_placement: Annotated[str | None, typer.Option(help=field_help("feature_placement"))] = None,
     address: Annotated[
         str | None,
         typer.Option(help="Ray cluster to connect to [default: $RAY_ADDRESS, else a local one is started]"),
@@ -111,12 +112,17 @@ def _base_fields(config: Path | None, run_dir: Path | None, resume: bool) -> dic
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder")],
     data_root: Annotated[Path | None, typer.Option(help=field_help("data_root"))] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Another graph, or where the run's graph is now [default: the run's]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run's best model exactly, on all neighbours of all nodes."""
     from dngd.train.evaluate_run import evaluate_run
+    from dngd.train.evaluation_progress import evaluation_progress
 
-    scores = evaluate_run(run, data_root=data_root)
+    with evaluation_progress("evaluating") as progress:
+        scores = evaluate_run(run, data_root=data_root, dataset=dataset, progress=progress)
     if as_json:
         print_json(scores)
         return
@@ -126,6 +132,48 @@ def evaluate(
     for part in ("train", "val", "test"):
         table.add_row(part, f"{scores[part]['accuracy']:.4f}", f"{scores[part]['loss']:.4f}")
     out.print(table)
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run folder")],
+    output: Annotated[Path, typer.Option("--out", help="Parquet file to write")],
+    nodes: Annotated[
+        str, typer.Option(help="Which nodes: all, train, val, test (of the run's split) or unlabelled")
+    ] = "all",
+    data_root: Annotated[Path | None, typer.Option(help=field_help("data_root"))] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Another graph, or where the run's graph is now [default: the run's]")
+    ] = None,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Add a column with the probabilities of all classes")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is already there")] = False,
+    as_json: Json = False,
+) -> None:
+    """Predict the classes of nodes with a run's best model, on all their neighbours, into a Parquet file."""
+    from dngd.train.evaluation_progress import evaluation_progress
+    from dngd.train.predict import predict_run
+
+    with evaluation_progress("predicting") as progress:
+        written = predict_run(
+            run,
+            output,
+            nodes=nodes,
+            data_root=data_root,
+            dataset=dataset,
+            probabilities=probabilities,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        print_json(written.to_json())
+        return
+    out.print(
+        f"{written.path}: {written.rows:,} nodes of {written.graph}, model of step {written.step}; columns "
+        + ", ".join(written.columns),
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def report(
@@ -173,6 +221,17 @@ def _print_result(result: dict[str, Any]) -> None:
     out.print(f"report      {Path(result['run_dir']) / 'report.html'}", highlight=False, soft_wrap=True)
 
 
+_FEATURE_PLACES = {
+    ("auto", False): "read from its map",
+    ("disk", False): "read from its map, nothing ahead",
+    ("auto", True): "on the GPU if it fits there, else in the machine's memory",
+    ("device", True): "on the GPU",
+    ("pinned", True): "in the machine's memory",
+    ("disk", True): "on the disk",
+}
+"""Where features lie, by feature_placement and use_gpu."""
+
+
 def _print_plan(plan: dict[str, Any], config: TrainConfig) -> None:
     table = Table(title="Plan", show_header=False)
     table.add_row("steps", f"{plan['total_steps']} ({plan['steps_per_epoch']} an epoch)")
@@ -183,8 +242,14 @@ def _print_plan(plan: dict[str, Any], config: TrainConfig) -> None:
         table.add_row("samplers a worker", str(config.num_samplers))
     parts = ("model", "optimizer", "curvature", "full_batch", "activation", "evaluation", "sampler")
     unused = {"sampler"} if config.constant_full_batch else {"full_batch"}
-    for name in ("store", "worker", *(name for name in parts if name not in unused)):
-        note = {"store": " (one shared mapping)", "worker": " (sum of the below)"}.get(name, "")
+    notes = {
+        "store": " (one shared mapping)",
+        "feature": f" (of the store; {_FEATURE_PLACES[config.feature_placement, config.use_gpu]})",
+        "worker": " (sum of the below)",
+        "evaluation_table": " (one copy a machine; on its disk where memory is short)",
+    }
+    for name in ("store", "feature", "evaluation_table", "worker", *(name for name in parts if name not in unused)):
+        note = notes.get(name, "")
         table.add_row(f"memory: {name.replace('_', ' ')}", size_text(plan[f"{name}_bytes"]) + note)
     for layer in plan["layers"]:
         d_a, d_out, kept = layer["d_a"], layer["d_out"], layer["factors"]

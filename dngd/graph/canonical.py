@@ -7,7 +7,6 @@ one form that a store holds, or raises UserError. Nothing here touches a disk.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -16,144 +15,43 @@ import scipy.sparse
 import torch
 
 from dngd.errors import UserError
-from dngd.graph.manifest import MASK_NAMES, Dropped
+from dngd.graph.manifest import MASK_NAMES
 
 Array = npt.NDArray[Any]
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 Duplicates = Literal["drop", "sum", "keep"]
 SelfLoops = Literal["drop", "keep"]
+FeatureType = Literal["float32", "float16", "bfloat16"]
 
 _BLOCK_BYTES = 1 << 25
-_NUM_SHOWN = 3
 
 
-@dataclass(frozen=True)
-class CanonicalEdges:
-    """Edges by destination, then source: compressed sparse columns."""
-
-    indptr: Int64Array
-    """[num_nodes + 1]"""
-    indices: Int64Array
-    """[num_edges] sources of the edges into v are indices[indptr[v]:indptr[v+1]], ascending"""
-    weight: Float32Array | None
-    directed: bool
-    self_loops: Dropped
-    duplicates: Dropped
-
-
-def canonical_edges(
-    source: Int64Array,
-    destination: Int64Array,
-    num_nodes: int,
-    *,
-    weight: Float32Array | None = None,
-    directed: bool | None = None,
-    self_loops: SelfLoops = "drop",
-    duplicates: Duplicates = "drop",
-) -> CanonicalEdges:
-    """Return the edges source[e] -> destination[e] sorted by (destination, source).
-
-    source, destination: [num_entries], in 0..num_nodes-1. weight: [num_entries] or None.
-    directed: None measures it: a graph is undirected when each edge is there in both directions.
-    self_loops: drop or keep. duplicates: drop (copies must carry one weight), sum their weights, or keep.
-    The result does not depend on the order of the entries.
-    Raises UserError if directed=False and an edge lacks its reverse, or if copies of an edge carry different
-    weights under duplicates="drop".
-    """
+def check_edge_options(self_loops: SelfLoops, duplicates: Duplicates, weighted: bool) -> None:
+    """Raise UserError if an option is unknown, or weights that are not there are to be summed."""
     for option, value, allowed in (
         ("self_loops", self_loops, ("drop", "keep")),
         ("duplicates", duplicates, ("drop", "sum", "keep")),
     ):
         if value not in allowed:
             raise UserError(f"{option}={value!r} is not known; give one of {', '.join(allowed)}")
-    if duplicates == "sum" and weight is None:
+    if duplicates == "sum" and not weighted:
         raise UserError("duplicates='sum' needs edge weights to sum; give edge_weight or duplicates='drop'")
-    loops = source == destination
-    num_loops = int(loops.sum())
-    if self_loops == "drop" and num_loops:
-        source, destination = source[~loops], destination[~loops]
-        weight = None if weight is None else weight[~loops]
-    key = destination * np.int64(num_nodes) + source
-    if weight is None:
-        key.sort()
-    else:
-        # + 0 turns -0.0 into 0.0, whose bytes would otherwise depend on the input order.
-        weight = weight + np.float32(0)
-        order = np.lexsort((weight, key))
-        key, weight = key[order], weight[order]
-    first = np.ones(len(key), dtype=np.bool_)
-    np.not_equal(key[1:], key[:-1], out=first[1:])
-    num_copies = len(key) - int(first.sum())
-    if num_copies and duplicates != "keep":
-        if weight is not None:
-            weight = _merge_weights(key, weight, first, num_nodes, duplicates)
-        key = key[first]
-    destination = key // num_nodes
-    source = key - destination * num_nodes
-    kept_loops = int((source == destination).sum())
-    reverse = source * np.int64(num_nodes) + destination
-    indptr = np.zeros(num_nodes + 1, dtype=np.int64)
-    np.cumsum(np.bincount(destination, minlength=num_nodes), out=indptr[1:])
-    if directed is not True:
-        directed = _is_directed(key, reverse, num_nodes, claimed_undirected=directed is False)
-    kept_copies = num_copies if duplicates == "keep" else 0
-    return CanonicalEdges(
-        indptr=indptr,
-        indices=source,
-        weight=weight,
-        directed=directed,
-        self_loops=Dropped(policy=self_loops, dropped=num_loops if self_loops == "drop" else 0, kept=kept_loops),
-        duplicates=Dropped(policy=duplicates, dropped=num_copies - kept_copies, kept=kept_copies),
-    )
-
-
-def _merge_weights(
-    key: Int64Array,
-    weight: Float32Array,
-    first: npt.NDArray[np.bool_],
-    num_nodes: int,
-    duplicates: Duplicates,
-) -> Float32Array:
-    if duplicates == "sum":
-        return np.add.reduceat(weight.astype(np.float64), np.flatnonzero(first)).astype(np.float32)
-    differs = np.flatnonzero(~first[1:] & (weight[1:] != weight[:-1]))
-    if len(differs):
-        at = int(differs[0])
-        raise UserError(
-            f"edge {int(key[at]) % num_nodes} -> {int(key[at]) // num_nodes} is given more than once with "
-            f"the weights {weight[at]:g} and {weight[at + 1]:g} ({len(differs)} such copies); copies "
-            "are dropped only when their weights agree: merge them, or pass duplicates='sum' or 'keep'"
-        )
-    return weight[first]
-
-
-def _is_directed(key: Int64Array, reverse: Int64Array, num_nodes: int, claimed_undirected: bool) -> bool:
-    reverse.sort()
-    if np.array_equal(reverse, key):
-        return False
-    if claimed_undirected:
-        lonely = np.setdiff1d(key, reverse)
-        example = int(lonely[0]) if len(lonely) else int(key[0])
-        raise UserError(
-            f"directed=False but {len(lonely)} of {len(key)} edges lack their reverse, the first is "
-            f"{example % num_nodes} -> {example // num_nodes}; add each edge in both directions, or leave "
-            "directed out"
-        )
-    return True
 
 
 def as_array(value: Any, what: str) -> Array:
     """Return value (numpy, torch, list) as a numpy array; UserError if it cannot be one."""
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu().numpy()
+        value = value.detach().cpu()
+        array: Array = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        return array
     try:
         return np.asarray(value)
     except ValueError as error:
         raise UserError(f"{what} is not a rectangular array ({error}); give numbers in a regular shape") from error
 
 
-def node_ids(values: Any, num_nodes: int, what: str) -> Int64Array:
+def node_numbers(values: Any, num_nodes: int, what: str) -> Int64Array:
     """Return values as int64 node numbers; UserError if not whole numbers in 0..num_nodes-1."""
     array = as_array(values, what)
     if array.size == 0:
@@ -167,7 +65,7 @@ def node_ids(values: Any, num_nodes: int, what: str) -> Int64Array:
             f"{what} names node {flat[bad[0]]} ({len(bad)} such entries) but the graph has {num_nodes} "
             f"nodes, numbered 0 to {num_nodes - 1}; remove these edges or give the missing nodes features"
         )
-    return array.astype(np.int64)
+    return array.astype(np.int64, copy=False)
 
 
 def edge_pair(edge_index: Any, num_nodes: int) -> tuple[Int64Array, Int64Array]:
@@ -178,14 +76,14 @@ def edge_pair(edge_index: Any, num_nodes: int) -> tuple[Int64Array, Int64Array]:
         raise UserError(
             f"edge_index has shape {array.shape} but must be (2, edges): sources in row 0, destinations in row 1{hint}"
         )
-    ids = node_ids(array, num_nodes, "edge_index")
+    ids = node_numbers(array, num_nodes, "edge_index")
     return ids[0], ids[1]
 
 
 def csc_pair(indptr: Any, indices: Any, num_nodes: int) -> tuple[Int64Array, Int64Array]:
     """Return (source, destination) of compressed sparse columns: indptr [nodes + 1], indices [entries]."""
     pointers = as_array(indptr, "indptr")
-    sources = node_ids(indices, num_nodes, "indices")
+    sources = node_numbers(indices, num_nodes, "indices")
     if pointers.shape != (num_nodes + 1,) or pointers.dtype.kind not in "iu":
         raise UserError(
             f"indptr has shape {pointers.shape} and dtype {pointers.dtype} but {num_nodes} nodes need "
@@ -201,8 +99,8 @@ def csc_pair(indptr: Any, indices: Any, num_nodes: int) -> tuple[Int64Array, Int
     return sources, np.repeat(np.arange(num_nodes, dtype=np.int64), counts)
 
 
-def edge_weights(values: Any, num_entries: int) -> Float32Array:
-    """Return values as finite float32 [num_entries], or raise UserError."""
+def edge_weights(values: Any, num_entries: int, first_edge: int = 0) -> Float32Array:
+    """Return values as finite float32 [num_entries], or raise UserError. first_edge: number of the first one."""
     array = as_array(values, "edge_weight")
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
@@ -212,11 +110,11 @@ def edge_weights(values: Any, num_entries: int) -> Float32Array:
             f"the {num_entries} edges"
         )
     with np.errstate(over="ignore"):
-        array = array.astype(np.float32)
+        array = array.astype(np.float32, copy=False)
     bad = np.flatnonzero(~np.isfinite(array))
     if len(bad):
         raise UserError(
-            f"edge_weight has {len(bad)} NaN or infinite values, the first at edge {bad[0]}; "
+            f"edge_weight has {len(bad)} NaN or infinite values, the first at edge {first_edge + bad[0]}; "
             "replace them by finite float32 numbers"
         )
     return array
@@ -257,7 +155,7 @@ def canonical_labels(values: Any, num_nodes: int, num_classes: int | None) -> tu
             f"to {classes - 1} (num_classes={classes}) and -1 means unlabelled: mend the labels or "
             "num_classes"
         )
-    return array.astype(np.int64), classes
+    return array.astype(np.int64, copy=False), classes
 
 
 def canonical_masks(masks: Mapping[str, Any] | None, num_nodes: int) -> dict[str, npt.NDArray[np.bool_]]:
@@ -282,12 +180,12 @@ def canonical_masks(masks: Mapping[str, Any] | None, num_nodes: int) -> dict[str
                 f"the {name} mask has dtype {array.dtype} and values other than 0 and 1; give booleans "
                 "(node numbers are turned into a mask by `mask[numbers] = True`)"
             )
-        result[name] = array.astype(np.bool_)
+        result[name] = array.astype(np.bool_, copy=False)
     return result
 
 
 class FeatureTable:
-    """A feature table of any kind (dense or scipy sparse), read in dense float32 row blocks.
+    """A feature table of any kind (dense or scipy sparse), read in dense row blocks.
 
     Only one block is dense at a time, so a sparse table needs no memory for its dense form.
     """
@@ -318,36 +216,11 @@ class FeatureTable:
         if self.shape[0] == 0:
             raise UserError("the graph has no nodes; give at least one")
 
-    def blocks(self) -> Iterator[Float32Array]:
-        """Yield consecutive float32 row blocks of about 32 MiB."""
-        rows = max(1, _BLOCK_BYTES // max(4 * self.shape[1], 1))
+    def blocks(self) -> Iterator[Array]:
+        """Yield consecutive row blocks of about 32 MiB, of the table's own type."""
+        rows = max(1, _BLOCK_BYTES // max(8 * self.shape[1], 1))
         for start in range(0, self.shape[0], rows):
-            with np.errstate(over="ignore"):
-                if self._sparse is not None:
-                    yield self._sparse[start : start + rows].astype(np.float32).toarray()
-                elif self._dense is not None:
-                    yield np.ascontiguousarray(self._dense[start : start + rows], dtype=np.float32)
-
-    def check_finite(self) -> None:
-        """Raise UserError with the count and first positions if any value is not a finite float32."""
-        count, start = 0, 0
-        shown: list[str] = []
-        if self._sparse is not None and self._finite_sparse():
-            return
-        for block in self.blocks():
-            finite = np.isfinite(block)
-            if not finite.all():
-                bad = np.argwhere(~finite)
-                count += len(bad)
-                shown += [f"node {start + r} column {c}" for r, c in bad[: _NUM_SHOWN - len(shown)]]
-            start += len(block)
-        if count:
-            raise UserError(
-                f"features have {count} NaN or infinite values as float32, the first at {', '.join(shown)}; "
-                "replace them by finite numbers"
-            )
-
-    def _finite_sparse(self) -> bool:
-        with np.errstate(over="ignore"):
-            values = self._sparse.data.astype(np.float32)
-        return bool(np.isfinite(values).all())
+            if self._sparse is not None:
+                yield self._sparse[start : start + rows].toarray()
+            elif self._dense is not None:
+                yield self._dense[start : start + rows]

@@ -10,22 +10,21 @@ import difflib
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from dngd.errors import UserError
 from dngd.graph.arrow_files import file_sha256
-from dngd.graph.lock import file_lock
-from dngd.graph.manifest import FORMAT_VERSION, MANIFEST_NAME
+from dngd.graph.cache import cache_folder, open_or_build
+from dngd.graph.filesystems import is_remote
+from dngd.graph.manifest import MANIFEST_NAME
 from dngd.graph.npz import import_npz
 from dngd.graph.planetoid import PARTS, find_planetoid, import_planetoid, planetoid_sha256
+from dngd.graph.remote import open_remote
 from dngd.graph.store import GraphStore
 from dngd.graph.synth import BUILT_IN, write_synth
-from dngd.graph.writer import Progress, remove_unfinished
+from dngd.graph.writer import Progress
 
-CACHE_VARIABLE = "DNGD_CACHE_DIR"
 DATA_VARIABLE = "DNGD_DATA_ROOT"
 
 _DOWNLOADABLE = ("citeseer", "cora", "pubmed")
@@ -44,9 +43,9 @@ def resolve_dataset(
 ) -> GraphStore:
     """Open the graph that `dataset` names.
 
-    Looked for in this order: an existing path (a store folder, an .npz file, a folder of Planetoid files);
-    DATA_ROOT/NAME.npz; the folder DATA_ROOT/NAME (the same two kinds); a built-in, generated graph; with
-    download=True, a known public graph.
+    An s3:// or gs:// address is that of a store, see `GraphStore.open`. All else is looked for in this order: an
+    existing path (a store folder, an .npz file, a folder of Planetoid files); DATA_ROOT/NAME.npz; the folder
+    DATA_ROOT/NAME (the same two kinds); a built-in, generated graph; with download=True, a known public graph.
 
     data_root: default $DNGD_DATA_ROOT. cache_dir: where converted graphs are kept; default $DNGD_CACHE_DIR, else
     ~/.cache/dngd. wait_seconds: how long to wait for another process that converts the same graph.
@@ -57,6 +56,8 @@ def resolve_dataset(
     cache = cache_folder(cache_dir)
     if not text.strip():
         raise UserError(f"dataset={text!r} is empty; give a name such as products-mini, or a path")
+    if is_remote(text):
+        return open_remote(text, cache, wait_seconds, progress=progress)
     candidates = [Path(text).expanduser()]
     if root is not None:
         # Not with_suffix: a name may hold a dot.
@@ -82,26 +83,6 @@ def available_datasets(data_root: str | Path | None = None) -> list[str]:
     return sorted(names)
 
 
-def open_or_build(
-    key: str,
-    build: Callable[[Path], GraphStore],
-    purpose: str,
-    cache_dir: str | Path | None = None,
-    wait_seconds: float = 600,
-) -> GraphStore:
-    """Open the cached store of a key, or let `build` write it there first. One process builds, others wait.
-
-    key: names the content: other content needs another key. purpose: what building is called in messages.
-    """
-    return _cached(cache_folder(cache_dir), key, build, purpose, wait_seconds)
-
-
-def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Return the cache folder: the argument, else $DNGD_CACHE_DIR, else ~/.cache/dngd."""
-    chosen = cache_dir or os.environ.get(CACHE_VARIABLE) or Path("~/.cache/dngd")
-    return Path(chosen).expanduser().absolute()
-
-
 def _data_root(data_root: str | Path | None) -> Path | None:
     chosen = data_root or os.environ.get(DATA_VARIABLE)
     return Path(chosen).expanduser() if chosen else None
@@ -110,21 +91,22 @@ def _data_root(data_root: str | Path | None) -> Path | None:
 def _is_graph(path: Path) -> bool:
     if path.is_file():
         return path.suffix == ".npz"
-    return path.is_dir() and ((path / MANIFEST_NAME).is_file() or _is_planetoid(path))
+    return path.is_dir() and ((path / MANIFEST_NAME).is_file() or is_planetoid(path))
 
 
-def _is_planetoid(path: Path) -> bool:
+def is_planetoid(path: Path) -> bool:
+    """Say whether a folder, or its raw/, holds Planetoid files."""
     return any(True for folder in (path, path / "raw") for _ in folder.glob("ind.*.graph"))
 
 
 def _open_path(path: Path, cache: Path, wait_seconds: float, progress: Progress | None) -> GraphStore:
     if path.is_file():
         key = f"{path.stem}-{file_sha256(path)[:_KEY_DIGITS]}"
-        return _cached(
-            cache,
+        return open_or_build(
             key,
             lambda out: import_npz(path, out, name=path.stem, overwrite=True, progress=progress),
             f"importing {path}",
+            cache,
             wait_seconds,
         )
     if (path / MANIFEST_NAME).is_file():
@@ -133,11 +115,11 @@ def _open_path(path: Path, cache: Path, wait_seconds: float, progress: Progress 
     missing = [part for part in PARTS if not (raw / f"ind.{prefix}.{part}").is_file()]
     if missing:
         raise UserError(f"{raw} lacks ind.{prefix}.{missing[0]}; fetch the Planetoid files again")
-    return _cached(
-        cache,
+    return open_or_build(
         f"{prefix}-planetoid-{planetoid_sha256(raw, prefix)[:_KEY_DIGITS]}",
         lambda out: import_planetoid(path, out, overwrite=True, progress=progress),
         f"importing {path}",
+        cache,
         wait_seconds,
     )
 
@@ -145,11 +127,11 @@ def _open_path(path: Path, cache: Path, wait_seconds: float, progress: Progress 
 def _open_built_in(name: str, cache: Path, wait_seconds: float, progress: Progress | None) -> GraphStore:
     config = asdict(BUILT_IN[name])
     content = json.dumps([_GENERATOR_VERSION, config], sort_keys=True).encode()
-    return _cached(
-        cache,
+    return open_or_build(
         f"{name}-{hashlib.sha256(content).hexdigest()[:_KEY_DIGITS]}",
         lambda out: write_synth(out, name=name, overwrite=True, progress=progress, **config),
         f"generating {name}",
+        cache,
         wait_seconds,
     )
 
@@ -160,7 +142,7 @@ def _open_download(name: str, cache: Path, wait_seconds: float, progress: Progre
         _download_planetoid(name, raw)
         return import_planetoid(raw, out, overwrite=True, progress=progress)
 
-    return _cached(cache, f"{name}-download", build, f"downloading {name}", wait_seconds)
+    return open_or_build(f"{name}-download", build, f"downloading {name}", cache, wait_seconds)
 
 
 def _download_planetoid(name: str, raw: Path) -> None:
@@ -176,27 +158,6 @@ def _download_planetoid(name: str, raw: Path) -> None:
             f"{name} could not be downloaded ({error}); fetch the ind.{name}.* files yourself and give their folder "
             "as the dataset"
         ) from error
-
-
-def _cached(
-    cache: Path, key: str, build: Callable[[Path], GraphStore], purpose: str, wait_seconds: float
-) -> GraphStore:
-    """Open cache/KEY-vFORMAT, building it first if it is missing or broken. One process builds, others wait."""
-    target = cache / f"{key}-v{FORMAT_VERSION}"
-    if target.is_dir():
-        try:
-            return GraphStore.open(target)
-        except UserError:
-            # Not removed here: without the lock, another process may be rebuilding it.
-            pass
-    with file_lock(cache / f"{target.name}.lock", purpose=purpose, wait_seconds=wait_seconds):
-        if target.is_dir():
-            try:
-                return GraphStore.open(target)
-            except UserError:
-                shutil.rmtree(target, ignore_errors=True)
-        remove_unfinished(target)
-        return build(target)
 
 
 def _not_found(text: str, root: Path | None, candidates: list[Path]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dngd.graph.manifest import PartitionInfo
 from dngd.graph.store import GraphStore
 
 _BLOCK_EDGES = 1 << 24
@@ -26,10 +27,12 @@ def describe(store: GraphStore) -> dict[str, Any]:
         "num_nodes": store.num_nodes,
         "num_edges": store.num_edges,
         "num_features": store.num_features,
+        "feature_dtype": store.manifest.feature_dtype,
         "num_classes": store.num_classes,
         "num_labelled": store.manifest.num_labelled,
         "directed": store.manifest.directed,
         "edge_weights": store.edge_weight is not None,
+        "node_ids": store.manifest.node_id_type,
         "in_degree": {
             "min": int(degrees.min()),
             "median": float(degrees.double().quantile(0.5)) if len(degrees) < 1 << 24 else float(degrees.median()),
@@ -45,12 +48,24 @@ def describe(store: GraphStore) -> dict[str, Any]:
             }
             for name, mask in store.split_masks.items()
         },
+        "partitions": {str(parts): _partition(info) for parts, info in sorted(store.partitions.items())},
         "self_loops": store.manifest.self_loops.model_dump(),
         "duplicates": store.manifest.duplicates.model_dump(),
         "bytes": store.nbytes,
         "file_bytes": {name: entry.bytes for name, entry in store.manifest.files.items()},
         "format_version": store.manifest.format_version,
         "provenance": store.manifest.provenance.model_dump(),
+    }
+
+
+def _partition(info: PartitionInfo) -> dict[str, Any]:
+    """Return a partition in few words: the parts' sizes by their range."""
+    nodes, train = info.nodes, info.train_nodes
+    return {
+        "method": info.method,
+        "edge_cut": info.edge_cut,
+        "nodes_a_part": [min(nodes), max(nodes)],
+        "train_nodes_a_part": None if train is None else [min(train), max(train)],
     }
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dngd.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 adds feature tables of 16-bit floats, the users' node ids and partitions to version 1, which is read as before."""
 MANIFEST_NAME = "manifest.json"
 
 INDPTR = "indptr.arrow"
@@ -26,10 +29,18 @@ EDGE_WEIGHT = "edge_weight.arrow"
 FEATURES = "features.arrow"
 LABELS = "labels.arrow"
 SPLITS = "splits.arrow"
-FILE_NAMES = (INDPTR, INDICES, EDGE_WEIGHT, FEATURES, LABELS, SPLITS)
+NODE_IDS = "node_ids.arrow"
+FILE_NAMES = (INDPTR, INDICES, EDGE_WEIGHT, FEATURES, LABELS, SPLITS, NODE_IDS)
 MASK_NAMES = ("train", "val", "test")
+FEATURE_TYPES = ("float32", "float16", "bfloat16")
+NODE_ID_TYPES = ("int64", "string", "large_string")
+PARTITION_FORM = re.compile(r"partition\.([1-9][0-9]*)\.arrow")
+
+PARTITION_TEMPORARY = ".partition.tmp-"
+"""How the names begin of files that a killed write of a partition leaves in a store; the next one removes them."""
 
 REIMPORT = "import the graph again, or see every problem with `dngd data verify {path}`"
+REPARTITION = "make the partition again with `dngd data partition {path} --parts {parts} --overwrite`"
 
 
 class FileEntry(BaseModel):
@@ -40,7 +51,10 @@ class FileEntry(BaseModel):
     bytes: int = Field(gt=0, description="size of the file")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of the whole file")
     length: int = Field(ge=0, description="rows of its one record batch")
-    columns: dict[str, str] = Field(description="column -> int64 | float32 | uint8 | float32[WIDTH]")
+    columns: dict[str, str] = Field(
+        description="column -> int64 | int32 | float32 | uint8 | string | large_string | float32[WIDTH] | "
+        "float16[WIDTH] | bfloat16[WIDTH], which Arrow holds as uint16"
+    )
     data_offset: int = Field(ge=0, description="first byte of the first column's values; 0 without rows")
     data_bytes: int = Field(ge=0, description="from there to the end of the last column's values")
     frame_sha256: str = Field(
@@ -70,6 +84,18 @@ class Provenance(BaseModel):
     dngd_version: str = Field(default_factory=lambda: dngd_version())
 
 
+class PartitionInfo(BaseModel):
+    """One assignment of the nodes to parts; the parts themselves are in the file `partition.PARTS.arrow`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str = Field(min_length=1, description="metis | ldg | given (by the caller)")
+    edge_cut: float = Field(ge=0, le=1, description="share of the stored edges that join two parts; 0 without edges")
+    nodes: list[int] = Field(min_length=1, description="of each part")
+    train_nodes: list[int] | None = Field(description="of each part; None: not balanced by training nodes")
+    options: dict[str, Any] = Field(default_factory=dict, description="how it was made: slack, seed, ...")
+
+
 class Manifest(BaseModel):
     """The content of `manifest.json`."""
 
@@ -94,10 +120,13 @@ class Manifest(BaseModel):
     )
     files: dict[str, FileEntry]
     provenance: Provenance = Field(default_factory=Provenance)
+    partitions: dict[str, PartitionInfo] = Field(default_factory=dict, description="number of parts -> partition")
 
     def to_text(self) -> str:
         """Return the exact text of `manifest.json`, checksum included."""
         body = self.model_dump(mode="json")
+        if not self.partitions:
+            del body["partitions"]  # as in version 1
         body["checksum"] = _checksum(body)
         return json.dumps(body, indent=2, ensure_ascii=False) + "\n"
 
@@ -111,11 +140,50 @@ class Manifest(BaseModel):
         if EDGE_WEIGHT in self.files:
             expected[EDGE_WEIGHT] = (self.num_edges, {"edge_weight": "float32"})
         if self.num_features:
-            expected[FEATURES] = (self.num_nodes, {"features": f"float32[{self.num_features}]"})
+            kind = self._stored_type(FEATURES, "features", [f"{t}[{self.num_features}]" for t in FEATURE_TYPES])
+            expected[FEATURES] = (self.num_nodes, {"features": kind})
         if self.masks:
             columns = {c: "uint8" for mask, splits in self.masks.items() for c in mask_columns(mask, splits)}
             expected[SPLITS] = (self.num_nodes, columns)
+        if NODE_IDS in self.files:
+            kind = self._stored_type(NODE_IDS, "node_ids", NODE_ID_TYPES)
+            expected[NODE_IDS] = (self.num_nodes, {"node_ids": kind})
+        for parts in self.partitions:
+            expected[partition_file(int(parts))] = (self.num_nodes, {"part": "int32"})
         return expected
+
+    @property
+    def feature_dtype(self) -> str:
+        """float32, float16 or bfloat16."""
+        entry = self.files.get(FEATURES)
+        return entry.columns["features"].partition("[")[0] if entry else FEATURE_TYPES[0]
+
+    @property
+    def node_id_type(self) -> str | None:
+        """int64, string or large_string; None where nodes have no ids but their numbers."""
+        entry = self.files.get(NODE_IDS)
+        return entry.columns["node_ids"] if entry else None
+
+    def _stored_type(self, file: str, column: str, allowed: Sequence[str]) -> str:
+        """Return the type that the file lists for its column if it is one of those allowed, else the first of them."""
+        entry = self.files.get(file)
+        listed = entry.columns.get(column, "") if entry else ""
+        return listed if listed in allowed else allowed[0]
+
+
+def partition_file(parts: int) -> str:
+    """Return the name of the file that holds the assignment of nodes to so many parts."""
+    return f"partition.{parts}.arrow"
+
+
+def is_store_file(name: str) -> bool:
+    """Say whether a file of this name can be part of a store, or be left in it by a killed write."""
+    return name == MANIFEST_NAME or name in FILE_NAMES or is_partition_file(name)
+
+
+def is_partition_file(name: str) -> bool:
+    """Say whether a file of this name belongs to a partition, finished or not."""
+    return PARTITION_FORM.fullmatch(name) is not None or name.startswith(PARTITION_TEMPORARY)
 
 
 def mask_columns(mask: str, num_splits: int) -> list[str]:
@@ -138,10 +206,8 @@ def read_manifest(folder: Path) -> Manifest:
     format than this dngd knows.
     """
     path = folder / MANIFEST_NAME
-    fix = REIMPORT.format(path=folder)
     try:
-        raw = path.read_bytes().decode("utf-8")
-        body = json.loads(raw)
+        raw = path.read_bytes()
     except FileNotFoundError:
         raise UserError(
             f"{folder} holds no {MANIFEST_NAME}, so it is not a dngd graph store; "
@@ -149,6 +215,17 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+    return parse_manifest(raw, path, REIMPORT.format(path=folder))
+
+
+def parse_manifest(content: bytes, path: Path | str, fix: str) -> Manifest:
+    """Check the content of a `manifest.json`. path, fix: what messages call it, and the remedy that they name.
+
+    Raises UserError as `read_manifest` does.
+    """
+    try:
+        raw = content.decode("utf-8")
+        body = json.loads(raw)
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); {fix}") from error
     if not isinstance(body, dict) or body.get("format") != "dngd-graph":
@@ -156,7 +233,7 @@ def read_manifest(folder: Path) -> Manifest:
     version = body.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(
-            f"{folder} has store format version {version} but this dngd ({dngd_version()}) reads up to "
+            f"{path} has store format version {version} but this dngd ({dngd_version()}) reads up to "
             f"{FORMAT_VERSION}; upgrade dngd, or import the graph again with this one"
         )
     checksum = body.pop("checksum", None)
@@ -175,7 +252,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _check_files(manifest: Manifest, path: Path, fix: str) -> None:
+def _check_files(manifest: Manifest, path: Path | str, fix: str) -> None:
     expected = manifest.expected_columns()
     if set(manifest.files) != set(expected):
         raise UserError(
@@ -187,6 +264,12 @@ def _check_files(manifest: Manifest, path: Path, fix: str) -> None:
             raise UserError(
                 f"{path} lists {name} with {entry.length} rows of {entry.columns} but its counts call for "
                 f"{length} rows of {columns}; {fix}"
+            )
+    for parts, info in manifest.partitions.items():
+        if len(info.nodes) != int(parts) or sum(info.nodes) != manifest.num_nodes:
+            raise UserError(
+                f"{path} lists a partition in {parts} parts with {len(info.nodes)} parts of {sum(info.nodes)} nodes in "
+                f"all, of {manifest.num_nodes}; {fix}"
             )
 
 

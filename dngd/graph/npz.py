@@ -1,130 +1,115 @@
 """Importing a graph from one `.npz` file of plain arrays.
 
 Keys: `edge_index` (2, E) and `num_nodes`; features as `x` (N, F) or as compressed sparse rows
-`x_indptr, x_indices, x_data, x_shape`, or none; `y` (N,), -1 unlabelled; `train_mask`, `val_mask`,
-`test_mask`, (N,) or (splits, N). Other keys are ignored. Pickled arrays are never loaded.
+`x_indptr, x_indices, x_data, x_shape`, or none; `edge_weight` (E,); `y` (N,), -1 unlabelled; `train_mask`, `val_mask`,
+`test_mask`, (N,) or (splits, N). Other keys are ignored. Pickled arrays are never loaded. Edges and features are read
+in blocks, so that they may be larger than memory.
 """
 
 from __future__ import annotations
 
-import zipfile
-import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse
+from typing_extensions import Unpack
 
 from dngd.errors import UserError
 from dngd.graph.arrow_files import file_sha256
-from dngd.graph.canonical import Duplicates, SelfLoops
-from dngd.graph.manifest import Provenance
+from dngd.graph.builder import RowBlocks, StoreBuilder
+from dngd.graph.canonical import canonical_labels, canonical_masks
+from dngd.graph.import_options import ImportOptions, check_options, check_training_nodes, recorded
+from dngd.graph.manifest import MASK_NAMES, Provenance
+from dngd.graph.npz_members import NpzMembers
 from dngd.graph.store import GraphStore
-from dngd.graph.writer import Progress
+
+Array = npt.NDArray[Any]
 
 _SPARSE_KEYS = ("x_indptr", "x_indices", "x_data", "x_shape")
-_READ_ERRORS = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+_BLOCK_VALUES = 1 << 22
 
 
-def import_npz(
-    path: str | Path,
-    out: str | Path,
-    *,
-    name: str | None = None,
-    overwrite: bool = False,
-    self_loops: SelfLoops = "drop",
-    duplicates: Duplicates = "drop",
-    progress: Progress | None = None,
-) -> GraphStore:
+def import_npz(path: str | Path, out: str | Path, **options: Unpack[ImportOptions]) -> GraphStore:
     """Convert the `.npz` at `path` into a store at `out`. Sparse features become dense in row blocks.
 
-    name: default the file's name without `.npz`.
+    options: see `ImportOptions`; name: default the file's name without `.npz`.
     Raises UserError if the file is missing, truncated, lacks keys, holds pickled arrays, or makes no graph.
     """
     source = Path(path)
-    arrays = read_npz(source)
-    num_nodes = _num_nodes(arrays["num_nodes"], source)
-    return GraphStore.write(
-        out,
-        name=name or source.stem,
-        num_nodes=num_nodes,
-        edge_index=arrays["edge_index"],
-        features=_features(arrays, source),
-        labels=arrays.get("y"),
-        masks={part: arrays[f"{part}_mask"] for part in ("train", "val", "test") if f"{part}_mask" in arrays},
-        self_loops=self_loops,
-        duplicates=duplicates,
-        overwrite=overwrite,
-        progress=progress,
-        provenance=Provenance(
-            source=source.name,
-            source_sha256=file_sha256(source),
-            options={"format": "npz", "self_loops": self_loops, "duplicates": duplicates},
-        ),
-    )
-
-
-def read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Return the known arrays of the file, all read; raises UserError if they cannot be."""
-    known = ("edge_index", "num_nodes", "x", *_SPARSE_KEYS, "y", "train_mask", "val_mask", "test_mask")
-    if not path.is_file():
-        raise UserError(f"{path} is not a file; give the path of an .npz file")
-    key = ""
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise UserError(f"{path} holds a single array; save the graph's arrays by numpy.savez")
-        with loaded as file:
-            missing = [key for key in ("edge_index", "num_nodes") if key not in file.files]
-            if missing:
-                raise UserError(
-                    f"{path} lacks {' and '.join(missing)} (it has: {', '.join(file.files) or 'nothing'}); "
-                    "add them: edge_index of shape (2, edges) and num_nodes"
-                )
-            result = {}
-            for key in (k for k in known if k in file.files):
-                result[key] = file[key]
-            return result
-    except UserError:
-        raise
-    except _READ_ERRORS as error:
-        if "allow_pickle" in str(error):
-            if not key:
-                raise UserError(f"{path} is no npz file; save the graph's arrays by numpy.savez") from error
-            what = f"array {key!r} of {path} is"
+    with NpzMembers(source) as members:
+        missing = [key for key in ("edge_index", "num_nodes") if key not in members.names]
+        if missing:
             raise UserError(
-                f"{what} pickled, which is never loaded because it could run code; save it as plain numbers "
-                "(not dtype object) by numpy.savez"
-            ) from error
-        what = f"array {key!r} of {path}" if key else str(path)
-        raise UserError(f"{what} cannot be read ({error}); the file is truncated or damaged: fetch it again") from error
+                f"{source} lacks {' and '.join(missing)} (it has: {', '.join(members.names) or 'nothing'}); "
+                "add them: edge_index of shape (2, edges) and num_nodes"
+            )
+        num_nodes = _num_nodes(members.read("num_nodes"), source)
+        weighted = "edge_weight" in members.names
+        check_options(out, options, weighted=weighted)
+        num_edges = check_edge_index(members, "edge_index")
+        weights = _weights(members, num_edges) if weighted else None
+        features = _features(members, num_nodes, Path(out).absolute().parent)
+        labels, num_classes = canonical_labels(members.read("y") if "y" in members.names else None, num_nodes, None)
+        keys = {part: f"{part}_mask" for part in MASK_NAMES}
+        masks = {part: members.read(key) for part, key in keys.items() if key in members.names}
+        masks = dict(canonical_masks(masks, num_nodes))
+        check_training_nodes(masks, labels if "y" in members.names else None, str(source))
+        settings = ImportOptions(**{**options, "name": options.get("name") or source.stem})
+        with StoreBuilder(out, num_nodes=num_nodes, weighted=weighted, **settings) as builder:
+            for ends in members.pairs("edge_index"):
+                builder.add_edges(*ends, None if weights is None else next(weights))
+            return builder.finish(
+                features=features,
+                labels=labels,
+                num_classes=num_classes,
+                masks=masks,
+                provenance=Provenance(
+                    source=source.name, source_sha256=file_sha256(source), options=recorded("npz", options)
+                ),
+            )
 
 
-def _num_nodes(value: npt.NDArray[Any], path: Path) -> int:
-    if value.size != 1 or value.dtype.kind not in "iu" or int(value.reshape(())) < 1:
-        raise UserError(f"num_nodes of {path} is {value.tolist()}; it must be one whole number above 0")
-    return int(value.reshape(()))
-
-
-def _features(arrays: dict[str, npt.NDArray[Any]], path: Path) -> Any:
-    present = [key for key in _SPARSE_KEYS if key in arrays]
-    if "x" in arrays:
-        return arrays["x"]
-    if not present:
-        return None
-    missing = [key for key in _SPARSE_KEYS if key not in arrays]
-    if missing:
+def check_edge_index(members: NpzMembers, key: str) -> int:
+    """Return the number of edges of an array (2, edges) of integers; raises UserError if it is something else."""
+    header = members.header(key)
+    if len(header.shape) != 2 or header.shape[0] != 2:
+        hint = "; transpose it" if len(header.shape) == 2 and header.shape[1] == 2 else ""
         raise UserError(
-            f"{path} has {', '.join(present)} but lacks {', '.join(missing)}; sparse features need all of "
-            f"{', '.join(_SPARSE_KEYS)}, or give a dense x"
+            f"{key} of {members.path} has shape {header.shape} but must be (2, edges): sources in row 0, destinations "
+            f"in row 1{hint}"
         )
-    return csr_features(*(arrays[key] for key in _SPARSE_KEYS), path=path)
+    if header.dtype.kind not in "iu" and header.shape[1]:
+        raise UserError(
+            f"{key} of {members.path} has dtype {header.dtype}; node numbers must be integers from 0: cast them first"
+        )
+    return header.shape[1]
 
 
-def csr_features(
-    indptr: npt.NDArray[Any], indices: npt.NDArray[Any], data: npt.NDArray[Any], shape: Any, *, path: Path
-) -> Any:
+def dense_features(members: NpzMembers, key: str, num_nodes: int, scratch: Path) -> RowBlocks | None:
+    """Return a dense feature table (nodes, width) as row blocks; raises UserError if it is something else."""
+    header = members.header(key)
+    if len(header.shape) != 2 or header.dtype.kind not in "iufb":
+        raise UserError(
+            f"{key} of {members.path} has shape {header.shape} and dtype {header.dtype} but must be a table of numbers "
+            "(nodes, width); of one number a node, x[:, None]"
+        )
+    check_rows(header.shape[0], num_nodes, members.path)
+    return RowBlocks(header.shape[1], members.rows(key, scratch)) if header.shape[1] else None
+
+
+def check_rows(num_rows: int, num_nodes: int, path: Path) -> None:
+    """Raise UserError if a feature table has not one row for each node."""
+    if num_rows != num_nodes:
+        raise UserError(
+            f"the features of {path} have {num_rows} rows but the graph has {num_nodes} nodes; give one row for each "
+            "node"
+        )
+
+
+def csr_features(indptr: Array, indices: Array, data: Array, shape: Any, *, path: Path) -> Any:
     """Return a checked scipy csr_matrix; raises UserError if the parts do not fit together.
 
     The check matters: scipy's compiled code trusts the indices and would read outside its arrays.
@@ -142,8 +127,72 @@ def csr_features(
         )
         matrix.check_format(full_check=True)
     except (ValueError, TypeError, OverflowError) as error:
-        raise UserError(
-            f"the sparse features of {path} do not fit together ({error}); give indptr [rows + 1], indices "
-            "and data [entries] of compressed sparse rows"
-        ) from error
+        raise _misfit(path, str(error)) from error
     return matrix
+
+
+def _misfit(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"the sparse features of {path} do not fit together ({reason}); give indptr [rows + 1], indices and data "
+        "[entries] of compressed sparse rows"
+    )
+
+
+def _num_nodes(value: Array, path: Path) -> int:
+    if value.size != 1 or value.dtype.kind not in "iu" or int(value.reshape(())) < 1:
+        raise UserError(f"num_nodes of {path} is {value.tolist()}; it must be one whole number above 0")
+    return int(value.reshape(()))
+
+
+def _weights(members: NpzMembers, num_edges: int) -> Iterator[Array]:
+    """Yield the weights in blocks as long as those of the edges."""
+    header = members.header("edge_weight")
+    if header.shape not in ((num_edges,), (num_edges, 1)) or header.dtype.kind not in "iufb":
+        raise UserError(
+            f"edge_weight of {members.path} has shape {header.shape} and dtype {header.dtype} but must be one number "
+            f"for each of the {num_edges} edges"
+        )
+    return members.values("edge_weight", members.pair_lengths("edge_index"))
+
+
+def _features(members: NpzMembers, num_nodes: int, scratch: Path) -> RowBlocks | None:
+    present = [key for key in _SPARSE_KEYS if key in members.names]
+    if "x" in members.names:
+        return dense_features(members, "x", num_nodes, scratch)
+    if not present:
+        return None
+    missing = [key for key in _SPARSE_KEYS if key not in members.names]
+    if missing:
+        raise UserError(
+            f"{members.path} has {', '.join(present)} but lacks {', '.join(missing)}; sparse features need all of "
+            f"{', '.join(_SPARSE_KEYS)}, or give a dense x"
+        )
+    return _sparse_features(members, num_nodes)
+
+
+def _sparse_features(members: NpzMembers, num_nodes: int) -> RowBlocks | None:
+    shape, indptr = members.read("x_shape"), members.read("x_indptr")
+    if shape.shape != (2,) or shape.dtype.kind not in "iu" or indptr.dtype.kind not in "iu":
+        raise _misfit(members.path, f"x_shape is {shape.tolist()}, x_indptr has dtype {indptr.dtype}")
+    num_rows, width = (int(size) for size in shape)
+    lengths = [members.header(key).shape for key in ("x_indices", "x_data")]
+    pointers = indptr.astype(np.int64)
+    if (
+        pointers.shape != (num_rows + 1,)
+        or pointers[0] != 0
+        or (np.diff(pointers) < 0).any()
+        or any(length != (pointers[-1],) for length in lengths)
+    ):
+        raise _misfit(members.path, f"x_indptr {indptr.shape} with {lengths[0]} indices and {lengths[1]} data")
+    check_rows(num_rows, num_nodes, members.path)
+    return RowBlocks(width, _sparse_blocks(members, pointers, width)) if width else None
+
+
+def _sparse_blocks(members: NpzMembers, pointers: Array, width: int) -> Iterator[Array]:
+    rows = max(1, _BLOCK_VALUES // width)
+    starts = range(0, len(pointers) - 1, rows)
+    cuts = [pointers[start : start + rows + 1] for start in starts]
+    lengths = [int(cut[-1] - cut[0]) for cut in cuts]
+    parts = (members.values(key, iter(lengths)) for key in ("x_indices", "x_data"))
+    for cut, indices, data in zip(cuts, *parts):
+        yield csr_features(cut - cut[0], indices, data, (len(cut) - 1, width), path=members.path).toarray()

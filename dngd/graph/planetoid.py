@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse
+from typing_extensions import Unpack
 
 from dngd.errors import UserError
 from dngd.graph.canonical import as_array
+from dngd.graph.import_options import ImportOptions, check_options, recorded
 from dngd.graph.manifest import Provenance
 from dngd.graph.npz import csr_features
 from dngd.graph.store import GraphStore
-from dngd.graph.writer import Progress
 
 PARTS = ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index")
 _NUM_VALIDATION = 500
@@ -104,24 +105,18 @@ def _list_dictionary(factory: Any = None) -> dict[Any, Any]:
     return collections.defaultdict(list)
 
 
-def import_planetoid(
-    folder: str | Path,
-    out: str | Path,
-    *,
-    name: str | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> GraphStore:
+def import_planetoid(folder: str | Path, out: str | Path, **options: Unpack[ImportOptions]) -> GraphStore:
     """Convert `ind.NAME.{x,tx,allx,y,ty,ally,graph,test.index}` into a store at `out`.
 
-    folder: the one that holds the files, or that has them in `raw/`. name: of the store; by default the NAME
-    in the files' names.
+    folder: the one that holds the files, or that has them in `raw/`. options: see `ImportOptions`; name: by default
+    the NAME in the files' names.
     Features, topology, labels and the public masks are those that torch_geometric makes of the files (and
     dngd of the matching `.npz`): test nodes in their own order, isolated CiteSeer nodes that no file lists
     with zero features and label 0, and in no mask.
     Raises UserError if files are missing, damaged, do not fit together, or hold more than data.
     """
     raw, prefix = find_planetoid(Path(folder))
+    check_options(out, options, weighted=False)
     paths = {part: raw / f"ind.{prefix}.{part}" for part in PARTS}
     missing = [path.name for path in paths.values() if not path.is_file()]
     if missing:
@@ -145,21 +140,20 @@ def import_planetoid(
     masks["train"][:num_train] = True
     masks["val"][num_train : num_train + _NUM_VALIDATION] = True
     masks["test"][test_index] = True
+    settings = ImportOptions(**{**options, "name": options.get("name") or prefix})
     return GraphStore.write(
         out,
-        name=name or prefix,
         features=features[order],
         labels=one_hot[order].argmax(axis=1),
         num_classes=one_hot.shape[1],
         edge_index=_edge_index(adjacency, paths["graph"]),
         masks=masks,
-        overwrite=overwrite,
-        progress=progress,
         provenance=Provenance(
             source=f"ind.{prefix}.*",
             source_sha256=planetoid_sha256(raw, prefix),
-            options={"format": "planetoid"},
+            options=recorded("planetoid", options),
         ),
+        **settings,
     )
 
 

@@ -6,7 +6,7 @@
     store.split("random:0.5/0.25/0.25", seed=0).train
 
 The store owns reading. Checking and writing arrays is `writer.py`, splits are `splits.py`, full
-verification is `verify.py`.
+verification is `verify.py`. A graph too large for arrays in memory is written by `builder.StoreBuilder`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from dngd.errors import UserError
 from dngd.graph import manifest as m
 from dngd.graph.arrow_files import read_columns
-from dngd.graph.canonical import Duplicates, SelfLoops
+from dngd.graph.canonical import Duplicates, FeatureType, SelfLoops
+from dngd.graph.filesystems import is_remote
 from dngd.graph.manifest import Manifest, Provenance, read_manifest
 from dngd.graph.splits import Split, make_split
-from dngd.graph.writer import Progress, is_temporary, write_store
+from dngd.graph.staging import is_temporary
+from dngd.graph.writer import Progress, write_store
 
 
 class GraphStore:
@@ -42,11 +44,12 @@ class GraphStore:
         indptr: int64 [num_nodes + 1]. indices: int64 [num_edges]; the sources of the edges into node v are
             indices[indptr[v]:indptr[v+1]], ascending.
         edge_weight: float32 [num_edges], in the order of indices, or None.
-        features: float32 [num_nodes, num_features]; num_features is 0 for a graph of structure only.
+        features: float32, float16 or bfloat16 [num_nodes, num_features]; num_features is 0 for a graph of structure
+            only.
         labels: int64 [num_nodes], -1 for unlabelled nodes.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, columns: Mapping[str, npt.NDArray[Any]]) -> None:
+    def __init__(self, path: Path, manifest: Manifest, columns: Mapping[str, Any]) -> None:
         """Wrap mapped columns; use `GraphStore.open`, which checks them."""
         self.path = path
         self.manifest = manifest
@@ -57,6 +60,11 @@ class GraphStore:
         self.edge_weight: Tensor | None = None if weight is None else torch.from_numpy(weight)
         features = columns.get("features", np.empty((manifest.num_nodes, 0), dtype=np.float32))
         self.features: Tensor = torch.from_numpy(features)
+        if manifest.feature_dtype == "bfloat16":
+            self.features = self.features.view(torch.bfloat16)
+        self._node_ids: Any = columns.get("node_ids")
+        self._node_ids_checked = False
+        self._partitions: dict[int, Tensor] = {}
         self._masks: dict[str, Tensor] = {}
         for mask, splits in manifest.masks.items():
             rows = [torch.from_numpy(columns[c]).view(torch.bool) for c in m.mask_columns(mask, splits)]
@@ -68,17 +76,27 @@ class GraphStore:
 
         Checks the manifest (format version, its own checksum) and for each file that it lists the size, the
         checksum of Arrow's header and footer, column types and length. The values themselves are checked by
-        `verify`. Raises UserError, naming the file and the fix, when one of these fails.
+        `verify`. Raises UserError, naming the file and the fix, when one of these fails. Partitions are left for
+        `partition` to open, so that a broken one, which can be made again, does not keep the graph from opening.
+
+        An `s3://` or `gs://` address is copied into the cache folder (DNGD_CACHE_DIR) once, every byte checked on
+        the way, and opened there.
         """
+        if is_remote(path):
+            # There, since a copy is opened by this method.
+            from dngd.graph.remote import open_remote
+
+            return open_remote(str(path))
         folder = Path(path).expanduser().absolute()
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; give the folder of a graph store")
         if is_temporary(folder):
             raise UserError(f"{folder} is an unfinished write; remove it and import the graph again")
         manifest = read_manifest(folder)
-        columns: dict[str, npt.NDArray[Any]] = {}
+        columns: dict[str, Any] = {}
         for name, entry in manifest.files.items():
-            columns.update(read_columns(folder / name, entry, folder))
+            if not m.is_partition_file(name):
+                columns.update(read_columns(folder / name, entry, m.REIMPORT.format(path=folder)))
         indptr = columns["indptr"]
         if indptr[0] != 0 or indptr[-1] != manifest.num_edges:
             raise UserError(
@@ -105,13 +123,17 @@ class GraphStore:
         directed: bool | None = None,
         self_loops: SelfLoops = "drop",
         duplicates: Duplicates = "drop",
+        add_reverse: bool = False,
+        feature_dtype: FeatureType = "float32",
+        node_ids: Any = None,
         provenance: Provenance | None = None,
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> GraphStore:
         """Write arrays as a store at `path` and open it. Takes numpy, torch, lists, scipy sparse features.
 
-        features: (nodes, width) numbers, stored as float32; None with num_nodes for structure only.
+        features: (nodes, width) numbers; None with num_nodes for structure only. feature_dtype: how they are stored,
+            float32, float16 or bfloat16.
         labels: (nodes,) class numbers from 0, -1 unlabelled; None: none labelled.
         edge_index: (2, entries), row 0 -> row 1, any order; or indptr (nodes + 1,), indices (entries,), the
             in-neighbours of each node. edge_weight: (entries,), in the order of the entries.
@@ -119,12 +141,13 @@ class GraphStore:
         masks: {"train" | "val" | "test": bool (nodes,) or (splits, nodes)}.
         directed: None measures it; False also requires each edge in both directions.
         self_loops: drop or keep. duplicates: drop, keep, or sum (of weights). The manifest counts both.
+        add_reverse: add the reverse of each edge, before duplicates are treated.
+        node_ids: the users' own names of the nodes, (nodes,) distinct whole numbers or strings; None: 0 to nodes - 1.
         overwrite: replace an existing store (never a folder with other files in it).
-        progress: called with (stage, bytes done, bytes in all).
+        progress: called with (stage, done, total), in the units of the stage.
 
         Equal graphs give byte-equal files whatever the order of the edges (with the same pyarrow).
-        Raises UserError before anything is written if the arrays do not make a graph; leaves nothing behind
-        when writing fails.
+        Raises UserError if the arrays do not make a graph or writing fails; leaves nothing behind then.
         """
         return cls.open(
             write_store(
@@ -142,6 +165,9 @@ class GraphStore:
                 directed=directed,
                 self_loops=self_loops,
                 duplicates=duplicates,
+                add_reverse=add_reverse,
+                feature_dtype=feature_dtype,
+                node_ids=node_ids,
                 provenance=provenance,
                 overwrite=overwrite,
                 progress=progress,
@@ -180,14 +206,62 @@ class GraphStore:
 
     @property
     def digest(self) -> str:
-        """sha256 over the array files' sha256: equal content, equal digest, whatever name or path."""
-        lines = (f"{name} {entry.sha256}" for name, entry in sorted(self.manifest.files.items()))
+        """sha256 over the graph's files' sha256: equal content, equal digest, whatever name, path or partitions."""
+        files = sorted(self.manifest.files.items())
+        lines = (f"{name} {entry.sha256}" for name, entry in files if not m.is_partition_file(name))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @property
     def split_masks(self) -> dict[str, Tensor]:
         """{train | val | test: bool (nodes,), or (splits, nodes)}, as far as the graph brings them."""
         return dict(self._masks)
+
+    @property
+    def node_ids(self) -> Any:
+        """The users' own names of the nodes: numpy int64 [num_nodes], an Arrow string array, or None for 0, 1, 2, ...
+
+        Views the file. Raises UserError if the strings of an altered file would be read out of bounds.
+        """
+        if isinstance(self._node_ids, pa.Array) and not self._node_ids_checked:
+            try:
+                self._node_ids.validate(full=True)
+            except pa.ArrowInvalid as error:
+                fix = m.REIMPORT.format(path=self.path)
+                raise UserError(f"{self.path / m.NODE_IDS} holds broken strings ({error}); {fix}") from error
+            self._node_ids_checked = True
+        return self._node_ids
+
+    def ids_of(self, first: int, last: int) -> Any:
+        """Return the users' names of nodes first to last - 1 as an Arrow array of int64 or strings."""
+        if not 0 <= first <= last <= self.num_nodes:
+            raise ValueError(f"nodes {first} to {last} are not within 0 to {self.num_nodes}")
+        names = self.node_ids
+        if isinstance(names, pa.Array):
+            return names.slice(first, last - first)
+        return pa.array(np.arange(first, last) if names is None else names[first:last])
+
+    @property
+    def partitions(self) -> dict[int, m.PartitionInfo]:
+        """Number of parts -> how that partition was made, its edge cut and the nodes of each part."""
+        return {int(parts): info for parts, info in self.manifest.partitions.items()}
+
+    def partition(self, parts: int) -> Tensor:
+        """Return each node's part, int32 [num_nodes] in 0..parts-1; views the file.
+
+        Raises UserError if the store has no partition in so many parts, or its file is broken.
+        """
+        if parts not in self._partitions:
+            if parts not in self.partitions:
+                known = ", ".join(map(str, sorted(self.partitions))) or "none"
+                raise UserError(
+                    f"{self.path} has no partition in {parts} parts (it has: {known}); make it with "
+                    f"`dngd data partition {self.path} --parts {parts}`"
+                )
+            name = m.partition_file(parts)
+            fix = m.REPARTITION.format(path=self.path, parts=parts)
+            columns = read_columns(self.path / name, self.manifest.files[name], fix)
+            self._partitions[parts] = torch.from_numpy(columns["part"])
+        return self._partitions[parts]
 
     def in_degrees(self) -> Tensor:
         """Return the number of edges into each node, int64 [num_nodes]."""

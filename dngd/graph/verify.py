@@ -10,6 +10,8 @@ import torch
 from dngd.errors import UserError
 from dngd.graph import manifest as m
 from dngd.graph.arrow_files import file_sha256
+from dngd.graph.node_ids import first_repeated
+from dngd.graph.store import GraphStore
 
 _BLOCK_VALUES = 1 << 23
 
@@ -48,42 +50,36 @@ def _check_bytes(folder: Path, manifest: m.Manifest, progress: Callable[[str, in
         try:
             digest = file_sha256(folder / name, advance)
         except OSError as error:
-            problems.append(f"{folder / name} cannot be read ({error.strerror}); import the graph again")
+            problems.append(f"{folder / name} cannot be read ({error.strerror}); {_fix(folder, name)}")
             continue
         if digest != entry.sha256:
             problems.append(
                 f"{folder / name} was altered: its sha256 is {digest[:12]}…, the manifest says "
-                f"{entry.sha256[:12]}…; import the graph again"
+                f"{entry.sha256[:12]}…; {_fix(folder, name)}"
             )
     unknown = {entry.name for entry in folder.iterdir()} - {m.MANIFEST_NAME, *manifest.files}
-    problems += [f"{folder / name} is no part of the store; remove it" for name in sorted(unknown)]
+    # What a killed write of a partition left does no harm, and the next such write removes it.
+    foreign = sorted(name for name in unknown if not m.is_partition_file(name))
+    problems += [f"{folder / name} is no part of the store; remove it" for name in foreign]
     return problems
 
 
-def _check_values(folder: Path) -> list[str]:
-    from dngd.graph.store import GraphStore
+def _fix(folder: Path, name: str) -> str:
+    form = m.PARTITION_FORM.fullmatch(name)
+    return m.REPARTITION.format(path=folder, parts=form[1]) if form else "import the graph again"
 
+
+def _check_values(folder: Path) -> list[str]:
     store = GraphStore.open(folder)
     problems: list[str] = []
 
     def report(file: str, what: str) -> None:
-        problems.append(f"{folder / file}: {what}; import the graph again")
+        problems.append(f"{folder / file}: {what}; {_fix(folder, file)}")
 
     degrees = store.in_degrees()
     if bool((degrees < 0).any()):
         report(m.INDPTR, f"falls at node {int((degrees < 0).nonzero()[0])}")
-    indices = store.indices
-    if len(indices):
-        if int(indices.min()) < 0 or int(indices.max()) >= store.num_nodes:
-            report(
-                m.INDICES,
-                f"has nodes {int(indices.min())} to {int(indices.max())}, not 0 to {store.num_nodes - 1}",
-            )
-        starts = torch.zeros(len(indices), dtype=torch.bool)
-        inner = store.indptr[:-1]
-        starts[inner[(inner >= 0) & (inner < len(indices))]] = True
-        if bool((~starts[1:] & (indices[1:] < indices[:-1])).any()):
-            report(m.INDICES, "does not ascend within each node")
+    _check_indices(store, report)
     labels = store.labels
     if int(labels.min()) < -1 or int(labels.max()) >= store.num_classes:
         report(
@@ -92,15 +88,54 @@ def _check_values(folder: Path) -> list[str]:
         )
     elif int((labels >= 0).sum()) != store.manifest.num_labelled:
         report(m.LABELS, f"has {int((labels >= 0).sum())} labelled nodes, not {store.manifest.num_labelled}")
-    if store.edge_weight is not None and not bool(store.edge_weight.isfinite().all()):
+    if store.edge_weight is not None and _num_not_finite(store.edge_weight):
         report(m.EDGE_WEIGHT, "has values that are not finite")
-    rows = max(1, _BLOCK_VALUES // max(store.num_features, 1))
-    bad = 0
-    for start in range(0, store.num_nodes, rows):
-        bad += int((~store.features[start : start + rows].isfinite()).sum())
+    bad = _num_not_finite(store.features)
     if bad:
         report(m.FEATURES, f"has {bad} values that are not finite")
     for name, mask in store.split_masks.items():
         if int(mask.view(torch.uint8).max()) > 1:
             report(m.SPLITS, f"has values above 1 in the {name} mask")
+    repeated = None if store.node_ids is None else first_repeated(store.node_ids)
+    if repeated is not None:
+        report(m.NODE_IDS, f"has one id for the nodes {repeated[0]} and {repeated[1]}")
+    for parts in store.partitions:
+        try:
+            _check_partition(store, parts, report)
+        except UserError as error:
+            problems.append(str(error))
     return problems
+
+
+def _check_partition(store: GraphStore, parts: int, report: Callable[[str, str], None]) -> None:
+    part = store.partition(parts)
+    if int(part.min()) < 0 or int(part.max()) >= parts:
+        report(m.partition_file(parts), f"has parts {int(part.min())} to {int(part.max())}, not 0 to {parts - 1}")
+    elif part.bincount(minlength=parts).tolist() != store.partitions[parts].nodes:
+        report(m.partition_file(parts), "has other numbers of nodes in its parts than the manifest says")
+
+
+def _check_indices(store: GraphStore, report: Callable[[str, str], None]) -> None:
+    """Report sources that are no nodes, and sources that do not ascend within their destination's."""
+    inner = store.indptr[:-1]
+    least, largest, falls = store.num_nodes, -1, False
+    for start in range(0, store.num_edges, _BLOCK_VALUES):
+        stop = min(start + _BLOCK_VALUES, store.num_edges)
+        part = store.indices[start:stop]
+        least, largest = min(least, int(part.min())), max(largest, int(part.max()))
+        # One entry more than the block, so that no neighbouring two are left out.
+        pairs = store.indices[start : stop + 1]
+        first, last = torch.searchsorted(inner, torch.tensor([start, start + len(pairs)])).tolist()
+        begins = torch.zeros(len(pairs), dtype=torch.bool)
+        # Pointers that do not ascend are reported elsewhere, but must not lead outside.
+        begins[inner[first:last].clamp(start, start + len(pairs) - 1) - start] = True
+        falls = falls or bool((~begins[1:] & (pairs[1:] < pairs[:-1])).any())
+    if store.num_edges and (least < 0 or largest >= store.num_nodes):
+        report(m.INDICES, f"has nodes {least} to {largest}, not 0 to {store.num_nodes - 1}")
+    if falls:
+        report(m.INDICES, "does not ascend within each node")
+
+
+def _num_not_finite(table: torch.Tensor) -> int:
+    rows = max(1, _BLOCK_VALUES // max(table[0].numel(), 1)) if len(table) else 1
+    return sum(int((~table[start : start + rows].isfinite()).sum()) for start in range(0, len(table), rows))

@@ -12,6 +12,7 @@ from dngd.sampling.dgl_import import PartStatus, dgl_parts, import_dgl, install_
 
 if TYPE_CHECKING:
     from dngd.sampling.minibatch import BatchCoordinates, LayerGraph, MiniBatch
+    from dngd.sampling.partitioning import parse_order, partition_nodes, reorder_by
     from dngd.sampling.pipeline import SamplerPipeline
     from dngd.sampling.sampler import NeighborSampler
     from dngd.sampling.schedule import (
@@ -29,6 +30,9 @@ _HOME = {
     "NeighborSampler": "sampler",
     "derive_seed": "schedule",
     "epoch_permutation": "schedule",
+    "parse_order": "partitioning",
+    "partition_nodes": "partitioning",
+    "reorder_by": "partitioning",
     "shard_seeds": "schedule",
     "steps_per_epoch": "schedule",
 }
@@ -44,6 +48,9 @@ __all__ = [
     "dgl_parts",
     "epoch_permutation",
     "import_dgl",
+    "parse_order",
+    "partition_nodes",
+    "reorder_by",
     "shard_seeds",
     "steps_per_epoch",
 ]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from dngd.allocator import keep_freed_memory
-from dngd.models.message_passing import Aggregation
+from dngd.graph.advice import read_randomly
+from dngd.models.message_passing import Aggregation, Propagation
 from dngd.sampling import wire
-from dngd.sampling.minibatch import LayerGraph
+from dngd.sampling.minibatch import Drawn
 from dngd.sampling.operators import FirstRows, first_rows_of
 from dngd.sampling.sampler import NeighborSampler
 from dngd.sampling.slots import DTYPES, SlotPool, SlotWriter, dtype_name, spec_of
@@ -38,15 +39,21 @@ class BatchDrawer:
         keep_freed_memory()
         graph, extra = open_shared(setup["graph"])
         sampler = NeighborSampler(graph.indptr, graph.indices, graph.edge_weight, setup["fanouts"])
-        first_rows = first_rows_of(graph, setup["aggregation"], extra.get("norm"))
+        first_rows = first_rows_of(graph, setup["aggregation"], extra.get("norm"), extra.get("on_host"))
+        features: Tensor | None = getattr(graph, "features", None)
+        if setup["random_reads"] and features is not None:
+            read_randomly(features)
         return cls(sampler, first_rows, SlotWriter(setup["slots"]))
 
     def draw(self, seeds: Tensor, rng_seed: int, slot: int) -> tuple[dict[str, Any], list[Tensor]]:
         """Return the header and the arrays of an answer; arrays is empty where they were laid out in the slot."""
         layers = self._sampler.sample(seeds, rng_seed)
         sizes, arrays = wire.pack_layers(layers)
-        specs = [spec_of(array) for array in arrays]
         first = self._first_rows
+        operator = None if first is None else first.operator(layers[0])
+        parts = _coefficients(operator)
+        arrays += [part for part in parts.values() if part is not None]
+        specs = [spec_of(array) for array in arrays]
         if first is not None:
             specs.append((dtype_name(first.dtype), first.shape(layers[0])))
         in_slot = slot != NO_SLOT
@@ -54,13 +61,20 @@ class BatchDrawer:
         for place, array in zip(places, arrays):
             place.copy_(array)
         if first is not None:
-            first.of(layers[0], out=places[-1])
+            first.of(layers[0], out=places[-1], operator=operator)
         header: dict[str, Any] = {"layers": sizes, "has_rows": first is not None}
+        if operator is not None:
+            header["operator"] = {name: part is not None for name, part in parts.items()}
         return (header | {"slot": slot, "specs": specs}, []) if in_slot else (header, places)
 
 
 def setup_message(
-    graph: SharedTopology, fanouts: Sequence[int], aggregation: Aggregation | None, slots: SlotPool
+    graph: SharedTopology,
+    fanouts: Sequence[int],
+    aggregation: Aggregation | None,
+    slots: SlotPool,
+    *,
+    random_reads: bool,
 ) -> dict[str, Any]:
     """Return the first message to a sampler process, which inherits the graph's and the slots' files."""
     return {
@@ -68,15 +82,26 @@ def setup_message(
         "fanouts": list(fanouts),
         "aggregation": aggregation,
         "slots": list(slots.fds),
+        "random_reads": random_reads,
     }
 
 
-def unpack_answer(
-    header: dict[str, Any], arrays: Sequence[Tensor], slots: SlotPool
-) -> tuple[tuple[LayerGraph, ...], Tensor | None]:
-    """Return the layer graphs and the first layer's rows (or None) of an answer."""
+def unpack_answer(header: dict[str, Any], arrays: Sequence[Tensor], slots: SlotPool) -> Drawn:
+    """Return what an answer holds."""
     if "slot" in header:
         arrays = slots.read(header["slot"], [(dtype, shape) for dtype, shape in header["specs"]])
     remaining = iter(arrays)
     layers = wire.unpack_layers(header["layers"], remaining)
-    return layers, next(remaining) if header["has_rows"] else None
+    operator: Propagation | None = None
+    if "operator" in header:
+        parts = {name: next(remaining) if there else None for name, there in header["operator"].items()}
+        first = layers[0]
+        operator = Propagation(first.indptr, first.indices, **parts, destinations=first.dst_nodes)
+    return Drawn(layers, next(remaining) if header["has_rows"] else None, operator)
+
+
+def _coefficients(operator: Propagation | None) -> dict[str, Tensor | None]:
+    """Return what an operator has beside its layer graph, by name."""
+    if operator is None:
+        return {}
+    return {"edge_coefficients": operator.edge_coefficients, "self_coefficients": operator.self_coefficients}

@@ -8,8 +8,11 @@ itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
+
+from dngd.models.message_passing import Propagation
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,23 @@ class LayerGraph:
         return int(self.indices.shape[0])
 
 
+class Drawn(NamedTuple):
+    """What is drawn for a batch's seeds; see MiniBatch."""
+
+    layers: tuple[LayerGraph, ...]
+    first_rows: Tensor | None = None
+    first_operator: Propagation | None = None
+
+
 @dataclass(frozen=True)
 class MiniBatch:
     """A shard's part of one step.
 
     seeds: int64 [n], global ids, distinct; n may be 0. layers[-1].dst_nodes are the seeds, in this order.
     first_rows: float32 [layers[0].num_dst, width], the rows that enter the first layer's `nn.Linear`, where the
-    pipeline was asked for them (SamplerPipeline's aggregation). Arrays that a sampler process sent lie in memory that
+    pipeline was asked for them (SamplerPipeline's aggregation). first_operator: the input layer's, from the table of
+    all nodes, where first_rows lacks the part of the nodes whose features a device keeps (SamplerPipeline's on_host):
+    what CachedRows.part adds it with. Arrays that a sampler process sent lie in memory that
     is used again once nothing refers to them; clone what is to outlive the batch for long.
     """
 
@@ -70,6 +83,7 @@ class MiniBatch:
     layers: tuple[LayerGraph, ...]
     coordinates: BatchCoordinates
     first_rows: Tensor | None = None
+    first_operator: Propagation | None = None
 
     @property
     def num_edges(self) -> int:

@@ -22,6 +22,7 @@ from dngd.models.message_passing import (
     inverse_sqrt_degrees,
     mean_coefficients,
 )
+from dngd.sampling.cached_rows import host_part
 from dngd.sampling.minibatch import LayerGraph
 from dngd.sampling.topology import HasTopology
 
@@ -79,29 +80,47 @@ class FirstRows:
     """Takes the input layer's rows M straight from the feature table, memory-mapped or not.
 
     features: [N, F]. dtype: of M: float32 from a 16-bit table, else the table's.
+    on_host: bool [N], where a device keeps the rows of the other nodes: their part of M is left out.
     """
 
-    def __init__(self, operators: LayerOperators, features: Tensor) -> None:
+    def __init__(self, operators: LayerOperators, features: Tensor, on_host: Tensor | None = None) -> None:
         self._operators = operators
         self._features = features
+        self._on_host = on_host
         self.dtype = torch.float32 if features.element_size() < 4 else features.dtype
 
     def shape(self, layer: LayerGraph) -> list[int]:
         """Return M's shape: [num_dst, F], twice the width for the mean, which keeps a node's own row apart."""
         return [layer.num_dst, self._features.shape[1] * (2 if self._operators.aggregation == "mean" else 1)]
 
-    def of(self, layer: LayerGraph, out: Tensor | None = None) -> Tensor:
-        """Return M of an input layer graph. out: where to write it, of M's shape and type."""
-        return aggregate_rows(self._operators.aggregation, self._features, self._operators.first(layer), out)
+    def operator(self, layer: LayerGraph) -> Propagation | None:
+        """Return the input layer's operator where a device adds a part of M, None where M is whole."""
+        return None if self._on_host is None else self._operators.first(layer)
+
+    def of(self, layer: LayerGraph, out: Tensor | None = None, operator: Propagation | None = None) -> Tensor:
+        """Return M of an input layer graph. out: where to write it, of M's shape and type.
+
+        operator: the layer's, if it is known already.
+        """
+        aggregation = self._operators.aggregation
+        operator = self._operators.first(layer) if operator is None else operator
+        if self._on_host is not None:
+            return host_part(aggregation, self._features, operator, self._on_host, out)
+        return aggregate_rows(aggregation, self._features, operator, out)
 
 
-def first_rows_of(graph: HasTopology, aggregation: Aggregation | None, norm: Tensor | None = None) -> FirstRows | None:
-    """Return what takes the first rows of a graph's features; None where aggregation is None."""
+def first_rows_of(
+    graph: HasTopology,
+    aggregation: Aggregation | None,
+    norm: Tensor | None = None,
+    on_host: Tensor | None = None,
+) -> FirstRows | None:
+    """Return what takes a graph's first rows; None where aggregation is None. on_host: see FirstRows."""
     if aggregation is None:
         return None
     features: Tensor | None = getattr(graph, "features", None)
     assert features is not None, "the first layer's rows were asked for of a graph without features"
-    return FirstRows(LayerOperators(graph, aggregation, norm), features)
+    return FirstRows(LayerOperators(graph, aggregation, norm), features, on_host)
 
 
 def node_norm(graph: HasTopology) -> Tensor:

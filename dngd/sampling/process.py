@@ -26,7 +26,7 @@ from dngd.errors import TrainingError
 from dngd.models.message_passing import Aggregation
 from dngd.sampling import wire
 from dngd.sampling.draw import NO_SLOT, setup_message, unpack_answer
-from dngd.sampling.minibatch import LayerGraph
+from dngd.sampling.minibatch import Drawn
 from dngd.sampling.slots import SlotPool
 from dngd.sampling.topology import SharedTopology
 
@@ -41,7 +41,8 @@ class SamplerProcess:
     """A child process that draws batches; answers arrive in the order of the requests.
 
     aggregation: of the first layer's rows, None where they are not wanted. num_slots: of shared memory for answers;
-    further answers, as long as none is free, come over the socket. on_mapped: see SlotPool.
+    further answers, as long as none is free, come over the socket. on_mapped: see SlotPool. random_reads: see
+    dngd.graph.advice.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class SamplerProcess:
         aggregation: Aggregation | None = None,
         num_slots: int = 0,
         on_mapped: Callable[[Tensor], None] | None = None,
+        random_reads: bool = False,
     ) -> None:
         self.name = name
         self._slots = SlotPool(num_slots, on_mapped)
@@ -78,7 +80,7 @@ class SamplerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
-                env=_environment(),
+                env=child_environment(),
                 # Ctrl-C is for the trainer, which then closes its samplers.
                 start_new_session=True,
             )
@@ -88,7 +90,8 @@ class SamplerProcess:
         self._finalizer = weakref.finalize(self, _stop, self._process, self._requests, self._log)
         self._reader = threading.Thread(target=_read, args=(replies, self._answers), name=f"dngd {name}", daemon=True)
         self._reader.start()
-        self._send(setup_message(graph, fanouts, aggregation, self._slots), [], "starting")
+        setup = setup_message(graph, fanouts, aggregation, self._slots, random_reads=random_reads)
+        self._send(setup, [], "starting")
 
     @property
     def pid(self) -> int:
@@ -100,8 +103,13 @@ class SamplerProcess:
         asked = {"request": number, "rng_seed": rng_seed, "slot": NO_SLOT if slot is None else slot}
         self._send(asked, [seeds], what)
 
-    def answer(self, number: int, what: str) -> tuple[tuple[LayerGraph, ...], Tensor | None]:
-        """Return the answer to the oldest request not yet answered, whose number is given: layers and first rows.
+    @property
+    def has_answer(self) -> bool:
+        """Whether `answer` returns or raises without waiting."""
+        return self._answers.qsize() > (0 if self._ready else 1)
+
+    def answer(self, number: int, what: str) -> Drawn:
+        """Return the answer to the oldest request not yet answered, whose number is given.
 
         Raises TrainingError, naming the batch, when the child failed, died, or gave no answer in time.
         """
@@ -172,7 +180,8 @@ class SamplerProcess:
         return f"{self.name} (pid {self.pid})"
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
+    """Return the environment of a child process: one thread, no GPU, and the modules that this process found."""
     environment = dict(os.environ)
     environment.update(dict.fromkeys(_ONE_THREAD, "1"))
     environment["DGLBACKEND"] = "pytorch"

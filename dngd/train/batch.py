@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -11,9 +12,13 @@ from torch import Tensor
 from dngd.graph import GraphStore
 from dngd.models import Aggregation, Propagation
 from dngd.models.message_passing import LayerGraphLike
-from dngd.sampling import BatchCoordinates, MiniBatch, SamplerPipeline
+from dngd.sampling import BatchCoordinates, MiniBatch
+from dngd.sampling.cached_rows import CachedRows
 from dngd.sampling.operators import LayerOperators
 from dngd.train.metrics import StepClock
+
+Move = Callable[[Tensor], Tensor]
+"""Takes a tensor to the device."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,15 @@ class DeviceBatch:
     propagations: tuple[Propagation, ...]
     first_aggregation: Tensor | None = None
 
+    def device_tensors(self) -> Iterator[Tensor]:
+        """Yield all that lies on the device."""
+        yield self.labels
+        for p in self.propagations:
+            yield from (p.indptr, p.indices)
+            yield from (t for t in (p.edge_coefficients, p.self_coefficients, p.destinations) if t is not None)
+        if self.first_aggregation is not None:
+            yield self.first_aggregation
+
 
 class BatchSource(Protocol):
     """Hands out the batches of a rank's shards, in the order of the run."""
@@ -37,32 +51,45 @@ class BatchSource(Protocol):
     def batch(self, epoch: int, step: int, shard: int) -> DeviceBatch:
         """Return a shard's part of a step (counted within its epoch)."""
 
+    def look_ahead(self) -> None:
+        """Hear that all work on the batch handed out last has been given to the device: time for the next one."""
+
 
 class PropagationBuilder:
     """Puts mini-batches on the device, with the operators of their layer graphs.
 
-    aggregation: which operators the model needs. device: where they are wanted.
+    aggregation: which operators the model needs. device: where they are wanted. cache: feature rows that it keeps,
+    where mini-batches bring the first layer's rows without their part.
     """
 
-    def __init__(self, store: GraphStore, aggregation: Aggregation, device: torch.device) -> None:
+    def __init__(
+        self,
+        store: GraphStore,
+        aggregation: Aggregation,
+        device: torch.device,
+        cache: CachedRows | None = None,
+    ) -> None:
         self._store = store
         self._device = device
+        self._cache = cache
         self.operators = LayerOperators(store, aggregation)
 
-    def batch(self, mini_batch: MiniBatch) -> DeviceBatch:
+    def batch(self, mini_batch: MiniBatch, move: Move | None = None) -> DeviceBatch:
         """Return a sampled mini-batch's seeds, labels and operators on the device.
 
         Where the mini-batch brings the first layer's rows, they take the place of its operator.
+        move: how tensors get to the device; by default in the current stream.
         """
+        move = self._move if move is None else move
         rows = mini_batch.first_rows
         operators = self.operators
         propagations = operators.of_layers(mini_batch.layers) if rows is None else operators.behind(mini_batch.layers)
         labels = self._store.labels[mini_batch.seeds]
         return DeviceBatch(
             mini_batch.seeds,
-            labels.to(self._device),
-            tuple(p.to(self._device) for p in propagations),
-            None if rows is None else rows.to(self._device, non_blocking=True),
+            move(labels),
+            tuple(_moved(p, move) for p in propagations),
+            None if rows is None else self._whole_rows(move(rows), mini_batch.first_operator, move),
         )
 
     def propagation(
@@ -71,11 +98,44 @@ class PropagationBuilder:
         """Return one layer's operator, on the CPU; see LayerOperators.propagation."""
         return self.operators.propagation(graph, source_ids, destination_ids, destinations)
 
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, non_blocking=True)
+
+    def _whole_rows(self, rows: Tensor, operator: Propagation | None, move: Move) -> Tensor:
+        """Return the first layer's rows, with the part of the nodes whose features the device keeps. rows: there."""
+        if operator is None:
+            return rows
+        assert self._cache is not None, "rows without a part that no device keeps"
+        return rows + self._cache.part(self.operators.aggregation, _moved(operator, move))
+
+
+def _moved(operator: Propagation, move: Move) -> Propagation:
+    edges, selves, destinations = operator.edge_coefficients, operator.self_coefficients, operator.destinations
+    return replace(
+        operator,
+        indptr=move(operator.indptr),
+        indices=move(operator.indices),
+        edge_coefficients=None if edges is None else move(edges),
+        self_coefficients=None if selves is None else move(selves),
+        destinations=None if destinations is None else move(destinations),
+    )
+
+
+class BatchPipeline(Protocol):
+    """Where mini-batches come from: dngd.sampling.SamplerPipeline."""
+
+    @property
+    def has_next(self) -> bool:
+        """Whether the next one is there already."""
+
+    def __next__(self) -> MiniBatch:
+        """Return the next one, or raise what came in its place."""
+
 
 class SampledBatches:
     """A pipeline's mini-batches with their operators. clock: gets the time waited, and that spent on operators."""
 
-    def __init__(self, pipeline: SamplerPipeline, builder: PropagationBuilder, clock: StepClock) -> None:
+    def __init__(self, pipeline: BatchPipeline, builder: PropagationBuilder, clock: StepClock) -> None:
         self._pipeline = pipeline
         self._builder = builder
         self._clock = clock
@@ -88,3 +148,6 @@ class SampledBatches:
         assert mini_batch.coordinates == asked, f"{mini_batch.coordinates} is not {asked}"
         with self._clock.phase("forward"):
             return self._builder.batch(mini_batch)
+
+    def look_ahead(self) -> None:
+        """Do nothing: there is no copy to start."""

@@ -1,35 +1,44 @@
 """Exact evaluation: every layer over all nodes and all neighbours, in bounded memory.
 
-Layer l's output for all nodes is finished before layer l+1 starts, so each aggregation is computed
-once and no neighbourhood is sampled or expanded. Memory: two activation tables [N, hidden] and
-`rows` aggregated rows at a time. Ranks split the nodes and share each layer's result.
+Layer l's output for all nodes is finished before layer l+1 starts, so that each aggregation is computed once and no
+neighbourhood is sampled or expanded. What the next layer gathers lies in tables (dngd.train.tables) that go to disk
+beyond a limit; all else is a block of rows at a time. Ranks split the nodes by cost and share each layer's tables.
+Which order a layer takes, and for which nodes, is dngd.train.evaluation_plan's; the formulas are layer_arithmetic's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dngd.comm import Communicator
+from dngd.errors import UserError
 from dngd.graph import GraphStore, Split
-from dngd.models import GNN, Propagation
+from dngd.models import GNN
 from dngd.train.batch import PropagationBuilder
+from dngd.train.evaluation_plan import (
+    EvaluationWork,
+    LayerShape,
+    block_rows,
+    blocks_between,
+    bounds_of,
+    evaluation_bytes,
+    plan_work,
+    shapes_of,
+)
+from dngd.train.layer_arithmetic import LayerArithmetic, LayerSource
+from dngd.train.neighbour_sums import NeighbourSums, in_degrees_of
+from dngd.train.tables import Rows, Table, TableSpace
 
-FIRST_ROWS_CACHE_BYTES = 512 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class _NodeRange:
-    """All in-edges of the nodes [first, last): a slice of the store, no copy. See LayerGraphLike."""
-
-    indptr: Tensor
-    indices: Tensor
-    degrees: Tensor
-    edge_weight: Tensor | None
+EvaluationProgress = Callable[[int, int], None]
+"""Called with this rank's work done and its work in all; a unit is an edge aggregated, or a row made, in one layer."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +49,27 @@ class Scores:
     accuracy: float
 
 
-class ExactEvaluator:
-    """Full-neighbour predictions of a GNN for every node of the graph.
+@dataclass(frozen=True)
+class _Plan:
+    """What is computed for a set of nodes. bounds: of the ranks' parts, a list a layer. inputs: of the parts of
+    work.inputs. total: this rank's work, in the unit of EvaluationProgress."""
 
-    rows: most destination rows aggregated at a time. The first layer's aggregated rows never change;
-    they are kept between calls where they fit in 512 MiB. All ranks of the communicator must call alike.
+    nodes: Tensor | None
+    shapes: tuple[LayerShape, ...]
+    work: EvaluationWork
+    bounds: tuple[list[int], ...]
+    inputs: list[int]
+    total: int
+
+
+class ExactEvaluator:
+    """Full-neighbour predictions of a GNN for any nodes of the graph.
+
+    rows: most destination rows worked on at a time. features: the table [N, F], on the machine or on the device; of
+    16-bit floats it is widened before anything is added. folders: where tables may lie on disk. memory_bytes: most
+    bytes of tables that the ranks of this machine hold in memory, None for half of what is available.
+    keeps_first: keep the first layer's aggregated rows, which never change, for the next call, in a table as well.
+    All ranks of the communicator must call alike. Logits depend on the number of ranks by their rounding at most.
     """
 
     def __init__(
@@ -56,90 +81,222 @@ class ExactEvaluator:
         rows: int,
         device: torch.device,
         features: Tensor,
+        folders: Sequence[Path] = (),
+        memory_bytes: int | None = None,
+        keeps_first: bool = True,
+        progress: EvaluationProgress | None = None,
     ) -> None:
         self._store = store
-        self._builder = builder
         self._comm = communicator
-        self._rows = rows
         self._device = device
         self._features = features
-        self._first_rows: list[Tensor] = []
+        self._keeps_first = keeps_first
+        self._report = progress or (lambda done, total: None)
+        self._block = block_rows(store.num_nodes, rows, on_gpu=device.type == "cuda")
+        self._neighbours = NeighbourSums(store, builder.operators.aggregation, builder.operators.norm)
+        self._space = TableSpace(communicator, folders=folders, memory_bytes=memory_bytes, device=device)
+        self._plan: _Plan | None = None
+        self._kept: _KeptRows | None = None
+
+    def check(self, model: GNN, nodes: Tensor | None) -> None:
+        """Raise UserError if the tables for the logits of some nodes fit neither in memory nor on a disk. All ranks
+        enter. nodes: int64 [n], or None for all."""
+        self._space.check(evaluation_bytes(self._store, shapes_of(model), nodes, self._block).tables)
 
     @torch.no_grad()
     def logits(self, model: GNN) -> Tensor:
-        """Return the logits of all nodes, [N, num_classes], alike on all ranks."""
-        was_training = model.training
-        model.eval()
-        table = self._features
-        layers = model.graph_layers()
-        for i, layer in enumerate(layers):
-            out = torch.empty(
-                self._store.num_nodes,
-                layer.linear.out_features,
-                device=self._device,
-                dtype=layer.linear.weight.dtype,
-            )
-            for k, (first, last) in enumerate(self._chunks()):
-                if i == 0 and k < len(self._first_rows):
-                    aggregated = self._first_rows[k]
-                else:
-                    aggregated = layer.aggregate(table, self._propagation(first, last))
-                    if i == 0:
-                        self._keep_first_rows(aggregated, k)
-                z = layer.linear(aggregated)
-                out[first:last] = model.between(z) if i + 1 < len(layers) else z
-            self._share(out)
-            table = out
-        model.train(was_training)
-        return table
+        """Return the logits of all nodes, [N, num_classes], alike on all ranks. `predictions` needs less."""
+        plan = self._plan_for(model, None)
+        rows, last = Rows(None, self._store.num_nodes), plan.shapes[-1]
+        dtype = model.graph_layers()[-1].linear.weight.dtype
+        out = torch.empty(rows.count, last.d_out, dtype=dtype, device=self._device)
+        everything = Table(out, list(range(self._comm.world_size)))
+        for where, logits in self._run(model, plan):
+            everything.write(where, logits)
+        self._space.publish(everything, rows, plan.bounds[-1])
+        return out
+
+    @torch.no_grad()
+    def predictions(self, model: GNN, nodes: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (node ids int64 [n], logits [n, num_classes]) of this rank's part of the nodes, ascending, by blocks.
+
+        nodes: int64, distinct; None for all. Only what their logits need is computed. To be read to its end.
+        """
+        wanted = None if nodes is None else nodes.sort().values
+        for where, logits in self._run(model, self._plan_for(model, wanted)):
+            yield (torch.arange(where.start, where.stop) if isinstance(where, slice) else where), logits
 
     def scores(self, model: GNN, split: Split) -> dict[str, Scores]:
-        """Return the scores on "val" and "test" nodes."""
-        logits = self.logits(model)
+        """Return the scores on "val" and "test" nodes; no other node's logits are computed."""
+        return self.scores_of(model, {"val": split.val, "test": split.test})
+
+    def scores_of(self, model: GNN, parts: Mapping[str, Tensor]) -> dict[str, Scores]:
+        """Return each part's scores, alike on all ranks. parts: name -> labelled nodes, int64 [n], n > 0, distinct."""
+        member = torch.zeros(len(parts), self._store.num_nodes, dtype=torch.bool)
+        for k, nodes in enumerate(parts.values()):
+            member[k, nodes] = True
+        sums = torch.zeros(len(parts), 2, dtype=torch.float64)
+        for ids, logits in self.predictions(model, member.any(dim=0).nonzero()[:, 0]):
+            labels = self._store.labels[ids]
+            for k in range(len(parts)):
+                chosen = member[k, ids].nonzero()[:, 0]
+                sums[k] += _summed(logits[chosen.to(logits.device)], labels[chosen].to(logits.device))
+        sums = sums.to(self._device)
+        self._comm.all_reduce(sums.view(-1), "evaluation").wait()
         return {
-            "val": score(logits, self._store.labels, split.val),
-            "test": score(logits, self._store.labels, split.test),
+            name: Scores(loss=loss / nodes.numel(), accuracy=right / nodes.numel())
+            for (name, nodes), (loss, right) in zip(parts.items(), sums.tolist())
         }
 
-    def _range(self, rank: int) -> tuple[int, int]:
-        n, world = self._store.num_nodes, self._comm.world_size
-        return n * rank // world, n * (rank + 1) // world
+    def _plan_for(self, model: GNN, nodes: Tensor | None) -> _Plan:
+        """Return the plan for ascending nodes; the last one's is kept."""
+        shapes, plan = shapes_of(model), self._plan
+        if plan is not None and plan.shapes == shapes and _are_same(plan.nodes, nodes):
+            return plan
+        store, world = self._store, self._comm.world_size
+        work = plan_work(store, shapes, nodes, keeps_first=self._keeps_first)
+        bounds = tuple(bounds_of(store, layer.rows, self._block, world) for layer in work.layers)
+        inputs = bounds_of(store, work.inputs, self._block, world)
+        total = 0
+        for layer, ends in zip(work.layers, bounds):
+            total += self._units(layer.rows.piece(*ends[self._comm.rank : self._comm.rank + 2]))
+        self._plan = _Plan(nodes, shapes, work, bounds, inputs, total)
+        if self._kept is not None:
+            self._kept.table.close()
+            self._kept = None
+        return self._plan
 
-    def _chunks(self) -> Iterator[tuple[int, int]]:
-        first, end = self._range(self._comm.rank)
-        while first < end:
-            last = min(end, first + self._rows)
-            yield first, last
-            first = last
+    def _run(self, model: GNN, plan: _Plan) -> Iterator[tuple[slice | Tensor, Tensor]]:
+        """Yield this rank's blocks of the last layer, (nodes, logits)."""
+        layers = [
+            LayerArithmetic(layer, shape, self._neighbours, self._device, transforms_first=work.transforms_first)
+            for layer, shape, work in zip(model.graph_layers(), plan.shapes, plan.work.layers)
+        ]
+        done = 0
+        with _evaluating(model), contextlib.ExitStack() as stack:
+            self._make_room_for_first(layers, plan)
+            source, tables = self._input(layers[0], plan, stack)
+            for i, (layer, work) in enumerate(zip(layers, plan.work.layers)):
+                target = self._tables(layers[i + 1], stack) if i + 1 < len(layers) else None
+                for first, last in blocks_between(plan.bounds[i], self._comm.rank, self._block):
+                    where = work.rows.piece(first, last)
+                    z = self._first_output(layer, source, where, first, plan) if i == 0 else layer.output(source, where)
+                    if target is None:
+                        yield where, z
+                    else:
+                        target.write(where, layers[i + 1].prepare(model.between(z), where))
+                    done += self._units(where)
+                    self._report(done, plan.total)
+                if i == 0 and self._kept is not None:
+                    self._kept.is_filled = True
+                if target is not None:
+                    target.publish(self._space, work.rows, plan.bounds[i])
+                tables.close()
+                if target is not None:
+                    source, tables = target.source(), target
 
-    def _propagation(self, first: int, last: int) -> Propagation:
-        store = self._store
-        offsets = store.indptr[first : last + 1]
-        begin, end = int(offsets[0]), int(offsets[-1])
-        weights = None if store.edge_weight is None else store.edge_weight[begin:end]
-        graph = _NodeRange(offsets - begin, store.indices[begin:end], offsets.diff(), weights)
-        nodes = torch.arange(first, last)
-        return self._builder.propagation(graph, graph.indices, nodes, nodes).to(self._device)
+    def _input(self, layer: LayerArithmetic, plan: _Plan, stack: contextlib.ExitStack) -> tuple[LayerSource, _Tables]:
+        """Return what the first layer reads: the features, or tables made of them."""
+        features = LayerSource(self._features, is_features=True)
+        if not layer.transforms_first:
+            return features, _Tables([])
+        made = self._tables(layer, stack)
+        for first, last in blocks_between(plan.inputs, self._comm.rank, self._block):
+            where = plan.work.inputs.piece(first, last)
+            made.write(where, layer.prepare(layer.rows(features, where), where))
+        made.publish(self._space, plan.work.inputs, plan.inputs)
+        return made.source(), made
 
-    def _keep_first_rows(self, aggregated: Tensor, chunk: int) -> None:
-        size = self._store.num_nodes * aggregated.shape[1] * aggregated.element_size()
-        if chunk == len(self._first_rows) and size <= FIRST_ROWS_CACHE_BYTES:
-            self._first_rows.append(aggregated)
+    def _tables(self, layer: LayerArithmetic, stack: contextlib.ExitStack) -> _Tables:
+        """Return new tables for what a layer will read."""
+        made = []
+        for width in layer.widths:
+            made.append(self._space.shared(self._store.num_nodes, width, layer.dtype))
+            stack.callback(made[-1].close)
+        return _Tables(made)
 
-    def _share(self, out: Tensor) -> None:
-        works = []
-        for rank in range(self._comm.world_size):
-            first, last = self._range(rank)
-            if last > first:
-                works.append(self._comm.broadcast(out[first:last].view(-1), rank, "evaluation"))
-        for work in works:
-            work.wait()
+    def _make_room_for_first(self, layers: Sequence[LayerArithmetic], plan: _Plan) -> None:
+        first = layers[0]
+        if self._kept is not None or not self._keeps_first or first.transforms_first:
+            return
+        begin, end = plan.bounds[0][self._comm.rank : self._comm.rank + 2]
+        # Read from end to end, they may rather lie on disk than the tables that rows are gathered from.
+        widths = [sum(layer.widths) for layer in layers[1:]] + [0]
+        room_for = max(map(sum, pairwise([0, *widths]))) * self._store.num_nodes * first.dtype.itemsize
+        # Without room for them they are computed again each time.
+        with contextlib.suppress(UserError):
+            table = self._space.private(end - begin, first.shape.d_in, first.dtype, room_for=room_for)
+            self._kept = _KeptRows(table, begin)
+
+    def _first_output(
+        self, layer: LayerArithmetic, source: LayerSource, where: slice | Tensor, first: int, plan: _Plan
+    ) -> Tensor:
+        """Return the first layer's output of a block that begins with number `first` of the layer's rows."""
+        if self._kept is None:
+            return layer.output(source, where)
+        count = where.stop - where.start if isinstance(where, slice) else where.numel()
+        place = slice(first - self._kept.begin, first - self._kept.begin + count)
+        if self._kept.is_filled:
+            aggregated = self._kept.table.rows[place]
+        else:
+            aggregated = layer.aggregate(source, where)
+            self._kept.table.write(place, aggregated)
+        return layer.transform(aggregated, source, where)
+
+    def _units(self, where: slice | Tensor) -> int:
+        degrees = in_degrees_of(self._store, where)
+        return int(degrees.sum()) + degrees.numel()
 
 
-def score(logits: Tensor, labels: Tensor, nodes: Tensor) -> Scores:
-    """Return mean cross-entropy and accuracy of nodes int64 [n], n > 0."""
-    chosen, expected = logits[nodes.to(logits.device)], labels[nodes].to(logits.device)
-    return Scores(
-        loss=float(F.cross_entropy(chosen.float(), expected)),
-        accuracy=float((chosen.argmax(dim=1) == expected).double().mean()),
-    )
+@dataclass
+class _KeptRows:
+    """The first layer's aggregated rows of this rank's part, which begins at number `begin` of the layer's rows."""
+
+    table: Table
+    begin: int
+    is_filled: bool = False
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """The tables that a layer reads: what is gathered, and the nodes' own part where that is kept apart."""
+
+    tables: list[Table]
+
+    def write(self, where: slice | Tensor, values: tuple[Tensor, Tensor | None]) -> None:
+        for table, rows in zip(self.tables, values):
+            assert rows is not None
+            table.write(where, rows)
+
+    def publish(self, space: TableSpace, rows: Rows, bounds: Sequence[int]) -> None:
+        for table in self.tables:
+            space.publish(table, rows, bounds)
+
+    def source(self) -> LayerSource:
+        return LayerSource(self.tables[0].rows, self.tables[1].rows if len(self.tables) > 1 else None)
+
+    def close(self) -> None:
+        for table in self.tables:
+            table.close()
+
+
+@contextlib.contextmanager
+def _evaluating(model: GNN) -> Iterator[None]:
+    """Hold the model in evaluation mode while the block runs."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _are_same(first: Tensor | None, second: Tensor | None) -> bool:
+    return first is second or (first is not None and second is not None and torch.equal(first, second))
+
+
+def _summed(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return (summed cross-entropy, number right), float64 [2]."""
+    loss = F.cross_entropy(logits.double(), labels, reduction="sum")
+    right = (logits.argmax(dim=1) == labels).sum()
+    return torch.stack([loss, right.double()]).cpu()

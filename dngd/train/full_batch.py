@@ -24,7 +24,8 @@ class FullBatches:
 
     train_nodes: int64 [n_l], of all shards. with_unlabelled: whether all other nodes of the graph are seeds too,
     behind the labelled ones of their shard. shards: those that this rank executes, of num_shards.
-    features: the table, on the device that trains. rows: most rows of M computed at a time.
+    features: the table; M is computed where it lies. rows: most rows of M computed at a time. device: where the batches
+    are wanted; by default beside the features.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class FullBatches:
         shards: Sequence[int],
         num_shards: int,
         rows: int,
+        device: torch.device | None = None,
     ) -> None:
         self._store = store
         self._builder = builder
         self._layers = model.graph_layers()
         self._features = features
         self._rows = rows
+        self._device = features.device if device is None else device
         others = outside(train_nodes, store.num_nodes) if with_unlabelled else train_nodes.new_empty(0)
         self._batches = {
             shard: self._build(part(train_nodes, shard, num_shards), part(others, shard, num_shards))
@@ -55,8 +58,11 @@ class FullBatches:
         """Return a shard's batch, the same object in each step."""
         return self._batches[shard]
 
+    def look_ahead(self) -> None:
+        """Do nothing: every batch is on its device."""
+
     def _build(self, labelled: Tensor, unlabelled: Tensor) -> DeviceBatch:
-        device = self._features.device
+        device = self._device
         nodes = seeds = torch.cat([labelled, unlabelled])
         propagations: list[Propagation] = []
         closed = False
@@ -70,7 +76,7 @@ class FullBatches:
                 nodes = sources
             propagations.insert(0, operator)
         first = first_aggregation(self._layers[0], self._builder, self._store, self._features, nodes, self._rows)
-        return DeviceBatch(seeds, self._store.labels[labelled].to(device), tuple(propagations), first)
+        return DeviceBatch(seeds, self._store.labels[labelled].to(device), tuple(propagations), first.to(device))
 
 
 def part(nodes: Tensor, shard: int, num_shards: int) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from dngd.allocator import keep_freed_memory
 from dngd.comm import Communicator, FlatGradients, StepSums, shards_of_rank
 from dngd.config import TrainConfig
 from dngd.errors import TrainingError, UserError
@@ -24,10 +25,10 @@ from dngd.graph import GraphStore, Split, resolve_dataset
 from dngd.models import GNN, build_model
 from dngd.optim import learning_rate
 from dngd.sampling import SamplerPipeline, derive_seed
-from dngd.allocator import keep_freed_memory
 from dngd.train.batch import BatchSource, DeviceBatch, PropagationBuilder, SampledBatches
 from dngd.train.checkpoint import CheckpointFolder, Snapshot, check_same_run, replace_file
 from dngd.train.evaluation import ExactEvaluator
+from dngd.train.feeder import CudaCopyStream, DeviceFeeder
 from dngd.train.full_batch import FullBatches
 from dngd.train.losses import UnlabelledWeight, shard_loss, unlabelled_share, unlabelled_weight
 from dngd.train.metrics import (
@@ -40,9 +41,11 @@ from dngd.train.metrics import (
     versions,
 )
 from dngd.train.optimizers import build_optimizer, load_moments, moments, set_learning_rate
+from dngd.train.page_lock import CudaHostRegistration, PageLockedMemory
+from dngd.train.placement import choose_placement, free_gpu_bytes, place_features
 from dngd.train.plan import check_device, check_fits, make_plan
 from dngd.train.progress import Reporter, StepRecord
-from dngd.train.run_folder import RunFolder
+from dngd.train.run_folder import RunFolder, spill_folders
 from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
 
 REPORT_PERIOD_SECONDS = 0.25
@@ -70,6 +73,8 @@ class TrainingLoop:
             reporter.message(f"{left_out} nodes of split {config.split} have no label and are left out")
         self.plan = make_plan(config, self.store, self.split)
         check_fits(self.plan, config, workers_here)
+        free = free_gpu_bytes(self.device) if self.device.type == "cuda" else 0
+        placement = choose_placement(config, self.plan.feature_bytes, free, self.plan.gpu_bytes)
 
         torch.manual_seed(derive_seed(config.seed, WEIGHTS_STREAM))
         self.model: GNN = build_model(
@@ -80,8 +85,11 @@ class TrainingLoop:
             num_layers=config.num_layers,
             dropout=config.dropout,
         ).to(self.device)
-        self.features = _place_features(self.store, self.device)
-        self.builder = PropagationBuilder(self.store, self.model.aggregation, self.device)
+        self.placed = place_features(self.store, placement, self.device, sampled=not config.constant_full_batch)
+        if self.placed.note:
+            reporter.message(self.placed.note)
+        self.features = self.placed.table
+        self.builder = PropagationBuilder(self.store, self.model.aggregation, self.device, self.placed.cache)
         self.evaluator = ExactEvaluator(
             self.store,
             self.builder,
@@ -89,7 +97,10 @@ class TrainingLoop:
             rows=config.eval_rows,
             device=self.device,
             features=self.features,
+            folders=spill_folders(config, self.folder),
+            memory_bytes=config.eval_memory_bytes,
         )
+        self.evaluator.check(self.model, torch.cat([self.split.val, self.split.test]))
         self.optimizer = build_optimizer(config, self.model, communicator)
         self.gradients = FlatGradients(self.model.parameters())
         self.checkpoints = CheckpointFolder(self.folder.checkpoints, communicator, keep=config.checkpoint.keep)
@@ -136,11 +147,25 @@ class TrainingLoop:
                 shards=shards,
                 num_shards=config.shards,
                 rows=config.eval_rows,
+                device=self.device,
             )
             self.train_seconds += time.perf_counter() - started
             yield full
             return
-        with SamplerPipeline(
+        on_gpu = self.device.type == "cuda"
+        # Closed in the reverse order: copies end before the memory that they read goes.
+        with contextlib.ExitStack() as stack:
+            locked = stack.enter_context(PageLockedMemory(CudaHostRegistration(self.device))) if on_gpu else None
+            pipeline = stack.enter_context(self._pipeline(shards, locked))
+            if on_gpu:
+                copies = CudaCopyStream(self.device)
+                yield stack.enter_context(DeviceFeeder(pipeline, self.builder, self.clock, copies))
+            else:
+                yield SampledBatches(pipeline, self.builder, self.clock)
+
+    def _pipeline(self, shards: Sequence[int], locked: PageLockedMemory | None) -> SamplerPipeline:
+        config, placed = self.config, self.placed
+        return SamplerPipeline(
             self.store,
             self.split.train,
             config.fanouts,
@@ -153,9 +178,11 @@ class TrainingLoop:
             start=divmod(self.step, self.plan.steps_per_epoch),
             timeout_seconds=config.collective_timeout_seconds,
             # On a GPU that holds the table, the first rows are taken there.
-            aggregation=self.model.aggregation if self.features.device.type == "cpu" else None,
-        ) as pipeline:
-            yield SampledBatches(pipeline, self.builder, self.clock)
+            aggregation=self.model.aggregation if placed.on_host else None,
+            on_mapped=None if locked is None else locked.add,
+            on_host=None if placed.cache is None else placed.cache.on_host,
+            random_reads=placed.where == "disk",
+        )
 
     def _train_step(self, source: BatchSource, shards: Sequence[int]) -> None:
         started = time.perf_counter()
@@ -175,6 +202,7 @@ class TrainingLoop:
             batch = source.batch(epoch, step_in_epoch, shard)
             torch.manual_seed(derive_seed(self.config.seed, DROPOUT_STREAM, epoch, step_in_epoch, shard))
             num_seeds_here += self._back_propagate(batch, shard, self._unlabelled_weight(epoch))
+            source.look_ahead()
         with self.clock.phase("reduce"):
             sums = self.gradients.reduce_(self.comm)
         with self.clock.phase("optimizer"):
@@ -431,17 +459,3 @@ def _device(config: TrainConfig) -> torch.device:
         return torch.device("cpu")
     check_device(config)
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _place_features(store: GraphStore, device: torch.device) -> torch.Tensor:
-    """Return the feature table where the first layer aggregates from: on the GPU it must fit there."""
-    if device.type == "cpu":
-        return store.features
-    free, _ = torch.cuda.mem_get_info(device)
-    size = store.features.numel() * store.features.element_size()
-    if size > free // 2:
-        raise UserError(
-            f"the feature table takes {size / 2**30:.1f} GiB and the GPU has {free / 2**30:.1f} GiB free, of which it "
-            "may use half; train on the CPU or on a larger GPU"
-        )
-    return store.features.to(device)

@@ -6,7 +6,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from dngd.config import TrainConfig
@@ -16,7 +15,10 @@ from dngd.models import MODELS
 from dngd.optim import Footprint, layer_footprint
 from dngd.sampling import steps_per_epoch
 from dngd.sampling.pipeline import slots_of_sampler
+from dngd.train.evaluation_plan import LayerShape, block_rows, evaluation_bytes
+from dngd.train.memory import available_memory
 from dngd.train.optimizers import factor_layout
+from dngd.train.placement import choose_placement, free_gpu_bytes, table_bytes
 
 FLOAT_BYTES = 4
 PROCESS_BYTES = 500 * 1024 * 1024
@@ -45,7 +47,8 @@ class RunPlan:
 
     mode: whether steps are "sampled" or a "constant full batch". batch_size: most seeds of a shard, the unlabelled
     ones of a semi-supervised loss included. full_batch_bytes: what a constant full batch keeps from step to step, its
-    shards' layer graphs and first aggregations.
+    shards' layer graphs and first aggregations. feature_bytes: the feature table, part of store_bytes.
+    evaluation_table_bytes: exact evaluation's tables, one copy a machine; they go to disk where memory is short.
     """
 
     mode: str
@@ -54,12 +57,14 @@ class RunPlan:
     total_steps: int
     layers: tuple[LayerPlan, ...]
     store_bytes: int
+    feature_bytes: int
     model_bytes: int
     optimizer_bytes: int
     curvature_bytes: int
     full_batch_bytes: int
     activation_bytes: int
     evaluation_bytes: int
+    evaluation_table_bytes: int
     sampler_bytes: int
     gradient_bytes_per_step: int
     factor_bytes_per_refresh: int
@@ -77,6 +82,12 @@ class RunPlan:
             + max(self.activation_bytes, self.evaluation_bytes)
             + self.sampler_bytes
         )
+
+    @property
+    def gpu_bytes(self) -> int:
+        """GPU memory of one worker that trains there, beside its features."""
+        kept = self.model_bytes + self.optimizer_bytes + self.curvature_bytes + self.full_batch_bytes
+        return kept + max(self.activation_bytes, self.evaluation_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data."""
@@ -132,8 +143,9 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split) -> RunPlan:
     batch = _batch_bytes(config, store, layers, batch_size)
     kfac = config.optimizer == "kfac"
     ranks = config.num_workers if config.engine == "ray" else 1
-    chunk = min(config.eval_rows, store.num_nodes)
-    hidden_table = store.num_nodes * (config.hidden if config.num_layers > 1 else store.num_classes) * FLOAT_BYTES
+    shapes = [LayerShape(a, b, fan_in) for a, b in zip(widths, widths[1:])]
+    block = block_rows(store.num_nodes, config.eval_rows, on_gpu=config.use_gpu)
+    evaluation = evaluation_bytes(store, shapes, torch.cat([split.val, split.test]), block)
     return RunPlan(
         mode="constant full batch" if config.constant_full_batch else "sampled",
         batch_size=batch_size,
@@ -141,6 +153,7 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split) -> RunPlan:
         total_steps=min(total, config.max_steps or total),
         layers=layers,
         store_bytes=store.nbytes,
+        feature_bytes=table_bytes(store.features),
         model_bytes=2 * parameters * FLOAT_BYTES,
         optimizer_bytes=copies * parameters * FLOAT_BYTES,
         # folded, one step's pending statistics, with several ranks the unfolded and those on their way; inverses
@@ -149,10 +162,12 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split) -> RunPlan:
         ),
         full_batch_bytes=math.ceil(config.shards / ranks) * batch.kept,
         activation_bytes=batch.activation,
-        evaluation_bytes=2 * hidden_table + chunk * layers[0].d_a * FLOAT_BYTES,
+        evaluation_bytes=evaluation.block,
+        evaluation_table_bytes=evaluation.tables + evaluation.kept,
         sampler_bytes=0
         if config.constant_full_batch
-        else config.num_samplers * (PROCESS_BYTES + slots_of_sampler(config.prefetch) * (batch.edges + batch.first_rows)),
+        else config.num_samplers
+        * (PROCESS_BYTES + slots_of_sampler(config.prefetch) * (batch.edges + batch.first_rows)),
         gradient_bytes_per_step=(parameters + 2) * FLOAT_BYTES,
         factor_bytes_per_refresh=statistics if kfac else 0,
         inverse_bytes_per_refresh=sum(layer.factors.inverses_sent for layer in layers) if kfac else 0,
@@ -212,14 +227,16 @@ def check_device(config: TrainConfig) -> None:
 
 def check_fits(plan: RunPlan, config: TrainConfig, workers_here: int) -> None:
     """Raise UserError if this machine's free memory cannot hold its workers."""
-    free = psutil.virtual_memory().available
-    needed = plan.worker_bytes * workers_here
+    free = available_memory()
+    # Evaluation's tables go to disk where they would not fit, unless they were given the memory.
+    tables = min(plan.evaluation_table_bytes, config.eval_memory_bytes or 0)
+    needed = plan.worker_bytes * workers_here + tables
     if needed > free:
         parts = {
             "curvature": plan.curvature_bytes,
             "full batch": plan.full_batch_bytes,
             "activations": plan.activation_bytes,
-            "evaluation": plan.evaluation_bytes,
+            "evaluation": max(plan.evaluation_bytes, tables),
             "samplers": plan.sampler_bytes,
         }
         largest = max(parts, key=lambda name: parts[name])
@@ -230,7 +247,7 @@ def check_fits(plan: RunPlan, config: TrainConfig, workers_here: int) -> None:
             "activations": "use more --num-shards, or a number as --batch-size with a --fanout"
             if constant
             else "use a smaller --batch-size or --fanout",
-            "evaluation": "use a smaller --hidden or --set eval_rows=N",
+            "evaluation": "use a smaller --hidden, --set eval_rows=N or --set eval_memory_bytes=N",
             "samplers": "use fewer --num-samplers",
         }[largest]
         raise UserError(
@@ -238,11 +255,12 @@ def check_fits(plan: RunPlan, config: TrainConfig, workers_here: int) -> None:
             f"{parts[largest] / 2**30:.1f} GiB each) but {free / 2**30:.1f} GiB are free; {fix}"
         )
     if config.use_gpu and torch.cuda.is_available():
-        gpu_free, _ = torch.cuda.mem_get_info()
-        on_gpu = plan.model_bytes + plan.optimizer_bytes + plan.curvature_bytes
-        on_gpu += plan.full_batch_bytes + max(plan.activation_bytes, plan.evaluation_bytes)
+        gpu_free = free_gpu_bytes(torch.device("cuda", torch.cuda.current_device()))
+        placement = choose_placement(config, plan.feature_bytes, gpu_free, plan.gpu_bytes)
+        on_gpu = plan.gpu_bytes + placement.device_bytes
         if on_gpu > gpu_free:
+            pinned = ", or --feature-placement pinned" if placement.where == "device" else ""
             raise UserError(
                 f"a worker needs about {on_gpu / 2**30:.1f} GiB of GPU memory but {gpu_free / 2**30:.1f} GiB are free; "
-                "use a smaller --batch-size, --fanout or --hidden"
+                f"use a smaller --batch-size, --fanout or --hidden{pinned}"
             )

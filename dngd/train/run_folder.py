@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dngd.config import TrainConfig
 from dngd.errors import UserError
+from dngd.graph import cache_folder
 from dngd.train.checkpoint import check_same_run, replace_file
 
 
@@ -27,6 +28,14 @@ class RunFolder:
     def holds_a_run(self) -> bool:
         """Whether a run was begun here."""
         return self.config.exists()
+
+
+def spill_folders(config: TrainConfig, folder: RunFolder) -> list[Path]:
+    """Return where exact evaluation's tables may lie on disk, best first.
+
+    The cache is on this machine's own disk, as a rule; run folders are often where several machines see them.
+    """
+    return [cache_folder(config.cache_dir), folder.path]
 
 
 def default_run_dir(config: TrainConfig) -> Path:

@@ -179,11 +179,8 @@ def test_mutant_no_self_loop_is_caught(tiny: GraphStore) -> None:
         edges, selves = original(graph, source, destination)  # type: ignore[arg-type]
         return edges, torch.zeros_like(selves)
 
-    for law in (
-        lambda: law_all_neighbours_is_the_full_graph(tiny, "gcn"),
-        lambda: law_evaluation_is_exact(tiny, "gcn", 7),
-    ):
-        assert_caught(law, operators_module, "gcn_coefficients", without)
+    law = lambda: law_all_neighbours_is_the_full_graph(tiny, "gcn")  # noqa: E731
+    assert_caught(law, operators_module, "gcn_coefficients", without)
 
 
 def test_mutant_no_scale_for_undrawn_neighbours_is_caught(tiny: GraphStore) -> None:

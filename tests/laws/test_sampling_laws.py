@@ -371,7 +371,7 @@ def law_content_depends_on_coordinates_alone(open_pipeline: Callable[..., Sample
 
     everything = [list(range(60))] * 60
     uniform = {"store": topology(everything), "train_nodes": torch.arange(60), "fanouts": (3,)}
-    uniform["batch_size"] = 4
+    uniform |= {"batch_size": 4, "aggregation": None}
     first = draws(take(open_pipeline(**uniform), 24))
     assert len(set(first)) == len(first)
     other = draws(take(open_pipeline(**uniform, run_seed=12), 24))

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "launch": {"train", "config", "comm", "graph", "report"},
     "doctor": {"sampling"},
     "bench": {"train", "optim", "allocator", "sampling", "models", "graph", "comm", "config"},
-    "cli": {"launch", "train", "graph", "config", "report", "doctor", "bench", ""},
+    "cli": {"launch", "train", "graph", "config", "report", "doctor", "bench", "sampling", ""},
     "": {"launch", "train", "graph", "config", "sampling"},
 }
 """Part -> the parts that it may import; dngd.errors is open to all, "" is the package's own __init__."""
@@ -106,8 +106,11 @@ def test_nothing_unpickles_or_evaluates() -> None:
     """No pickle but the Planetoid importer's restricted unpickler; YAML and arrays only the safe way."""
     for path in FILES:
         for name, keywords in calls_of(path):
-            assert name not in {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "yaml.load"}, (path, name)
+            assert name not in {"eval", "exec", "pickle.load", "pickle.loads", "yaml.load"}, (path, name)
+            if name == "torch.load":
+                assert keywords.get("weights_only") == "True", path
             if name in {"np.load", "numpy.load"}:
                 assert keywords.get("allow_pickle") == "False", path
         if "pickle" in imports_of(path):
-            assert path.name == "planetoid.py", path
+            # pyg.py names its exceptions.
+            assert path.name in {"planetoid.py", "pyg.py"}, path

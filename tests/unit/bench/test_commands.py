@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from dngd.bench.tables import print_pipeline
 from dngd.cli import main
 from dngd.graph import GraphStore
 
@@ -62,9 +64,34 @@ def test_accuracy_prints_a_table(store: GraphStore, capsys: pytest.CaptureFixtur
     assert "kfac never gets there" in out
 
 
+PIPELINE = "pipeline --num-layers 2 --hidden 8 --fanout 3,3 --batch-size 50 --rows open --rounds 1 --threads 1"
+
+
+def test_pipeline_prints_json_and_a_table(
+    store: GraphStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With real processes; the rows that time contenders are in test_pipeline_bench."""
+    path = tmp_path / "result.json"
+    arguments = [*PIPELINE.split(), "--dataset", str(store.path)]
+    code, out, err = run([*arguments, "--json", "--out", str(path)], capsys)
+    assert (code, err) == (0, "")
+    result = json.loads(out, parse_constant=pytest.fail)
+    assert json.loads(path.read_text()) == result
+    assert result["benchmark"] == "pipeline"
+    assert result["rows"]["open"]["store"]["warm_seconds"] > 0
+    print_pipeline(result, Console())
+    assert "GraphStore.open, store of" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("pipeline --rows speed", "--rows names 'speed'"),
+        ("pipeline --processes 1,x", "--processes '1,x'"),
+        ("pipeline --processes 1,1", "--processes '1,1'"),
+        ("pipeline --fanout 3,3", "num_layers=3"),
+        ("pipeline --scale 7", "give 0.001 to 1"),
+        ("pipeline --out /no/such/folder/x.json", "--out"),
         ("step --optimizers kfac,lion", "optimizer 'lion' is unknown"),
         ("step --set kfac.dampin=1", "did you mean kfac.damping?"),
         ("step --set seed=1", "seed cannot be set here"),

@@ -43,6 +43,7 @@ def arrays() -> dict[str, Any]:
         "labels": rng.integers(-1, 4, num_nodes),
         "num_classes": 4,
         "masks": dict(zip(("train", "val", "test"), masks)),
+        "node_ids": rng.permutation(num_nodes) + 2**40,
     }
 
 

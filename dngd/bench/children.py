@@ -1,0 +1,196 @@
+"""Child processes of a benchmark, and turns among them: whoever has no turn is stopped (SIGSTOP), its helpers too.
+
+A contender that draws batches ahead would otherwise work in another's time, and start its own turn with batches that
+cost nothing. Stopped, it goes on where it was: a chunk is a piece of one long run, with queues as that run has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from dngd.bench.child import HungUpError, Message, receive, send
+from dngd.bench.progress import BenchProgress
+from dngd.bench.timing import turn_order
+from dngd.errors import TrainingError, UserError
+
+ANSWER_SECONDS = 900.0
+END_SECONDS = 5.0
+_TAIL_CHARACTERS = 3000
+
+
+class Child:
+    """One child process. setup: its first message; environment: variables of its own.
+
+    join: the process list of a control group, which it enters before anything else.
+    """
+
+    def __init__(
+        self, name: str, setup: Message, environment: Mapping[str, str] | None = None, join: Path | None = None
+    ) -> None:
+        self.name = name
+        self._connection, there = socket.socketpair()
+        self._connection.settimeout(ANSWER_SECONDS)
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (close does it)
+        with there:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "dngd.bench.child", str(there.fileno())],
+                pass_fds=(there.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                env=_environment(environment or {}),
+                # Ctrl-C is for the benchmark, which then ends its children.
+                start_new_session=True,
+            )
+        try:
+            if join is not None:
+                # It has no setup yet, so that it has not touched a page of the graph.
+                join.write_text(str(self.pid))
+            send(self._connection, setup)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_until_ready(self) -> None:
+        """Wait until the setup is done. Raises as `ask` does."""
+        self._receive()
+
+    def tree(self) -> list[psutil.Process]:
+        """Return the process and all below it, itself first."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.pid)
+            return [process, *process.children(recursive=True)]
+        return []
+
+    def ask(self, request: Message) -> Message:
+        """Return the answer to a request. Raises UserError, TrainingError as the child does, or when it is gone."""
+        with contextlib.suppress(OSError):
+            # A child that is gone has left its reason to be read, or none.
+            send(self._connection, request)
+        return self._receive()
+
+    def _receive(self) -> Message:
+        try:
+            answer = receive(self._connection)
+        except TimeoutError:
+            raise TrainingError(f"{self.name} gave no answer within {ANSWER_SECONDS:g} s{self._tail()}") from None
+        except (HungUpError, OSError):
+            raise TrainingError(f"{self.name} {self._end()}{self._tail()}") from None
+        if "error" not in answer:
+            return answer
+        if answer["kind"] == "UserError":
+            raise UserError(answer["error"])
+        raise TrainingError(f"{self.name} failed: {answer['error'][-_TAIL_CHARACTERS:]}")
+
+    def pause(self) -> None:
+        """Stop the process, then its helpers: a stopped one starts no further ones."""
+        _signal(self.tree(), signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let all go on."""
+        _signal(self.tree(), signal.SIGCONT)
+
+    def close(self) -> None:
+        """End the process and its helpers, and wait for it; idempotent."""
+        self.resume()
+        below = self.tree()[1:]
+        self._connection.close()
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        # They would see that their parent is gone, but in seconds only.
+        _signal(below, signal.SIGTERM)
+        _signal(psutil.wait_procs(below, END_SECONDS)[1], signal.SIGKILL)
+        self._log.close()
+
+    def _end(self) -> str:
+        try:
+            code = self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "closed its connection"
+        if code == -signal.SIGKILL:
+            return "was killed (out of memory, perhaps)"
+        return f"ended with code {code}"
+
+    def _tail(self) -> str:
+        size = self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, size - _TAIL_CHARACTERS))
+        text = self._log.read().decode(errors="replace").strip()
+        return f":\n{text}" if text else ""
+
+
+@contextlib.contextmanager
+def stopped_children(
+    setups: Mapping[str, tuple[Message, Mapping[str, str]]], progress: BenchProgress
+) -> Iterator[dict[str, Child]]:
+    """Start children, each stopped once it is ready; the next starts meanwhile. setups: (setup, environment)."""
+    with ExitStack() as stack:
+        children: dict[str, Child] = {}
+        starting: Child | None = None
+        for name, (setup, environment) in setups.items():
+            children[name] = Child(name, setup, environment)
+            stack.callback(children[name].close)
+            if starting is not None:
+                _stop_when_ready(starting, progress)
+            starting = children[name]
+        if starting is not None:
+            _stop_when_ready(starting, progress)
+        yield children
+
+
+def _stop_when_ready(child: Child, progress: BenchProgress) -> None:
+    child.wait_until_ready()
+    child.pause()
+    progress.advance(1, f"starting {child.name}")
+
+
+def take_turns(
+    children: Mapping[str, Child], rounds: int, request: Message, first: Mapping[str, Message], progress: BenchProgress
+) -> dict[str, list[Message]]:
+    """Return each child's answers, in the order of the rounds; the order within a round rotates.
+
+    first: each child's request of a round before them, whose answers come first.
+    """
+    names = list(children)
+    answers: dict[str, list[Message]] = {name: [] for name in names}
+    for number in range(rounds + 1):
+        for place in turn_order(number, len(names), len(names)):
+            child = children[names[place]]
+            child.resume()
+            answers[child.name].append(child.ask(first[child.name] if number == 0 else request))
+            child.pause()
+            progress.advance(1, child.name)
+    return answers
+
+
+def _signal(processes: Sequence[psutil.Process], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def _environment(own: Mapping[str, str]) -> dict[str, str]:
+    environment: dict[str, Any] = dict(os.environ)
+    environment["DGLBACKEND"] = "pytorch"
+    # The child must find what this process found, and nothing that only happens to be called alike.
+    environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    environment["PYTHONSAFEPATH"] = "1"
+    return environment | dict(own)

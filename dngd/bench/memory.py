@@ -1,0 +1,130 @@
+"""What one more worker on the same machine adds to memory: proportional set sizes (PSS) of real training processes.
+
+PSS shares a page among the processes that map it, so that the sum over processes is what they take together, and the
+difference between n + 1 and n workers is what one more adds. Each worker runs dngd's training loop on the same store,
+with its own seeds and sampler processes, and is measured in its last step, its pipeline full.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from dngd.bench.children import Child
+from dngd.bench.progress import BenchProgress
+from dngd.config import TrainConfig
+from dngd.errors import TrainingError
+
+PARTS = ("graph", "batch_slots", "anonymous", "other_files")
+"""graph: pages of the store's files. batch_slots: memory in which sampler processes hand batches over. anonymous:
+heaps, tensors, interpreters. other_files: libraries."""
+
+SMALL_BATCH = 8
+"""Seeds of a batch whose buffers are next to nothing."""
+
+_SLOT_NAMES = ("/memfd:dngd-slot",)
+
+
+def measure_memory(
+    config: TrainConfig, store: Path, num_workers: int, steps: int, threads: int, progress: BenchProgress
+) -> dict[str, Any]:
+    """Return the memory of 1 to num_workers workers, all there at once, and what each one added.
+
+    Batch buffers are what workers with their batches take more than workers with next to none: heaps keep freed
+    memory, so that no count of tensors tells. progress: advanced 2 num_workers times.
+    """
+    counts, workers = _start_workers(config, store, num_workers, steps, threads, progress)
+    small = config.model_copy(update={"batch_size": SMALL_BATCH})
+    small_counts, _ = _start_workers(small, store, num_workers, steps, threads, progress)
+    return {
+        "steps": steps,
+        "small_batch_size": SMALL_BATCH,
+        "counts": counts,
+        "counts_with_small_batches": small_counts,
+        "workers": workers,
+        "added": _added(counts, small_counts, workers),
+    }
+
+
+def _start_workers(
+    config: TrainConfig, store: Path, num_workers: int, steps: int, threads: int, progress: BenchProgress
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Start workers one by one; return the memory with each further one, and what each says of itself."""
+    counts: list[dict[str, Any]] = []
+    workers: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dngd-bench-")))
+        children: list[Child] = []
+        for number in range(num_workers):
+            run_dir = folder / str(number)
+            run_dir.mkdir()
+            changes = {"dataset": str(store), "seed": config.seed + number, "run_dir": run_dir, "max_steps": steps}
+            own = config.model_copy(update=changes).model_dump(mode="json")
+            children.append(Child(f"worker {number}", {"part": "worker", "config": own, "threads": threads}))
+            stack.callback(children[-1].close)
+            children[-1].wait_until_ready()
+            workers.append(children[-1].ask({}))
+            pids = [process.pid for child in children for process in child.tree()]
+            counts.append({"workers": number + 1, "processes": len(pids), **pss_of(pids, store)})
+            progress.advance(1, f"{number + 1} workers, batches of {config.batch_size}")
+    return counts, workers
+
+
+def _added(
+    counts: Sequence[dict[str, Any]], small_counts: Sequence[dict[str, Any]], workers: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return what the second and each further worker added: in all, and beyond its model and its batch buffers."""
+    added = []
+    for place in range(1, len(counts)):
+        full, small = (
+            {part: of[place][part] - of[place - 1][part] for part in (*PARTS, "total")} for of in (counts, small_counts)
+        )
+        model = sum(workers[place]["bytes"].values())
+        # Small batches touch few pages of the graph, so that each worker still finds new ones.
+        beyond = small["total"] - small["graph"] + full["graph"] - model
+        added.append(
+            {
+                "workers": place + 1,
+                **full,
+                "model_gradients_and_optimizer": model,
+                "batch_buffers": full["total"] - model - beyond,
+                "beyond_model_and_buffers": beyond,
+            }
+        )
+    return added
+
+
+def pss_of(pids: Iterable[int], store: Path) -> dict[str, int]:
+    """Return the bytes that these processes take together, by part and as "total". Raises TrainingError off Linux."""
+    sums = dict.fromkeys(PARTS, 0)
+    for pid in pids:
+        try:
+            text = Path(f"/proc/{pid}/smaps").read_text(errors="replace")
+        except OSError as error:
+            raise TrainingError(f"memory maps of process {pid} cannot be read: {error.strerror}") from None
+        for name, size in _mappings(text):
+            sums[_part(name, str(store))] += size
+    return sums | {"total": sum(sums.values())}
+
+
+def _mappings(text: str) -> Iterable[tuple[str, int]]:
+    """Yield (name of the mapped file, PSS in bytes) of each mapping in a /proc/PID/smaps."""
+    name = ""
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key == "Pss":
+            yield name, int(value.split()[0]) * 1024
+        elif "-" in line.split(maxsplit=1)[0]:
+            columns = line.split(maxsplit=5)
+            name = columns[5] if len(columns) == 6 else ""
+
+
+def _part(name: str, store: str) -> str:
+    if name.startswith(store):
+        return "graph"
+    if name.startswith(_SLOT_NAMES):
+        return "batch_slots"
+    return "other_files" if name.startswith("/") else "anonymous"

@@ -1,0 +1,178 @@
+"""dngd data import: from what users have to a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from dngd.cli.common import Json
+from dngd.errors import UserError
+
+_TABLES = "Node and edge tables (parquet, csv, arrow)"
+
+
+def data_import(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            help="File or folder; s3:// or gs:// address of tables; or an OGB data set's name. A folder of tables has "
+            "files or folders named nodes* and edges*"
+        ),
+    ] = None,
+    *,
+    store: Annotated[str, typer.Option("--out", help="Folder of the new store")],
+    source_format: Annotated[
+        str | None,
+        typer.Option("--format", help="npz, planetoid, ogb, pyg, dgl, parquet, csv or arrow (default: told by SOURCE)"),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name kept in the store (default: the source's)")] = None,
+    add_reverse: Annotated[
+        bool | None,
+        typer.Option(
+            "--add-reverse/--no-add-reverse",
+            help="Add the reverse of each edge (default: no; for OGB sets as OGB does)",
+        ),
+    ] = None,
+    self_loops: Annotated[str, typer.Option(help="drop or keep")] = "drop",
+    duplicates: Annotated[str, typer.Option(help="Copies of an edge: drop, sum (their weights) or keep")] = "drop",
+    feature_dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that is already there")] = False,
+    as_json: Json = False,
+    nodes: Annotated[
+        list[str] | None,
+        typer.Option(help="Node table: file, folder, pattern or address; may be repeated", rich_help_panel=_TABLES),
+    ] = None,
+    edges: Annotated[
+        list[str] | None, typer.Option(help="Edge table, likewise; instead of SOURCE", rich_help_panel=_TABLES)
+    ] = None,
+    id_column: Annotated[
+        str | None, typer.Option(help="Node ids: whole numbers or strings (default: id)", rich_help_panel=_TABLES)
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(help="Class numbers or names (default: label, if it is there)", rich_help_panel=_TABLES),
+    ] = None,
+    split_column: Annotated[
+        str | None,
+        typer.Option(
+            help="train, val or test (default: split, or true/false train_mask, val_mask, test_mask)",
+            rich_help_panel=_TABLES,
+        ),
+    ] = None,
+    feature_column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A list column, or numbers; may be repeated (default: features, or all other columns)",
+            rich_help_panel=_TABLES,
+        ),
+    ] = None,
+    ignore_column: Annotated[
+        list[str] | None,
+        typer.Option(help="Node column that is not used; may be repeated", rich_help_panel=_TABLES),
+    ] = None,
+    source_column: Annotated[
+        str | None, typer.Option(help="Where an edge begins (default: src)", rich_help_panel=_TABLES)
+    ] = None,
+    target_column: Annotated[
+        str | None, typer.Option(help="Where an edge ends (default: dst)", rich_help_panel=_TABLES)
+    ] = None,
+    weight_column: Annotated[
+        str | None, typer.Option(help="Edge weights (default: weight, if it is there)", rich_help_panel=_TABLES)
+    ] = None,
+    id_type: Annotated[
+        str | None, typer.Option(help="Read ids as int or string (default: as they look)", rich_help_panel=_TABLES)
+    ] = None,
+    delimiter: Annotated[
+        str | None, typer.Option(help="Of CSV files (default: tab in .tsv, else a comma)", rich_help_panel=_TABLES)
+    ] = None,
+    no_header: Annotated[
+        bool,
+        typer.Option("--no-header", help="CSV files begin with data; columns are f0, f1, ...", rich_help_panel=_TABLES),
+    ] = False,
+) -> None:
+    """Turn a graph into a store: from npz, Planetoid, OGB, PyG and DGL files, or node and edge tables."""
+    from dngd import graph
+    from dngd.cli.data import show_store
+    from dngd.cli.progress import data_progress
+
+    columns = {
+        "id": id_column,
+        "label": label_column,
+        "split": split_column,
+        "features": feature_column,
+        "ignore": ignore_column,
+        "source": source_column,
+        "target": target_column,
+        "weight": weight_column,
+        "id_type": id_type,
+    }
+    named: dict[str, Any] = {key: value for key, value in columns.items() if value}
+    style = graph.CsvStyle(delimiter=delimiter, header=not no_header)
+    kind = _kind(source, source_format, tables=bool(nodes or edges))
+    table_only = bool(named or nodes or edges) or style != graph.CsvStyle()
+    if table_only and kind != "tables":
+        raise UserError(
+            f"--nodes, --edges and column options are for node and edge tables, not for {kind}; leave them out"
+        )
+    options: dict[str, Any] = {
+        "name": name,
+        "self_loops": self_loops,
+        "duplicates": duplicates,
+        "feature_dtype": feature_dtype,
+        "overwrite": overwrite,
+    }
+    if add_reverse is not None:
+        options["add_reverse"] = add_reverse
+    with data_progress() as progress:
+        options["progress"] = progress
+        if kind == "tables":
+            made = graph.import_tables(
+                source,
+                store,
+                nodes=nodes or None,
+                edges=edges or None,
+                columns=graph.TableColumns(**named),
+                table_format=source_format,  # type: ignore[arg-type]  # checked by _kind
+                style=style,
+                **options,
+            )
+        else:
+            assert source is not None
+            made = _import(kind, source, store, options)
+    show_store(made, as_json)
+
+
+def _kind(source: str | None, source_format: str | None, *, tables: bool) -> str:
+    """Return the importer: npz, planetoid, ogb, pyg, dgl or tables."""
+    from dngd.graph.formats import FORMATS, TABLE_FORMATS, check_local, guess_format
+
+    if source_format is not None and source_format not in FORMATS:
+        raise UserError(f"--format {source_format!r} is unknown; use one of: {', '.join(FORMATS)}")
+    if source is None:
+        if not tables:
+            raise UserError("no source is given; give a file, a folder or an address, or --edges and --nodes")
+        if source_format not in (None, *TABLE_FORMATS):
+            raise UserError(f"--format {source_format} needs a file or folder; give it instead of --edges and --nodes")
+        return "tables"
+    if source_format is None:
+        return guess_format(source)
+    check_local(source, source_format)
+    return "tables" if source_format in TABLE_FORMATS else source_format
+
+
+def _import(kind: str, source: str, store: str, options: dict[str, Any]) -> Any:
+    from dngd import graph
+
+    if kind == "dgl":
+        from dngd.sampling.dgl_files import import_dgl_file
+
+        return import_dgl_file(Path(source).expanduser(), store, cast(graph.ImportOptions, options))
+    importers: dict[str, Any] = {
+        "npz": graph.import_npz,
+        "planetoid": graph.import_planetoid,
+        "ogb": graph.import_ogb,
+        "pyg": graph.import_pyg,
+    }
+    return importers[kind](source if kind == "ogb" else Path(source).expanduser(), store, **options)

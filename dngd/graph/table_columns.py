@@ -1,0 +1,298 @@
+"""Which column of a node or edge table means what; all that schemas tell is checked here, before a row is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dngd.errors import UserError
+from dngd.graph.id_map import IdKind
+from dngd.graph.manifest import MASK_NAMES
+from dngd.graph.table_files import Table, TableFile
+
+Kind = Literal["int", "float", "bool", "string", "list", "empty", "other"]
+
+_NUMBERS: tuple[Kind, ...] = ("int", "float", "bool")
+_NUM_LISTED = 20
+
+
+@dataclass(frozen=True)
+class TableColumns:
+    """Names of the columns of node and edge tables, as the user gives them."""
+
+    id: str = "id"
+    label: str | None = None
+    """class numbers or names; missing values, empty names and -1 are unlabelled nodes. None: `label`, if it is there"""
+    split: str | None = None
+    """train, val (valid, validation) or test, or nothing. None: `split`, else boolean train_mask, val_mask, test_mask,
+    as far as they are there"""
+    features: Sequence[str] = ()
+    """one list column, or numeric ones. Empty: `features` if that is a list, else all other columns, in their order"""
+    ignore: Sequence[str] = ()
+    """columns of the node table that are not used"""
+    source: str = "src"
+    target: str = "dst"
+    weight: str | None = None
+    """None: `weight`, if it is there"""
+    id_type: Literal["auto", "int", "string"] = "auto"
+    """auto: as stored; in CSV files whole numbers wherever all ids look like them"""
+
+
+@dataclass(frozen=True)
+class NodeColumns:
+    """What the columns of a node table are."""
+
+    id: str
+    label: str | None = None
+    label_is_name: bool = False
+    split: str | None = None
+    masks: dict[str, str] = field(default_factory=dict)
+    """train | val | test -> column"""
+    features: list[str] = field(default_factory=list)
+    is_list: bool = False
+    """the one feature column holds lists"""
+
+    @property
+    def small(self) -> list[str]:
+        """All but the features."""
+        return [c for c in (self.id, self.label, self.split, *self.masks.values()) if c is not None]
+
+
+@dataclass(frozen=True)
+class EdgeColumns:
+    """What the columns of an edge table are."""
+
+    source: str
+    target: str
+    weight: str | None = None
+
+    @property
+    def all(self) -> list[str]:
+        """Every column that is used."""
+        return [c for c in (self.source, self.target, self.weight) if c is not None]
+
+
+def kind_of(arrow_type: Any) -> Kind:
+    """Return what an Arrow type holds; a dictionary (a categorical) is what its values are."""
+    import pyarrow.types as t
+
+    if t.is_dictionary(arrow_type):
+        return kind_of(arrow_type.value_type)
+    if t.is_integer(arrow_type):
+        return "int"
+    if t.is_floating(arrow_type) or t.is_decimal(arrow_type):
+        return "float"
+    if t.is_boolean(arrow_type):
+        return "bool"
+    if t.is_string(arrow_type) or t.is_large_string(arrow_type) or t.is_string_view(arrow_type):
+        return "string"
+    if t.is_fixed_size_list(arrow_type) or t.is_list(arrow_type) or t.is_large_list(arrow_type):
+        return "list"
+    return "empty" if t.is_null(arrow_type) else "other"
+
+
+def node_columns(table: Table, names: TableColumns) -> NodeColumns:
+    """Find the columns of a node table; raises UserError if one is missing or of a type that it cannot have."""
+    for name in names.ignore:
+        _need(table, name, "--ignore-column")
+    ignored = set(names.ignore)
+    _need(table, names.id, "--id-column")
+    label = _choose(table, names.label, "label", "--label-column", ignored)
+    split = _choose(table, names.split, "split", "--split-column", ignored)
+    masks = {part: f"{part}_mask" for part in MASK_NAMES}
+    masks = {part: name for part, name in masks.items() if _has(table, name) and name not in ignored}
+    if split is not None and masks and names.split is None:
+        raise UserError(
+            f"{table.shown} tells its split twice, by {split!r} and {', '.join(masks.values())}; choose by "
+            f"--split-column {split}, or leave it out by --ignore-column {split}"
+        )
+    features, is_list = _features(table, names, {names.id, label, split, *masks.values(), *ignored})
+    if split is not None:
+        masks = {}
+    _expect(table, [label], (*_NUMBERS, "string"), "a label is a class number or name, one for each node")
+    _expect(table, [split], ("string",), "a split is train, val or test")
+    _expect(table, list(masks.values()), ("bool", "int"), "a mask is true or false for each node")
+    for name in masks.values():
+        _need(table, name, "--ignore-column")
+    label_kinds = _kinds(table, label) if label is not None else set()
+    if "string" in label_kinds and label_kinds != {"string"} and table.files[0].format != "csv":
+        raise UserError(
+            f"column {label!r} of {table.shown} holds numbers in some files and names in others; give one kind"
+        )
+    return NodeColumns(
+        id=names.id,
+        label=label,
+        label_is_name="string" in label_kinds,
+        split=split,
+        masks=masks,
+        features=features,
+        is_list=is_list,
+    )
+
+
+def edge_columns(table: Table, names: TableColumns) -> EdgeColumns:
+    """Find the columns of an edge table; raises UserError if one is missing or of a type that it cannot have."""
+    _need(table, names.source, "--source-column")
+    _need(table, names.target, "--target-column")
+    weight = _choose(table, names.weight, "weight", "--weight-column", set())
+    _expect(table, [weight], _NUMBERS, "a weight is one number for each edge")
+    return EdgeColumns(names.source, names.target, weight)
+
+
+def id_kind(columns: Sequence[tuple[Table, str]], id_type: str) -> IdKind:
+    """Return the kind of the ids that the given columns of node and edge tables share.
+
+    CSV ids that look like whole numbers are strings if other ids are. Raises UserError if a column holds neither
+    whole numbers nor strings, or kinds differ.
+    """
+    if id_type not in ("auto", "int", "string"):
+        raise UserError(f"--id-type {id_type!r} is not known; give auto, int or string")
+    found: dict[IdKind, list[tuple[TableFile, str, Any]]] = {"int": [], "string": []}
+    for table, name in columns:
+        for file, schema in _typed(table):
+            arrow_type = schema.field(name).type
+            kind = kind_of(arrow_type)
+            if kind == "int" or kind == "string":
+                found[kind].append((file, name, arrow_type))
+            elif kind != "empty":
+                raise UserError(
+                    f"column {name!r} of {file.shown} has type {arrow_type}, but node ids are whole numbers or "
+                    "strings: cast it (pandas turns whole numbers with missing values into floats)"
+                )
+    if id_type == "int" or id_type == "string":
+        return "int" if id_type == "int" else "string"
+    fixed = [entry for entry in found["int"] if entry[0].format != "csv"]
+    if found["string"] and fixed:
+        (file, name, one), (other_file, other_name, other) = fixed[0], found["string"][0]
+        raise UserError(
+            f"column {name!r} of {file.shown} has type {one} but column {other_name!r} of {other_file.shown} has type "
+            f"{other}; give all node ids one type, or read all as strings by --id-type string"
+        )
+    return "string" if found["string"] else "int"
+
+
+def csv_types(table: Table, used: NodeColumns | EdgeColumns, kind: IdKind) -> dict[str, Any]:
+    """Return the types to read CSV columns as.
+
+    Numbers are float64, however the beginning of a file looks: later lines may hold fractions or nothing.
+    """
+    import pyarrow as pa
+
+    id_type = pa.int64() if kind == "int" else pa.large_string()
+    if isinstance(used, EdgeColumns):
+        types = {used.source: id_type, used.target: id_type}
+        numbers = [used.weight]
+    else:
+        types = {used.id: id_type}
+        numbers = [*used.features, None if used.label_is_name else used.label]
+        if used.split is not None:
+            types[used.split] = pa.large_string()
+        if used.label is not None and used.label_is_name:
+            types[used.label] = pa.large_string()
+    for name in numbers:
+        if name is not None:
+            types[name] = pa.float64()
+    flags = [*numbers, *used.masks.values()] if isinstance(used, NodeColumns) else numbers
+    for name in flags:
+        if name is not None and _kinds(table, name) == {"bool"}:
+            types[name] = pa.bool_()
+    return types
+
+
+def _features(table: Table, names: TableColumns, taken: set[str | None]) -> tuple[list[str], bool]:
+    schemas = [schema for _, schema in _typed(table)]
+    chosen = list(names.features)
+    if not chosen and "features" not in taken and _kinds(table, "features") == {"list"}:
+        chosen = ["features"]
+    for name in chosen:
+        _need(table, name, "--feature-column")
+    if len(chosen) == 1 and "list" in _kinds(table, chosen[0]):
+        _expect(table, chosen, ("list", "empty"), "features are one list in each file, or numbers in each")
+        _expect_list_of_numbers(table, chosen[0])
+        return chosen, True
+    if not chosen:
+        chosen = [name for name in (schemas[0].names if schemas else []) if name not in taken]
+        for name in chosen:
+            _need(table, name, "--ignore-column")
+        for file, schema in _typed(table):
+            extra = [name for name in schema.names if name not in taken and name not in chosen]
+            if extra:
+                raise UserError(
+                    f"{file.shown} has the column {extra[0]!r} that {table.files[0].shown} lacks; give all files the "
+                    "same columns, or choose the features by --feature-column"
+                )
+    _expect(
+        table,
+        chosen,
+        _NUMBERS,
+        "features are numbers; leave the column out by --ignore-column, or choose by --feature-column",
+    )
+    return chosen, False
+
+
+def _expect_list_of_numbers(table: Table, name: str) -> None:
+    widths: dict[int, TableFile] = {}
+    for file, schema in _typed(table):
+        arrow_type = schema.field(name).type
+        if kind_of(arrow_type) == "empty":
+            continue
+        if kind_of(arrow_type.value_type) not in _NUMBERS:
+            raise UserError(
+                f"column {name!r} of {file.shown} has type {arrow_type}; features are lists of numbers: cast it"
+            )
+        if getattr(arrow_type, "list_size", None) is not None:
+            widths.setdefault(arrow_type.list_size, file)
+    if len(widths) > 1:
+        (one, file), (other, other_file) = list(widths.items())[:2]
+        raise UserError(
+            f"column {name!r} has {one} numbers a row in {file.shown} but {other} in {other_file.shown}; give every "
+            "row the same number"
+        )
+
+
+def _choose(table: Table, name: str | None, default: str, option: str, ignored: set[str]) -> str | None:
+    """Return the column to use: the named one, which must be there, or the default one if it is there."""
+    if name is not None:
+        _need(table, name, option)
+        return name
+    if default in ignored or not _has(table, default):
+        return None
+    _need(table, default, option)
+    return default
+
+
+def _kinds(table: Table, name: str) -> set[Kind]:
+    """Return the kinds that a column has in the files that have it, where it is not empty."""
+    schemas = [schema for _, schema in _typed(table) if name in schema.names]
+    return {kind_of(schema.field(name).type) for schema in schemas} - {"empty"}
+
+
+def _has(table: Table, name: str) -> bool:
+    return any(name in schema.names for _, schema in _typed(table))
+
+
+def _need(table: Table, name: str, option: str) -> None:
+    for file, schema in _typed(table):
+        count = schema.names.count(name)
+        if count > 1:
+            raise UserError(f"{file.shown} has {count} columns {name!r}; give each column a name of its own")
+        if count == 0:
+            listed = ", ".join(schema.names[:_NUM_LISTED]) or "none"
+            more = f" and {len(schema.names) - _NUM_LISTED} more" if len(schema.names) > _NUM_LISTED else ""
+            raise UserError(f"{file.shown} has no column {name!r} (it has: {listed}{more}); choose another by {option}")
+
+
+def _expect(table: Table, names: Sequence[str | None], kinds: Sequence[Kind], rule: str) -> None:
+    for file, schema in _typed(table):
+        for name in names:
+            if name is None:
+                continue
+            arrow_type = schema.field(name).type
+            if kind_of(arrow_type) not in (*kinds, "empty"):
+                raise UserError(f"column {name!r} of {file.shown} has type {arrow_type}; {rule}")
+
+
+def _typed(table: Table) -> list[tuple[TableFile, Any]]:
+    """Return the files that have a schema, with it."""
+    return [(file, schema) for file, schema in zip(table.files, table.schemas()) if schema is not None]

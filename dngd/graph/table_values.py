@@ -1,0 +1,225 @@
+"""From a table's record batches to a graph's arrays: ids, labels, splits, features, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dngd.errors import UserError
+from dngd.graph.canonical import as_array
+from dngd.graph.id_map import IdKind
+from dngd.graph.manifest import MASK_NAMES
+from dngd.graph.table_columns import NodeColumns
+from dngd.graph.table_files import TableFile
+
+Array = npt.NDArray[Any]
+
+SPLIT_VALUES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_MAX_LABEL_NAMES = 1 << 16
+
+
+def id_values(column: Any, kind: IdKind, where: str) -> Any:
+    """Return a batch's ids as numpy int64 or as an Arrow large_string array. where: for messages."""
+    import pyarrow as pa
+
+    if column.null_count:
+        at = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+        raise UserError(f"{where} has no id in {column.null_count} rows, the first is row {at}; give each row one")
+    try:
+        if kind == "string":
+            return column.cast(pa.large_string())
+        return column.cast(pa.int64()).to_numpy()
+    except pa.ArrowException as error:
+        raise UserError(
+            f"{where} has ids that are no 64-bit whole numbers ({error}); give --id-type string to read them as strings"
+        ) from error
+
+
+class NodeValues:
+    """Collects ids, labels and masks over the batches of a node table."""
+
+    def __init__(self, columns: NodeColumns, kind: IdKind) -> None:
+        self._columns = columns
+        self._kind = kind
+        self._ids: list[Any] = []
+        self._labels: list[Array] = []
+        self._label_codes: dict[str, int] = {}
+        self._masks: dict[str, list[Array]] = {}
+        self.num_rows = 0
+
+    def add(self, file: TableFile, first_row: int, batch: Any) -> None:
+        """Take the next batch, with the columns in `NodeColumns.small`."""
+        columns = self._columns
+        where = f"column {columns.id!r} of {file.shown} from row {first_row} on"
+        self._ids.append(id_values(batch.column(columns.id), self._kind, where))
+        if columns.label is not None:
+            self._labels.append(self._label_values(batch.column(columns.label), file, first_row))
+        if columns.split is not None:
+            self._add_split(batch.column(columns.split), file, first_row)
+        for part, name in columns.masks.items():
+            self._masks.setdefault(part, []).append(_mask_values(batch.column(name), name, file, first_row))
+        self.num_rows += batch.num_rows
+
+    def ids(self) -> Any:
+        """Return all ids, as `id_values` returns a batch's; frees the batches."""
+        import pyarrow as pa
+
+        parts, self._ids = self._ids, []
+        if self._kind == "int":
+            return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+        return pa.concat_arrays(parts) if parts else pa.array([], type=pa.large_string())
+
+    def labels(self) -> tuple[Array | None, list[str] | None]:
+        """Return (labels or None, names of the classes if labels were names: sorted, class k is the k-th)."""
+        if self._columns.label is None:
+            return None, None
+        labels = np.concatenate(self._labels)
+        self._labels = []
+        if not self._columns.label_is_name:
+            return labels, None
+        names = sorted(self._label_codes)
+        number = np.full(len(names) + 1, -1, dtype=np.int64)
+        number[[self._label_codes[name] for name in names]] = np.arange(len(names))
+        return number[labels], names
+
+    def masks(self) -> dict[str, Array] | None:
+        """Return {train | val | test: bool [nodes]}, or None if the table tells no split."""
+        return {part: np.concatenate(values) for part, values in self._masks.items()} or None
+
+    def _label_values(self, column: Any, file: TableFile, first_row: int) -> Array:
+        if self._columns.label_is_name:
+            return self._label_codes_of(column)
+        values = numbers(column)
+        if values.dtype.kind in "iu":
+            return _int64(values)
+        missing = np.isnan(values)
+        wrong = np.flatnonzero(~missing & (values != np.trunc(values)) | np.isinf(values))
+        if len(wrong):
+            raise UserError(
+                f"label {values[wrong[0]]:g} in row {first_row + wrong[0]} of {file.shown} is no whole number "
+                f"({len(wrong)} such labels in these rows); labels are class numbers from 0, or names"
+            )
+        return np.where(missing, -1, values).astype(np.int64)
+
+    def _label_codes_of(self, column: Any) -> Array:
+        """Return the place of each name in the order in which names were met, -1 for missing and empty ones."""
+        import pyarrow as pa
+
+        encoded = column.cast(pa.large_string()).dictionary_encode()
+        codes = np.empty(len(encoded.dictionary) + 1, dtype=np.int64)
+        codes[-1] = -1
+        for place, name in enumerate(encoded.dictionary.to_pylist()):
+            codes[place] = self._label_codes.setdefault(name, len(self._label_codes)) if name else -1
+        if len(self._label_codes) > _MAX_LABEL_NAMES:
+            raise UserError(
+                f"column {self._columns.label!r} has more than {_MAX_LABEL_NAMES} different names, so that it hardly "
+                "holds classes; choose another by --label-column"
+            )
+        found: Array = codes[encoded.indices.fill_null(-1).to_numpy()]
+        return found
+
+    def _add_split(self, column: Any, file: TableFile, first_row: int) -> None:
+        import pyarrow as pa
+
+        encoded = column.cast(pa.large_string()).dictionary_encode()
+        parts = np.empty(len(encoded.dictionary) + 1, dtype=np.int64)
+        parts[-1] = -1
+        codes = encoded.indices.fill_null(-1).to_numpy()
+        for place, value in enumerate(encoded.dictionary.to_pylist()):
+            part = SPLIT_VALUES.get(value.strip().lower()) if value else None
+            if value and part is None:
+                at = first_row + int(np.flatnonzero(codes == place)[0])
+                raise UserError(
+                    f"split {value!r} in row {at} of {file.shown} is not known; give train, val, test, or nothing for "
+                    "nodes in no part"
+                )
+            parts[place] = -1 if part is None else MASK_NAMES.index(part)
+        of_row = parts[codes]
+        for k, part in enumerate(MASK_NAMES):
+            self._masks.setdefault(part, []).append(of_row == k)
+
+
+def feature_width(columns: NodeColumns, batches: Iterator[tuple[TableFile, int, Any]]) -> int:
+    """Return the number of features: of columns their count, of lists the length of the first one."""
+    if not columns.is_list:
+        return len(columns.features)
+    for _, _, batch in batches:
+        column = batch.column(columns.features[0])
+        fixed = getattr(column.type, "list_size", None)
+        if fixed is not None:
+            return int(fixed)
+        if len(column.drop_null()):
+            return len(column.drop_null()[0])
+    return 0
+
+
+def feature_blocks(columns: NodeColumns, width: int, batches: Iterator[tuple[TableFile, int, Any]]) -> Iterator[Array]:
+    """Yield each batch's features, (rows, width); missing numbers are NaN.
+
+    Raises UserError if a list has another length.
+    """
+    for file, first_row, batch in batches:
+        if columns.is_list:
+            what = f"column {columns.features[0]!r} of {file.shown}"
+            yield _list_rows(batch.column(columns.features[0]), width, what, first_row)
+        else:
+            yield _stacked(batch, columns.features)
+
+
+def numbers(column: Any) -> Array:
+    """Return a column of numbers (or a categorical of them) as numpy: integers, or floats with NaN for missing."""
+    import pyarrow as pa
+    import pyarrow.types as t
+
+    if t.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if t.is_boolean(column.type):
+        column = column.cast(pa.uint8())
+    if column.null_count or not (t.is_integer(column.type) or t.is_floating(column.type)):
+        column = column.cast(column.type if t.is_floating(column.type) else pa.float64())
+    return as_array(column.to_numpy(zero_copy_only=False), "a column")
+
+
+def _mask_values(column: Any, name: str, file: TableFile, first_row: int) -> npt.NDArray[np.bool_]:
+    values = np.nan_to_num(numbers(column), nan=0)
+    bad = np.flatnonzero((values != 0) & (values != 1))
+    if len(bad):
+        raise UserError(
+            f"column {name!r} of {file.shown} has {values[bad[0]]} in row {first_row + bad[0]}; a mask is true or "
+            "false (or 1 or 0) for each node"
+        )
+    return values.astype(np.bool_)
+
+
+def _int64(values: Array) -> Array:
+    if values.dtype == np.uint64 and values.size and int(values.max()) > np.iinfo(np.int64).max:
+        raise UserError(
+            f"label {int(values.max())} is beyond 64-bit numbers; labels are class numbers from 0, or names"
+        )
+    return values.astype(np.int64, copy=False)
+
+
+def _stacked(batch: Any, names: list[str]) -> Array:
+    columns = [numbers(batch.column(name)) for name in names]
+    table = np.empty((batch.num_rows, len(names)), dtype=np.result_type(np.float32, *{c.dtype for c in columns}))
+    for k, column in enumerate(columns):
+        table[:, k] = column
+    return table
+
+
+def _list_rows(column: Any, width: int, what: str, first_row: int) -> Array:
+    import pyarrow.compute as pc
+
+    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+    bad = np.flatnonzero((lengths != width) | column.is_null().to_numpy(zero_copy_only=False))
+    if len(bad):
+        at = int(bad[0])
+        state = f"{int(lengths[at])} numbers" if column[at].is_valid else "no list"
+        raise UserError(
+            f"{what} has {state} in row {first_row + at} but {width} in the first row ({len(bad)} such rows of the "
+            f"{len(lengths)} from row {first_row} on); give every node the same number of features"
+        )
+    return numbers(column.flatten()).reshape(len(column), width)

@@ -1,0 +1,264 @@
+"""Importing a graph from node and edge tables: Parquet, CSV or Arrow files, on a disk or an object store.
+
+    import_tables("s3://bucket/graph", "web.store")                                   # nodes* and edges* in a folder
+    import_tables(None, "web.store", nodes="nodes.parquet", edges="edges-*.parquet")
+
+Nodes are numbered in the order of the node table, and keep their own ids. Files are read in record batches: the
+node table twice (its ids, labels and split, then its features), the edge table once, or twice without a node table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Unpack
+
+from dngd.errors import UserError
+from dngd.graph.builder import RowBlocks, StoreBuilder
+from dngd.graph.canonical import canonical_labels
+from dngd.graph.filesystems import list_files, locate, shown_address
+from dngd.graph.id_map import IdKind, IntegerIds, NodeIds, StringIds, distinct_integers, distinct_strings
+from dngd.graph.import_options import ImportOptions, check_options, check_training_nodes, recorded
+from dngd.graph.manifest import Provenance
+from dngd.graph.store import GraphStore
+from dngd.graph.table_columns import (
+    EdgeColumns,
+    NodeColumns,
+    TableColumns,
+    csv_types,
+    edge_columns,
+    id_kind,
+    node_columns,
+)
+from dngd.graph.table_files import CsvStyle, Table, TableFormat, make_table, open_table
+from dngd.graph.table_values import NodeValues, feature_blocks, feature_width, id_values, numbers
+
+Source = str | Path | Sequence[str | Path]
+
+_NUM_LISTED = 8
+_NUMBER_BYTES, _STRING_BYTES = 8, 64
+"""About how much a value takes in a record batch."""
+
+
+def import_tables(
+    source: str | Path | None,
+    out: str | Path,
+    *,
+    nodes: Source | None = None,
+    edges: Source | None = None,
+    columns: TableColumns | None = None,
+    table_format: TableFormat | None = None,
+    style: CsvStyle | None = None,
+    **options: Unpack[ImportOptions],
+) -> GraphStore:
+    """Convert an edge table, and a node table if there is one, into a store at `out`.
+
+    source: a folder that holds the tables: files or folders whose names begin with nodes and edges; or one file, an
+        edge table. None: nodes and edges say where the tables are.
+    nodes, edges: each a file, a folder, a pattern (`part-*.parquet`), an s3:// or gs:// address, or a list of these.
+        Without nodes, the nodes are those that edges name, in ascending order of their ids.
+    columns: what the columns are called. table_format, style: see `open_table`.
+    Raises UserError if files or columns are missing or of other types, ids repeat, edges name missing nodes, features
+    are not finite numbers of one width, or a split has no training nodes. Schemas are checked before rows are read,
+    and nodes before edges. Nothing is left behind then.
+    """
+    names = columns or TableColumns()
+    tables = _open_tables(source, nodes, edges, table_format, style or CsvStyle())
+    plan = _plan(tables, names)
+    check_options(out, options, weighted=plan.edge_columns.weight is not None)
+    progress = options.get("progress") or (lambda stage, done, total: None)
+    if plan.nodes is None:
+        ids, values = _ids_of_edges(plan, progress), None
+    else:
+        values = _read_nodes(plan.nodes, plan, progress)
+        ids = _ids(values.ids(), plan.kind, f"column {plan.node_columns.id!r} of {plan.nodes.shown}")
+    return _build(plan, ids, values, out, options)
+
+
+@dataclass(frozen=True)
+class _Tables:
+    nodes: Table | None
+    edges: Table
+    name: str
+    """what the graph is called if nothing else is said"""
+
+
+@dataclass(frozen=True)
+class _Plan(_Tables):
+    node_columns: NodeColumns
+    edge_columns: EdgeColumns
+    kind: IdKind
+    num_features: int
+
+    @property
+    def id_bytes(self) -> int:
+        return _NUMBER_BYTES if self.kind == "int" else _STRING_BYTES
+
+
+def _open_tables(
+    source: str | Path | None,
+    nodes: Source | None,
+    edges: Source | None,
+    table_format: TableFormat | None,
+    style: CsvStyle,
+) -> _Tables:
+    if source is None:
+        if edges is None:
+            raise UserError("no edge table is given; give --edges, or a folder with files named nodes* and edges*")
+        edge_table = open_table(edges, "edge", table_format=table_format, style=style)
+        node_table = None if nodes is None else open_table(nodes, "node", table_format=table_format, style=style)
+        return _Tables(node_table, edge_table, Path(edge_table.name).name.partition(".")[0].rstrip("*-_") or "graph")
+    if nodes is not None or edges is not None:
+        raise UserError(
+            f"{shown_address(str(source))} is given besides --nodes or --edges; give a folder with both tables, or each"
+        )
+    root = locate(source)
+    name = root.name.partition(".")[0] or "graph"
+    files = list_files(source)
+    if [file.path for file in files] == [root.path]:
+        return _Tables(None, make_table(files, "edge", str(source), table_format, style), name)
+    begin = len(root.path.rstrip("/")) + 1
+    parts = {
+        kind: [file for file in files if file.path[begin:].lower().startswith(kind)] for kind in ("nodes", "edges")
+    }
+    if not parts["edges"]:
+        listed = ", ".join(sorted({file.path[begin:].partition("/")[0] for file in files})[:_NUM_LISTED])
+        raise UserError(
+            f"{root.shown} has no files or folder named edges* (it has: {listed}); rename them, or give --nodes "
+            "and --edges"
+        )
+    made = {
+        kind: make_table(parts[kind], kind[:-1], f"{root.name}/{kind}", table_format, style) if parts[kind] else None
+        for kind in parts
+    }
+    assert made["edges"] is not None
+    return _Tables(made["nodes"], made["edges"], name)
+
+
+def _plan(tables: _Tables, names: TableColumns) -> _Plan:
+    edges = edge_columns(tables.edges, names)
+    ids = [(tables.edges, edges.source), (tables.edges, edges.target)]
+    nodes = NodeColumns(names.id)
+    if tables.nodes is not None:
+        nodes = node_columns(tables.nodes, names)
+        ids.insert(0, (tables.nodes, nodes.id))
+    kind = id_kind(ids, names.id_type)
+    width = 0
+    if tables.nodes is not None:
+        types = csv_types(tables.nodes, nodes, kind)
+        width = feature_width(nodes, tables.nodes.batches(nodes.features, _NUMBER_BYTES << 10, types))
+    return _Plan(tables.nodes, tables.edges, tables.name, nodes, edges, kind, width)
+
+
+def _read_nodes(table: Table, plan: _Plan, progress: Any) -> NodeValues:
+    """Read all of a node table but its features, and check its split."""
+    columns = plan.node_columns
+    values = NodeValues(columns, plan.kind)
+    row_bytes = plan.id_bytes + _STRING_BYTES * len(columns.small)
+    for file, first_row, batch in table.batches(columns.small, row_bytes, csv_types(table, columns, plan.kind)):
+        values.add(file, first_row, batch)
+        progress("nodes", values.num_rows, 0)
+    if not values.num_rows:
+        raise UserError(f"{table.shown} has no rows; give a node table with one row for each node")
+    return values
+
+
+def _ids(values: Any, kind: IdKind, what: str) -> NodeIds:
+    return IntegerIds(values, what) if kind == "int" else StringIds(values, what)
+
+
+def _ids_of_edges(plan: _Plan, progress: Any) -> NodeIds:
+    def batches() -> Iterator[Any]:
+        done = 0
+        for source, target, _, _, _ in _edge_batches(plan):
+            yield source
+            yield target
+            done += len(source)
+            progress("ids", done, 0)
+
+    found = distinct_integers(batches()) if plan.kind == "int" else distinct_strings(batches())
+    if not len(found):
+        raise UserError(f"{plan.edges.shown} has no rows, so that it names no nodes; give --nodes, or edges")
+    return _ids(found, plan.kind, plan.edges.shown)
+
+
+def _edge_batches(plan: _Plan) -> Iterator[tuple[Any, Any, npt.NDArray[Any] | None, str, int]]:
+    """Yield (source ids, target ids, weights or None, the file as messages name it, number of the first row)."""
+    columns = plan.edge_columns
+    row_bytes = 2 * plan.id_bytes + _NUMBER_BYTES
+    types = csv_types(plan.edges, columns, plan.kind)
+    for file, first_row, batch in plan.edges.batches(columns.all, row_bytes, types):
+        ends = []
+        for name in (columns.source, columns.target):
+            where = f"column {name!r} of {file.shown} from row {first_row} on"
+            ends.append(id_values(batch.column(name), plan.kind, where))
+        weight = None if columns.weight is None else numbers(batch.column(columns.weight))
+        yield ends[0], ends[1], weight, file.shown, first_row
+
+
+def _build(plan: _Plan, ids: NodeIds, values: NodeValues | None, out: str | Path, options: ImportOptions) -> GraphStore:
+    labels, label_names = (None, None) if values is None else values.labels()
+    masks = None if values is None else values.masks()
+    classes = num_classes = None
+    if plan.nodes is not None:
+        num_classes = None if label_names is None else len(label_names)
+        # Checked now, not after the edges are read.
+        classes, num_classes = canonical_labels(labels, len(ids), num_classes)
+        check_training_nodes(masks, None if labels is None else classes, plan.nodes.shown)
+    weighted = plan.edge_columns.weight is not None
+    settings = ImportOptions(**{**options, "name": options.get("name") or plan.name})
+    with StoreBuilder(out, num_nodes=len(ids), weighted=weighted, **settings) as builder:
+        _add_edges(builder, plan, ids)
+        return builder.finish(
+            features=_features(plan),
+            labels=classes,
+            num_classes=num_classes,
+            masks=masks,
+            node_ids=ids.kept(),
+            provenance=_provenance(plan, label_names, options),
+        )
+
+
+def _add_edges(builder: StoreBuilder, plan: _Plan, ids: NodeIds) -> None:
+    num_missing, first_missing = 0, ""
+    for source, target, weight, file, first_row in _edge_batches(plan):
+        ends = ids.find(source), ids.find(target)
+        bad = (ends[0] < 0) | (ends[1] < 0)
+        if bad.any():
+            at = int(np.flatnonzero(bad)[0])
+            if not num_missing:
+                missing = source[at] if ends[0][at] < 0 else target[at]
+                shown = int(missing) if plan.kind == "int" else repr(missing.as_py())
+                first_missing = f"node {shown} in row {first_row + at} of {file}"
+            num_missing += int(bad.sum())
+        # Once the table is known to be wrong, it is only counted how wrong.
+        if not num_missing:
+            builder.add_edges(*ends, weight)
+    if num_missing:
+        raise UserError(
+            f"{num_missing} edges name nodes that the node table lacks, the first is {first_missing}; add these nodes "
+            "to the table, or remove the edges"
+        )
+
+
+def _features(plan: _Plan) -> RowBlocks | None:
+    if plan.nodes is None or not plan.num_features:
+        return None
+    columns = plan.node_columns
+    types = csv_types(plan.nodes, columns, plan.kind)
+    batches = plan.nodes.batches(columns.features, _NUMBER_BYTES * plan.num_features, types)
+    return RowBlocks(plan.num_features, feature_blocks(columns, plan.num_features, batches))
+
+
+def _provenance(plan: _Plan, label_names: list[str] | None, options: ImportOptions) -> Provenance:
+    tables = [table for table in (plan.nodes, plan.edges) if table is not None]
+    told = recorded(plan.edges.files[0].format, options)
+    told["files"] = sum(len(table.files) for table in tables)
+    if label_names is not None:
+        told["label_names"] = label_names
+    return Provenance(source=", ".join(table.name for table in tables), options=told)

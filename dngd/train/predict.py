@@ -1,0 +1,235 @@
+"""Predicting with a run's best model: exact, on all neighbours, written to Parquet block by block."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from dngd.errors import UserError
+from dngd.graph import GraphStore
+from dngd.graph.manifest import dngd_version
+from dngd.train.evaluation import EvaluationProgress
+from dngd.train.new_file import new_file
+from dngd.train.trained_model import TrainedModel, evaluator_of, load_trained, open_graph, trained_on
+
+NODES = ("all", "train", "val", "test", "unlabelled")
+
+ROW_GROUP_ROWS = 128 * 1024
+ROW_GROUP_BYTES = 64 * 1024 * 1024
+"""Of probabilities: a row group of many classes has fewer rows."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What was written. path: the file. rows: number of nodes. graph: name of the graph. step: of the model."""
+
+    path: str
+    rows: int
+    nodes: str
+    run: str
+    step: int
+    model: str
+    graph: str
+    graph_digest: str
+    columns: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return asdict(self)
+
+
+def predict_run(
+    run: Path,
+    out: Path,
+    *,
+    nodes: str = "all",
+    data_root: Path | None = None,
+    dataset: str | None = None,
+    probabilities: bool = False,
+    overwrite: bool = False,
+    progress: EvaluationProgress | None = None,
+) -> Predictions:
+    """Write the classes that a run's best model gives nodes, from all their neighbours, to a Parquet file.
+
+    Columns: node_id, as the user gave it (int64 or string); class, int64; class_name where the graph that the run was
+    trained on kept names of its labels; probability, float32, of that class; with probabilities=True, probabilities,
+    the list of all classes'. Rows are in the order of the graph's nodes. The file's metadata (dngd.run, dngd.step,
+    dngd.model, dngd.graph, dngd.graph_digest, dngd.nodes, dngd.version) say what made it.
+
+    nodes: all, train, val, test (of the run's split, taken in the graph), or unlabelled. data_root: where the run's
+    data set is now. dataset: another graph with the same features, or where the run's is now. overwrite: replace a
+    file. progress: see EvaluationProgress. The file appears when it is whole; it is written a row group at a time.
+    Raises UserError for what `evaluate_run` does, a path that cannot be written, and nodes that the graph has not.
+    """
+    out = out.expanduser()
+    _check_out(out, overwrite)
+    trained = load_trained(run)
+    store = open_graph(trained, dataset, data_root)
+    chosen = _chosen(trained, store, nodes)
+    names = _class_names(trained, store, dataset)
+    schema = _schema(trained, store, nodes, with_names=names is not None, probabilities=probabilities)
+    evaluator = evaluator_of(trained, store, chosen, progress)
+    written = 0
+    try:
+        with new_file(out, overwrite=overwrite) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            blocks = evaluator.predictions(trained.model, chosen)
+            for group in _groups(_batches(blocks, store, schema, names), _group_rows(trained, probabilities)):
+                writer.write_table(group, row_group_size=group.num_rows)
+                written += group.num_rows
+    except FileExistsError:
+        raise UserError(_exists(out)) from None
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written: {error.strerror or error}; free space or give another --out"
+        ) from None
+    return Predictions(
+        path=str(out),
+        rows=written,
+        nodes=nodes,
+        run=_run_name(trained),
+        step=trained.step,
+        model=trained.config.model,
+        graph=store.name,
+        graph_digest=store.digest,
+        columns=tuple(schema.names),
+    )
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; give the path of a file, such as {out / 'predictions.parquet'}")
+    if out.exists() and not overwrite:
+        raise UserError(_exists(out))
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out} cannot be written: there is no folder {out.parent}; make it first")
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out {out} cannot be written: no permission to write to {out.parent}; give another path")
+
+
+def _exists(out: Path) -> str:
+    return f"--out {out} exists; give another path, or --overwrite to replace it"
+
+
+def _chosen(trained: TrainedModel, store: GraphStore, nodes: str) -> Tensor | None:
+    """Return the nodes to predict, ascending; None for all."""
+    if nodes not in NODES:
+        raise UserError(f"--nodes {nodes!r} is unknown; use one of: " + ", ".join(NODES))
+    if nodes == "all":
+        return None
+    if nodes == "unlabelled":
+        found = (store.labels < 0).nonzero()[:, 0]
+        if found.numel() == 0:
+            raise UserError(f"graph {store.name} has no unlabelled nodes; use another --nodes, such as all")
+        return found
+    part: Tensor = getattr(store.split(trained.config.split, trained.config.seed), nodes)
+    return part.sort().values
+
+
+def _class_names(trained: TrainedModel, store: GraphStore, dataset: str | None) -> pa.Array | None:
+    """Return the names of the classes, string [num_classes], where the graph has those that the model learnt."""
+    names = store.manifest.provenance.options.get("label_names")
+    if not isinstance(names, list) or len(names) != trained.num_classes:
+        return None
+    # Another graph's names may stand in another order.
+    if dataset is not None and trained_on(trained) != store.digest:
+        return None
+    return pa.array([str(name) for name in names], pa.string())
+
+
+def _run_name(trained: TrainedModel) -> str:
+    return trained.folder.path.resolve().name
+
+
+def _schema(
+    trained: TrainedModel, store: GraphStore, nodes: str, *, with_names: bool, probabilities: bool
+) -> pa.Schema:
+    fields = [
+        pa.field("node_id", store.ids_of(0, 1).type, nullable=False),
+        pa.field("class", pa.int64(), nullable=False),
+    ]
+    if with_names:
+        fields.append(pa.field("class_name", pa.string(), nullable=False))
+    fields.append(pa.field("probability", pa.float32(), nullable=False))
+    if probabilities:
+        item = pa.field("item", pa.float32(), nullable=False)
+        fields.append(pa.field("probabilities", pa.list_(item), nullable=False))
+    said = {
+        "run": _run_name(trained),
+        "step": str(trained.step),
+        "model": trained.config.model,
+        "graph": store.name,
+        "graph_digest": store.digest,
+        "nodes": nodes,
+        "version": dngd_version(),
+    }
+    return pa.schema(fields, {f"dngd.{key}": value for key, value in said.items()})
+
+
+def _group_rows(trained: TrainedModel, probabilities: bool) -> int:
+    if not probabilities:
+        return ROW_GROUP_ROWS
+    return max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // (4 * trained.num_classes)))
+
+
+def _batches(
+    blocks: Iterator[tuple[Tensor, Tensor]], store: GraphStore, schema: pa.Schema, names: pa.Array | None
+) -> Iterator[pa.RecordBatch]:
+    for ids, logits in blocks:
+        if ids.numel():
+            yield _batch(ids, logits.float().cpu(), store, schema, names)
+
+
+def _batch(ids: Tensor, logits: Tensor, store: GraphStore, schema: pa.Schema, names: pa.Array | None) -> pa.RecordBatch:
+    """Return the rows of nodes ids, ascending, from logits [n, num_classes]."""
+    shares = logits.softmax(dim=1)
+    bad = ~shares.isfinite().all(dim=1)
+    if bool(bad.any()):
+        first = int(ids[bad][0])
+        raise UserError(
+            f"node {store.ids_of(first, first + 1)[0]} of {store.name} gets no finite prediction; check the graph's "
+            "features with dngd data verify, and the run's model with dngd evaluate"
+        )
+    classes = logits.argmax(dim=1)
+    columns: dict[str, Any] = {
+        "node_id": _ids(store, ids),
+        "class": pa.array(classes.numpy()),
+        "probability": pa.array(shares.gather(1, classes[:, None])[:, 0].numpy()),
+    }
+    if names is not None:
+        columns["class_name"] = names.take(columns["class"])
+    if "probabilities" in schema.names:
+        offsets = torch.arange(0, shares.numel() + 1, shares.shape[1], dtype=torch.int32)
+        kind = schema.field("probabilities").type
+        columns["probabilities"] = pa.ListArray.from_arrays(offsets.numpy(), shares.view(-1).numpy(), type=kind)
+    return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
+
+
+def _ids(store: GraphStore, ids: Tensor) -> Any:
+    """Return the users' names of nodes, ascending."""
+    first, last = int(ids[0]), int(ids[-1]) + 1
+    names = store.ids_of(first, last)
+    return names if last - first == ids.numel() else names.take(pa.array((ids - first).numpy()))
+
+
+def _groups(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
+    """Yield tables of `rows` rows, the last one of what is left."""
+    held: list[pa.RecordBatch] = []
+    count = 0
+    for batch in batches:
+        while count + batch.num_rows >= rows:
+            taken = rows - count
+            yield pa.Table.from_batches([*held, batch.slice(0, taken)])
+            batch, held, count = batch.slice(taken), [], 0
+        if batch.num_rows:
+            held.append(batch)
+            count += batch.num_rows
+    if held:
+        yield pa.Table.from_batches(held)

@@ -1,0 +1,138 @@
+"""A run's best model from its folder, the graph that it is used on, and what evaluates it there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dngd.comm import LocalCommunicator
+from dngd.config import TrainConfig
+from dngd.errors import UserError
+from dngd.graph import GraphStore, resolve_dataset
+from dngd.models import GNN, MODELS, build_model
+from dngd.train.batch import PropagationBuilder
+from dngd.train.checkpoint import PREFIX
+from dngd.train.evaluation import EvaluationProgress, ExactEvaluator
+from dngd.train.placement import free_gpu_bytes, table_bytes
+from dngd.train.run_folder import RunFolder, spill_folders
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A run's best model. step: when it was evaluated. num_features, num_classes: what it takes and gives."""
+
+    folder: RunFolder
+    config: TrainConfig
+    model: GNN
+    step: int
+    num_features: int
+    num_classes: int
+
+
+def load_trained(run: Path) -> TrainedModel:
+    """Return the best model of a run folder. The graph is not needed: the widths are the weights'.
+
+    Raises UserError if the folder holds no run, no evaluated model yet, or a file that cannot be read.
+    """
+    folder = RunFolder(run.expanduser())
+    if not folder.holds_a_run:
+        raise UserError(f"{run} is no run folder (it has no config.yaml); give a folder that dngd train wrote")
+    if not folder.best_model.exists():
+        raise UserError(f"run {run} has no model yet: it ended before its first evaluation; go on with --resume")
+    config = TrainConfig.from_yaml(folder.config)
+    try:
+        weights = safetensors.torch.load_file(folder.best_model)
+        with safe_open(folder.best_model, framework="pt") as file:
+            step = int((file.metadata() or {})["step"])
+        in_rows = weights["layers.0.linear.weight"].shape[1]
+        num_classes = weights[f"layers.{config.num_layers - 1}.linear.weight"].shape[0]
+        num_features = in_rows // (2 if MODELS[config.model].aggregation == "mean" else 1)
+        model = build_model(
+            config.model,
+            in_features=num_features,
+            hidden=config.hidden,
+            out_features=num_classes,
+            num_layers=config.num_layers,
+            dropout=config.dropout,
+        )
+        model.load_state_dict(weights)
+    except (SafetensorError, KeyError, IndexError, ValueError, RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder.best_model} cannot be loaded into the run's model: {reason}") from None
+    return TrainedModel(folder, config, model, step, num_features, num_classes)
+
+
+def open_graph(trained: TrainedModel, dataset: str | None = None, data_root: Path | None = None) -> GraphStore:
+    """Open the run's graph, or another that its model fits.
+
+    dataset, data_root: as for training; None: the run's own. A graph with fewer classes than the model's, or without
+    labels, fits. Raises UserError if there is no such graph, or its features or classes are not the model's.
+    """
+    config = trained.config
+    name = config.dataset if dataset is None else dataset
+    try:
+        store = resolve_dataset(name, data_root or config.data_root_in_use, config.cache_dir)
+    except UserError as error:
+        if dataset is None:
+            raise UserError(f"the run's graph was not found: {error}; or give where it is now with --dataset") from None
+        raise
+    if store.num_features != trained.num_features:
+        raise UserError(
+            f"graph {store.name} has {store.num_features} features a node but the model of run {trained.folder.path} "
+            f"was trained on {trained.num_features}; give a graph with the same features"
+        )
+    if store.num_classes > trained.num_classes:
+        raise UserError(
+            f"graph {store.name} has {store.num_classes} classes but the model of run {trained.folder.path} knows "
+            f"{trained.num_classes}; give a graph with the same classes"
+        )
+    return store
+
+
+def evaluator_of(
+    trained: TrainedModel, store: GraphStore, nodes: Tensor | None, progress: EvaluationProgress | None = None
+) -> ExactEvaluator:
+    """Return what evaluates the model once in this process: on a GPU if the run used one and there is one here.
+
+    nodes: those that it will be asked for, None for all. Raises UserError if there is no room for its tables.
+    """
+    config, model = trained.config, trained.model
+    device = torch.device("cuda" if config.use_gpu and torch.cuda.is_available() else "cpu")
+    model.to(device)
+    evaluator = ExactEvaluator(
+        store,
+        PropagationBuilder(store, model.aggregation, device),
+        LocalCommunicator(),
+        rows=config.eval_rows,
+        device=device,
+        features=_placed(store.features, device),
+        folders=spill_folders(config, trained.folder),
+        memory_bytes=config.eval_memory_bytes,
+        keeps_first=False,
+        progress=progress,
+    )
+    evaluator.check(model, nodes)
+    return evaluator
+
+
+def trained_on(trained: TrainedModel) -> str | None:
+    """Return the digest of the graph that the run was trained on, from its newest checkpoint; None if none has it."""
+    checkpoints = trained.folder.checkpoints
+    for state in sorted(checkpoints.glob(f"{PREFIX}*/state.json"), reverse=True):
+        try:
+            return str(json.loads(state.read_text())["position"]["graph_digest"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def _placed(features: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cpu" or table_bytes(features) > free_gpu_bytes(device) // 2:
+        return features
+    return features.to(device)

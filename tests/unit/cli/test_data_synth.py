@@ -1,0 +1,110 @@
+"""dngd data synth, and the progress that data commands show."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dngd import cli
+from dngd.cli import progress as progress_module
+from dngd.cli.progress import data_progress
+from dngd.graph import GraphStore, synth
+
+
+def run(*arguments: str) -> int:
+    """Return the command line's exit code."""
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["data", *arguments])
+    return int(exit_info.value.code or 0)
+
+
+def test_a_graph_like_a_public_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "g"
+    assert run("synth", "--like", "ogbn-Products", "--scale", "0.001", "--seed", "3", "--out", str(out)) == 0
+    store = GraphStore.open(out)
+    assert (store.name, store.num_nodes, store.num_edges) == ("ogbn-products-like", 2_449, 123_718)
+    assert store.manifest.provenance.options["seed"] == 3
+    capsys.readouterr()
+    assert run("verify", str(out)) == 0
+    assert run("info", str(out), "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_classes"] == 47
+
+
+def test_the_defaults_are_the_built_in_graphs(tmp_path: Path) -> None:
+    out = str(tmp_path / "g")
+    assert run("synth", "--nodes", "500", "--edges", "3000", "--classes", "5", "--features", "4", "--out", out) == 0
+    options = GraphStore.open(out).manifest.provenance.options
+    assert options["label_noise"] == synth.PRODUCTS_MINI.label_noise
+    assert options["homophily"] == synth.PRODUCTS_MINI.homophily
+    assert GraphStore.open(out).name == "synthetic"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--like", "cora"], ["'cora' is not known", "ogbn-products, ogbn-papers100m"]),
+        (["--like", "ogbn-products", "--nodes", "100"], ["--like ogbn-products", "--nodes too"]),
+        (["--like", "ogbn-products", "--label-noise", "0.1"], ["--label-noise too"]),
+        (["--like", "ogbn-products", "--scale", "2"], ["scale=2", "0.001 to 1"]),
+        (["--scale", "0.5"], ["--scale 0.5", "--like"]),
+    ],
+)
+def test_contradictions_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: list[str]
+) -> None:
+    assert run("synth", *flags, "--out", str(tmp_path / "g")) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("dngd: ")
+    assert err.count("\n") == 1
+    for words in said:
+        assert words in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def shown(terminal: bool) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=100, color_system=None)
+
+
+def test_a_terminal_gets_a_bar_for_each_stage() -> None:
+    console = shown(terminal=True)
+    with data_progress(console) as progress:
+        for done in (0, 1_000, 2_000):
+            progress("edges", done, 0)
+        for done in (0, 1_000, 4_000):
+            progress("sorting", done, 4_000)
+    assert isinstance(console.file, io.StringIO)
+    last = console.file.getvalue().rsplit("\r", 1)[-1]
+    assert "edges" in last
+    assert "2,000" in last
+    assert "4,000/4,000" in last
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 4.0, 11.0, 12.0, 22.0, 30.0, 31.0, 31.5, 32.0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    console = shown(terminal=False)
+    with data_progress(console) as progress:
+        for done in (0, 10, 20, 30, 40, 50):
+            progress("features", done, 50)
+        progress("sorting", 7, 0)
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines() == [
+        "features: 20 of 50 (40%), 11 s",
+        "features: 40 of 50 (80%), 22 s",
+        "features: 50 done, 32 s",
+    ]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_an_error_goes_through(terminal: bool) -> None:
+    def fail() -> None:
+        with data_progress(shown(terminal)) as progress:
+            progress("edges", 1, 2)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()

@@ -1,0 +1,206 @@
+"""Graphs of PyG and DGL, from objects and from files: the same store as of the arrays themselves."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch_geometric.data import Data, HeteroData, InMemoryDataset
+
+from dngd.errors import UserError
+from dngd.graph import GraphStore
+from dngd.graph.dgl_graph import import_dgl
+from dngd.graph.pyg import import_pyg
+from dngd.sampling import import_dgl as dgl_module
+from dngd.sampling.dgl_files import import_dgl_file
+
+
+@st.composite
+def arrays(draw: st.DrawFn) -> dict[str, Any]:
+    """Multi-edges, self loops and isolated nodes come by themselves."""
+    num_nodes = draw(st.integers(1, 12))
+    node = st.integers(0, num_nodes - 1)
+    edges = draw(st.lists(st.tuples(node, node), max_size=30))
+    seed = draw(st.integers(0, 2**16))
+    generator = np.random.RandomState(seed)
+    train = generator.rand(num_nodes) < 0.5
+    train[0] = True
+    return {
+        "edge_index": np.array(edges, dtype=np.int64).reshape(-1, 2).T.copy(),
+        "features": generator.standard_normal((num_nodes, 3)).astype(np.float32),
+        "labels": generator.randint(0, 4, num_nodes),
+        "masks": {"train": train, "val": ~train},
+        "edge_weight": generator.rand(len(edges)).astype(np.float32) if draw(st.booleans()) else None,
+    }
+
+
+def expected(graph: dict[str, Any], folder: Path) -> GraphStore:
+    return GraphStore.write(folder / "expected", **graph, overwrite=True, duplicates="keep", self_loops="keep")
+
+
+def as_pyg(graph: dict[str, Any]) -> Data:
+    data = Data(
+        x=torch.from_numpy(graph["features"]),
+        edge_index=torch.from_numpy(graph["edge_index"]),
+        y=torch.from_numpy(graph["labels"]),
+        num_nodes=len(graph["labels"]),
+    )
+    for name, mask in graph["masks"].items():
+        data[f"{name}_mask"] = torch.from_numpy(mask)
+    if graph["edge_weight"] is not None:
+        data.edge_weight = torch.from_numpy(graph["edge_weight"])
+    return data
+
+
+def as_dgl(graph: dict[str, Any]) -> Any:
+    begin, end = torch.from_numpy(graph["edge_index"])
+    made = dgl_module().graph((begin, end), num_nodes=len(graph["labels"]))
+    made.ndata["feat"] = torch.from_numpy(graph["features"])
+    made.ndata["label"] = torch.from_numpy(graph["labels"])
+    for name, mask in graph["masks"].items():
+        made.ndata[f"{name}_mask"] = torch.from_numpy(mask)
+    if graph["edge_weight"] is not None:
+        made.edata["weight"] = torch.from_numpy(graph["edge_weight"])
+    return made
+
+
+OPTIONS: dict[str, Any] = {"overwrite": True, "duplicates": "keep", "self_loops": "keep"}
+PROPERTY = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@PROPERTY
+@given(graph=arrays())
+def test_pyg_round_trip(tmp_path: Path, graph: dict[str, Any]) -> None:
+    digest = expected(graph, tmp_path).digest
+    data = as_pyg(graph)
+    assert import_pyg(data, tmp_path / "object", **OPTIONS).digest == digest
+    torch.save(data, tmp_path / "data.pt")
+    InMemoryDataset.save([data], str(tmp_path / "dataset.pt"))
+    for file in ("data.pt", "dataset.pt"):
+        store = import_pyg(tmp_path / file, tmp_path / "file", **OPTIONS)
+        assert store.digest == digest
+        assert store.name == Path(file).stem
+        assert store.manifest.provenance.source == file
+        assert store.manifest.provenance.source_sha256 is not None
+
+
+@PROPERTY
+@given(graph=arrays())
+def test_dgl_round_trip(tmp_path: Path, graph: dict[str, Any]) -> None:
+    digest = expected(graph, tmp_path).digest
+    made = as_dgl(graph)
+    assert import_dgl(made, tmp_path / "object", **OPTIONS).digest == digest
+    dgl_module().save_graphs(str(tmp_path / "graph.bin"), [made])
+    store = import_dgl_file(tmp_path / "graph.bin", tmp_path / "file", OPTIONS)  # type: ignore[arg-type]
+    assert store.digest == digest
+
+
+def test_splits_as_columns_labels_with_gaps_and_ids(tmp_path: Path) -> None:
+    data = Data(
+        x=torch.arange(4.0),
+        edge_index=torch.tensor([[0, 1, 2], [1, 2, 3]]),
+        y=torch.tensor([[0.0], [float("nan")], [1.0], [1.0]]),
+        train_mask=torch.tensor([[1, 0], [0, 0], [1, 1], [0, 0]]).bool(),
+        n_id=torch.tensor([7, 2**40, 5, 9]),
+    )
+    store = import_pyg(data, tmp_path / "store", feature_dtype="bfloat16", add_reverse=True)
+    assert store.features.dtype == torch.bfloat16
+    assert store.features.float().flatten().tolist() == [0, 1, 2, 3]
+    assert store.labels.tolist() == [0, -1, 1, 1]
+    assert store.split_masks["train"].tolist() == [[True, False, True, False], [False, False, True, False]]
+    assert list(store.node_ids) == [7, 2**40, 5, 9]
+    assert store.num_edges == 6
+    assert not store.manifest.directed
+
+
+def test_sparse_features(tmp_path: Path) -> None:
+    dense = torch.tensor([[1.0, 0, 2], [0, 0, 0]])
+    edges = torch.tensor([[0], [1]])
+    for form in (dense.to_sparse(), dense.to_sparse_csr()):
+        store = import_pyg(Data(x=form, edge_index=edges), tmp_path / "store", overwrite=True)
+        assert torch.equal(store.features, dense)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("exploded",)
+
+
+def test_a_file_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = Data(edge_index=torch.zeros(2, 0, dtype=torch.int64), num_nodes=1)
+    data.extra = Bomb()
+    torch.save(data, "bad.pt")
+    with pytest.raises(UserError, match="could run code"):
+        import_pyg("bad.pt", "store")
+    assert not Path("exploded").exists()
+    assert not Path("store").exists()
+
+
+EDGES = torch.tensor([[0, 1], [1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("graph", "words"),
+    [
+        (Data(x=torch.ones(2, 1)), "no edge_index"),
+        (Data(x=torch.ones(2, 1), edge_index=EDGES + 5), "edge 0 .* joins 5 -> 6"),
+        (Data(x=torch.tensor([[1.0], [float("inf")]]), edge_index=EDGES), "node 1 column 0"),
+        (Data(x=torch.ones(2, 1), y=torch.zeros(2, 3), edge_index=EDGES), "multi-label"),
+        (Data(x=torch.ones(2, 1), edge_index=EDGES, train_mask=torch.zeros(2).bool()), "without training nodes"),
+        (Data(x=torch.ones(2, 1), edge_index=EDGES, edge_weight=torch.ones(3)), "weight"),
+        (HeteroData(), "several types"),
+        ([Data(), Data()], "2 graphs"),
+        (object(), "not a PyG graph"),
+    ],
+)
+def test_bad_pyg_graphs(tmp_path: Path, graph: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        import_pyg(graph, tmp_path / "store")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    dgl = dgl_module()
+    (tmp_path / "junk.pt").write_bytes(b"junk" * 10)
+    (tmp_path / "junk.bin").write_bytes(b"junk" * 10)
+    whole = tmp_path / "two.bin"
+    graph = dgl.graph(([0, 1], [1, 0]))
+    dgl.save_graphs(str(whole), [graph, graph])
+    for length in (20, 200):
+        (tmp_path / f"cut{length}.bin").write_bytes(whole.read_bytes()[:length])
+    with pytest.raises(UserError, match="damaged"):
+        import_pyg(tmp_path / "junk.pt", tmp_path / "store")
+    with pytest.raises(UserError, match="is not a file"):
+        import_pyg(tmp_path / "none.pt", tmp_path / "store")
+    for name, words in (
+        ("junk.bin", "begins otherwise"),
+        ("cut20.bin", "damaged"),
+        ("cut200.bin", "damaged"),
+        ("two.bin", "2 graphs"),
+        ("none.bin", "is not a file"),
+    ):
+        with pytest.raises(UserError, match=words):
+            import_dgl_file(tmp_path / name, tmp_path / "store", {})
+    hetero = dgl.heterograph({("a", "to", "b"): ([0], [1])})
+    with pytest.raises(UserError, match="2 types of nodes"):
+        import_dgl(hetero, tmp_path / "store")
+    with pytest.raises(UserError, match="give a DGLGraph"):
+        import_dgl(graph.adj, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_file_that_knows_its_node_attributes(tmp_path: Path) -> None:
+    """Transforms ask data which attributes are a node's; the answer is pickled with it, in a defaultdict."""
+    graph = Data(x=torch.ones(3, 2), edge_index=torch.tensor([[0, 1], [1, 2]]))
+    assert graph.is_node_attr("x")
+    torch.save(graph, tmp_path / "asked.pt")
+    known = set(torch.serialization.get_safe_globals())
+    assert import_pyg(tmp_path / "asked.pt", tmp_path / "store").num_edges == 2
+    assert set(torch.serialization.get_safe_globals()) == known
