@@ -28,7 +28,7 @@ from dngd.graph.store import GraphStore
 from dngd.graph.synth import PRODUCTS_MINI, SynthConfig, SynthGraph, synthesize, write_synth
 from dngd.graph.synth_like import LIKE, LikeConfig, like_config, write_like
 from dngd.graph.table_columns import TableColumns
-from dngd.graph.table_files import CsvStyle
+from dngd.graph.table_readers import CsvStyle
 from dngd.graph.tables import import_tables
 from dngd.graph.verify import verify_store
 

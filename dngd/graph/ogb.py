@@ -32,7 +32,8 @@ from dngd.graph.npz import check_edge_index, dense_features
 from dngd.graph.npz_members import NpzMembers
 from dngd.graph.staging import StagedFolder
 from dngd.graph.store import GraphStore
-from dngd.graph.table_files import CsvStyle, Table, open_table
+from dngd.graph.table_files import Table, open_table
+from dngd.graph.table_readers import CsvStyle
 from dngd.graph.table_values import numbers
 
 Array = npt.NDArray[Any]

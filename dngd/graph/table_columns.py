@@ -9,7 +9,8 @@ from typing import Any, Literal
 from dngd.errors import UserError
 from dngd.graph.id_map import IdKind
 from dngd.graph.manifest import MASK_NAMES
-from dngd.graph.table_files import Table, TableFile
+from dngd.graph.table_files import Table
+from dngd.graph.table_readers import TableFile
 
 Kind = Literal["int", "float", "bool", "string", "list", "empty", "other"]
 

@@ -13,7 +13,7 @@ from dngd.graph.canonical import as_array
 from dngd.graph.id_map import IdKind
 from dngd.graph.manifest import MASK_NAMES
 from dngd.graph.table_columns import NodeColumns
-from dngd.graph.table_files import TableFile
+from dngd.graph.table_readers import TableFile
 
 Array = npt.NDArray[Any]
 

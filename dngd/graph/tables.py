@@ -35,7 +35,8 @@ from dngd.graph.table_columns import (
     id_kind,
     node_columns,
 )
-from dngd.graph.table_files import CsvStyle, Table, TableFormat, make_table, open_table
+from dngd.graph.table_files import Table, make_table, open_table
+from dngd.graph.table_readers import CsvStyle, TableFormat
 from dngd.graph.table_values import NodeValues, feature_blocks, feature_width, id_values, numbers
 
 Source = str | Path | Sequence[str | Path]
@@ -215,7 +216,7 @@ def _build(plan: _Plan, ids: NodeIds, values: NodeValues | None, out: str | Path
     with StoreBuilder(out, num_nodes=len(ids), weighted=weighted, **settings) as builder:
         _add_edges(builder, plan, ids)
         return builder.finish(
-            features=_features(plan),
+            features=_features(plan, Path(out).absolute().parent),
             labels=classes,
             num_classes=num_classes,
             masks=masks,
@@ -246,12 +247,12 @@ def _add_edges(builder: StoreBuilder, plan: _Plan, ids: NodeIds) -> None:
         )
 
 
-def _features(plan: _Plan) -> RowBlocks | None:
+def _features(plan: _Plan, scratch: Path) -> RowBlocks | None:
     if plan.nodes is None or not plan.num_features:
         return None
     columns = plan.node_columns
     types = csv_types(plan.nodes, columns, plan.kind)
-    batches = plan.nodes.batches(columns.features, _NUMBER_BYTES * plan.num_features, types)
+    batches = plan.nodes.batches(columns.features, _NUMBER_BYTES * plan.num_features, types, scratch)
     return RowBlocks(plan.num_features, feature_blocks(columns, plan.num_features, batches))
 
 

@@ -31,7 +31,7 @@ def logits(communicator: Communicator, argument: dict[str, Any]) -> dict[str, An
 
     with (
         mock.patch.object(tables, "SHARED_FROM_BYTES", 0),
-        mock.patch.object(tables, "_boot_id", lambda: machine),
+        mock.patch.object(tables, "_boot_id", return_value=machine),
         mock.patch.object(evaluation_plan, "_LEAST_BLOCK_ROWS", 1),
         mock.patch.object(tables.TableSpace, "shared", watched),
     ):

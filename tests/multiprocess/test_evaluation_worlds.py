@@ -9,7 +9,7 @@ import torch
 from tests.helpers.exact_evaluation import awkward_store, dense_forward, made_model
 from tests.helpers.ranks import run_ranks
 
-WORLD = 3
+WORLD = 2
 
 
 def test_processes_share_tables(tmp_path: Path) -> None:
