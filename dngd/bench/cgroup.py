@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 PROC = Path("/proc/self")
 _EMPTY_SECONDS = 10.0
@@ -55,6 +57,7 @@ class MemoryGroup:
 def memory_group(name: str) -> Iterator[MemoryGroup]:
     """Make a group and remove it again, once its processes are gone. Raises NotAllowedError."""
     parent, version = _parent()
+    remove_leftovers(parent, name, lambda folder: folder.rmdir())
     group = MemoryGroup(parent / f"{name}-{os.getpid()}", version)
     try:
         group.folder.mkdir()
@@ -69,6 +72,15 @@ def memory_group(name: str) -> Iterator[MemoryGroup]:
         yield group
     finally:
         _remove(group.folder)
+
+
+def remove_leftovers(parent: Path, name: str, remove: Callable[[Path], None]) -> None:
+    """Remove what killed processes left in a folder as NAME-PID, as far as that is possible."""
+    for left in parent.glob(f"{name}-*"):
+        pid = left.name.removeprefix(f"{name}-")
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            with contextlib.suppress(OSError):
+                remove(left)
 
 
 def _parent() -> tuple[Path, int]:

@@ -13,9 +13,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any
 
 import psutil
@@ -135,6 +137,23 @@ class Child:
         self._log.seek(max(0, size - _TAIL_CHARACTERS))
         text = self._log.read().decode(errors="replace").strip()
         return f":\n{text}" if text else ""
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the block, as Ctrl-C does, so that children, copies and control groups do not stay behind."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ with `feature_placement` disk, as is advised there, and with the plain memory ma
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import statistics
 import tempfile
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dngd.bench.cgroup import NotAllowedError, memory_group
+from dngd.bench.cgroup import NotAllowedError, memory_group, remove_leftovers
 from dngd.bench.children import Child
 from dngd.bench.opening import cached_bytes, drop_cached
 from dngd.bench.progress import BenchProgress
@@ -25,6 +26,7 @@ from dngd.graph import GraphStore
 
 FEATURES_FILE = "features.arrow"
 PLACEMENTS = ("disk", "auto")
+COPY_NAME = "bench-disk"
 MARGIN_BYTES = 32 << 20
 """On top of the limit: two runs' own needs differ by that much."""
 
@@ -121,10 +123,13 @@ def _copy(store: GraphStore, scratch: Path) -> Iterator[Path]:
             f"the row disk copies the store, {store.nbytes / 2**30:.1f} GiB, to {scratch}, where "
             f"{free / 2**30:.1f} GiB are free; free some, or give another --cache-dir"
         )
-    with tempfile.TemporaryDirectory(prefix="bench-disk-", dir=scratch) as folder:
-        copy = Path(folder) / "store"
+    remove_leftovers(scratch, COPY_NAME, shutil.rmtree)
+    copy = scratch / f"{COPY_NAME}-{os.getpid()}"
+    try:
         try:
             shutil.copytree(store.path, copy)
         except OSError as error:
-            raise TrainingError(f"the store cannot be copied to {scratch}: {error.strerror}") from error
+            raise TrainingError(f"the store cannot be copied to {copy}: {error}") from error
         yield copy
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dngd.allocator import keep_freed_memory
-from dngd.bench.children import stopped_children, take_turns
+from dngd.bench.children import ended_by_sigterm, stopped_children, take_turns
 from dngd.bench.contenders import Entry, Work, dgl_entries, entry_description, own_entries
 from dngd.bench.disk import PLACEMENTS, measure_disk
 from dngd.bench.graphs import PRODUCTS_SHAPED, open_graph
@@ -49,6 +49,7 @@ LIMITS = {"added_bytes_a_worker": 400e6, "open_seconds": 0.5}
 
 SMALL_SCALE = 0.01
 MEMORY_WORKERS = 3
+DISK_WARMUP = 1
 SAME_WORK_TOLERANCE = 0.1
 
 
@@ -67,7 +68,7 @@ class PipelineOptions:
     processes: Sequence[int] = (0, 1, 2)
     batches: int = 6
     rounds: int = 5
-    steps: int = 8
+    steps: int = 5
     threads: int | None = None
     scale: float = 1.0
 
@@ -87,7 +88,7 @@ def run_pipeline_bench(options: PipelineOptions, progress: BenchProgress | None 
     batch_size = batch_size_of(config, int(split.train.numel()))
     if batch_size == split.train.numel():
         raise UserError(f"a batch of {batch_size} seeds is the whole training set; give a smaller --batch-size")
-    with torch_threads(options.threads) as threads:
+    with ended_by_sigterm(), torch_threads(options.threads) as threads:
         bench = _Bench(options, store, threads, progress)
         machine = describe_machine(keeps_memory=keep_freed_memory())
         measured = {row: bench.rows[row]() for row in ROWS if row in options.rows and row in bench.rows}
@@ -190,7 +191,7 @@ class _Bench:
     def _disk(self) -> dict[str, Any]:
         steps = self._options.steps
         self._progress.begin(1 + len(PLACEMENTS), "features on disk")
-        return measure_disk(self._adam, self._store, self._cache, 2, steps, self._threads, self._progress)
+        return measure_disk(self._adam, self._store, self._cache, DISK_WARMUP, steps, self._threads, self._progress)
 
     def _roofline(self) -> dict[str, Any]:
         return measure_roofline(self._store, self._config)

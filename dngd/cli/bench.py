@@ -156,7 +156,7 @@ def bench_pipeline(
     batch_size: Annotated[str, typer.Option(help="Seeds a batch")] = "1024",
     batches: Annotated[int, typer.Option(help="Batches of a contender's turn")] = 6,
     rounds: Annotated[int, typer.Option(help="Turns of each contender, after one of warm-up")] = 5,
-    steps: Annotated[int, typer.Option(help="Training steps of the rows memory and disk")] = 8,
+    steps: Annotated[int, typer.Option(help="Training steps of the rows memory and disk")] = 5,
     prefetch: Annotated[int | None, typer.Option(help=field_help("prefetch"))] = None,
     seed: Annotated[int, typer.Option(help="Of weights, splits, batches, sampling, dropout")] = 0,
     threads: Annotated[

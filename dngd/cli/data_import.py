@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -38,6 +39,12 @@ def data_import(
     self_loops: Annotated[str, typer.Option(help="drop or keep")] = "drop",
     duplicates: Annotated[str, typer.Option(help="Copies of an edge: drop, sum (their weights) or keep")] = "drop",
     feature_dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
+    order: Annotated[
+        str,
+        typer.Option(
+            help="Of the nodes: original, degree (most read first) or partition:PARTS (part by part); ids stay with them"
+        ),
+    ] = "original",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that is already there")] = False,
     as_json: Json = False,
     nodes: Annotated[
@@ -125,23 +132,40 @@ def data_import(
     }
     if add_reverse is not None:
         options["add_reverse"] = add_reverse
+
+    def build(out: str | Path, settings: dict[str, Any]) -> Any:
+        if kind != "tables":
+            return _import(kind, str(source), out, settings)
+        return graph.import_tables(
+            source,
+            out,
+            nodes=nodes or None,
+            edges=edges or None,
+            columns=graph.TableColumns(**named),
+            table_format=source_format,  # type: ignore[arg-type]  # checked by _kind
+            style=style,
+            **settings,
+        )
+
     with data_progress() as progress:
         options["progress"] = progress
-        if kind == "tables":
-            made = graph.import_tables(
-                source,
-                store,
-                nodes=nodes or None,
-                edges=edges or None,
-                columns=graph.TableColumns(**named),
-                table_format=source_format,  # type: ignore[arg-type]  # checked by _kind
-                style=style,
-                **options,
-            )
-        else:
-            assert source is not None
-            made = _import(kind, source, store, options)
+        made = build(store, options) if order == "original" else _in_order(order, build, store, options)
     show_store(made, as_json)
+
+
+def _in_order(order: str, build: Callable[[Path, dict[str, Any]], Any], store: str, options: dict[str, Any]) -> Any:
+    """Build the store in the original order beside its target, then write it to the target in the order asked for."""
+    from dngd.graph.import_options import check_options
+    from dngd.graph.staging import StagedFolder
+    from dngd.sampling.partitioning import parse_order, reorder_by
+
+    parse_order(order)
+    check_options(store, cast(Any, options), weighted=True)
+    overwrite = options["overwrite"]
+    # A folder that is removed at the end, and by the next write of the same store if this one is killed.
+    with StagedFolder(Path(store), overwrite) as beside:
+        unordered = build(beside.path / "unordered", {**options, "overwrite": False})
+        return reorder_by(unordered, order, store, overwrite=overwrite, progress=options["progress"])
 
 
 def _kind(source: str | None, source_format: str | None, *, tables: bool) -> str:
@@ -162,7 +186,7 @@ def _kind(source: str | None, source_format: str | None, *, tables: bool) -> str
     return "tables" if source_format in TABLE_FORMATS else source_format
 
 
-def _import(kind: str, source: str, store: str, options: dict[str, Any]) -> Any:
+def _import(kind: str, source: str, store: str | Path, options: dict[str, Any]) -> Any:
     from dngd import graph
 
     if kind == "dgl":

@@ -1,4 +1,8 @@
-"""One Parquet, CSV or Arrow file, read in record batches of bounded memory, whatever the layout of the file."""
+"""One Parquet, CSV or Arrow file, read in record batches of bounded memory.
+
+Row groups of Parquet and uncompressed batches of Arrow may be of any size. A compressed Arrow batch is the exception:
+it is in memory as a whole, since Arrow cannot decompress a part (Feather's writer makes batches of 65,536 rows).
+"""
 
 from __future__ import annotations
 
@@ -185,6 +189,8 @@ def _read_arrow(file: TableFile, plan: ReadPlan) -> Iterator[Any]:
                 if mapped is not None:
                     # The pages just read need not stay with this process.
                     mapped.madvise(mmap.MADV_DONTNEED)
+            # Before the next one is read: it may be compressed, and large.
+            del batch
 
 
 def _map(path: str) -> mmap.mmap:

@@ -87,6 +87,8 @@ class _Tables:
     edges: Table
     name: str
     """what the graph is called if nothing else is said"""
+    told: str
+    """the source in the provenance: without folders"""
 
 
 @dataclass(frozen=True)
@@ -113,16 +115,19 @@ def _open_tables(
             raise UserError("no edge table is given; give --edges, or a folder with files named nodes* and edges*")
         edge_table = open_table(edges, "edge", table_format=table_format, style=style)
         node_table = None if nodes is None else open_table(nodes, "node", table_format=table_format, style=style)
-        return _Tables(node_table, edge_table, Path(edge_table.name).name.partition(".")[0].rstrip("*-_") or "graph")
+        told = edge_table.name if node_table is None else f"{node_table.name}, {edge_table.name}"
+        return _Tables(node_table, edge_table, _plain_name(edge_table.name), told)
     if nodes is not None or edges is not None:
         raise UserError(
             f"{shown_address(str(source))} is given besides --nodes or --edges; give a folder with both tables, or each"
         )
     root = locate(source)
-    name = root.name.partition(".")[0] or "graph"
     files = list_files(source)
-    if [file.path for file in files] == [root.path]:
-        return _Tables(None, make_table(files, "edge", str(source), table_format, style), name)
+    if not all(file.path.startswith(root.path.rstrip("/") + "/") for file in files):
+        # No folder: one file, or a pattern.
+        return _Tables(
+            None, make_table(files, "edge", root.shown, table_format, style), _plain_name(root.name), root.name
+        )
     begin = len(root.path.rstrip("/")) + 1
     parts = {
         kind: [file for file in files if file.path[begin:].lower().startswith(kind)] for kind in ("nodes", "edges")
@@ -138,7 +143,12 @@ def _open_tables(
         for kind in parts
     }
     assert made["edges"] is not None
-    return _Tables(made["nodes"], made["edges"], name)
+    return _Tables(made["nodes"], made["edges"], root.name or "graph", root.name)
+
+
+def _plain_name(file: str) -> str:
+    """Return a file's name or pattern without suffixes and wildcards."""
+    return file.partition(".")[0].rstrip("*?-_") or "graph"
 
 
 def _plan(tables: _Tables, names: TableColumns) -> _Plan:
@@ -153,7 +163,7 @@ def _plan(tables: _Tables, names: TableColumns) -> _Plan:
     if tables.nodes is not None:
         types = csv_types(tables.nodes, nodes, kind)
         width = feature_width(nodes, tables.nodes.batches(nodes.features, _NUMBER_BYTES << 10, types))
-    return _Plan(tables.nodes, tables.edges, tables.name, nodes, edges, kind, width)
+    return _Plan(tables.nodes, tables.edges, tables.name, tables.told, nodes, edges, kind, width)
 
 
 def _read_nodes(table: Table, plan: _Plan, progress: Any) -> NodeValues:
@@ -262,4 +272,4 @@ def _provenance(plan: _Plan, label_names: list[str] | None, options: ImportOptio
     told["files"] = sum(len(table.files) for table in tables)
     if label_names is not None:
         told["label_names"] = label_names
-    return Provenance(source=", ".join(table.name for table in tables), options=told)
+    return Provenance(source=plan.told, options=told)

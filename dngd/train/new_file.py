@@ -35,7 +35,7 @@ def new_file(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
             os.replace(name, path)
             name = None
         elif name is not None:
-            os.link(name, path)
+            _name_if_free(name, path)
     finally:
         if name is not None:
             name.unlink(missing_ok=True)
@@ -44,13 +44,34 @@ def new_file(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
 def _open(folder: Path, final: str) -> tuple[int, Path | None]:
     """Return a new file's descriptor, and its name if it must have one."""
     with contextlib.suppress(OSError, AttributeError):
-        descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666)
-        if os.path.exists(f"/proc/self/fd/{descriptor}"):
-            return descriptor, None
-        os.close(descriptor)
+        if _can_be_named_later(folder, f".{final}.{secrets.token_hex(4)}"):
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666), None
     descriptor, name = tempfile.mkstemp(prefix=f".{final}.", dir=folder)
     os.fchmod(descriptor, 0o666 & ~_umask())
     return descriptor, Path(name)
+
+
+def _can_be_named_later(folder: Path, name: str) -> bool:
+    """Try it with an empty file, before much work goes into one that would be lost."""
+    descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
+    try:
+        _link(descriptor, folder / name)
+        (folder / name).unlink()
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _name_if_free(name: Path, path: Path) -> None:
+    """Turn a hidden file's name into another that is not taken; as far as can be told where there are no links."""
+    try:
+        os.link(name, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        if path.exists():
+            raise FileExistsError(path) from None
+        os.rename(name, path)
 
 
 def _link(descriptor: int, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,16 @@ def test_systems_without(proc: Path, tmp_path: Path, own: str, mounts: str, why:
 def test_a_system_without_proc(proc: Path) -> None:
     with pytest.raises(NotAllowedError, match="no control groups"), memory_group("x"):
         pass
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    kept = [f"x-{os.getpid()}", f"y-{gone.pid}", "x-", "x-12b"]
+    for name in (*kept, f"x-{gone.pid}"):
+        (tmp_path / name).mkdir()
+    cgroup.remove_leftovers(tmp_path, "x", lambda folder: folder.rmdir())
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_a_hierarchy_that_does_not_limit_memory_is_refused_and_left_clean(proc: Path, tmp_path: Path) -> None:

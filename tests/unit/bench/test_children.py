@@ -67,14 +67,28 @@ def test_a_death_is_told() -> None:
 
 
 PARENT = """
-import time
-from dngd.bench.children import Child
-child = Child("left alone", {"part": "open"})
-child.wait_until_ready()
-child.pause()
-print(child.pid, flush=True)
-time.sleep(60)
+import contextlib, time
+from pathlib import Path
+from dngd.bench.children import Child, ended_by_sigterm
+with ended_by_sigterm(), contextlib.ExitStack() as stack:
+    child = Child("left alone", {"part": "open"})
+    stack.callback(print, "cleaned up")
+    child.wait_until_ready()
+    child.pause()
+    print(child.pid, flush=True)
+    time.sleep(60)
 """
+
+
+def test_sigterm_unwinds_the_benchmark() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent.stdout:
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.send_signal(signal.SIGTERM)
+        assert parent.stdout.read() == "cleaned up\n"
+    assert parent.wait() == 128 + signal.SIGTERM
+    assert not psutil.wait_procs([child], timeout=10)[1]
 
 
 def test_a_stopped_child_does_not_outlive_a_killed_benchmark() -> None:

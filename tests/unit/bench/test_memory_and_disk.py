@@ -178,6 +178,21 @@ def test_a_machine_without_limits_is_told(store: GraphStore, tmp_path: Path, mon
     assert not list(scratch.iterdir())
 
 
+def test_a_copy_that_fails_is_told_and_removed(
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half_a_copy(source: Path, copy: Path) -> None:
+        copy.mkdir()
+        (copy / "half").touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(disk.shutil, "copytree", half_a_copy)
+    config = TrainConfig(dataset=str(store.path), engine="local")
+    with pytest.raises(TrainingError, match="cannot be copied"):
+        measure_disk(config, store, tmp_path, 1, 2, 1, BenchProgress())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_is_told_before_the_copy(
     store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

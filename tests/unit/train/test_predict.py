@@ -247,10 +247,19 @@ def test_a_failure_leaves_the_old_file(run: Path, tmp_path: Path, monkeypatch: p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet", "run"]
 
 
-@pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
-def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
-    if named:
+@pytest.mark.parametrize("lacks", ["nothing", "unnamed files", "late names", "links"])
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str) -> None:
+    """On file systems that lack this or that; without it, the file gets its name on all of them."""
+    if lacks == "unnamed files":
         monkeypatch.delattr(os, "O_TMPFILE")
+    link = os.link
+
+    def refuses(source: Any, target: Any, **options: Any) -> None:
+        if lacks == "links" or (lacks == "late names" and options):
+            raise OSError(errno.EPERM, "Operation not permitted")
+        link(source, target, **options)
+
+    monkeypatch.setattr(os, "link", refuses)
     path = tmp_path / "file"
 
     def two_writers() -> None:
@@ -261,7 +270,10 @@ def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(FileExistsError):
         two_writers()
     assert path.read_bytes() == b"first"
-    assert list(tmp_path.iterdir()) == [path]
+    with new_file(tmp_path / "other", overwrite=False) as file:
+        file.write(b"alone")
+    assert (tmp_path / "other").read_bytes() == b"alone"
+    assert sorted(tmp_path.iterdir()) == [path, tmp_path / "other"]
 
 
 def test_groups_are_cut_and_joined() -> None:

@@ -1,0 +1,399 @@
+"""Graphs of Parquet, CSV and Arrow tables: the same store as of the arrays, and what tables must not be."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dngd.errors import UserError
+from dngd.graph import CsvStyle, GraphStore, TableColumns, import_tables, table_readers, tables
+from tests.helpers.mutants import assert_caught
+from tests.unit.graph.table_sets import FORMATS, edge_table, node_table, small_set, write_parts, write_table
+
+INTEGERS = st.integers(-(2**63), 2**63 - 1) | st.integers(2**31, 2**33)
+# Without line breaks, which CSV files hold only in quotes that pyarrow does not follow across blocks.
+STRINGS = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Zl", "Zp"]), min_size=1, max_size=6)
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> dict[str, Any]:
+    """Multi-edges, self loops and isolated nodes come by themselves."""
+    num_nodes = draw(st.integers(1, 10))
+    kind = draw(st.sampled_from(["int", "string", "rows"]))
+    ids: list[Any] = list(range(num_nodes))
+    if kind != "rows":
+        values = INTEGERS if kind == "int" else STRINGS
+        ids = draw(st.lists(values, min_size=num_nodes, max_size=num_nodes, unique=True))
+    node = st.integers(0, num_nodes - 1)
+    edges = draw(st.lists(st.tuples(node, node), max_size=25))
+    generator = np.random.RandomState(draw(st.integers(0, 2**16)))
+    part = generator.randint(0, 4, num_nodes)
+    part[0] = 0
+    labels = generator.randint(-1, 4, num_nodes)
+    labels[0] = 2
+    return {
+        "ids": ids,
+        "edges": np.array(edges, dtype=np.int64).reshape(-1, 2).T,
+        "features": generator.standard_normal((num_nodes, draw(st.integers(0, 3)))).astype(np.float32),
+        "labels": labels,
+        "part": part,
+        "weight": generator.rand(len(edges)).astype(np.float32) if draw(st.booleans()) else None,
+        "format": draw(st.sampled_from(FORMATS)),
+        "node_cuts": draw(st.lists(st.integers(0, num_nodes), max_size=3)),
+        "edge_cuts": draw(st.lists(st.integers(0, len(edges)), max_size=3)),
+    }
+
+
+def from_arrays(graph: dict[str, Any], out: Path) -> GraphStore:
+    rows = graph["ids"] == list(range(len(graph["ids"])))
+    return GraphStore.write(
+        out,
+        overwrite=True,
+        features=graph["features"],
+        labels=graph["labels"],
+        edge_index=graph["edges"],
+        edge_weight=graph["weight"],
+        masks={name: graph["part"] == k for k, name in enumerate(("train", "val", "test"))},
+        node_ids=None if rows else graph["ids"],
+        duplicates="keep",
+        self_loops="keep",
+    )
+
+
+def from_tables(graph: dict[str, Any], folder: Path, *, as_list: bool) -> GraphStore:
+    width = graph["features"].shape[1]
+    features = {f"f{k}": graph["features"][:, k] for k in range(width)}
+    if as_list and width and graph["format"] != "csv":
+        features = {"features": graph["features"]}
+    split = [["train", "val", "test", None][k] for k in graph["part"]]
+    nodes = node_table(graph["ids"], label=graph["labels"], split=pa.array(split, pa.string()), **features)
+    ids = pa.array(graph["ids"])
+    ends = [ids.take(pa.array(end)) for end in graph["edges"]]
+    weight = {} if graph["weight"] is None else {"weight": graph["weight"]}
+    write_parts(folder, "nodes", nodes, graph["format"], graph["node_cuts"])
+    write_parts(folder, "edges", edge_table(*ends, **weight), graph["format"], graph["edge_cuts"])
+    # In a CSV file, strings of digits look like numbers.
+    kind = "string" if isinstance(graph["ids"][0], str) else "auto"
+    return import_tables(
+        folder,
+        folder / "store",
+        overwrite=True,
+        columns=TableColumns(id_type=kind),
+        duplicates="keep",
+        self_loops="keep",
+    )
+
+
+PROPERTY = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@PROPERTY
+@given(graph=graphs(), as_list=st.booleans())
+def test_tables_give_the_store_of_the_arrays(
+    tmp_path_factory: pytest.TempPathFactory, graph: dict[str, Any], as_list: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("set")
+    made = from_tables(graph, folder, as_list=as_list)
+    assert made.manifest.files == from_arrays(graph, folder / "expected").manifest.files
+    assert str(folder) not in made.manifest.to_text()
+
+
+def test_batches_of_one_row_make_the_same_store(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    ids = generator.permutation(300)[:40] + 2**40
+    ends = generator.integers(0, 40, (2, 200))
+    nodes = node_table(ids, label=generator.integers(0, 3, 40), features=generator.standard_normal((40, 3)))
+    whole = small_set(tmp_path, nodes, edge_table(ids[ends[0]], ids[ends[1]]))
+    store = import_tables(whole, tmp_path / "whole")
+
+    def law() -> None:
+        assert import_tables(whole, tmp_path / "rows", overwrite=True).digest == store.digest
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dngd.graph.table_files._MAX_BATCH_ROWS", 1)
+        real = tables.id_values
+        assert_caught(law, tables, "id_values", lambda column, kind, where: real(column, kind, where)[::-1])
+
+
+def test_wide_row_groups_are_read_a_few_columns_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = np.random.default_rng(0).standard_normal((500, 40)).astype(np.float32)
+    nodes = node_table(np.arange(500), **{f"f{k}": features[:, k] for k in range(40)})
+    pq.write_table(nodes, tmp_path / "nodes.parquet", row_group_size=120)
+    write_table(tmp_path / "edges.parquet", edge_table([0], [1]))
+    monkeypatch.setattr(table_readers, "_GROUP_BYTES", 1)
+    monkeypatch.setattr("dngd.graph.table_files._MAX_BATCH_ROWS", 50)
+    assert np.array_equal(import_tables(tmp_path, tmp_path / "out").features.numpy(), features)
+
+
+def test_without_a_node_table_nodes_are_those_of_the_edges(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "web.csv", edge_table([7, 2**40, -3], [2**40, 7, 7]))
+    store = import_tables(path, tmp_path / "out")
+    assert store.node_ids.tolist() == [-3, 7, 2**40]
+    assert store.indices.tolist() == [0, 2, 1]
+    assert (store.name, store.num_features, store.num_classes) == ("web", 0, 0)
+    names = write_table(tmp_path / "names.parquet", edge_table(["b", "ä", "b"], ["a", "b", "B"]))
+    assert import_tables(names, tmp_path / "named").node_ids.to_pylist() == ["B", "a", "b", "ä"]
+
+
+def test_labels_by_name_are_numbered_in_their_order(tmp_path: Path) -> None:
+    labels = pa.array(["cat", None, "ant", "", "bee", "cat"]).dictionary_encode()
+    store = import_tables(small_set(tmp_path, node_table([10, 20, 30, 40, 5, 6], label=labels)), tmp_path / "out")
+    assert store.labels.tolist() == [2, -1, 0, -1, 1, 2]
+    assert store.num_classes == 3
+    assert store.manifest.provenance.options["label_names"] == ["ant", "bee", "cat"]
+    assert store.num_features == 0
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_labels_that_are_missing_or_negative_are_unlabelled(tmp_path: Path, suffix: str) -> None:
+    for k, labels in enumerate(([1, None, -1, 0], [1.0, float("nan"), None, 0.0])):
+        folder = small_set(tmp_path / str(k), node_table([10, 20, 30, 40], label=labels), suffix=suffix)
+        assert import_tables(folder, folder / "out").labels.tolist() == [1, -1, -1, 0]
+
+
+def test_masks_by_column_and_columns_by_name(tmp_path: Path) -> None:
+    nodes = node_table(
+        [1, 2, 3],
+        kind=[0, 1, 0],
+        train_mask=[True, False, False],
+        val_mask=[0, 1, None],
+        title=["a", "b", "c"],
+        size=pa.array([1, 2, 3], pa.uint8()),
+        height=[0.5, 0.25, 2.0],
+    )
+    write_table(tmp_path / "n.parquet", nodes)
+    write_table(tmp_path / "e.parquet", pa.table({"from": [1, 2], "to": [2, 3], "w": [1, 2]}))
+    columns = TableColumns(label="kind", ignore=["title"], source="from", target="to", weight="w")
+    files = {"nodes": tmp_path / "n.parquet", "edges": [tmp_path / "e.parquet"]}
+    store = import_tables(None, tmp_path / "out", columns=columns, **files)
+    assert store.features.tolist() == [[1.0, 0.5], [2.0, 0.25], [3.0, 2.0]]
+    assert {name: mask.tolist() for name, mask in store.split_masks.items()} == {
+        "train": [True, False, False],
+        "val": [False, True, False],
+    }
+    assert store.edge_weight is not None
+    assert store.edge_weight.tolist() == [1.0, 2.0]
+    assert store.labels.tolist() == [0, 1, 0]
+    chosen = TableColumns(label="kind", features=["height"], source="from", target="to", weight="w")
+    assert import_tables(None, tmp_path / "two", columns=chosen, **files).features.tolist() == [[0.5], [0.25], [2.0]]
+
+
+def test_files_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for k in range(11):
+        write_table(tmp_path / "nodes" / f"part.{k}.parquet", node_table([100 - k]))
+    (tmp_path / "nodes" / "_SUCCESS").write_text("")
+    (tmp_path / "nodes" / ".part.0.parquet.crc").write_text("")
+    write_table(tmp_path / "edges.parquet", edge_table([100], [90]))
+    assert import_tables(tmp_path, tmp_path / "out").node_ids.tolist() == list(range(100, 89, -1))
+    some = import_tables(tmp_path / "edges.parquet", tmp_path / "edges")
+    with pytest.raises(UserError, match="1 edges name nodes"):
+        import_tables(
+            None, tmp_path / "few", nodes=f"{tmp_path}/nod*/part.[1-9].parquet", edges=tmp_path / "edges.parquet"
+        )
+    assert some.node_ids.tolist() == [90, 100]
+
+
+def test_csv_in_its_styles(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(b"src\tdst\n1\t2\n2\t3\n"))
+    store = import_tables(tmp_path / "a.tsv.gz", tmp_path / "a")
+    (tmp_path / "b.csv").write_text("1;2\n2;3\n")
+    bare = TableColumns(source="f0", target="f1")
+    style = CsvStyle(delimiter=";", header=False)
+    assert import_tables(tmp_path / "b.csv", tmp_path / "b", columns=bare, style=style).digest == store.digest
+    # Ids that look like numbers in one file and not in the other are strings in both, zeros and all.
+    (tmp_path / "nodes.csv").write_text("id,x\n007,1\n7,2\n")
+    (tmp_path / "edges.csv").write_text("src,dst\n7,x7\n")
+    (tmp_path / "nodes-2.csv").write_text("id,x\nx7,3\n")
+    parts = [tmp_path / "nodes.csv", tmp_path / "nodes-2.csv"]
+    mixed = import_tables(None, tmp_path / "m", nodes=parts, edges=tmp_path / "edges.csv")
+    assert mixed.node_ids.to_pylist() == ["007", "7", "x7"]
+    assert mixed.indices.tolist() == [1]
+    # A file of no bytes, as some tools write for an empty part, and values that look whole at first.
+    (tmp_path / "nodes-3.csv").write_text("")
+    (tmp_path / "nodes-2.csv").write_text("id,x\nx7,.5\n")
+    again = import_tables(
+        None, tmp_path / "m", nodes=[*parts, tmp_path / "nodes-3.csv"], edges=tmp_path / "edges.csv", overwrite=True
+    )
+    assert again.features.tolist() == [[1.0], [2.0], [0.5]]
+
+
+def test_a_stream_of_arrow_batches(tmp_path: Path) -> None:
+    table = edge_table([1, 2], [2, 3])
+    with pa.ipc.new_stream(str(tmp_path / "edges.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert import_tables(tmp_path / "edges.arrow", tmp_path / "out").num_edges == 2
+
+
+def test_options_reach_the_store(tmp_path: Path) -> None:
+    edges = edge_table([10, 10, 20, 30], [20, 20, 20, 40], weight=[1.0, 2.0, 1.0, 3.0])
+    store = import_tables(
+        small_set(tmp_path, edges=edges),
+        tmp_path / "out",
+        name="four",
+        add_reverse=True,
+        self_loops="keep",
+        duplicates="sum",
+        feature_dtype="bfloat16",
+    )
+    assert (store.name, store.num_edges, store.manifest.directed) == ("four", 5, False)
+    assert store.edge_weight is not None
+    assert sorted(store.edge_weight.tolist()) == [1.0, 3.0, 3.0, 3.0, 3.0]
+    assert str(store.features.dtype) == "torch.bfloat16"
+    assert store.manifest.provenance.options["add_reverse"] is True
+
+
+NODES = [10, 20, 30, 40]
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "edges", "message"),
+    [
+        (node_table([10.0, 20.0]), None, r"column 'id' of .*nodes\.parquet has type double.* whole numbers or strings"),
+        (node_table([10, None, 20]), None, "has no id in 1 rows, the first is row 1"),
+        (node_table([10, 20, 10, 30, 20]), None, r"repeats node ids in 2 rows, the first again at 10 \(row 2\), 20"),
+        (node_table(["a", "b", "a"]), edge_table(["a"], ["b"]), r"repeats node ids in 1 rows.* 'a' \(row 2\)"),
+        (node_table(["10", "20"]), None, "column 'src' of .*edges.* int64 but column 'id' of .*nodes.* string"),
+        (pa.table({"key": NODES, "x": NODES}), None, r"has no column 'id' \(it has: key, x\); .*--id-column"),
+        (node_table(NODES, title=["a"] * 4), None, "column 'title' of .* type string; features are numbers.*--ignore-"),
+        (node_table(NODES, features=[[1.0], [2.0, 3.0], [1.0], []]), None, r"has 2 numbers in row 1 but 1 .*\(2 such"),
+        (node_table(NODES, features=[[1.0], None, [1.0], [1.0]]), None, "has no list in row 1"),
+        (node_table(NODES, features=[["a"], ["b"], ["c"], ["d"]]), None, "features are lists of numbers"),
+        (node_table(NODES, x=[1.0, NAN, None, np.inf]), None, "3 NaN or infinite values.* node 1 column 0, node 2"),
+        (node_table(NODES, label=[0.5, 1, 1, 1]), None, "label 0.5 in row 0 .* is no whole number"),
+        (node_table(NODES, label=[0, -2, 1, 1]), None, "label -2 of node 1 is out of range"),
+        (node_table(NODES, label=[[0], [1], [0], [1]]), None, "column 'label' .* a label is a class number or name"),
+        (node_table(NODES, split=["train", "test", "dev", "val"]), None, "split 'dev' in row 2 .* is not known"),
+        (node_table(NODES, split=["val", "test", "", None]), None, "a split without training nodes"),
+        (node_table(NODES, split=["train"] + ["val"] * 3, label=[-1, 0, 1, 0]), None, "none of them has a label"),
+        (node_table(NODES, split=[0, 1, 2, 2]), None, "column 'split' .* a split is train, val or test"),
+        (node_table(NODES, split=["train"] * 4, train_mask=[True] * 4), None, "tells its split twice"),
+        (node_table(NODES, train_mask=[2, 0, 0, 0]), None, "column 'train_mask' .* has 2.* in row 0"),
+        (node_table(NODES).slice(0, 0), None, "has no rows"),
+        (
+            None,
+            edge_table([10, 11, 12], [20, 20, 11]),
+            r"2 edges name nodes .* the first is node 11 in row 1 of .*edges",
+        ),
+        (None, edge_table([10.0], [20.0]), "column 'src' .* type double"),
+        (None, edge_table([10], [None]), "column 'dst' .* has no id in 1 rows"),
+        (None, pa.table({"src": [1], "target": [2]}), r"no column 'dst' \(it has: src, target\); .*--target-column"),
+        (None, edge_table([10], [20], weight=["heavy"]), "column 'weight' .* a weight is one number"),
+        (None, edge_table([10, 10], [20, 30], weight=[1.0, None]), "edge_weight has 1 NaN .* at edge 1"),
+    ],
+)
+def test_bad_tables(tmp_path: Path, nodes: pa.Table | None, edges: pa.Table | None, message: str) -> None:
+    folder = small_set(tmp_path / "set", nodes, edges)
+    with pytest.raises(UserError, match=message):
+        import_tables(folder, tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nodes": node_table(NODES).drop_columns(["id"]).append_column("id", pa.array([None] * 4))}, "has no id"),
+        ({"id": "other"}, "no column 'other'"),
+        ({"label": "class"}, "no column 'class'.*--label-column"),
+        ({"features": ["x", "z"]}, "no column 'z'.*--feature-column"),
+        ({"ignore": ["z"]}, "no column 'z'.*--ignore-column"),
+        ({"weight": "w"}, "no column 'w'.*--weight-column"),
+        ({"id_type": "float"}, "--id-type 'float' is not known"),
+    ],
+)
+def test_bad_column_names(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    folder = small_set(tmp_path, change.pop("nodes", None))
+    with pytest.raises(UserError, match=message):
+        import_tables(folder, tmp_path / "out", columns=TableColumns(**change))
+
+
+def test_files_that_do_not_fit_together(tmp_path: Path) -> None:
+    files = [
+        write_table(tmp_path / f"n{k}.parquet", table)
+        for k, table in enumerate(
+            [
+                node_table([1], x=[1.0]),
+                node_table([2], x=[1.0], z=[2.0]),
+                node_table([3]),
+                node_table([4], x=["a"]),
+                node_table([5], x=np.ones((1, 2))),
+                node_table([6], x=np.ones((1, 3))),
+            ]
+        )
+    ]
+    edges = write_table(tmp_path / "e.parquet", edge_table([1], [1]))
+    for chosen, message in (
+        ([0, 1], "n1.parquet has the column 'z' that .*n0.parquet lacks"),
+        ([0, 2], "n2.parquet has no column 'x'"),
+        ([0, 3], "column 'x' of .*n3.parquet has type string"),
+        ([0, 4], "column 'x' of .*n0.parquet has type double; features are one list in each file"),
+        ([4, 5], "column 'x' has 2 numbers a row in .*n4.parquet but 3 in .*n5.parquet"),
+    ):
+        names = TableColumns(features=["x"]) if chosen[1] > 3 else None
+        with pytest.raises(UserError, match=message):
+            import_tables(None, tmp_path / "out", nodes=[files[k] for k in chosen], edges=edges, columns=names)
+
+
+def test_sources_that_are_no_tables(tmp_path: Path) -> None:
+    def refused(message: str, source: Any = None, **given: Any) -> None:
+        with pytest.raises(UserError, match=message):
+            import_tables(source, tmp_path / "out", **given)
+
+    folder = tmp_path / "set"
+    refused("does not exist", folder)
+    folder.mkdir()
+    refused("holds no files", folder)
+    write_table(folder / "links.parquet", edge_table([1], [2]))
+    refused(r"no files or folder named edges\* \(it has: links.parquet\)", folder)
+    refused("no file matches", None, edges=f"{folder}/*.csv")
+    refused("no edge table is given", None, nodes=folder)
+    refused("given besides --nodes or --edges", folder, nodes=folder)
+    (folder / "edges.csv").write_text("src,dst\n1,2\n")
+    refused("mixes formats", None, edges=folder)
+    assert import_tables(None, tmp_path / "one", edges=folder, table_format="csv").num_edges == 1
+    (folder / "edges.dat").write_text("src,dst\n1,2\n")
+    refused("does not tell its format by its name", None, edges=folder / "edges.dat")
+    assert import_tables(None, tmp_path / "two", edges=folder / "edges.dat", table_format="csv").num_edges == 1
+    for suffix in ("parquet", "arrow"):
+        (folder / f"broken.{suffix}").write_bytes(b"ARROW1 and nothing that follows")
+        refused(f"broken.{suffix} cannot be read as {suffix}", folder / f"broken.{suffix}")
+    (folder / "ragged.csv").write_text("src,dst\n1,2\n3\n")
+    refused("ragged.csv cannot be read as csv .*--delimiter", folder / "ragged.csv")
+    late = "".join(f"{k},{k}\n" for k in range(200_000))
+    (folder / "late.csv").write_text(f"src,dst\n{late}a,b\n")
+    refused("late.csv .*--id-type string", folder / "late.csv")
+    (folder / "cut.csv.gz").write_bytes(gzip.compress(b"src,dst\n1,2\n" * 100)[:-20])
+    refused("cut.csv.gz cannot be read", folder / "cut.csv.gz")
+
+
+def test_what_is_wrong_is_said_before_rows_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Types and options are checked with the schemas, and nodes before edges."""
+    monkeypatch.setattr(tables, "_add_edges", lambda *_: pytest.fail("edges were read"))
+    folder = small_set(tmp_path / "ids", node_table([10, 10]))
+    with pytest.raises(UserError, match="repeats"):
+        import_tables(folder, tmp_path / "out")
+    monkeypatch.setattr(tables, "_read_nodes", lambda *_: pytest.fail("rows were read"))
+    folder = small_set(tmp_path / "set")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").write_text("")
+    for out, message, options in (
+        ("taken", "already exists", {}),
+        ("taken", "holds other files", {"overwrite": True}),
+        ("out", "duplicates='sum' needs edge weights", {"duplicates": "sum"}),
+        ("out", "feature_dtype='int8' is not known", {"feature_dtype": "int8"}),
+        ("out", "name='' is empty", {"name": ""}),
+    ):
+        with pytest.raises(UserError, match=message):
+            import_tables(folder, tmp_path / out, **options)
+    monkeypatch.undo()
+    write_table(folder / "edges.parquet", edge_table(["10"], ["20"]))
+    with pytest.raises(UserError, match="give all node ids one type"):
+        import_tables(folder, tmp_path / "out")
