@@ -64,7 +64,9 @@ def ldg_assignment(
             moved += stream.visit(start, end)
             if progress is not None:
                 progress(number * len(indices) + int(indptr[end]), total)
-        if number and moved < _SETTLED_SHARE * len(train):
+        if number == 0:
+            stream.restart_from_ranges_if_better()
+        elif moved < _SETTLED_SHARE * len(train):
             break
     if progress is not None:
         progress(total, total)
@@ -98,6 +100,20 @@ class _Stream:
         self.limit = np.repeat(np.array(limits, dtype=np.int64), parts)
         self.size = np.zeros(2 * parts, dtype=np.int64)
         self._draws = np.random.PCG64(seed)
+
+    def restart_from_ranges_if_better(self) -> None:
+        """Take ranges of consecutive nodes instead of the parts so far where these cut more edges.
+
+        Nodes that come sorted by community, as by a crawl or an earlier partition, are what a stream does worst on: the
+        first of a community see no neighbour with a part.
+        """
+        part = np.empty_like(self.part)
+        for c in (False, True):
+            (nodes,) = np.nonzero(self.train == c)
+            part[nodes] = np.arange(len(nodes)) * self.parts // max(len(nodes), 1)
+        if cut_share(self.indptr, self.indices, part) < cut_share(self.indptr, self.indices, self.part):
+            self.part = part
+            self.size = np.bincount(self.train * self.parts + part, minlength=2 * self.parts)
 
     def visit(self, start: int, end: int) -> int:
         """Choose the parts of nodes start..end-1; return how many changed."""
@@ -169,6 +185,15 @@ class _Stream:
         given = level_fill(self.size[bins], self.limit[bins], count)
         self.size[bins] += given
         return np.repeat(bins, given)
+
+
+def cut_share(indptr: Int64Array, indices: Array, part: Int32Array) -> float:
+    """Return the share of the edges whose ends lie in different parts; 0 without edges."""
+    cut = 0
+    for start, end in node_blocks(indptr, len(part)):
+        own = np.repeat(part[start:end], np.diff(indptr[start : end + 1]))
+        cut += int(np.count_nonzero(part[indices[indptr[start] : indptr[end]]] != own))
+    return cut / len(indices) if len(indices) else 0.0
 
 
 def level_fill(size: Int64Array, limit: Int64Array, count: int) -> Int64Array:

@@ -27,9 +27,9 @@ from torch import Tensor
 from dngd.errors import UserError
 from dngd.graph import manifest as m
 from dngd.graph.arrow_files import write_columns
-from dngd.graph.balance import BoolArray, Int32Array, Limits, enforce, node_blocks
+from dngd.graph.balance import BoolArray, Int32Array, Limits, enforce
 from dngd.graph.builder import Progress
-from dngd.graph.ldg import ldg_assignment
+from dngd.graph.ldg import cut_share, ldg_assignment
 from dngd.graph.store import GraphStore
 
 MAX_PARTS = 1 << 16
@@ -91,7 +91,7 @@ class PartitionTask:
         seeds = np.bincount(part[self.train], minlength=self.parts).tolist() if self.train.any() else None
         info = m.PartitionInfo(
             method=method,
-            edge_cut=edge_cut(self.store, part),
+            edge_cut=cut_share(indptr, indices, part),
             nodes=np.bincount(part, minlength=self.parts).tolist(),
             train_nodes=seeds,
             options={"slack": self.slack, **options},
@@ -134,16 +134,6 @@ def run_ldg(task: PartitionTask, passes: int, progress: Progress | None = None) 
         indptr, indices, task.parts, task.train, slack=task.slack, passes=passes, seed=task.seed, progress=report
     )
     return task.finished(part, "ldg", {"passes": passes, "seed": task.seed})
-
-
-def edge_cut(store: GraphStore, part: Int32Array) -> float:
-    """Return the share of the stored edges whose ends lie in different parts; 0 without edges."""
-    indptr, indices = store.indptr.numpy(), store.indices.numpy()
-    cut = 0
-    for start, end in node_blocks(indptr, len(part)):
-        own = np.repeat(part[start:end], np.diff(indptr[start : end + 1]))
-        cut += int(np.count_nonzero(part[indices[indptr[start] : indptr[end]]] != own))
-    return cut / len(indices) if len(indices) else 0.0
 
 
 def check_writable(store: GraphStore, parts: int, *, overwrite: bool) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dngd.errors import UserError
 from dngd.graph import manifest as m
-from dngd.graph.arrow_files import read_columns
+from dngd.graph.arrow_files import file_sha256, read_columns
 from dngd.graph.canonical import Duplicates, FeatureType, SelfLoops
 from dngd.graph.filesystems import is_remote
 from dngd.graph.manifest import Manifest, Provenance, read_manifest
@@ -246,9 +246,10 @@ class GraphStore:
         return {int(parts): info for parts, info in self.manifest.partitions.items()}
 
     def partition(self, parts: int) -> Tensor:
-        """Return each node's part, int32 [num_nodes] in 0..parts-1; views the file.
+        """Return each node's part, int32 [num_nodes] in 0..parts-1; views the file, whose bytes are checked first.
 
-        Raises UserError if the store has no partition in so many parts, or its file is broken.
+        Raises UserError if the store has no partition in so many parts, or its file is broken or was replaced since
+        the store was opened.
         """
         if parts not in self._partitions:
             if parts not in self.partitions:
@@ -259,7 +260,14 @@ class GraphStore:
                 )
             name = m.partition_file(parts)
             fix = m.REPARTITION.format(path=self.path, parts=parts)
-            columns = read_columns(self.path / name, self.manifest.files[name], fix)
+            entry = self.manifest.files[name]
+            columns = read_columns(self.path / name, entry, fix)
+            # Another partition in as many parts has the same header: processes must not take one another's for theirs.
+            if file_sha256(self.path / name) != entry.sha256:
+                raise UserError(
+                    f"{self.path / name} was altered, or replaced since the store was opened; open the store again, or "
+                    f"{fix}"
+                )
             self._partitions[parts] = torch.from_numpy(columns["part"])
         return self._partitions[parts]
 
