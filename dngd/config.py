@@ -110,7 +110,7 @@ class TrainConfig(_Section):
     num_workers: int = Field(1, ge=1, description="Ray Train workers; with engine local: the number of shards run here")
     num_shards: int | None = Field(None, ge=1, description="S, logical shards of a step; null: num_workers", json_schema_extra=IDENTITY)
     use_gpu: bool = Field(False, description="one GPU a worker")
-    feature_placement: Literal["auto", "device", "pinned", "disk"] = Field("auto", description="where the feature table lies; device: on the GPU; pinned: in the machine's memory, one copy for its workers; disk: there, for a table larger than memory, nothing read ahead; auto: device if it fits in half of the GPU's free memory, else pinned, and on a CPU the store's map as it is")
+    feature_placement: Literal["auto", "device", "pinned", "disk"] = Field("auto", description="where the feature table lies; device: on the GPU; pinned: in the machine's memory, one copy for its workers; disk: there, for a table larger than memory; auto: device if it fits in half of the GPU's free memory, else pinned, and on a CPU the store's map as it is")
     feature_cache_bytes: int | None = Field(None, ge=0, description="GPU memory for the features of the most frequent sources where the table is not there, bytes; null: a quarter of the GPU's free memory if the table does not fit, else 0")
     num_samplers: int = Field(1, ge=0, le=64, description="sampler processes a worker; 0 samples in the training process")
     prefetch: int = Field(2, ge=1, le=64, description="batches that each sampler may be ahead")

@@ -223,7 +223,7 @@ def _print_result(result: dict[str, Any]) -> None:
 
 _FEATURE_PLACES = {
     ("auto", False): "read from its map",
-    ("disk", False): "read from its map, nothing ahead",
+    ("disk", False): "read from its map",
     ("auto", True): "on the GPU if it fits there, else in the machine's memory",
     ("device", True): "on the GPU",
     ("pinned", True): "in the machine's memory",

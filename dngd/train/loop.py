@@ -181,7 +181,6 @@ class TrainingLoop:
             aggregation=self.model.aggregation if placed.on_host else None,
             on_mapped=None if locked is None else locked.add,
             on_host=None if placed.cache is None else placed.cache.on_host,
-            random_reads=placed.where == "disk",
         )
 
     def _train_step(self, source: BatchSource, shards: Sequence[int]) -> None:

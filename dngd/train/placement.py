@@ -2,7 +2,7 @@
 
 On a GPU, `device` puts the whole table there. With `pinned` and `disk` it stays in the store's map, one copy a
 machine: samplers take the first layer's rows M from it, and M, a fifth of what is gathered for it, is what crosses to
-the GPU, from page-locked memory (dngd.train.page_lock). `disk` also tells the system not to read ahead. Both may keep
+the GPU, from page-locked memory (dngd.train.page_lock). `disk` is for a table larger than memory. Both may keep
 the hottest rows on the GPU (dngd.train.hot_rows).
 """
 
@@ -17,7 +17,6 @@ from torch import Tensor
 from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.graph import GraphStore
-from dngd.graph.advice import read_randomly
 from dngd.sampling.cached_rows import CachedRows
 from dngd.train.hot_rows import hottest_nodes, keep_rows, least_edge_share, rows_within
 
@@ -90,10 +89,7 @@ def place_features(store: GraphStore, placement: Placement, device: torch.device
         return PlacedFeatures(where, store.features.to(device), note=f"features: on the GPU ({size})")
     cache, kept = None, ""
     if sampled and where != "memory_map":
-        # Before the advice: these rows are read in the order of the file.
         cache, kept = _cache(store, placement, device)
-    if where == "disk":
-        read_randomly(store.features)
     place = {"memory_map": "", "pinned": "in the machine's memory", "disk": "on the disk"}[where]
     on_gpu = device.type != "cpu" or kept
     note = f"features: {place} ({size}){kept}" if place and on_gpu else ""

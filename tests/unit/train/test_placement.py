@@ -172,8 +172,6 @@ def test_on_the_device_the_table_is_there_and_nothing_is_cached(store: GraphStor
 
 def test_a_cache_is_made_where_it_pays(store: GraphStore, monkeypatch: pytest.MonkeyPatch) -> None:
     size = 4 * store.num_nodes + store.num_features * 4 * 101
-    advised: list[torch.Tensor] = []
-    monkeypatch.setattr(placement, "read_randomly", advised.append)
     # Rows of 64 bytes: telling them apart costs more than reading them.
     small = place_features(store, Placement("pinned", size), CPU, sampled=True)
     assert small.cache is None
@@ -181,7 +179,6 @@ def test_a_cache_is_made_where_it_pays(store: GraphStore, monkeypatch: pytest.Mo
     assert on_disk.cache is not None
     assert on_disk.cache.num_rows == 100
     assert on_disk.table is store.features
-    assert advised == [store.features]
     share = hottest_nodes(store, 100).edge_share
     assert f"100 rows on the GPU, which {100 * share:.0f} % of the edges come from" in on_disk.note
     monkeypatch.setattr(hot_rows, "SPLIT_BYTES", 64 * share * 0.99)
