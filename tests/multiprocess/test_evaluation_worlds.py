@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.helpers.exact_evaluation import awkward_store, dense_forward, made_model
@@ -12,6 +13,7 @@ from tests.helpers.ranks import run_ranks
 WORLD = 2
 
 
+@pytest.mark.slow
 def test_processes_share_tables(tmp_path: Path) -> None:
     """In memory and in unnamed files; equal to the dense forward pass on every rank."""
     store = awkward_store(tmp_path / "store")

@@ -80,6 +80,7 @@ with ended_by_sigterm(), contextlib.ExitStack() as stack:
 """
 
 
+@pytest.mark.slow
 def test_sigterm_unwinds_the_benchmark() -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -91,6 +92,7 @@ def test_sigterm_unwinds_the_benchmark() -> None:
     assert not psutil.wait_procs([child], timeout=10)[1]
 
 
+@pytest.mark.slow
 def test_a_stopped_child_does_not_outlive_a_killed_benchmark() -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None

@@ -96,7 +96,7 @@ def assert_same_graph(store: GraphStore, moved: GraphStore, permutation: torch.T
     assert moved.manifest.model_dump(include=kept) == store.manifest.model_dump(include=kept)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(given_arguments=arguments(), seed=st.integers(0, 99))
 def test_there_and_back_again(given_arguments: dict[str, Any], seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:

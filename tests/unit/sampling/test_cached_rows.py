@@ -115,7 +115,9 @@ def test_mutant_that_takes_another_row_for_those_on_the_host_is_caught() -> None
 # --- through the pipeline
 
 
-@pytest.mark.parametrize(("aggregation", "weighted"), [("mean", False), ("gcn", True)])
+@pytest.mark.parametrize(
+    ("aggregation", "weighted"), [pytest.param("mean", False, marks=pytest.mark.slow), ("gcn", True)]
+)
 def test_children_leave_out_what_the_device_keeps(
     aggregation: Aggregation, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
