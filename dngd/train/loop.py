@@ -173,7 +173,7 @@ class TrainingLoop:
             config.shards,
             self.plan.batch_size,
             shards,
-            num_samplers=config.num_samplers,
+            num_samplers=config.samplers,
             prefetch=config.prefetch,
             start=divmod(self.step, self.plan.steps_per_epoch),
             timeout_seconds=config.collective_timeout_seconds,

@@ -166,8 +166,7 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split) -> RunPlan:
         evaluation_table_bytes=evaluation.tables + evaluation.kept,
         sampler_bytes=0
         if config.constant_full_batch
-        else config.num_samplers
-        * (PROCESS_BYTES + slots_of_sampler(config.prefetch) * (batch.edges + batch.first_rows)),
+        else config.samplers * (PROCESS_BYTES + slots_of_sampler(config.prefetch) * (batch.edges + batch.first_rows)),
         gradient_bytes_per_step=(parameters + 2) * FLOAT_BYTES,
         factor_bytes_per_refresh=statistics if kfac else 0,
         inverse_bytes_per_refresh=sum(layer.factors.inverses_sent for layer in layers) if kfac else 0,
