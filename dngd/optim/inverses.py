@@ -91,12 +91,17 @@ class StoredInverse:
         return StoredInverse(tuple(t.to(device, copy=True) for t in self.tensors), self.scales)
 
 
+HELD_ELSEWHERE = StoredInverse((), ())
+"""What stands for an inverse that exists, on another rank alone."""
+
+
 @dataclass(frozen=True)
 class Decomposition:
-    """The outcome of one inversion or eigendecomposition; see dngd.curvature.InverseResult."""
+    """The outcome of one inversion or eigendecomposition, and how long it took; see dngd.curvature.InverseResult."""
 
     stored: StoredInverse | None
     escalations: int
+    seconds: float = 0.0
 
 
 def decompose(structure: FactorStructure, averages: Tensors, damping: float, wanted: Wanted) -> Decomposition:

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from dngd.comm import Communicator, assign_owners, current_communicator
-from dngd.comm.assignment import Factor
+from dngd.comm import Communicator, current_communicator
 from dngd.curvature import (
     DampingMode,
     FactorLayout,
@@ -28,14 +27,16 @@ from dngd.curvature import (
     precondition_with_inverses,
 )
 from dngd.errors import TrainingError, UserError
-from dngd.optim.arguments import LossReduction, Method, check_arguments, in_range
+from dngd.optim.arguments import LossReduction, Method, check_arguments, check_wrapper, in_range
 from dngd.optim.capture import Capture, Variant, WeightSharing
+from dngd.optim.directions import share_directions
 from dngd.optim.eigenvalues import EigenvalueCorrection
 from dngd.optim.health import layer_health, layer_table
 from dngd.optim.inverses import PRECISIONS, InversePrecision, Wanted
 from dngd.optim.layers import CurvatureLayer, find_layers
+from dngd.optim.plan import LayerSizes, Plan, Planner, StrategyChoice
 from dngd.optim.refresh import Damping, LayerState, RefreshPipeline
-from dngd.optim.schedules import Period, Schedule, UpdateSchedule, value_at
+from dngd.optim.schedules import Period, Schedule, UpdateSchedule, period_at, value_at
 from dngd.optim.state import load_preconditioner_state, preconditioner_state
 
 
@@ -52,7 +53,7 @@ class KFACPreconditioner:
     bias; aggregated rows for graph convolutions) and `G = (1/n) Σ g_i g_iᵀ` over n seeds, g_i the gradient of
     the summed loss with respect to output row i; both are running averages of sums and counts (Martens & Grosse
     2015; Izadi et al. 2020, arXiv 2008.09624). Between refreshes they stay on their rank; a refresh reduces them
-    over the ranks, inverts each on its owner rank and shares the inverse.
+    over the ranks, inverts each on its owner rank and shares the inverse, or as `strategy` says.
 
     model: linear layers of torch and PyG, graph convolutions of dngd, PyG and DGL, Embedding, BatchNorm and
         LayerNorm are preconditioned; other parameters keep their gradient and are named in one warning, or
@@ -75,6 +76,13 @@ class KFACPreconditioner:
     layout: what becomes of wide factors; see dngd.curvature.FactorLayout (with eigenbases "low_rank" is diagonal).
         inverse_precision: how inverses are kept and sent, where their conditioning allows it ("full" otherwise, and
         for float64 models).
+    strategy: "replicate" (every rank inverts all), "share_inverse" (owners invert and send the inverses),
+        "share_gradient" (an owner keeps a layer's inverses and sends its preconditioned gradient every step), or
+        "auto", which starts with share_inverse and chooses for each layer from what all ranks measured; see
+        dngd.comm.cost_model and `plan`. No number of the training depends on it where the ranks round alike.
+    refresh_budget_seconds: most seconds of inversions that a step starts, by the plan's measurements; layers beyond it
+        wait for the next step, so that timings decide when inverses are renewed (on all ranks alike, but two runs of one
+        seed differ). One layer always starts; None for no limit.
     loss_scale: a function that returns what the loss was multiplied with, e.g. `scaler.get_scale`; gradients must be
         unscaled (`scaler.unscale_(optimizer)`) before `step`.
     max_dropped_steps: non-finite steps in a row after which TrainingError is raised; None for no limit.
@@ -112,6 +120,8 @@ class KFACPreconditioner:
         max_rows: int | None = None,
         layout: FactorLayout | None = None,
         inverse_precision: InversePrecision = "full",
+        strategy: StrategyChoice = "auto",
+        refresh_budget_seconds: float | None = None,
         loss_scale: Callable[[], float] | None = None,
         max_dropped_steps: int | None = 10,
         strict: bool = False,
@@ -134,7 +144,7 @@ class KFACPreconditioner:
         self.method: Method = method
         self.max_dropped_steps = max_dropped_steps
         self.communicator: Communicator = communicator if communicator is not None else current_communicator()
-        _check_wrapper(model, fisher)
+        check_wrapper(model, fisher)
         if variant == "paper" and self.communicator.world_size > 1:
             raise UserError("variant='paper' reproduces a single-process method; run it with one worker")
 
@@ -175,13 +185,23 @@ class KFACPreconditioner:
             )
             for layer in layers
         }
-        costs: dict[Factor, float] = {}
-        for layer in layers:
-            costs[layer.name, "A"] = layer.a.inversion_cost
-            costs[layer.name, "G"] = layer.g.inversion_cost
-        self.owners = assign_owners(costs, self.communicator.world_size)
         wanted = Wanted(eigenbasis=method != "kfac", dtype=self._stored_dtype(inverse_precision))
-        self.pipeline = RefreshPipeline(self.states, self.owners, self.communicator, wanted, change_threshold)
+        self._planner = Planner(
+            {layer.name: _layer_sizes(layer, wanted) for layer in layers},
+            self.communicator,
+            strategy,
+            shares_gradients=method == "kfac",
+        )
+        self.refresh_budget_seconds = refresh_budget_seconds
+        self.deferred: list[str] = []
+        self.pipeline = RefreshPipeline(
+            self.states,
+            self._planner.plan,
+            self.communicator,
+            wanted,
+            change_threshold,
+            self._planner.record_inversion,
+        )
         self.eigenvalues = (
             EigenvalueCorrection(self.layers, self.states, self.communicator, eigenvalue_update_period)
             if method == "ekfac"
@@ -403,21 +423,47 @@ class KFACPreconditioner:
         With several ranks all of them enter, in the same order. The very first refresh is adopted at
         once, whatever inverse_delay: until then there is nothing to precondition with.
         """
+        self._replan_if_due()
         names = list(self.layers)
-        due = [names[i] for i in self.schedule.layers_due(self.steps, len(names))]
+        due = [*self.deferred, *(names[i] for i in self.schedule.layers_due(self.steps, len(names)))]
         missing = [name for name, state in self.states.items() if state.attempted_step < 0]
         if self.factor_steps == 0:
             due = missing = []  # every step so far was dropped: the same on all ranks
         launched = {name for refresh in self.pipeline.under_way for name in refresh.layers}
         first = [name for name in missing if name not in launched]
-        later = [name for name in due if name not in first and name not in launched]
+        later = list(dict.fromkeys(name for name in due if name not in first and name not in launched))
         if first:
             self.pipeline.launch(self.steps, first, self._damping_now(), 0)
-        if later:
-            self.pipeline.launch(self.steps, later, self._damping_now(), self.inverse_delay)
+        now = self._within_budget(later)
+        self.deferred = later[len(now) :]
+        if now:
+            self.pipeline.launch(self.steps, now, self._damping_now(), self.inverse_delay)
         self.pipeline.advance(self.steps)
         if self.eigenvalues is not None:
             self.eigenvalues.advance(self.steps)
+
+    def _within_budget(self, layers: list[str]) -> list[str]:
+        """Return the first layers whose inversions fit in the step's budget, at least one; alike on all ranks."""
+        if self.refresh_budget_seconds is None:
+            return layers
+        count = min(1, len(layers))
+        while count < len(layers) and self.plan().refresh_seconds(layers[: count + 1]) <= self.refresh_budget_seconds:
+            count += 1
+        return layers[:count]
+
+    def _replan_if_due(self) -> None:
+        period = period_at(self.schedule.inverse_update_period, self.steps)
+        uses_a_plan = self.communicator.world_size > 1 or self.refresh_budget_seconds is not None
+        if uses_a_plan and self._planner.is_due(self.steps, period):
+            self.pipeline.plan = self._planner.replan(self.steps, period, self.device)
+
+    def plan(self) -> Plan:
+        """Return who inverts what and how it is shared, with the measurements behind it; alike on all ranks."""
+        return self._planner.plan
+
+    def adopt_plan(self, saved: Plan) -> None:
+        """Go on with a saved plan, made anew from its measurements if this world is of another size."""
+        self.pipeline.plan = self._planner.restore(saved)
 
     def _damping_now(self) -> Damping:
         value = value_at(self.damping, self.steps)
@@ -431,20 +477,47 @@ class KFACPreconditioner:
 
         gradient_scale: what turns `.grad` into the mean loss's gradient ∇W.
         """
-        pairs: list[tuple[CurvatureLayer, Tensor, Tensor]] = []
+        gradients: dict[str, Tensor] = {}
+        directions: dict[str, Tensor] = {}
+        holders: dict[str, int] = {}
         for name, layer in self.layers.items():
+            holder = self.states[name].holder
+            if holder is not None:
+                holders[name] = holder
             gradient = layer.gradient()
             if gradient is None:
                 continue
-            if gradient_scale != 1.0:
-                gradient = gradient * gradient_scale
-            pairs.append((layer, self._direction(layer, self.states[name], gradient), gradient))
-        if not pairs:
+            gradients[name] = gradient * gradient_scale if gradient_scale != 1.0 else gradient
+            if holder is None or holder == self.communicator.rank:
+                directions[name] = self._timed_direction(layer, gradients[name])
+        if holders:
+            directions |= share_directions(self.layers, holders, directions, self.communicator)
+        if not gradients:
             raise UserError("step() found no gradient; call loss.backward() before it")
+        pairs = [(self.layers[name], directions[name], gradient) for name, gradient in gradients.items()]
         self._quadratic = inner_product((preconditioned, gradient) for _, preconditioned, gradient in pairs)
         scale = self._trust_scale([preconditioned for _, preconditioned, _ in pairs])
         for layer, preconditioned, _ in pairs:
             layer.set_gradient(preconditioned if scale is None else preconditioned * scale)
+
+    def _timed_direction(self, layer: CurvatureLayer, gradient: Tensor) -> Tensor:
+        """Return a layer's direction; its seconds go into the next plan.
+
+        A GPU works on while the clock is read, so that it is waited for there, and only in the step before a plan.
+        """
+        period = period_at(self.schedule.inverse_update_period, self.steps)
+        on_gpu = self.device.type == "cuda"
+        if self.communicator.world_size == 1 or (on_gpu and not self._planner.is_due(self.steps + 1, period)):
+            return self._direction(layer, self.states[layer.name], gradient)
+        if on_gpu:
+            torch.cuda.synchronize(self.device)
+        started = time.perf_counter()
+        direction = self._direction(layer, self.states[layer.name], gradient)
+        if on_gpu:
+            torch.cuda.synchronize(self.device)
+        if len(self.states[layer.name].inverses) == 2:
+            self._planner.record_preconditioning(layer.name, time.perf_counter() - started)
+        return direction
 
     def _direction(self, layer: CurvatureLayer, state: LayerState, gradient: Tensor) -> Tensor:
         """Return a layer's preconditioned gradient; the gradient itself while there is no inverse."""
@@ -588,13 +661,9 @@ class KFACPreconditioner:
         self.pipeline.close()
 
 
-def _check_wrapper(model: nn.Module, fisher: FisherKind) -> None:
-    """Raise UserError for a wrapper whose backward pass the preconditioner cannot follow."""
-    kind = type(model).__name__
-    if kind in ("DataParallel", "FullyShardedDataParallel"):
-        raise UserError(f"{kind} is not supported: its copies or shards of a weight have no factors; use DDP")
-    if getattr(model, "static_graph", False) and fisher != "empirical":
-        raise UserError(
-            f"DDP(static_graph=True) counts the extra backward pass of fisher={fisher!r} as a step of its own and then "
-            "reduces nothing; use static_graph=False, or fisher='empirical'"
-        )
+def _layer_sizes(layer: CurvatureLayer, wanted: Wanted) -> LayerSizes:
+    return LayerSizes(
+        flops=(layer.a.inversion_cost, layer.g.inversion_cost),
+        inverse_bytes=sum(wanted.wire_bytes(structure, layer.dtype) for structure in (layer.a, layer.g)),
+        gradient_bytes=layer.a.dimension * layer.g.dimension * layer.parameters[0].dtype.itemsize,
+    )

@@ -3,13 +3,15 @@
 A refresh launched at step t is adopted by all ranks at step t + d, d = inverse_delay, waiting if it is
 late. Its stages start at steps that depend on t and d alone, on the main thread, so that every rank
 enqueues the same collectives in the same order: the all-reduce at t, the inversion (in a thread when
-d > 0) at t + ⌈d/3⌉, the broadcasts of the inverses at t + ⌈2d/3⌉.
+d > 0) at t + ⌈d/3⌉, the broadcasts of the inverses at t + ⌈2d/3⌉. Who inverts and what is shared says the plan
+(dngd.optim.plan) in force at t, to the end of that refresh.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -19,7 +21,8 @@ from torch import Tensor
 from dngd.comm import Communicator, Work, flatten, unflatten
 from dngd.comm.assignment import Factor
 from dngd.curvature import DampingMode, FactorStatistics, FactorStructure, Tensors, damping_split
-from dngd.optim.inverses import Decomposition, StoredInverse, Wanted, decompose, from_bytes, to_bytes
+from dngd.optim.inverses import HELD_ELSEWHERE, Decomposition, StoredInverse, Wanted, decompose, from_bytes, to_bytes
+from dngd.optim.plan import Plan
 
 
 @dataclass
@@ -32,7 +35,9 @@ class LayerState:
     launched_step: when their refresh was launched (-1: none yet). attempted_step: launch of the last
     refresh that ended, well or not; the same on all ranks, while escalations, failed and reused
     inversions count on the owner rank alone. probes: `M p` of the factors that were last inverted, p a fixed
-    vector, and damping (λ_A, λ_G): what tells a factor that did not change.
+    vector, and damping (λ_A, λ_G): what tells a factor that did not change. holder: the one rank that has the
+    inverses in use and applies them; None where every rank has them. forms: of the inverses in use, alike on all
+    ranks, also on those that do not have them.
     """
 
     a: FactorStructure
@@ -48,10 +53,18 @@ class LayerState:
     reused_inversions: int = 0
     probes: dict[str, Tensor] = field(default_factory=dict)
     damping: tuple[float, float] = (0.0, 0.0)
+    holder: int | None = None
+    forms: dict[str, Wanted] = field(default_factory=dict)
 
     def structure(self, which: str) -> FactorStructure:
         """Return the structure of factor "A" or "G"."""
         return self.a if which == "A" else self.g
+
+    def is_exact(self, which: str, computed: torch.dtype) -> bool:
+        """Return whether the inverse in use is kept as computed; the same on all ranks."""
+        if which in self.forms:
+            return self.forms[which].dtype is None
+        return self.inverses[which].is_exact(computed)
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,10 @@ Job = tuple[FactorStructure, Tensors, float, Wanted]
 
 @dataclass
 class Refresh:
-    """One refresh under way. `inverses[factor]` is None for an inversion that failed."""
+    """One refresh under way. `inverses[factor]` is None for an inversion that failed.
+
+    plan: in force at its launch; None for a refresh that was restored, whose inverses all ranks have.
+    """
 
     step: int
     adopt_step: int
@@ -78,6 +94,7 @@ class Refresh:
     decays: dict[str, float]
     reduced: Tensor
     reduce_work: Work
+    plan: Plan | None = None
     inversion: Future[dict[Factor, Decomposition]] | None = None
     share_buffers: dict[int, Tensor] = field(default_factory=dict)
     share_works: list[Work] = field(default_factory=list)
@@ -91,11 +108,16 @@ class Refresh:
         """Return the step at which `thirds` thirds of the delay have passed."""
         return self.step + math.ceil((self.adopt_step - self.step) * thirds / 3)
 
+    def holder(self, layer: str) -> int | None:
+        """Return the one rank that keeps a layer's inverses; None where all ranks do."""
+        return None if self.plan is None else self.plan.holder(layer)
+
 
 class RefreshPipeline:
     """Launches refreshes and moves those under way forward. Owns no statistics: it edits the LayerStates.
 
-    wanted: whether factors are inverted or decomposed, and how the result is stored. change_threshold: a
+    plan: who inverts and what is shared, for refreshes launched from now on. on_inverted: told each inversion's
+    seconds. wanted: whether factors are inverted or decomposed, and how the result is stored. change_threshold: a
     factor whose relative change since its last inversion, measured on one fixed vector, is at most this is
     not inverted again, as long as its damping changed no more; 0 still skips factors that did not change
     beyond rounding (inputs that never change).
@@ -104,13 +126,15 @@ class RefreshPipeline:
     def __init__(
         self,
         states: Mapping[str, LayerState],
-        owners: Mapping[Factor, int],
+        plan: Plan,
         communicator: Communicator,
         wanted: Wanted,
         change_threshold: float = 0.0,
+        on_inverted: Callable[[Factor, float], None] = lambda factor, seconds: None,
     ) -> None:
         self._states = states
-        self._owners = owners
+        self.plan = plan
+        self._on_inverted = on_inverted
         self._comm = communicator
         self._wanted = wanted
         self._exact = replace(wanted, dtype=None)
@@ -144,7 +168,7 @@ class RefreshPipeline:
                 state.unfolded.zero_()
             decays[name], state.decay = state.decay, 1.0
         work = self._comm.all_reduce(reduced, "factor", group="factor")
-        refresh = Refresh(step, step + delay, tuple(layers), damping, decays, reduced, work)
+        refresh = Refresh(step, step + delay, tuple(layers), damping, decays, reduced, work, self.plan)
         self._under_way.append(refresh)
         if self._comm.world_size == 1:
             # Nothing to wait for, and the folded sums of a single rank move on with the next commit.
@@ -189,6 +213,38 @@ class RefreshPipeline:
             self._executor.shutdown(wait=True, cancel_futures=True)
             self._executor = None
 
+    def whole_inverses(self) -> Iterator[tuple[int | None, Factor, StoredInverse | None]]:
+        """Yield (position of the refresh under way or None for those in use, factor, inverse) of every inverse.
+
+        What one rank alone holds is broadcast for it. All ranks enter, after `drain`, and read to the end.
+        """
+        for name, state in self._states.items():
+            for which in "AG":
+                inverse = state.inverses.get(which)
+                if inverse is not None and state.holder is not None:
+                    inverse = self._fetched((name, which), inverse, state.holder, state.forms[which])
+                yield None, (name, which), inverse
+        for i, refresh in enumerate(self._under_way):
+            for name in refresh.layers:
+                for which in "AG":
+                    inverse = refresh.inverses.get((name, which))
+                    holder = refresh.holder(name)
+                    if inverse is not None and holder is not None:
+                        form = self._form(refresh, (name, which))
+                        inverse = self._fetched((name, which), inverse, holder, form)
+                    yield i, (name, which), inverse
+
+    def _fetched(self, factor: Factor, inverse: StoredInverse, holder: int, form: Wanted) -> StoredInverse:
+        state = self._states[factor[0]]
+        structure, computed = state.structure(factor[1]), state.folded.counts.dtype
+        if holder == self._comm.rank:
+            buffer = to_bytes(structure, inverse, form)
+        else:
+            size = form.wire_bytes(structure, computed)
+            buffer = torch.empty(size, dtype=torch.uint8, device=state.folded.counts.device)
+        self._comm.broadcast(buffer, holder, "state", group="factor").wait()
+        return from_bytes(structure, buffer, form, computed)
+
     def _start_inversion(self, refresh: Refresh) -> None:
         refresh.reduce_work.wait()
         self._fold(refresh)
@@ -203,8 +259,14 @@ class RefreshPipeline:
             refresh.inversion.set_result(_decompose_all(jobs))
         refresh.stage = "invert"
 
-    def _is_mine(self, factor: Factor) -> bool:
-        return self._owners[factor] == self._comm.rank
+    def _has_inverse(self, plan: Plan, factor: Factor) -> bool:
+        """Return whether the ranks that a plan lets invert a factor have its inverse in use; the same on all ranks."""
+        state = self._states[factor[0]]
+        if factor[1] not in state.inverses:
+            return False
+        if state.holder is None:
+            return True
+        return plan.strategies[factor[0]] != "replicate" and plan.owners[factor] == state.holder
 
     def _fold(self, refresh: Refresh) -> None:
         states = [self._states[name] for name in refresh.layers]
@@ -232,6 +294,8 @@ class RefreshPipeline:
 
     def _damped_factors(self, refresh: Refresh) -> dict[Factor, Job]:
         jobs: dict[Factor, Job] = {}
+        plan = refresh.plan
+        assert plan is not None, "a restored refresh is inverted already"
         for name in refresh.layers:
             state = self._states[name]
             averages = state.folded.averages()
@@ -244,7 +308,9 @@ class RefreshPipeline:
             for which, sums, lam, old in zip("AG", averages, tuple(kept.values()), state.damping):
                 structure, factor = state.structure(which), (name, which)
                 probe = structure.matvec(sums, _probe_vector(structure.dimension, sums[0]))
-                is_unchanged = which in state.inverses and self._is_unchanged(state.probes.get(which), probe, old, lam)
+                is_unchanged = self._has_inverse(plan, factor) and self._is_unchanged(
+                    state.probes.get(which), probe, old, lam
+                )
                 # The next comparison is with what was inverted, or small changes would add up unseen.
                 refresh.probes[factor] = state.probes[which] if is_unchanged else probe
                 if is_unchanged and not self._wanted.eigenbasis:
@@ -252,13 +318,13 @@ class RefreshPipeline:
                 # From reduced numbers, which all ranks hold alike: so they agree on what comes over the wire.
                 trace = float(structure.diagonal(sums).sum())
                 refresh.wanted[factor] = self._wanted if self._wanted.rounds(trace, lam) else self._exact
-                if is_unchanged and state.inverses[which].is_exact(sums[0].dtype):
+                if is_unchanged and state.is_exact(which, sums[0].dtype):
                     refresh.wanted[factor] = self._exact
-                if not self._is_mine(factor):
+                if not plan.inverts(factor, self._comm.rank):
                     continue
                 if is_unchanged:
                     refresh.inverses[factor] = state.inverses[which]
-                    state.reused_inversions += 1
+                    state.reused_inversions += plan.owners[factor] == self._comm.rank
                 else:
                     jobs[factor] = (structure, sums, lam, refresh.wanted[factor])
             refresh.dampings[name] = (kept["A"], kept["G"])
@@ -276,18 +342,22 @@ class RefreshPipeline:
 
     def _start_sharing(self, refresh: Refresh) -> None:
         assert refresh.inversion is not None
+        assert refresh.plan is not None
         for factor, result in refresh.inversion.result().items():
             state = self._states[factor[0]]
-            state.escalations += result.escalations
-            state.failed_inversions += result.stored is None
+            if refresh.plan.owners[factor] == self._comm.rank:
+                state.escalations += result.escalations
+                state.failed_inversions += result.stored is None
             refresh.inverses[factor] = result.stored
-        if self._comm.world_size == 1:
-            for name in refresh.layers:
-                for which in "AG":
+            self._on_inverted(factor, result.seconds)
+        device = self._states[refresh.layers[0]].folded.counts.device
+        for name in refresh.layers:
+            for which in "AG":
+                if self._comm.world_size == 1 or refresh.plan.strategies[name] == "replicate":
                     refresh.inverses.setdefault((name, which), None)
+        if self._comm.world_size == 1:
             refresh.stage = "ready"
             return
-        device = self._states[refresh.layers[0]].folded.counts.device
         for owner, factors in self._by_owner(refresh).items():
             if owner == self._comm.rank:
                 buffer = torch.cat([self._packed(refresh, factor) for factor in factors])
@@ -299,10 +369,13 @@ class RefreshPipeline:
         refresh.stage = "share"
 
     def _by_owner(self, refresh: Refresh) -> dict[int, list[Factor]]:
+        """Return what each owner tells the others, by owner: nothing of the layers that every rank inverts."""
+        assert refresh.plan is not None
         by_owner: dict[int, list[Factor]] = {}
         for name in refresh.layers:
-            for factor in ((name, "A"), (name, "G")):
-                by_owner.setdefault(self._owners[factor], []).append(factor)
+            if refresh.plan.strategies[name] != "replicate":
+                for factor in ((name, "A"), (name, "G")):
+                    by_owner.setdefault(refresh.plan.owners[factor], []).append(factor)
         return dict(sorted(by_owner.items()))
 
     def _form(self, refresh: Refresh, factor: Factor) -> Wanted:
@@ -310,19 +383,22 @@ class RefreshPipeline:
         return refresh.wanted.get(factor, self._wanted)
 
     def _wire_bytes(self, refresh: Refresh, factor: Factor) -> int:
+        """Return the bytes of an inverse on the wire; none where its owner keeps it."""
         state = self._states[factor[0]]
+        if refresh.holder(factor[0]) is not None:
+            return 0
         return self._form(refresh, factor).wire_bytes(state.structure(factor[1]), state.folded.counts.dtype)
 
     def _packed(self, refresh: Refresh, factor: Factor) -> Tensor:
-        """Return one byte that says whether an inverse follows, and the inverse (or zeros)."""
-        device = self._states[factor[0]].folded.counts.device
+        """Return one byte that says whether there is an inverse, and it (or zeros) unless its owner keeps it."""
+        state = self._states[factor[0]]
+        device = state.folded.counts.device
         inverse = refresh.inverses.get(factor)
         flag = torch.tensor([inverse is not None], dtype=torch.uint8, device=device)
-        if inverse is None:
-            return torch.cat([flag, torch.zeros(self._wire_bytes(refresh, factor), dtype=torch.uint8, device=device)])
-        return torch.cat(
-            [flag, to_bytes(self._states[factor[0]].structure(factor[1]), inverse, self._form(refresh, factor))]
-        )
+        size = self._wire_bytes(refresh, factor)
+        if inverse is None or size == 0:
+            return torch.cat([flag, torch.zeros(size, dtype=torch.uint8, device=device)])
+        return torch.cat([flag, to_bytes(state.structure(factor[1]), inverse, self._form(refresh, factor))])
 
     def _receive(self, refresh: Refresh) -> None:
         for work in refresh.share_works:
@@ -335,11 +411,14 @@ class RefreshPipeline:
                 arrived = bool(buffer[offset] > 0)
                 body = buffer[offset + 1 : offset + 1 + size]
                 offset += 1 + size
-                refresh.inverses[factor] = (
-                    from_bytes(state.structure(factor[1]), body, self._form(refresh, factor), state.folded.counts.dtype)
-                    if arrived
-                    else None
-                )
+                if not arrived:
+                    refresh.inverses[factor] = None
+                elif size > 0:
+                    refresh.inverses[factor] = from_bytes(
+                        state.structure(factor[1]), body, self._form(refresh, factor), state.folded.counts.dtype
+                    )
+                elif owner != self._comm.rank:
+                    refresh.inverses[factor] = HELD_ELSEWHERE
         refresh.share_buffers.clear()
         refresh.stage = "ready"
 
@@ -352,6 +431,8 @@ class RefreshPipeline:
                 continue  # the last good pair stays; counted where the inversion failed
             state.inverses = {"A": a_inverse, "G": g_inverse}
             state.launched_step = refresh.step
+            state.holder = refresh.holder(name)
+            state.forms = {which: self._form(refresh, (name, which)) for which in "AG"} if refresh.plan else {}
             if name in refresh.dampings:
                 state.damping = refresh.dampings[name]
             for which in "AG":
@@ -369,4 +450,9 @@ def _probe_vector(dimension: int, like: Tensor) -> Tensor:
 def _decompose_all(
     jobs: Mapping[Factor, Job],
 ) -> dict[Factor, Decomposition]:
-    return {factor: decompose(*job) for factor, job in jobs.items()}
+    out = {}
+    for factor, job in jobs.items():
+        started = time.perf_counter()
+        result = decompose(*job)
+        out[factor] = replace(result, seconds=time.perf_counter() - started)
+    return out
