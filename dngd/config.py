@@ -53,6 +53,7 @@ class KFACConfig(_Section):
     split_inputs: bool = Field(True, description="GraphSAGE: a block of A each for self and neighbour rows", json_schema_extra=IDENTITY)
     inverse_precision: Literal["float16", "bfloat16", "full"] = Field("float16", description="in which inverses are kept and sent", json_schema_extra=IDENTITY)
 
+    factor_wire: Literal["float32", "bfloat16"] = Field("bfloat16", description="in which statistics travel, what rounding leaves over sent with the next ones; factors that could not bear it travel in float32", json_schema_extra=IDENTITY)
     strategy: Literal["auto", "replicate", "share_inverse", "share_gradient"] = Field("auto", description="every rank inverts, owners send inverses, owners send preconditioned gradients, or what agreed measurements favour for each layer")
     refresh_budget_seconds: float | None = Field(None, gt=0, description="most seconds of inversions that a step starts, as measured; further layers wait for the next step; null for no limit", json_schema_extra=IDENTITY)
 

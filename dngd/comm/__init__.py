@@ -23,6 +23,7 @@ from dngd.comm.gradients import FlatGradients, StepSums
 from dngd.comm.machines import ranks_are_alike
 from dngd.comm.packing import buckets, flatten, unflatten
 from dngd.comm.probe import probe_network
+from dngd.comm.rounding import RoundedReduction
 
 __all__ = [
     "STRATEGIES",
@@ -33,6 +34,7 @@ __all__ = [
     "LocalCommunicator",
     "Network",
     "ProcessGroupCommunicator",
+    "RoundedReduction",
     "StepSums",
     "Strategy",
     "Work",

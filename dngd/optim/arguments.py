@@ -11,7 +11,7 @@ from torch import nn
 from dngd.curvature import DampingMode, FisherKind, LossKind
 from dngd.errors import UserError
 from dngd.optim.capture import Variant, WeightSharing
-from dngd.optim.inverses import InversePrecision
+from dngd.optim.inverses import FactorWire, InversePrecision
 from dngd.optim.plan import StrategyChoice
 from dngd.optim.schedules import period_at, value_at
 
@@ -28,6 +28,7 @@ _CHOICES = {
     "variant": Variant,
     "weight_sharing": WeightSharing,
     "inverse_precision": InversePrecision,
+    "factor_wire": FactorWire,
     "strategy": StrategyChoice,
 }
 _PERIODS = ("factor_update_period", "inverse_update_period", "eigenvalue_update_period")

@@ -21,8 +21,8 @@ def share_directions(
     """Return the direction, [d_g, d_a], of every layer in `holders`; one broadcast a holder, in rank order.
 
     holders: the rank that preconditions each layer. computed: this rank's own directions, in the gradients'
-    precision. All ranks enter with the same holders. What is sent depends on nothing else: a layer that has no gradient on its
-    holder is sent as zeros, so that no rank waits for a buffer of another size.
+    precision. All ranks enter with the same holders. What is sent depends on nothing else: a layer that has no gradient
+    on its holder is sent as zeros, so that no rank waits for a buffer of another size.
     """
     by_holder: dict[int, list[str]] = {}
     for name in layers:

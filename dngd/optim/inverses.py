@@ -14,6 +14,9 @@ from dngd.curvature import FactorStructure, Tensors, pack_symmetric, packed_size
 InversePrecision = Literal["float16", "bfloat16", "full"]
 PRECISIONS: dict[str, torch.dtype | None] = {"float16": torch.float16, "bfloat16": torch.bfloat16, "full": None}
 
+FactorWire = Literal["float32", "bfloat16"]
+WIRES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+
 MAX_ROUNDING = 0.06
 """Relative error of an inverse's smallest eigenvalue that half precision may bring."""
 

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from dngd.optim.capture import Capture, Variant, WeightSharing
 from dngd.optim.directions import share_directions
 from dngd.optim.eigenvalues import EigenvalueCorrection
 from dngd.optim.health import layer_health, layer_table
-from dngd.optim.inverses import PRECISIONS, InversePrecision, Wanted
+from dngd.optim.inverses import PRECISIONS, WIRES, FactorWire, InversePrecision, Wanted
 from dngd.optim.layers import CurvatureLayer, find_layers
 from dngd.optim.plan import LayerSizes, Plan, Planner, StrategyChoice
 from dngd.optim.refresh import Damping, LayerState, RefreshPipeline
@@ -76,13 +77,16 @@ class KFACPreconditioner:
     layout: what becomes of wide factors; see dngd.curvature.FactorLayout (with eigenbases "low_rank" is diagonal).
         inverse_precision: how inverses are kept and sent, where their conditioning allows it ("full" otherwise, and
         for float64 models).
+    factor_wire: type in which sums travel between ranks, "float32" or "bfloat16": what rounding leaves over is kept and
+        sent with the next, and factors whose damping could not bear it, low-rank sketches, and float64 models travel as
+        they are; see dngd.comm.rounding.
     strategy: "replicate" (every rank inverts all), "share_inverse" (owners invert and send the inverses),
         "share_gradient" (an owner keeps a layer's inverses and sends its preconditioned gradient every step), or
         "auto", which starts with share_inverse and chooses for each layer from what all ranks measured; see
         dngd.comm.cost_model and `plan`. No number of the training depends on it where the ranks round alike.
     refresh_budget_seconds: most seconds of inversions that a step starts, by the plan's measurements; layers beyond it
-        wait for the next step, so that timings decide when inverses are renewed (on all ranks alike, but two runs of one
-        seed differ). One layer always starts; None for no limit.
+        wait for the next step, so that timings decide when inverses are renewed (on all ranks alike, but two runs of
+        one seed differ). One layer always starts; None for no limit.
     loss_scale: a function that returns what the loss was multiplied with, e.g. `scaler.get_scale`; gradients must be
         unscaled (`scaler.unscale_(optimizer)`) before `step`.
     max_dropped_steps: non-finite steps in a row after which TrainingError is raised; None for no limit.
@@ -120,6 +124,7 @@ class KFACPreconditioner:
         max_rows: int | None = None,
         layout: FactorLayout | None = None,
         inverse_precision: InversePrecision = "full",
+        factor_wire: FactorWire = "float32",
         strategy: StrategyChoice = "auto",
         refresh_budget_seconds: float | None = None,
         loss_scale: Callable[[], float] | None = None,
@@ -200,6 +205,7 @@ class KFACPreconditioner:
             self.communicator,
             wanted,
             change_threshold,
+            None if self._stored_dtype("float16") is None else WIRES[factor_wire],
             self._planner.record_inversion,
         )
         self.eigenvalues = (
@@ -455,7 +461,7 @@ class KFACPreconditioner:
         period = period_at(self.schedule.inverse_update_period, self.steps)
         uses_a_plan = self.communicator.world_size > 1 or self.refresh_budget_seconds is not None
         if uses_a_plan and self._planner.is_due(self.steps, period):
-            self.pipeline.plan = self._planner.replan(self.steps, period, self.device)
+            self.pipeline.change_plan(self._planner.replan(self.steps, period, self.device))
 
     def plan(self) -> Plan:
         """Return who inverts what and how it is shared, with the measurements behind it; alike on all ranks."""
@@ -531,7 +537,8 @@ class KFACPreconditioner:
         else:
             scales = None if self.eigenvalues is None else self.eigenvalues.scales(layer.name)
             out = precondition_in_eigenbasis(working, a, g, scales, *state.damping)
-        return out.to(gradient.dtype)
+        # Sums over it round by its layout, which does not travel.
+        return out.to(gradient.dtype).contiguous()
 
     def _check_measured(self, layer: CurvatureLayer, state: LayerState, gradient: Tensor) -> None:
         """Say once that a layer has a gradient and no rows: its weight is used in a way that K-FAC cannot see."""
@@ -588,17 +595,20 @@ class KFACPreconditioner:
         self.pipeline.drain()  # sums that a refresh under way has taken are part of the averages
         out: dict[str, KroneckerFactors] = {}
         for name, state in self.states.items():
-            averages = self._total(state).averages()
+            averages = self._total(name, state).averages()
             if averages is not None:
                 out[name] = KroneckerFactors(state.a.dense(averages[0]), state.g.dense(averages[1]))
         return out
 
-    def _total(self, state: LayerState) -> FactorStatistics:
+    def _total(self, name: str, state: LayerState) -> FactorStatistics:
         """Return folded and unfolded sums of all ranks together."""
         total = state.folded.clone()
         if state.unfolded is not None:
             total.decay_(state.decay)
             pending = state.unfolded.clone()
+            late = self.pipeline.late_statistics(name)
+            if late is not None:
+                pending.add_(late)
             for tensor in pending.tensors():
                 self.communicator.all_reduce(tensor.view(-1), "factor", group="factor").wait()
             total.add_(pending)
@@ -631,6 +641,7 @@ class KFACPreconditioner:
                 tensors += getattr(structure, "_omega", {}).values()
         for refresh in self.pipeline.under_way:
             tensors += [refresh.reduced, *refresh.share_buffers.values()]
+            tensors += [*(refresh.reduction.tensors() if refresh.reduction else ()), *chain(*refresh.late.values())]
             tensors += [t for inverse in refresh.inverses.values() if inverse is not None for t in inverse.tensors]
         if self.eigenvalues is not None:
             tensors += self.eigenvalues.tensors()

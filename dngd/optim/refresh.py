@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dngd.comm import Communicator, Work, flatten, unflatten
+from dngd.comm import Communicator, RoundedReduction, Work, flatten, unflatten
 from dngd.comm.assignment import Factor
 from dngd.curvature import DampingMode, FactorStatistics, FactorStructure, Tensors, damping_split
 from dngd.optim.inverses import HELD_ELSEWHERE, Decomposition, StoredInverse, Wanted, decompose, from_bytes, to_bytes
@@ -85,6 +85,8 @@ class Refresh:
     """One refresh under way. `inverses[factor]` is None for an inversion that failed.
 
     plan: in force at its launch; None for a refresh that was restored, whose inverses all ranks have.
+    reduced: sums that travel as they are; rounded: those that travel rounded, in the layers' order, and reduction,
+    which carries them. late: what rounding their sum left to this rank, owed to its unfolded sums at the adoption.
     """
 
     step: int
@@ -95,6 +97,9 @@ class Refresh:
     reduced: Tensor
     reduce_work: Work
     plan: Plan | None = None
+    rounded: tuple[Factor, ...] = ()
+    reduction: RoundedReduction | None = None
+    late: dict[Factor, Tensors] = field(default_factory=dict)
     inversion: Future[dict[Factor, Decomposition]] | None = None
     share_buffers: dict[int, Tensor] = field(default_factory=dict)
     share_works: list[Work] = field(default_factory=list)
@@ -116,7 +121,8 @@ class Refresh:
 class RefreshPipeline:
     """Launches refreshes and moves those under way forward. Owns no statistics: it edits the LayerStates.
 
-    plan: who inverts and what is shared, for refreshes launched from now on. on_inverted: told each inversion's
+    factor_wire: type in which sums travel where their damping makes up for it; None: as they are. plan: who inverts
+    and what is shared, for refreshes launched from now on. on_inverted: told each inversion's
     seconds. wanted: whether factors are inverted or decomposed, and how the result is stored. change_threshold: a
     factor whose relative change since its last inversion, measured on one fixed vector, is at most this is
     not inverted again, as long as its damping changed no more; 0 still skips factors that did not change
@@ -130,6 +136,7 @@ class RefreshPipeline:
         communicator: Communicator,
         wanted: Wanted,
         change_threshold: float = 0.0,
+        factor_wire: torch.dtype | None = None,
         on_inverted: Callable[[Factor, float], None] = lambda factor, seconds: None,
     ) -> None:
         self._states = states
@@ -139,6 +146,7 @@ class RefreshPipeline:
         self._wanted = wanted
         self._exact = replace(wanted, dtype=None)
         self._change_threshold = change_threshold
+        self._factor_wire = factor_wire
         self.discarded_statistics = 0
         """Refreshes whose reduced statistics were not finite and were left out, on all ranks alike."""
         self._under_way: list[Refresh] = []
@@ -154,21 +162,48 @@ class RefreshPipeline:
         return self._wanted.kept_bytes(structure, computed)
 
     def launch(self, step: int, layers: Sequence[str], damping: Damping, delay: int) -> None:
-        """Start reducing the named layers' unfolded statistics, and forget them locally."""
-        parts: list[Tensor] = []
+        """Start reducing the named layers' unfolded statistics; locally only what rounding leaves over stays."""
+        exact: list[Tensor] = []
+        rounded: dict[Factor, Tensors] = {}
         decays = {}
         for name in layers:
             state = self._states[name]
-            if state.unfolded is not None:
-                parts += state.unfolded.tensors()
-        reduced = flatten(parts)
-        for name in layers:
-            state = self._states[name]
-            if state.unfolded is not None:
-                state.unfolded.zero_()
             decays[name], state.decay = state.decay, 1.0
+            if state.unfolded is None:
+                continue
+            bears = self._bears_rounding(state, damping)
+            for which, sums in (("A", state.unfolded.a), ("G", state.unfolded.g)):
+                if bears[which]:
+                    rounded[name, which] = sums
+                else:
+                    exact += sums
+            exact.append(state.unfolded.counts)
+        reduced = flatten(exact)
+        terms = [tensor for sums in rounded.values() for tensor in sums]
+        reduction = None
         work = self._comm.all_reduce(reduced, "factor", group="factor")
-        refresh = Refresh(step, step + delay, tuple(layers), damping, decays, reduced, work, self.plan)
+        if terms:
+            assert self._factor_wire is not None
+            reduction = RoundedReduction(flatten(terms), self._factor_wire, self._comm, "factor", "factor")
+        for name in layers:
+            unfolded = self._states[name].unfolded
+            if unfolded is not None:
+                unfolded.zero_()
+        if reduction is not None:
+            for tensor, left in zip(terms, unflatten(reduction.left, [tuple(t.shape) for t in terms])):
+                tensor.copy_(left)
+        refresh = Refresh(
+            step,
+            step + delay,
+            tuple(layers),
+            damping,
+            decays,
+            reduced,
+            work,
+            self.plan,
+            rounded=tuple(rounded),
+            reduction=reduction,
+        )
         self._under_way.append(refresh)
         if self._comm.world_size == 1:
             # Nothing to wait for, and the folded sums of a single rank move on with the next commit.
@@ -212,6 +247,27 @@ class RefreshPipeline:
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
             self._executor = None
+
+    def change_plan(self, plan: Plan) -> None:
+        """Go by another plan from the next launch on; all ranks enter.
+
+        What one rank alone holds, in use or under way, is sent to all of them first: a factor that does not change is
+        not inverted again, and whoever owns it next must have its inverse.
+        """
+        states = self._states.values()
+        held = [state.holder for state in states] + [r.holder(name) for r in self._under_way for name in r.layers]
+        if any(holder is not None for holder in held):
+            self.drain()
+            for position, (name, which), inverse in list(self.whole_inverses()):
+                if position is not None:
+                    self._under_way[position].inverses[name, which] = inverse
+                elif inverse is not None:
+                    self._states[name].inverses[which] = inverse
+            for refresh in self._under_way:
+                refresh.plan = None
+            for state in states:
+                state.holder = None
+        self.plan = plan
 
     def whole_inverses(self) -> Iterator[tuple[int | None, Factor, StoredInverse | None]]:
         """Yield (position of the refresh under way or None for those in use, factor, inverse) of every inverse.
@@ -259,15 +315,6 @@ class RefreshPipeline:
             refresh.inversion.set_result(_decompose_all(jobs))
         refresh.stage = "invert"
 
-    def _has_inverse(self, plan: Plan, factor: Factor) -> bool:
-        """Return whether the ranks that a plan lets invert a factor have its inverse in use; the same on all ranks."""
-        state = self._states[factor[0]]
-        if factor[1] not in state.inverses:
-            return False
-        if state.holder is None:
-            return True
-        return plan.strategies[factor[0]] != "replicate" and plan.owners[factor] == state.holder
-
     def _fold(self, refresh: Refresh) -> None:
         states = [self._states[name] for name in refresh.layers]
         if self._comm.world_size == 1 or all(state.unfolded is None for state in states):
@@ -279,18 +326,64 @@ class RefreshPipeline:
                     if not all(bool(torch.isfinite(t).all()) for t in state.folded.tensors()):
                         state.folded.zero_()
             return
-        shapes = [tuple(t.shape) for state in states for t in state.folded.tensors()]
-        parts = iter(unflatten(refresh.reduced, shapes))
+        exact = iter(self._unpacked(refresh, refresh.reduced, rounded=False))
+        total = refresh.reduced.new_zeros(0)
+        if refresh.reduction is not None:
+            total, late = refresh.reduction.finish()
+            left_over = iter(self._unpacked(refresh, late, rounded=True))
+            for name, which in refresh.rounded:
+                sums = self._states[name].folded.sums(which)
+                refresh.late[name, which] = tuple(next(left_over).clone() for _ in sums)
+        added = iter(self._unpacked(refresh, total, rounded=True))
         # Rows can overflow where gradients did not. The reduced sums are alike on all ranks, so all of them
         # forget these statistics together; the folded ones stay sound.
-        sound = bool(torch.isfinite(refresh.reduced).all())
+        sound = bool(torch.isfinite(refresh.reduced).all() & torch.isfinite(total).all())
         self.discarded_statistics += not sound
         for name, state in zip(refresh.layers, states):
             state.folded.decay_(refresh.decays[name])
             if sound:
-                for tensor in state.folded.tensors():
-                    tensor += next(parts)
+                for which in "AG":
+                    parts = added if (name, which) in refresh.rounded else exact
+                    for tensor in state.folded.sums(which):
+                        tensor += next(parts)
+                state.folded.counts += next(exact)
         refresh.reduced = refresh.reduced.new_zeros(0)
+        refresh.reduction = None
+
+    def _unpacked(self, refresh: Refresh, flat: Tensor, *, rounded: bool) -> list[Tensor]:
+        """Return the sums (and counts, which are not rounded) that a flat buffer holds, in the layers' order."""
+        shapes: list[tuple[int, ...]] = []
+        for name in refresh.layers:
+            folded = self._states[name].folded
+            for which in "AG":
+                if ((name, which) in refresh.rounded) == rounded:
+                    shapes += [tuple(t.shape) for t in folded.sums(which)]
+            if not rounded:
+                shapes.append(tuple(folded.counts.shape))
+        return unflatten(flat, shapes) if flat.numel() else []
+
+    def _bears_rounding(self, state: LayerState, damping: Damping) -> dict[str, bool]:
+        """Return for each factor whether its sums may travel rounded; from folded sums, so alike on all ranks.
+
+        With each entry's relative error at most u, once on its own rank and once as a sum, `‖E‖ <= 2u·tr M`: where
+        `λ >= 2u·tr M`, `M + E + λI` stays positive definite even if every error had the worst sign. Errors of random
+        signs add up to far less, and error feedback takes them back at the next refresh. With u = 2⁻⁸ the relative
+        damping passes from 1/128 on. The first reduction, of a factor that nothing is known of, is not rounded.
+        """
+        out = {"A": False, "G": False}
+        averages_known = float(state.folded.counts.min()) > 0
+        if self._factor_wire is None or state.folded.counts.dtype != torch.float32 or not averages_known:
+            return out
+        diagonals = [
+            state.structure(which).diagonal(state.folded.sums(which)) / state.folded.counts[i]
+            for i, which in enumerate("AG")
+        ]
+        split = damping_split(diagonals[0], diagonals[1], damping.value, damping.mode, damping.g_ratio)
+        unit = torch.finfo(self._factor_wire).eps / 2
+        for which, diagonal, lam in zip("AG", diagonals, split):
+            trace = float(diagonal.sum())
+            out[which] = state.structure(which).bears_rounding and float(lam) >= 2 * unit * trace
+        return out
 
     def _damped_factors(self, refresh: Refresh) -> dict[Factor, Job]:
         jobs: dict[Factor, Job] = {}
@@ -308,9 +401,7 @@ class RefreshPipeline:
             for which, sums, lam, old in zip("AG", averages, tuple(kept.values()), state.damping):
                 structure, factor = state.structure(which), (name, which)
                 probe = structure.matvec(sums, _probe_vector(structure.dimension, sums[0]))
-                is_unchanged = self._has_inverse(plan, factor) and self._is_unchanged(
-                    state.probes.get(which), probe, old, lam
-                )
+                is_unchanged = which in state.inverses and self._is_unchanged(state.probes.get(which), probe, old, lam)
                 # The next comparison is with what was inverted, or small changes would add up unseen.
                 refresh.probes[factor] = state.probes[which] if is_unchanged else probe
                 if is_unchanged and not self._wanted.eigenbasis:
@@ -426,6 +517,7 @@ class RefreshPipeline:
         for name in refresh.layers:
             state = self._states[name]
             state.attempted_step = refresh.step
+            self._pay_back(refresh, name, state)
             a_inverse, g_inverse = refresh.inverses[name, "A"], refresh.inverses[name, "G"]
             if a_inverse is None or g_inverse is None:
                 continue  # the last good pair stays; counted where the inversion failed
@@ -439,6 +531,30 @@ class RefreshPipeline:
                 if (name, which) in refresh.probes:
                     state.probes[which] = refresh.probes[name, which]
         refresh.stage = "adopted"
+
+    def late_statistics(self, name: str) -> FactorStatistics | None:
+        """Return what rounding left to this rank of a layer's sums and is not in its unfolded ones yet."""
+        for refresh in self._under_way:
+            if (name, "A") in refresh.late or (name, "G") in refresh.late:
+                late = self._states[name].folded.clone()
+                late.zero_()
+                for which in "AG":
+                    for tensor, part in zip(late.sums(which), refresh.late.get((name, which), ())):
+                        tensor.copy_(part)
+                late.decay_(self._states[name].decay)
+                return late
+        return None
+
+    def _pay_back(self, refresh: Refresh, name: str, state: LayerState) -> None:
+        """Add what rounding the sum left over to this rank's unfolded sums.
+
+        At the adoption, a step that all runs have: when a state is saved in between, the numbers stay the same.
+        """
+        for which in "AG":
+            late = refresh.late.pop((name, which), None)
+            if late is not None and state.unfolded is not None:
+                for tensor, part in zip(state.unfolded.sums(which), late):
+                    tensor.add_(part, alpha=state.decay)
 
 
 def _probe_vector(dimension: int, like: Tensor) -> Tensor:

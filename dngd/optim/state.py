@@ -64,6 +64,8 @@ def preconditioner_state(pre: KFACPreconditioner) -> State:
             out[f"shared.refresh.{i}.damping.{name}"] = torch.tensor(damping, dtype=torch.float64)
             for which in "AG":
                 prefix = f"shared.refresh.{i}.{which}"
+                for k, tensor in enumerate(refresh.late.get((name, which), ())):
+                    out[f"local.late.{i}.{which}.{k}.{name}"] = tensor.clone()
                 if (name, which) in refresh.probes:
                     out[f"{prefix}.probe.{name}"] = refresh.probes[name, which].clone()
     # An inverse that one rank alone holds is in every rank's state: any of them can restore any world.
@@ -128,7 +130,11 @@ def load_preconditioner_state(pre: KFACPreconditioner, states: Sequence[State]) 
                     None if scales is None else scales.to(like, copy=True),
                 )
                 pre.eigenvalues.restore(name, saved)
-    for refresh in _refreshes(pre, shared):
+    same_world = int(shared["local.rank"][1]) == pre.communicator.world_size
+    for i, refresh in enumerate(_refreshes(pre, shared)):
+        _take_late(pre, i, refresh, local)
+        if not same_world:
+            _add_late(pre, refresh, shared)
         pre.pipeline.restore(refresh)
 
 
@@ -191,6 +197,26 @@ def _refreshes(pre: KFACPreconditioner, shared: State) -> list[Refresh]:
         out.append(refresh)
         i += 1
     return out
+
+
+def _take_late(pre: KFACPreconditioner, position: int, refresh: Refresh, local: State) -> None:
+    for name in refresh.layers:
+        folded = pre.states[name].folded
+        for which in "AG":
+            keys = [f"local.late.{position}.{which}.{k}.{name}" for k in range(len(folded.sums(which)))]
+            if keys[0] in local:
+                refresh.late[name, which] = tuple(local[key].to(folded.counts.device, copy=True) for key in keys)
+
+
+def _add_late(pre: KFACPreconditioner, refresh: Refresh, shared: State) -> None:
+    """Pay back at once what rounding left to the ranks of another world: with one rank there are no unfolded sums."""
+    for (name, which), late in refresh.late.items():
+        state = pre.states[name]
+        target = state.folded if state.unfolded is None else state.unfolded
+        decay = float(shared[f"shared.decay.{name}"][0])
+        for tensor, part in zip(target.sums(which), late):
+            tensor.add_(part, alpha=decay)
+    refresh.late.clear()
 
 
 def _integers(*values: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dngd.optim import UpdateSchedule
 from tests.helpers.ranks import run_ranks
 
 TRAIN = "tests.multiprocess.work:train"
@@ -36,11 +37,20 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 """What else must not depend on the world size; one of them draws labels by the rank instead of the shard."""
 
+SHARING: list[dict[str, Any]] = [
+    *({"options": {"strategy": s}, "delay": d} for s in ("replicate", "share_gradient") for d in DELAYS),
+    *({"options": {"strategy": s}, "poison_step": 4} for s in ("replicate", "share_gradient")),
+    {"options": {"strategy": "replicate", "method": "ekfac", "eigenvalue_update_period": 3}, "delay": 2},
+    {"options": {"strategy": "share_gradient"}, "delay": 4, "steps": SAVED_AT},
+    *({"options": {"strategy": s}, "single": True} for s in ("replicate", "share_inverse", "share_gradient", "auto")),
+]
+"""How curvature is shared, which changes nothing; the last ones in float32, with inverses in half precision."""
+
 
 @lru_cache
 def basics(world_size: int) -> dict[str, list[dict[str, Any]]]:
     """Every basic scenario's results by rank, from one set of processes."""
-    scenarios = BASICS + VARIANTS
+    scenarios = BASICS + VARIANTS + SHARING
     results = run_ranks(TRAIN, world_size, scenarios)
     return {json.dumps(scenario): result for scenario, result in zip(scenarios, results)}
 
@@ -81,6 +91,62 @@ def test_variants_are_the_same_run_at_any_world_size(scenario: dict[str, Any]) -
             # Along a null direction of G the gradient is rounding alone, and Adam divides it by ε = 1e-8.
             is_adam = "update" in scenario.get("options", {})
             assert_same_run(result, alone, weights_atol=1e-8 if is_adam else 1e-12)
+
+
+@pytest.mark.parametrize("scenario", SHARING[:6], ids=json.dumps)
+def test_strategies_are_the_same_run_at_any_world_size(scenario: dict[str, Any]) -> None:
+    """As the strategy that is chosen by itself: to float tolerance across world sizes, bit by bit at the same one."""
+    usual = {key: value for key, value in scenario.items() if key != "options"} | {"delay": scenario.get("delay", 0)}
+    usual = {"poison_step": 4} if "poison_step" in scenario else usual
+    for world_size in (1, 2, 3, 4):
+        for result in run(world_size, scenario):
+            assert_same_run(result, run(1, usual)[0])
+            assert result["weights"] == run(world_size, usual)[0]["weights"], "not bitwise"
+
+
+def test_replicated_eigenbases() -> None:
+    scenario = SHARING[6]
+    usual = next(v for v in VARIANTS if v.get("options", {}).get("method") == "ekfac")
+    for world_size in (2, 3, 4):
+        for result in run(world_size, scenario):
+            assert_same_run(result, run(1, usual)[0])
+            assert result["weights"] == run(world_size, usual)[0]["weights"], "not bitwise"
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_half_precision_is_the_same_in_every_strategy(world_size: int) -> None:
+    results = [result for scenario in SHARING[8:] for result in run(world_size, scenario)]
+    assert len(results) == 4 * world_size
+    assert all(result["weights"] == results[0]["weights"] for result in results)
+    assert all(result["losses"] == results[0]["losses"] for result in results)
+
+
+def test_ranks_agree_on_a_plan_that_was_measured() -> None:
+    """Planned at the end of the first inverse period (5 steps), from what each rank measured for itself."""
+    plans = [json.loads(result["plan"]) for result in run(3, {"delay": 0})]
+    assert plans[0] == plans[1] == plans[2]
+    assert plans[0]["step"] == 5
+    assert len(plans[0]["inversion_seconds"]) == 6
+    assert all(seconds > 0 for _, _, seconds in plans[0]["inversion_seconds"])
+    assert all(seconds > 0 for seconds in plans[0]["precondition_seconds"].values())
+    assert plans[0]["network"]["broadcast"]["latency_seconds"] >= 0
+
+
+def test_what_a_strategy_holds_and_sends() -> None:
+    everywhere, apart, replicated = (run(2, scenario) for scenario in ({"delay": 0}, SHARING[2], SHARING[0]))
+    assert SHARING[2]["options"]["strategy"] == "share_gradient"
+    # A plan chosen by itself may be any; of the run in which it is fixed this is known:
+    whole = replicated[0]["held"]
+    assert replicated[1]["held"] == whole
+    assert sum(result["held"] for result in apart) == whole
+    sent = [sum(result["bytes"].get("inverse", 0) for result in results) for results in (apart, replicated)]
+    assert sent[1] == 0
+    schedule = UpdateSchedule(2, 5, 3)
+    assert sent[0] == 2 * sum(len(schedule.layers_due(step, 3)) for step in range(12)), "more than a flag a factor"
+    assert "preconditioned" not in replicated[0]["bytes"]
+    # 12 steps of the gradients of weights and biases, in float64; owners send them all
+    assert sum(result["bytes"]["preconditioned"] for result in apart) == 12 * 8 * (5 * 5 + 4 * 6 + 3 * 5)
+    assert everywhere[0]["weights"] == apart[0]["weights"]
 
 
 def test_variants_are_runs_of_their_own() -> None:

@@ -1,4 +1,4 @@
-"""What the ranks of tests/multiprocess do. Everything is float64 on a small net, so differences are mistakes."""
+"""What the ranks of tests/multiprocess do. A small net in float64 (unless "single"), so differences are mistakes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def train(comm: Communicator, argument: dict[str, Any]) -> dict[str, Any]:
     if mutate == "swapped_collectives" and comm.rank == 1:
         _swap_share_order()
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    dtype = torch.float32 if argument.get("single") else torch.float64
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).to(dtype)
     optimizer = NaturalGradient(
         net,
         0.1,
@@ -57,6 +58,7 @@ def train(comm: Communicator, argument: dict[str, Any]) -> dict[str, Any]:
         here = 0
         for index in shards_of_rank(NUM_SHARDS, comm.rank, comm.world_size):
             x, y = shard(step, index)
+            x = x.to(dtype)
             if argument.get("poison_step") == step and index == 0:
                 x = x * float("nan")  # shard 0 is never empty: one rank's rows, so its gradients too
             if not len(y):
@@ -95,6 +97,8 @@ def train(comm: Communicator, argument: dict[str, Any]) -> dict[str, Any]:
                 if "momentum_buffer" in optimizer.state[p]
             ],
         },
+        "plan": pre.plan().to_json(),
+        "held": sum(t.nbytes for s in pre.states.values() for i in s.inverses.values() for t in i.tensors),
         "exchanged": state_bytes(comm),
         "bytes": dict(comm.bytes_sent - sent_before),
     }
