@@ -12,7 +12,7 @@ import json
 import logging
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal, get_args
 
@@ -180,6 +180,11 @@ def _filled(sizes: Mapping[str, LayerSizes], measured: Mapping[Factor, float]) -
     return {factor: measured.get(factor, flops[factor] * rate) for factor in flops}
 
 
+def initial_strategies(layers: Iterable[str], choice: StrategyChoice) -> dict[str, Strategy]:
+    """Return each layer's strategy before anything is measured."""
+    return dict.fromkeys(layers, INITIAL_STRATEGY if choice == "auto" else choice)
+
+
 class Planner:
     """Keeps the plan in force and what this rank measured since the last one.
 
@@ -201,11 +206,7 @@ class Planner:
         self._shares_gradients = shares_gradients
         self._inversions: dict[Factor, deque[float]] = defaultdict(lambda: deque(maxlen=5))
         self._preconditionings: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=5))
-        self.plan = make_plan(0, self._sizes, self._initial(), communicator.world_size)
-
-    def _initial(self) -> dict[str, Strategy]:
-        strategy: Strategy = INITIAL_STRATEGY if self._choice == "auto" else self._choice
-        return dict.fromkeys(self._sizes, strategy)
+        self.plan = make_plan(0, self._sizes, initial_strategies(self._sizes, choice), communicator.world_size)
 
     def is_due(self, step: int, inverse_period: int) -> bool:
         """Return whether all ranks plan anew at this step."""
@@ -285,7 +286,9 @@ class Planner:
         self._inversions.clear()
         self._preconditionings.clear()
         same = saved.world_size == self._comm.world_size
-        strategies = dict(saved.strategies) if same and self._choice == "auto" else self._initial()
+        strategies = (
+            dict(saved.strategies) if same and self._choice == "auto" else initial_strategies(self._sizes, self._choice)
+        )
         if same and strategies == dict(saved.strategies):
             self.plan = saved
         else:

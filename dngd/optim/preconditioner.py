@@ -24,13 +24,11 @@ from dngd.curvature import (
     inner_product,
     kl_clip_scale,
     norm_scale,
-    precondition_in_eigenbasis,
-    precondition_with_inverses,
 )
 from dngd.errors import TrainingError, UserError
 from dngd.optim.arguments import LossReduction, Method, check_arguments, check_wrapper, in_range
 from dngd.optim.capture import Capture, Variant, WeightSharing
-from dngd.optim.directions import share_directions
+from dngd.optim.directions import Directions
 from dngd.optim.eigenvalues import EigenvalueCorrection
 from dngd.optim.health import layer_health, layer_table
 from dngd.optim.inverses import PRECISIONS, WIRES, FactorWire, InversePrecision, Wanted
@@ -172,8 +170,6 @@ class KFACPreconditioner:
             rank=self.communicator.rank,
         )
         self._trainable = [p for p in model.parameters() if p.requires_grad]
-        self._strict = strict
-        self._unmeasured: set[str] = set()
         layout = layout or FactorLayout()
         layers, left_over = find_layers(model, self.capture, layout if method == "kfac" else layout.for_eigenbases())
         if left_over:
@@ -212,6 +208,15 @@ class KFACPreconditioner:
             EigenvalueCorrection(self.layers, self.states, self.communicator, eigenvalue_update_period)
             if method == "ekfac"
             else None
+        )
+        self._directions = Directions(
+            method,
+            self.layers,
+            self.states,
+            self.eigenvalues,
+            self.communicator,
+            self._planner.record_preconditioning,
+            strict=strict,
         )
         self.capture.start_step(0, self.schedule.is_factor_step(0))
 
@@ -483,21 +488,8 @@ class KFACPreconditioner:
 
         gradient_scale: what turns `.grad` into the mean loss's gradient ∇W.
         """
-        gradients: dict[str, Tensor] = {}
-        directions: dict[str, Tensor] = {}
-        holders: dict[str, int] = {}
-        for name, layer in self.layers.items():
-            holder = self.states[name].holder
-            if holder is not None:
-                holders[name] = holder
-            gradient = layer.gradient()
-            if gradient is None:
-                continue
-            gradients[name] = gradient * gradient_scale if gradient_scale != 1.0 else gradient
-            if holder is None or holder == self.communicator.rank:
-                directions[name] = self._timed_direction(layer, gradients[name])
-        if holders:
-            directions |= share_directions(self.layers, holders, directions, self.communicator)
+        measures_gpu = self._planner.is_due(self.steps + 1, period_at(self.schedule.inverse_update_period, self.steps))
+        gradients, directions = self._directions.take(gradient_scale, measures_gpu=measures_gpu)
         if not gradients:
             raise UserError("step() found no gradient; call loss.backward() before it")
         pairs = [(self.layers[name], directions[name], gradient) for name, gradient in gradients.items()]
@@ -505,56 +497,6 @@ class KFACPreconditioner:
         scale = self._trust_scale([preconditioned for _, preconditioned, _ in pairs])
         for layer, preconditioned, _ in pairs:
             layer.set_gradient(preconditioned if scale is None else preconditioned * scale)
-
-    def _timed_direction(self, layer: CurvatureLayer, gradient: Tensor) -> Tensor:
-        """Return a layer's direction; its seconds go into the next plan.
-
-        A GPU works on while the clock is read, so that it is waited for there, and only in the step before a plan.
-        """
-        period = period_at(self.schedule.inverse_update_period, self.steps)
-        on_gpu = self.device.type == "cuda"
-        if self.communicator.world_size == 1 or (on_gpu and not self._planner.is_due(self.steps + 1, period)):
-            return self._direction(layer, self.states[layer.name], gradient)
-        if on_gpu:
-            torch.cuda.synchronize(self.device)
-        started = time.perf_counter()
-        direction = self._direction(layer, self.states[layer.name], gradient)
-        if on_gpu:
-            torch.cuda.synchronize(self.device)
-        if len(self.states[layer.name].inverses) == 2:
-            self._planner.record_preconditioning(layer.name, time.perf_counter() - started)
-        return direction
-
-    def _direction(self, layer: CurvatureLayer, state: LayerState, gradient: Tensor) -> Tensor:
-        """Return a layer's preconditioned gradient; the gradient itself while there is no inverse."""
-        if len(state.inverses) < 2:
-            self._check_measured(layer, state, gradient)
-            return gradient
-        a, g = (state.inverses[which].expanded(layer.dtype) for which in "AG")
-        working = gradient.to(layer.dtype)
-        if self.method == "kfac":
-            out = precondition_with_inverses(working, layer.a, a, layer.g, g)
-        else:
-            scales = None if self.eigenvalues is None else self.eigenvalues.scales(layer.name)
-            out = precondition_in_eigenbasis(working, a, g, scales, *state.damping)
-        # Sums over it round by its layout, which does not travel.
-        return out.to(gradient.dtype).contiguous()
-
-    def _check_measured(self, layer: CurvatureLayer, state: LayerState, gradient: Tensor) -> None:
-        """Say once that a layer has a gradient and no rows: its weight is used in a way that K-FAC cannot see."""
-        if state.attempted_step < 0 or layer.name in self._unmeasured or float(state.folded.counts.min()) > 0:
-            return
-        if not bool(gradient.any()):
-            return  # no seed reaches it yet
-        self._unmeasured.add(layer.name)
-        text = (
-            f"layer {layer.name!r} has a gradient, but K-FAC saw no call of it and leaves it its plain gradient; is "
-            "its weight used by a function instead of the module, was the model compiled or run before the "
-            "preconditioner was made, or is the layer inside an activation checkpoint?"
-        )
-        if self._strict:
-            raise UserError("strict: " + text)
-        warnings.warn(text, stacklevel=2)
 
     def _trust_scale(self, directions: Sequence[Tensor]) -> Tensor | None:
         """Return ν as a 0-d tensor, without a host synchronisation; None where nothing bounds the step."""
