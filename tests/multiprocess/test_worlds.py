@@ -46,11 +46,18 @@ SHARING: list[dict[str, Any]] = [
 ]
 """How curvature is shared, which changes nothing; the last ones in float32, with inverses in half precision."""
 
+AWKWARD: list[dict[str, Any]] = [
+    {"side": True, "overflow_step": 6, "delay": delay, "options": {"strategy": strategy}}
+    for strategy in ("share_inverse", "replicate", "share_gradient")
+    for delay in DELAYS
+]
+"""A layer that only shard 0 passes, whose rows overflow once; shards are uneven and empty as ever."""
+
 
 @lru_cache
 def basics(world_size: int) -> dict[str, list[dict[str, Any]]]:
     """Every basic scenario's results by rank, from one set of processes."""
-    scenarios = BASICS + VARIANTS + SHARING
+    scenarios = BASICS + VARIANTS + SHARING + AWKWARD
     results = run_ranks(TRAIN, world_size, scenarios)
     return {json.dumps(scenario): result for scenario, result in zip(scenarios, results)}
 
@@ -119,6 +126,31 @@ def test_half_precision_is_the_same_in_every_strategy(world_size: int) -> None:
     assert len(results) == 4 * world_size
     assert all(result["weights"] == results[0]["weights"] for result in results)
     assert all(result["losses"] == results[0]["losses"] for result in results)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_rows_that_some_ranks_do_not_have(world_size: int) -> None:
+    """No deadlock, and the same run: a layer without rows on most ranks, rows that are not finite on one."""
+    for scenario in AWKWARD:
+        alone = run(1, AWKWARD[DELAYS.index(scenario["delay"])])[0]
+        assert alone["non_finite"] > 0
+        assert alone["dropped"] == 0
+        results = run(world_size, scenario)
+        assert [result["non_finite"] > 0 for result in results] == [True] + [False] * (world_size - 1)
+        for result in results:
+            assert_same_run(result, alone)
+            assert result["weights"] == results[0]["weights"], "ranks drifted apart"
+
+
+def test_mutant_that_leaves_out_what_it_has_no_rows_for_is_caught() -> None:
+    """A rank that shares directions by what it has: an error within the limit or another result, never a hang."""
+    scenario = AWKWARD[4]
+    assert scenario["options"] == {"strategy": "share_gradient"}
+    with pytest.raises(AssertionError, match=r"rank \d of 2: .* failed|Not equal|drifted|exited with"):
+        assert_same_run(
+            run_ranks(TRAIN, 2, [scenario | {"mutant": "sends_only_with_rows"}], wait_limit_seconds=5)[0][0],
+            run(1, AWKWARD[0])[0],
+        )
 
 
 def test_ranks_agree_on_a_plan_that_was_measured() -> None:
