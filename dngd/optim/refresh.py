@@ -251,12 +251,14 @@ class RefreshPipeline:
     def change_plan(self, plan: Plan) -> None:
         """Go by another plan from the next launch on; all ranks enter.
 
-        What one rank alone holds, in use or under way, is sent to all of them first: a factor that does not change is
-        not inverted again, and whoever owns it next must have its inverse.
+        Where another rank is to hold a layer's inverses, what one rank alone holds, in use or under way, is sent to
+        all of them first: a factor that does not change is not inverted again, so that whoever owns it next must have
+        its inverse.
         """
         states = self._states.values()
-        held = [state.holder for state in states] + [r.holder(name) for r in self._under_way for name in r.layers]
-        if any(holder is not None for holder in held):
+        held = [(name, state.holder) for name, state in self._states.items()]
+        held += [(name, refresh.holder(name)) for refresh in self._under_way for name in refresh.layers]
+        if any(holder is not None and holder != plan.holder(name) for name, holder in held):
             self.drain()
             for position, (name, which), inverse in list(self.whole_inverses()):
                 if position is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -170,7 +171,8 @@ def law_no_plan_changes_a_bit(scenario: Scenario) -> None:
             same_bits(found, expected[0])
 
 
-@settings(max_examples=20, deadline=None)
+@pytest.mark.filterwarnings("ignore:layer .* has a gradient")  # a layer that no row has reached so far
+@settings(max_examples=12, deadline=None)
 @given(scenarios())
 def test_no_plan_changes_a_bit(scenario: Scenario) -> None:
     law_no_plan_changes_a_bit(scenario)

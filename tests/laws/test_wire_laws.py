@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -177,7 +178,8 @@ def law_error_feedback(scenario: Scenario) -> None:
                     assert torch.allclose(x, y, rtol=1e-5, atol=1e-5 * float(y.abs().max())), f"step {step}"
 
 
-@settings(max_examples=15, deadline=None)
+@pytest.mark.filterwarnings("ignore:layer .* has a gradient")  # a layer that no row has reached so far
+@settings(max_examples=12, deadline=None)
 @given(scenarios())
 def test_error_feedback(scenario: Scenario) -> None:
     law_error_feedback(scenario)
