@@ -63,6 +63,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     in_range("damping_g_ratio", value_at(given["damping_g_ratio"], 0), low_open=0.0)
     in_range("factor_decay", value_at(given["factor_decay"], 0), low=0.0, high_open=1.0)
     in_range("change_threshold", given["change_threshold"], low=0.0)
+    in_range("traffic_budget", given["traffic_budget"], low=0.0)
     if given["refresh_budget_seconds"] is not None:
         in_range("refresh_budget_seconds", given["refresh_budget_seconds"], low_open=0.0)
     if given["strategy"] == "share_gradient" and given["method"] != "kfac":

@@ -40,6 +40,9 @@ assert set(get_args(StrategyChoice)) == {"auto", *STRATEGIES}
 REPLAN_PERIODS = 20
 """Inverse periods between two plans, after the first: a thousand steps with the default period."""
 
+TRAFFIC_BUDGET = 0.03
+"""What curvature may send by itself, as a share of the gradients."""
+
 INITIAL_STRATEGY: Strategy = "share_inverse"
 """What `auto` does before anything is measured."""
 
@@ -189,7 +192,9 @@ class Planner:
     """Keeps the plan in force and what this rank measured since the last one.
 
     choice: a strategy for all layers, or "auto". shares_gradients: whether "auto" may let one rank keep a
-    layer's inverses (not where every rank needs the eigenbases).
+    layer's inverses (not where every rank needs the eigenbases). traffic_budget: most bytes that "auto" lets a layer
+    send a step, as a share of its gradient's bytes: preconditioned gradients are as many again, so that
+    share_gradient needs 1; share_inverse, all that works where ranks do not round alike, is always allowed.
     """
 
     def __init__(
@@ -199,11 +204,13 @@ class Planner:
         choice: StrategyChoice,
         *,
         shares_gradients: bool = True,
+        traffic_budget: float = TRAFFIC_BUDGET,
     ) -> None:
         self._sizes = dict(sizes)
         self._comm = communicator
         self._choice: StrategyChoice = choice
         self._shares_gradients = shares_gradients
+        self._traffic_budget = traffic_budget
         self._inversions: dict[Factor, deque[float]] = defaultdict(lambda: deque(maxlen=5))
         self._preconditionings: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=5))
         self.plan = make_plan(0, self._sizes, initial_strategies(self._sizes, choice), communicator.world_size)
@@ -227,7 +234,7 @@ class Planner:
         strategies = dict(self.plan.strategies)
         if self._choice == "auto" and self._comm.world_size > 1 and len(preconditionings) == len(self._sizes):
             network = probe_network(self._comm, device)
-            allowed = self._allowed(ranks_are_alike(self._comm, device))
+            alike = ranks_are_alike(self._comm, device)
             seconds = _filled(self._sizes, inversions)
             for name, sizes in self._sizes.items():
                 cost = LayerCost(
@@ -240,7 +247,7 @@ class Planner:
                     cost,
                     network,
                     present=strategies[name],
-                    allowed=allowed,
+                    allowed=self._allowed(alike),
                     period=inverse_period,
                     world_size=self._comm.world_size,
                     num_layers=len(self._sizes),
@@ -258,7 +265,8 @@ class Planner:
         return [
             strategy
             for strategy in STRATEGIES
-            if (alike or strategy != "replicate") and (self._shares_gradients or strategy != "share_gradient")
+            if (alike or strategy != "replicate")
+            and ((self._shares_gradients and self._traffic_budget >= 1) or strategy != "share_gradient")
         ]
 
     def _agree(self, device: torch.device) -> tuple[dict[Factor, float], dict[str, float]]:

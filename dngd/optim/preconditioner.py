@@ -33,7 +33,7 @@ from dngd.optim.eigenvalues import EigenvalueCorrection
 from dngd.optim.health import layer_health, layer_table
 from dngd.optim.inverses import PRECISIONS, WIRES, FactorWire, InversePrecision, Wanted
 from dngd.optim.layers import CurvatureLayer, find_layers
-from dngd.optim.plan import LayerSizes, Plan, Planner, StrategyChoice
+from dngd.optim.plan import TRAFFIC_BUDGET, LayerSizes, Plan, Planner, StrategyChoice
 from dngd.optim.refresh import Damping, LayerState, RefreshPipeline
 from dngd.optim.schedules import Period, Schedule, UpdateSchedule, period_at, value_at
 from dngd.optim.state import load_preconditioner_state, preconditioner_state
@@ -80,8 +80,10 @@ class KFACPreconditioner:
         they are; see dngd.comm.rounding.
     strategy: "replicate" (every rank inverts all), "share_inverse" (owners invert and send the inverses),
         "share_gradient" (an owner keeps a layer's inverses and sends its preconditioned gradient every step), or
-        "auto", which starts with share_inverse and chooses for each layer from what all ranks measured; see
-        dngd.comm.cost_model and `plan`. No number of the training depends on it where the ranks round alike.
+        "auto", which starts with share_inverse and chooses for each layer from what all ranks measured, among those
+        that send no more a step than traffic_budget times the gradient's bytes (share_gradient sends them once more, so
+        that auto takes it from a budget of 1 on); see dngd.comm.cost_model and `plan`. No number of the training
+        depends on it where the ranks round alike.
     refresh_budget_seconds: most seconds of inversions that a step starts, by the plan's measurements; layers beyond it
         wait for the next step, so that timings decide when inverses are renewed (on all ranks alike, but two runs of
         one seed differ). One layer always starts; None for no limit.
@@ -124,6 +126,7 @@ class KFACPreconditioner:
         inverse_precision: InversePrecision = "full",
         factor_wire: FactorWire = "float32",
         strategy: StrategyChoice = "auto",
+        traffic_budget: float = TRAFFIC_BUDGET,
         refresh_budget_seconds: float | None = None,
         loss_scale: Callable[[], float] | None = None,
         max_dropped_steps: int | None = 10,
@@ -192,6 +195,7 @@ class KFACPreconditioner:
             self.communicator,
             strategy,
             shares_gradients=method == "kfac",
+            traffic_budget=traffic_budget,
         )
         self.refresh_budget_seconds = refresh_budget_seconds
         self.deferred: list[str] = []
