@@ -59,6 +59,8 @@ class ThreadCommunicator:
     def broadcast(self, flat: Tensor, source: int, kind: str, group: str = "main") -> _Done:
         values = self._exchange(f"broadcast {kind} {source} {flat.numel()}", flat.clone())
         flat.copy_(values[source])
+        if self.rank == source:
+            self.bytes_sent[kind] += flat.numel() * flat.element_size()
         return _Done()
 
     def exchange(self, flat: Tensor, kind: str, group: str = "main") -> tuple[Tensor, _Done]:
