@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dngd.comm import STRATEGIES, Line, LocalCommunicator, Network
+from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.optim import KFACPreconditioner, NaturalGradient, plan
 from dngd.optim.plan import LayerSizes, Plan, Planner, make_plan
@@ -177,6 +178,8 @@ def test_eigenbases_and_shared_gradients() -> None:
         KFACPreconditioner(net, method="ekfac", strategy="share_gradient")
     with pytest.raises(UserError, match="update='adam_eigenbasis' works in their eigenbases"):
         NaturalGradient(net, update="adam_eigenbasis", strategy="share_gradient")
+    with pytest.raises(UserError, match=r"share_gradient.*use --set kfac.strategy=share_inverse"):
+        TrainConfig(dataset="cora", kfac={"strategy": "share_gradient", "method": "ekfac"})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="strategy='all' is unknown"):
         KFACPreconditioner(net, strategy="all")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="refresh_budget_seconds=0"):
