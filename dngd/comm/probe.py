@@ -17,9 +17,9 @@ REPEATS = 4
 def probe_network(communicator: Communicator, device: torch.device) -> Network:
     """Return latency and bandwidth of this world's all-reduce and broadcast. All ranks enter; all get the same bits.
 
-    32 collectives, 2 MiB in all: a third of a second at 100 Mbit/s. Ranks start each timed one together. Of the repeats every rank
-    takes the fastest, and the ranks' mean is what all of them use; of a broadcast that of the receivers, since
-    the source is done when its bytes are on their way.
+    32 collectives, 2 MiB in all: a third of a second at 100 Mbit/s. Ranks start each timed one together. Of the repeats
+    every rank takes the fastest, and the ranks' mean is what all of them use; of a broadcast that of the receivers,
+    since the source is done when its bytes are on their way.
     """
     sizes = (SMALL_BYTES, LARGE_BYTES)
     receives = communicator.rank != 0
