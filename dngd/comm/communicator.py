@@ -24,7 +24,8 @@ from torch import Tensor
 from dngd.comm.packing import buckets
 from dngd.errors import TrainingError
 
-Traffic = Literal["gradient", "factor", "inverse", "evaluation", "state"]
+Traffic = Literal["gradient", "factor", "inverse", "preconditioned", "evaluation", "state"]
+"""What a collective is for: "preconditioned" are directions that one rank computed for all, "state" is bookkeeping."""
 GroupName = Literal["main", "factor"]
 
 DEFAULT_BUCKET_BYTES = 32 * 1024 * 1024
@@ -49,6 +50,19 @@ class Communicator(Protocol):
 
     def broadcast(self, flat: Tensor, source: int, kind: Traffic, group: GroupName = "main") -> Work:
         """Overwrite a flat buffer with the source rank's. All ranks enter."""
+
+    def exchange(self, flat: Tensor, kind: Traffic, group: GroupName = "main") -> tuple[Tensor, Work]:
+        """Return a buffer that will hold, in rank order, what every rank has as its flat buffer's chunk for this rank.
+
+        flat: world_size chunks of equal size, chunk r for rank r. All ranks enter.
+        """
+
+    def all_gather(self, chunk: Tensor, kind: Traffic, group: GroupName = "main") -> tuple[Tensor, Work]:
+        """Return a buffer that will hold every rank's chunk, in rank order. All ranks enter.
+
+        `bytes_sent` counts no bytes for it: after an `exchange`, which counts its whole buffer, the two of them make
+        up one all-reduce of that buffer and put as much on the wire.
+        """
 
     def gather_bytes(self, payload: bytes) -> list[bytes] | None:
         """Return every rank's payload, in rank order, at rank 0; None elsewhere. All ranks enter."""
@@ -78,6 +92,12 @@ class LocalCommunicator:
 
     def broadcast(self, flat: Tensor, source: int, kind: Traffic, group: GroupName = "main") -> Work:
         return _Done()
+
+    def exchange(self, flat: Tensor, kind: Traffic, group: GroupName = "main") -> tuple[Tensor, Work]:
+        return flat, _Done()
+
+    def all_gather(self, chunk: Tensor, kind: Traffic, group: GroupName = "main") -> tuple[Tensor, Work]:
+        return chunk, _Done()
 
     def gather_bytes(self, payload: bytes) -> list[bytes] | None:
         return [payload]
@@ -143,6 +163,23 @@ class ProcessGroupCommunicator:
         if self.rank == source:
             self.bytes_sent[kind] += flat.numel() * flat.element_size()
         return _GroupWork(works, self, f"broadcast of {kind} from rank {source}")
+
+    def exchange(self, flat: Tensor, kind: Traffic, group: GroupName = "main") -> tuple[Tensor, Work]:
+        # As bytes: nothing is computed on the way, and gloo does not know every type.
+        received = torch.empty_like(flat)
+        with self.limit(f"exchange of {kind}"):
+            work = dist.all_to_all_single(
+                received.view(torch.uint8), flat.view(torch.uint8), group=self._groups[group], async_op=True
+            )
+        self.bytes_sent[kind] += flat.numel() * flat.element_size()
+        return received, _GroupWork([work], self, f"exchange of {kind}")
+
+    def all_gather(self, chunk: Tensor, kind: Traffic, group: GroupName = "main") -> tuple[Tensor, Work]:
+        gathered = chunk.new_empty(self.world_size * chunk.numel())
+        parts = list(gathered.view(torch.uint8).chunk(self.world_size))
+        with self.limit(f"all-gather of {kind}"):
+            work = dist.all_gather(parts, chunk.view(torch.uint8), group=self._groups[group], async_op=True)
+        return gathered, _GroupWork([work], self, f"all-gather of {kind}")
 
     def gather_bytes(self, payload: bytes) -> list[bytes] | None:
         # Lengths differ, so they are agreed first; then each rank's payload is broadcast. Rank 0 keeps them.

@@ -50,6 +50,10 @@ class FactorStatistics:
         """Return A's sums, G's sums, counts."""
         return (*self.a, *self.g, self.counts)
 
+    def sums(self, which: str) -> Tensors:
+        """Return the sums of factor "A" or "G"."""
+        return self.a if which == "A" else self.g
+
     def decay_(self, rho: float) -> None:
         """Multiply sums and counts by ρ."""
         for tensor in self.tensors():

@@ -39,6 +39,10 @@ class FactorStructure(Protocol):
     def inversion_cost(self) -> float:
         """Cost model of one inversion, in flops up to a constant."""
 
+    @property
+    def bears_rounding(self) -> bool:
+        """Whether sums with each entry rounded are sums of a factor near by: damping then makes up for it."""
+
     def zeros(self, dtype: torch.dtype, device: torch.device) -> Tensors:
         """Return empty sums."""
 
@@ -84,6 +88,10 @@ class Dense:
     def inversion_cost(self) -> float:
         return float(self.dimension) ** 3
 
+    @property
+    def bears_rounding(self) -> bool:
+        return True
+
     def zeros(self, dtype: torch.dtype, device: torch.device) -> Tensors:
         return (torch.zeros(packed_size(self.dimension), dtype=dtype, device=device),)
 
@@ -128,6 +136,10 @@ class Diagonal:
     @property
     def inversion_cost(self) -> float:
         return float(self.dimension)
+
+    @property
+    def bears_rounding(self) -> bool:
+        return True
 
     def zeros(self, dtype: torch.dtype, device: torch.device) -> Tensors:
         return (torch.zeros(self.dimension, dtype=dtype, device=device),)
@@ -184,6 +196,10 @@ class BlockDiagonal:
     @property
     def inversion_cost(self) -> float:
         return float(sum(size**3 for size in self.sizes))
+
+    @property
+    def bears_rounding(self) -> bool:
+        return True
 
     def zeros(self, dtype: torch.dtype, device: torch.device) -> Tensors:
         return tuple(torch.zeros(packed_size(size), dtype=dtype, device=device) for size in self.sizes)
@@ -257,6 +273,11 @@ class LowRank:
     @property
     def inversion_cost(self) -> float:
         return 4.0 * self.dimension * self.rank**2
+
+    @property
+    def bears_rounding(self) -> bool:
+        # The core Ωᵀ Y is inverted without damping: rounding of Y would be amplified.
+        return False
 
     def test_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return Ω, [d, k]: fixed Gaussian entries, kept after the first call."""

@@ -4,7 +4,7 @@ Import from here: `from dngd.optim import KFACPreconditioner, NaturalGradient`.
 """
 
 from dngd.curvature import FactorLayout
-from dngd.optim.footprint import Footprint, layer_footprint
+from dngd.optim.footprint import Footprint, inverse_bytes_held, layer_footprint
 from dngd.optim.natural_gradient import NaturalGradient
 from dngd.optim.preconditioner import KFACPreconditioner
 from dngd.optim.schedules import Period, Schedule, UpdateSchedule, learning_rate, value_at
@@ -19,6 +19,7 @@ __all__ = [
     "Period",
     "Schedule",
     "UpdateSchedule",
+    "inverse_bytes_held",
     "layer_footprint",
     "learning_rate",
     "value_at",

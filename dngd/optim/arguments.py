@@ -6,10 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from torch import nn
+
 from dngd.curvature import DampingMode, FisherKind, LossKind
 from dngd.errors import UserError
 from dngd.optim.capture import Variant, WeightSharing
-from dngd.optim.inverses import InversePrecision
+from dngd.optim.inverses import FactorWire, InversePrecision
+from dngd.optim.plan import StrategyChoice
 from dngd.optim.schedules import period_at, value_at
 
 LossReduction = Literal["mean", "sum"]
@@ -25,6 +28,8 @@ _CHOICES = {
     "variant": Variant,
     "weight_sharing": WeightSharing,
     "inverse_precision": InversePrecision,
+    "factor_wire": FactorWire,
+    "strategy": StrategyChoice,
 }
 _PERIODS = ("factor_update_period", "inverse_update_period", "eigenvalue_update_period")
 _LEAST = {"dense_steps": 0, "inverse_delay": 0, "max_rows": 1, "max_dropped_steps": 1}
@@ -58,6 +63,15 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     in_range("damping_g_ratio", value_at(given["damping_g_ratio"], 0), low_open=0.0)
     in_range("factor_decay", value_at(given["factor_decay"], 0), low=0.0, high_open=1.0)
     in_range("change_threshold", given["change_threshold"], low=0.0)
+    in_range("traffic_budget", given["traffic_budget"], low=0.0)
+    if given["refresh_budget_seconds"] is not None:
+        in_range("refresh_budget_seconds", given["refresh_budget_seconds"], low_open=0.0)
+    if given["strategy"] == "share_gradient" and given["method"] != "kfac":
+        named = "update='adam_eigenbasis'" if given["method"] == "rotate" else f"method={given['method']!r}"
+        raise UserError(
+            f"strategy='share_gradient' leaves a layer's factors with one rank, but {named} works in their eigenbases "
+            "on every rank; use strategy='share_inverse', 'replicate' or 'auto'"
+        )
 
 
 def in_range(
@@ -74,3 +88,15 @@ def in_range(
         if high_open < math.inf:
             limits.append(f"below {high_open}")
         raise UserError(f"{name}={value} is out of range; it must be " + " and ".join(limits))
+
+
+def check_wrapper(model: nn.Module, fisher: FisherKind) -> None:
+    """Raise UserError for a wrapper whose backward pass the preconditioner cannot follow."""
+    kind = type(model).__name__
+    if kind in ("DataParallel", "FullyShardedDataParallel"):
+        raise UserError(f"{kind} is not supported: its copies or shards of a weight have no factors; use DDP")
+    if getattr(model, "static_graph", False) and fisher != "empirical":
+        raise UserError(
+            f"DDP(static_graph=True) counts the extra backward pass of fisher={fisher!r} as a step of its own and then "
+            "reduces nothing; use static_graph=False, or fisher='empirical'"
+        )

@@ -80,7 +80,7 @@ def layer_table(pre: KFACPreconditioner) -> str:
                 layer.g.label,
                 f"{size / 2**20:.2f} MiB",
                 f"{cost / 1e6:.1f} Mflop",
-                f"{pre.owners[name, 'A']}, {pre.owners[name, 'G']}",
+                f"{pre.plan().owners[name, 'A']}, {pre.plan().owners[name, 'G']}",
             ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]

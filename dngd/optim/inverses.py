@@ -14,6 +14,9 @@ from dngd.curvature import FactorStructure, Tensors, pack_symmetric, packed_size
 InversePrecision = Literal["float16", "bfloat16", "full"]
 PRECISIONS: dict[str, torch.dtype | None] = {"float16": torch.float16, "bfloat16": torch.bfloat16, "full": None}
 
+FactorWire = Literal["float32", "bfloat16"]
+WIRES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+
 MAX_ROUNDING = 0.06
 """Relative error of an inverse's smallest eigenvalue that half precision may bring."""
 
@@ -91,12 +94,17 @@ class StoredInverse:
         return StoredInverse(tuple(t.to(device, copy=True) for t in self.tensors), self.scales)
 
 
+HELD_ELSEWHERE = StoredInverse((), ())
+"""What stands for an inverse that exists, on another rank alone."""
+
+
 @dataclass(frozen=True)
 class Decomposition:
-    """The outcome of one inversion or eigendecomposition; see dngd.curvature.InverseResult."""
+    """The outcome of one inversion or eigendecomposition, and how long it took; see dngd.curvature.InverseResult."""
 
     stored: StoredInverse | None
     escalations: int
+    seconds: float = 0.0
 
 
 def decompose(structure: FactorStructure, averages: Tensors, damping: float, wanted: Wanted) -> Decomposition:

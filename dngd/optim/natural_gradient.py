@@ -14,7 +14,8 @@ from dngd.curvature import DampingMode, FactorLayout, FisherKind, LossKind, rota
 from dngd.errors import UserError
 from dngd.optim.arguments import LossReduction, Method, in_range
 from dngd.optim.capture import Variant, WeightSharing
-from dngd.optim.inverses import InversePrecision
+from dngd.optim.inverses import FactorWire, InversePrecision
+from dngd.optim.plan import TRAFFIC_BUDGET, StrategyChoice
 from dngd.optim.preconditioner import KFACPreconditioner
 from dngd.optim.schedules import Period, Schedule, value_at
 from dngd.optim.trust import LevenbergMarquardt
@@ -77,6 +78,10 @@ class NaturalGradient(torch.optim.Optimizer):
         max_rows: int | None = 1024,
         layout: FactorLayout | None = None,
         inverse_precision: InversePrecision = "float16",
+        factor_wire: FactorWire = "bfloat16",
+        strategy: StrategyChoice = "auto",
+        traffic_budget: float = TRAFFIC_BUDGET,
+        refresh_budget_seconds: float | None = None,
         loss_scale: Callable[[], float] | None = None,
         max_dropped_steps: int | None = 10,
         strict: bool = False,
@@ -131,6 +136,10 @@ class NaturalGradient(torch.optim.Optimizer):
             max_rows=max_rows,
             layout=layout or CHEAP_LAYOUT,
             inverse_precision=inverse_precision,
+            factor_wire=factor_wire,
+            strategy=strategy,
+            traffic_budget=traffic_budget,
+            refresh_budget_seconds=refresh_budget_seconds,
             loss_scale=loss_scale,
             max_dropped_steps=max_dropped_steps,
             strict=strict,

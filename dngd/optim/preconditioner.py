@@ -8,12 +8,12 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from dngd.comm import Communicator, assign_owners, current_communicator
-from dngd.comm.assignment import Factor
+from dngd.comm import Communicator, current_communicator
 from dngd.curvature import (
     DampingMode,
     FactorLayout,
@@ -24,18 +24,18 @@ from dngd.curvature import (
     inner_product,
     kl_clip_scale,
     norm_scale,
-    precondition_in_eigenbasis,
-    precondition_with_inverses,
 )
 from dngd.errors import TrainingError, UserError
-from dngd.optim.arguments import LossReduction, Method, check_arguments, in_range
+from dngd.optim.arguments import LossReduction, Method, check_arguments, check_wrapper, in_range
 from dngd.optim.capture import Capture, Variant, WeightSharing
+from dngd.optim.directions import Directions
 from dngd.optim.eigenvalues import EigenvalueCorrection
 from dngd.optim.health import layer_health, layer_table
-from dngd.optim.inverses import PRECISIONS, InversePrecision, Wanted
+from dngd.optim.inverses import PRECISIONS, WIRES, FactorWire, InversePrecision, Wanted
 from dngd.optim.layers import CurvatureLayer, find_layers
+from dngd.optim.plan import TRAFFIC_BUDGET, LayerSizes, Plan, Planner, StrategyChoice
 from dngd.optim.refresh import Damping, LayerState, RefreshPipeline
-from dngd.optim.schedules import Period, Schedule, UpdateSchedule, value_at
+from dngd.optim.schedules import Period, Schedule, UpdateSchedule, period_at, value_at
 from dngd.optim.state import load_preconditioner_state, preconditioner_state
 
 
@@ -52,7 +52,7 @@ class KFACPreconditioner:
     bias; aggregated rows for graph convolutions) and `G = (1/n) Σ g_i g_iᵀ` over n seeds, g_i the gradient of
     the summed loss with respect to output row i; both are running averages of sums and counts (Martens & Grosse
     2015; Izadi et al. 2020, arXiv 2008.09624). Between refreshes they stay on their rank; a refresh reduces them
-    over the ranks, inverts each on its owner rank and shares the inverse.
+    over the ranks, inverts each on its owner rank and shares the inverse, or as `strategy` says.
 
     model: linear layers of torch and PyG, graph convolutions of dngd, PyG and DGL, Embedding, BatchNorm and
         LayerNorm are preconditioned; other parameters keep their gradient and are named in one warning, or
@@ -75,6 +75,18 @@ class KFACPreconditioner:
     layout: what becomes of wide factors; see dngd.curvature.FactorLayout (with eigenbases "low_rank" is diagonal).
         inverse_precision: how inverses are kept and sent, where their conditioning allows it ("full" otherwise, and
         for float64 models).
+    factor_wire: type in which sums travel between ranks, "float32" or "bfloat16": what rounding leaves over is kept and
+        sent with the next, and factors whose damping could not bear it, low-rank sketches, and float64 models travel as
+        they are; see dngd.comm.rounding.
+    strategy: "replicate" (every rank inverts all), "share_inverse" (owners invert and send the inverses),
+        "share_gradient" (an owner keeps a layer's inverses and sends its preconditioned gradient every step), or
+        "auto", which starts with share_inverse and chooses for each layer from what all ranks measured, among those
+        that send no more a step than traffic_budget times the gradient's bytes (share_gradient sends them once more, so
+        that auto takes it from a budget of 1 on); see dngd.comm.cost_model and `plan`. No number of the training
+        depends on it where the ranks round alike.
+    refresh_budget_seconds: most seconds of inversions that a step starts, by the plan's measurements; layers beyond it
+        wait for the next step, so that timings decide when inverses are renewed (on all ranks alike, but two runs of
+        one seed differ). One layer always starts; None for no limit.
     loss_scale: a function that returns what the loss was multiplied with, e.g. `scaler.get_scale`; gradients must be
         unscaled (`scaler.unscale_(optimizer)`) before `step`.
     max_dropped_steps: non-finite steps in a row after which TrainingError is raised; None for no limit.
@@ -112,6 +124,10 @@ class KFACPreconditioner:
         max_rows: int | None = None,
         layout: FactorLayout | None = None,
         inverse_precision: InversePrecision = "full",
+        factor_wire: FactorWire = "float32",
+        strategy: StrategyChoice = "auto",
+        traffic_budget: float = TRAFFIC_BUDGET,
+        refresh_budget_seconds: float | None = None,
         loss_scale: Callable[[], float] | None = None,
         max_dropped_steps: int | None = 10,
         strict: bool = False,
@@ -134,7 +150,7 @@ class KFACPreconditioner:
         self.method: Method = method
         self.max_dropped_steps = max_dropped_steps
         self.communicator: Communicator = communicator if communicator is not None else current_communicator()
-        _check_wrapper(model, fisher)
+        check_wrapper(model, fisher)
         if variant == "paper" and self.communicator.world_size > 1:
             raise UserError("variant='paper' reproduces a single-process method; run it with one worker")
 
@@ -157,8 +173,6 @@ class KFACPreconditioner:
             rank=self.communicator.rank,
         )
         self._trainable = [p for p in model.parameters() if p.requires_grad]
-        self._strict = strict
-        self._unmeasured: set[str] = set()
         layout = layout or FactorLayout()
         layers, left_over = find_layers(model, self.capture, layout if method == "kfac" else layout.for_eigenbases())
         if left_over:
@@ -175,17 +189,38 @@ class KFACPreconditioner:
             )
             for layer in layers
         }
-        costs: dict[Factor, float] = {}
-        for layer in layers:
-            costs[layer.name, "A"] = layer.a.inversion_cost
-            costs[layer.name, "G"] = layer.g.inversion_cost
-        self.owners = assign_owners(costs, self.communicator.world_size)
         wanted = Wanted(eigenbasis=method != "kfac", dtype=self._stored_dtype(inverse_precision))
-        self.pipeline = RefreshPipeline(self.states, self.owners, self.communicator, wanted, change_threshold)
+        self._planner = Planner(
+            {layer.name: _layer_sizes(layer, wanted) for layer in layers},
+            self.communicator,
+            strategy,
+            shares_gradients=method == "kfac",
+            traffic_budget=traffic_budget,
+        )
+        self.refresh_budget_seconds = refresh_budget_seconds
+        self.deferred: list[str] = []
+        self.pipeline = RefreshPipeline(
+            self.states,
+            self._planner.plan,
+            self.communicator,
+            wanted,
+            change_threshold,
+            None if self._stored_dtype("float16") is None else WIRES[factor_wire],
+            self._planner.record_inversion,
+        )
         self.eigenvalues = (
             EigenvalueCorrection(self.layers, self.states, self.communicator, eigenvalue_update_period)
             if method == "ekfac"
             else None
+        )
+        self._directions = Directions(
+            method,
+            self.layers,
+            self.states,
+            self.eigenvalues,
+            self.communicator,
+            self._planner.record_preconditioning,
+            strict=strict,
         )
         self.capture.start_step(0, self.schedule.is_factor_step(0))
 
@@ -403,21 +438,47 @@ class KFACPreconditioner:
         With several ranks all of them enter, in the same order. The very first refresh is adopted at
         once, whatever inverse_delay: until then there is nothing to precondition with.
         """
+        self._replan_if_due()
         names = list(self.layers)
-        due = [names[i] for i in self.schedule.layers_due(self.steps, len(names))]
+        due = [*self.deferred, *(names[i] for i in self.schedule.layers_due(self.steps, len(names)))]
         missing = [name for name, state in self.states.items() if state.attempted_step < 0]
         if self.factor_steps == 0:
             due = missing = []  # every step so far was dropped: the same on all ranks
         launched = {name for refresh in self.pipeline.under_way for name in refresh.layers}
         first = [name for name in missing if name not in launched]
-        later = [name for name in due if name not in first and name not in launched]
+        later = list(dict.fromkeys(name for name in due if name not in first and name not in launched))
         if first:
             self.pipeline.launch(self.steps, first, self._damping_now(), 0)
-        if later:
-            self.pipeline.launch(self.steps, later, self._damping_now(), self.inverse_delay)
+        now = self._within_budget(later)
+        self.deferred = later[len(now) :]
+        if now:
+            self.pipeline.launch(self.steps, now, self._damping_now(), self.inverse_delay)
         self.pipeline.advance(self.steps)
         if self.eigenvalues is not None:
             self.eigenvalues.advance(self.steps)
+
+    def _within_budget(self, layers: list[str]) -> list[str]:
+        """Return the first layers whose inversions fit in the step's budget, at least one; alike on all ranks."""
+        if self.refresh_budget_seconds is None:
+            return layers
+        count = min(1, len(layers))
+        while count < len(layers) and self.plan().refresh_seconds(layers[: count + 1]) <= self.refresh_budget_seconds:
+            count += 1
+        return layers[:count]
+
+    def _replan_if_due(self) -> None:
+        period = period_at(self.schedule.inverse_update_period, self.steps)
+        uses_a_plan = self.communicator.world_size > 1 or self.refresh_budget_seconds is not None
+        if uses_a_plan and self._planner.is_due(self.steps, period):
+            self.pipeline.change_plan(self._planner.replan(self.steps, period, self.device))
+
+    def plan(self) -> Plan:
+        """Return who inverts what and how it is shared, with the measurements behind it; alike on all ranks."""
+        return self._planner.plan
+
+    def adopt_plan(self, saved: Plan) -> None:
+        """Go on with a saved plan, made anew from its measurements if this world is of another size."""
+        self.pipeline.plan = self._planner.restore(saved)
 
     def _damping_now(self) -> Damping:
         value = value_at(self.damping, self.steps)
@@ -431,50 +492,15 @@ class KFACPreconditioner:
 
         gradient_scale: what turns `.grad` into the mean loss's gradient ∇W.
         """
-        pairs: list[tuple[CurvatureLayer, Tensor, Tensor]] = []
-        for name, layer in self.layers.items():
-            gradient = layer.gradient()
-            if gradient is None:
-                continue
-            if gradient_scale != 1.0:
-                gradient = gradient * gradient_scale
-            pairs.append((layer, self._direction(layer, self.states[name], gradient), gradient))
-        if not pairs:
+        measures_gpu = self._planner.is_due(self.steps + 1, period_at(self.schedule.inverse_update_period, self.steps))
+        gradients, directions = self._directions.take(gradient_scale, measures_gpu=measures_gpu)
+        if not gradients:
             raise UserError("step() found no gradient; call loss.backward() before it")
+        pairs = [(self.layers[name], directions[name], gradient) for name, gradient in gradients.items()]
         self._quadratic = inner_product((preconditioned, gradient) for _, preconditioned, gradient in pairs)
         scale = self._trust_scale([preconditioned for _, preconditioned, _ in pairs])
         for layer, preconditioned, _ in pairs:
             layer.set_gradient(preconditioned if scale is None else preconditioned * scale)
-
-    def _direction(self, layer: CurvatureLayer, state: LayerState, gradient: Tensor) -> Tensor:
-        """Return a layer's preconditioned gradient; the gradient itself while there is no inverse."""
-        if len(state.inverses) < 2:
-            self._check_measured(layer, state, gradient)
-            return gradient
-        a, g = (state.inverses[which].expanded(layer.dtype) for which in "AG")
-        working = gradient.to(layer.dtype)
-        if self.method == "kfac":
-            out = precondition_with_inverses(working, layer.a, a, layer.g, g)
-        else:
-            scales = None if self.eigenvalues is None else self.eigenvalues.scales(layer.name)
-            out = precondition_in_eigenbasis(working, a, g, scales, *state.damping)
-        return out.to(gradient.dtype)
-
-    def _check_measured(self, layer: CurvatureLayer, state: LayerState, gradient: Tensor) -> None:
-        """Say once that a layer has a gradient and no rows: its weight is used in a way that K-FAC cannot see."""
-        if state.attempted_step < 0 or layer.name in self._unmeasured or float(state.folded.counts.min()) > 0:
-            return
-        if not bool(gradient.any()):
-            return  # no seed reaches it yet
-        self._unmeasured.add(layer.name)
-        text = (
-            f"layer {layer.name!r} has a gradient, but K-FAC saw no call of it and leaves it its plain gradient; is "
-            "its weight used by a function instead of the module, was the model compiled or run before the "
-            "preconditioner was made, or is the layer inside an activation checkpoint?"
-        )
-        if self._strict:
-            raise UserError("strict: " + text)
-        warnings.warn(text, stacklevel=2)
 
     def _trust_scale(self, directions: Sequence[Tensor]) -> Tensor | None:
         """Return ν as a 0-d tensor, without a host synchronisation; None where nothing bounds the step."""
@@ -515,17 +541,20 @@ class KFACPreconditioner:
         self.pipeline.drain()  # sums that a refresh under way has taken are part of the averages
         out: dict[str, KroneckerFactors] = {}
         for name, state in self.states.items():
-            averages = self._total(state).averages()
+            averages = self._total(name, state).averages()
             if averages is not None:
                 out[name] = KroneckerFactors(state.a.dense(averages[0]), state.g.dense(averages[1]))
         return out
 
-    def _total(self, state: LayerState) -> FactorStatistics:
+    def _total(self, name: str, state: LayerState) -> FactorStatistics:
         """Return folded and unfolded sums of all ranks together."""
         total = state.folded.clone()
         if state.unfolded is not None:
             total.decay_(state.decay)
             pending = state.unfolded.clone()
+            late = self.pipeline.late_statistics(name)
+            if late is not None:
+                pending.add_(late)
             for tensor in pending.tensors():
                 self.communicator.all_reduce(tensor.view(-1), "factor", group="factor").wait()
             total.add_(pending)
@@ -558,6 +587,7 @@ class KFACPreconditioner:
                 tensors += getattr(structure, "_omega", {}).values()
         for refresh in self.pipeline.under_way:
             tensors += [refresh.reduced, *refresh.share_buffers.values()]
+            tensors += [*(refresh.reduction.tensors() if refresh.reduction else ()), *chain(*refresh.late.values())]
             tensors += [t for inverse in refresh.inverses.values() if inverse is not None for t in inverse.tensors]
         if self.eigenvalues is not None:
             tensors += self.eigenvalues.tensors()
@@ -588,13 +618,9 @@ class KFACPreconditioner:
         self.pipeline.close()
 
 
-def _check_wrapper(model: nn.Module, fisher: FisherKind) -> None:
-    """Raise UserError for a wrapper whose backward pass the preconditioner cannot follow."""
-    kind = type(model).__name__
-    if kind in ("DataParallel", "FullyShardedDataParallel"):
-        raise UserError(f"{kind} is not supported: its copies or shards of a weight have no factors; use DDP")
-    if getattr(model, "static_graph", False) and fisher != "empirical":
-        raise UserError(
-            f"DDP(static_graph=True) counts the extra backward pass of fisher={fisher!r} as a step of its own and then "
-            "reduces nothing; use static_graph=False, or fisher='empirical'"
-        )
+def _layer_sizes(layer: CurvatureLayer, wanted: Wanted) -> LayerSizes:
+    return LayerSizes(
+        flops=(layer.a.inversion_cost, layer.g.inversion_cost),
+        inverse_bytes=sum(wanted.wire_bytes(structure, layer.dtype) for structure in (layer.a, layer.g)),
+        gradient_bytes=layer.a.dimension * layer.g.dimension * layer.parameters[0].dtype.itemsize,
+    )

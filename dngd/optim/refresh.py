@@ -3,23 +3,26 @@
 A refresh launched at step t is adopted by all ranks at step t + d, d = inverse_delay, waiting if it is
 late. Its stages start at steps that depend on t and d alone, on the main thread, so that every rank
 enqueues the same collectives in the same order: the all-reduce at t, the inversion (in a thread when
-d > 0) at t + ⌈d/3⌉, the broadcasts of the inverses at t + ⌈2d/3⌉.
+d > 0) at t + ⌈d/3⌉, the broadcasts of the inverses at t + ⌈2d/3⌉. Who inverts and what is shared says the plan
+(dngd.optim.plan) in force at t, to the end of that refresh.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from dngd.comm import Communicator, Work, flatten, unflatten
+from dngd.comm import Communicator, RoundedReduction, Work, flatten, unflatten
 from dngd.comm.assignment import Factor
 from dngd.curvature import DampingMode, FactorStatistics, FactorStructure, Tensors, damping_split
-from dngd.optim.inverses import Decomposition, StoredInverse, Wanted, decompose, from_bytes, to_bytes
+from dngd.optim.inverses import HELD_ELSEWHERE, Decomposition, StoredInverse, Wanted, decompose, from_bytes, to_bytes
+from dngd.optim.plan import Plan
 
 
 @dataclass
@@ -32,7 +35,9 @@ class LayerState:
     launched_step: when their refresh was launched (-1: none yet). attempted_step: launch of the last
     refresh that ended, well or not; the same on all ranks, while escalations, failed and reused
     inversions count on the owner rank alone. probes: `M p` of the factors that were last inverted, p a fixed
-    vector, and damping (λ_A, λ_G): what tells a factor that did not change.
+    vector, and damping (λ_A, λ_G): what tells a factor that did not change. holder: the one rank that has the
+    inverses in use and applies them; None where every rank has them. forms: of the inverses in use, alike on all
+    ranks, also on those that do not have them.
     """
 
     a: FactorStructure
@@ -48,10 +53,18 @@ class LayerState:
     reused_inversions: int = 0
     probes: dict[str, Tensor] = field(default_factory=dict)
     damping: tuple[float, float] = (0.0, 0.0)
+    holder: int | None = None
+    forms: dict[str, Wanted] = field(default_factory=dict)
 
     def structure(self, which: str) -> FactorStructure:
         """Return the structure of factor "A" or "G"."""
         return self.a if which == "A" else self.g
+
+    def is_exact(self, which: str, computed: torch.dtype) -> bool:
+        """Return whether the inverse in use is kept as computed; the same on all ranks."""
+        if which in self.forms:
+            return self.forms[which].dtype is None
+        return self.inverses[which].is_exact(computed)
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,12 @@ Job = tuple[FactorStructure, Tensors, float, Wanted]
 
 @dataclass
 class Refresh:
-    """One refresh under way. `inverses[factor]` is None for an inversion that failed."""
+    """One refresh under way. `inverses[factor]` is None for an inversion that failed.
+
+    plan: in force at its launch; None for a refresh that was restored, whose inverses all ranks have.
+    reduced: sums that travel as they are; rounded: those that travel rounded, in the layers' order, and reduction,
+    which carries them. late: what rounding their sum left to this rank, owed to its unfolded sums at the adoption.
+    """
 
     step: int
     adopt_step: int
@@ -78,6 +96,10 @@ class Refresh:
     decays: dict[str, float]
     reduced: Tensor
     reduce_work: Work
+    plan: Plan | None = None
+    rounded: tuple[Factor, ...] = ()
+    reduction: RoundedReduction | None = None
+    late: dict[Factor, Tensors] = field(default_factory=dict)
     inversion: Future[dict[Factor, Decomposition]] | None = None
     share_buffers: dict[int, Tensor] = field(default_factory=dict)
     share_works: list[Work] = field(default_factory=list)
@@ -91,11 +113,17 @@ class Refresh:
         """Return the step at which `thirds` thirds of the delay have passed."""
         return self.step + math.ceil((self.adopt_step - self.step) * thirds / 3)
 
+    def holder(self, layer: str) -> int | None:
+        """Return the one rank that keeps a layer's inverses; None where all ranks do."""
+        return None if self.plan is None else self.plan.holder(layer)
+
 
 class RefreshPipeline:
     """Launches refreshes and moves those under way forward. Owns no statistics: it edits the LayerStates.
 
-    wanted: whether factors are inverted or decomposed, and how the result is stored. change_threshold: a
+    factor_wire: type in which sums travel where their damping makes up for it; None: as they are. plan: who inverts
+    and what is shared, for refreshes launched from now on. on_inverted: told each inversion's
+    seconds. wanted: whether factors are inverted or decomposed, and how the result is stored. change_threshold: a
     factor whose relative change since its last inversion, measured on one fixed vector, is at most this is
     not inverted again, as long as its damping changed no more; 0 still skips factors that did not change
     beyond rounding (inputs that never change).
@@ -104,17 +132,21 @@ class RefreshPipeline:
     def __init__(
         self,
         states: Mapping[str, LayerState],
-        owners: Mapping[Factor, int],
+        plan: Plan,
         communicator: Communicator,
         wanted: Wanted,
         change_threshold: float = 0.0,
+        factor_wire: torch.dtype | None = None,
+        on_inverted: Callable[[Factor, float], None] = lambda factor, seconds: None,
     ) -> None:
         self._states = states
-        self._owners = owners
+        self.plan = plan
+        self._on_inverted = on_inverted
         self._comm = communicator
         self._wanted = wanted
         self._exact = replace(wanted, dtype=None)
         self._change_threshold = change_threshold
+        self._factor_wire = factor_wire
         self.discarded_statistics = 0
         """Refreshes whose reduced statistics were not finite and were left out, on all ranks alike."""
         self._under_way: list[Refresh] = []
@@ -130,21 +162,48 @@ class RefreshPipeline:
         return self._wanted.kept_bytes(structure, computed)
 
     def launch(self, step: int, layers: Sequence[str], damping: Damping, delay: int) -> None:
-        """Start reducing the named layers' unfolded statistics, and forget them locally."""
-        parts: list[Tensor] = []
+        """Start reducing the named layers' unfolded statistics; locally only what rounding leaves over stays."""
+        exact: list[Tensor] = []
+        rounded: dict[Factor, Tensors] = {}
         decays = {}
         for name in layers:
             state = self._states[name]
-            if state.unfolded is not None:
-                parts += state.unfolded.tensors()
-        reduced = flatten(parts)
-        for name in layers:
-            state = self._states[name]
-            if state.unfolded is not None:
-                state.unfolded.zero_()
             decays[name], state.decay = state.decay, 1.0
+            if state.unfolded is None:
+                continue
+            bears = self._bears_rounding(state, damping)
+            for which, sums in (("A", state.unfolded.a), ("G", state.unfolded.g)):
+                if bears[which]:
+                    rounded[name, which] = sums
+                else:
+                    exact += sums
+            exact.append(state.unfolded.counts)
+        reduced = flatten(exact)
+        terms = [tensor for sums in rounded.values() for tensor in sums]
+        reduction = None
         work = self._comm.all_reduce(reduced, "factor", group="factor")
-        refresh = Refresh(step, step + delay, tuple(layers), damping, decays, reduced, work)
+        if terms:
+            assert self._factor_wire is not None
+            reduction = RoundedReduction(flatten(terms), self._factor_wire, self._comm, "factor", "factor")
+        for name in layers:
+            unfolded = self._states[name].unfolded
+            if unfolded is not None:
+                unfolded.zero_()
+        if reduction is not None:
+            for tensor, left in zip(terms, unflatten(reduction.left, [tuple(t.shape) for t in terms])):
+                tensor.copy_(left)
+        refresh = Refresh(
+            step,
+            step + delay,
+            tuple(layers),
+            damping,
+            decays,
+            reduced,
+            work,
+            self.plan,
+            rounded=tuple(rounded),
+            reduction=reduction,
+        )
         self._under_way.append(refresh)
         if self._comm.world_size == 1:
             # Nothing to wait for, and the folded sums of a single rank move on with the next commit.
@@ -189,6 +248,61 @@ class RefreshPipeline:
             self._executor.shutdown(wait=True, cancel_futures=True)
             self._executor = None
 
+    def change_plan(self, plan: Plan) -> None:
+        """Go by another plan from the next launch on; all ranks enter.
+
+        Where another rank is to hold a layer's inverses, what one rank alone holds, in use or under way, is sent to
+        all of them first: a factor that does not change is not inverted again, so that whoever owns it next must have
+        its inverse.
+        """
+        states = self._states.values()
+        held = [(name, state.holder) for name, state in self._states.items()]
+        held += [(name, refresh.holder(name)) for refresh in self._under_way for name in refresh.layers]
+        if any(holder is not None and holder != plan.holder(name) for name, holder in held):
+            self.drain()
+            for position, (name, which), inverse in list(self.whole_inverses()):
+                if position is not None:
+                    self._under_way[position].inverses[name, which] = inverse
+                elif inverse is not None:
+                    self._states[name].inverses[which] = inverse
+            for refresh in self._under_way:
+                refresh.plan = None
+            for state in states:
+                state.holder = None
+        self.plan = plan
+
+    def whole_inverses(self) -> Iterator[tuple[int | None, Factor, StoredInverse | None]]:
+        """Yield (position of the refresh under way or None for those in use, factor, inverse) of every inverse.
+
+        What one rank alone holds is broadcast for it. All ranks enter, after `drain`, and read to the end.
+        """
+        for name, state in self._states.items():
+            for which in "AG":
+                inverse = state.inverses.get(which)
+                if inverse is not None and state.holder is not None:
+                    inverse = self._fetched((name, which), inverse, state.holder, state.forms[which])
+                yield None, (name, which), inverse
+        for i, refresh in enumerate(self._under_way):
+            for name in refresh.layers:
+                for which in "AG":
+                    inverse = refresh.inverses.get((name, which))
+                    holder = refresh.holder(name)
+                    if inverse is not None and holder is not None:
+                        form = self._form(refresh, (name, which))
+                        inverse = self._fetched((name, which), inverse, holder, form)
+                    yield i, (name, which), inverse
+
+    def _fetched(self, factor: Factor, inverse: StoredInverse, holder: int, form: Wanted) -> StoredInverse:
+        state = self._states[factor[0]]
+        structure, computed = state.structure(factor[1]), state.folded.counts.dtype
+        if holder == self._comm.rank:
+            buffer = to_bytes(structure, inverse, form)
+        else:
+            size = form.wire_bytes(structure, computed)
+            buffer = torch.empty(size, dtype=torch.uint8, device=state.folded.counts.device)
+        self._comm.broadcast(buffer, holder, "state", group="factor").wait()
+        return from_bytes(structure, buffer, form, computed)
+
     def _start_inversion(self, refresh: Refresh) -> None:
         refresh.reduce_work.wait()
         self._fold(refresh)
@@ -203,9 +317,6 @@ class RefreshPipeline:
             refresh.inversion.set_result(_decompose_all(jobs))
         refresh.stage = "invert"
 
-    def _is_mine(self, factor: Factor) -> bool:
-        return self._owners[factor] == self._comm.rank
-
     def _fold(self, refresh: Refresh) -> None:
         states = [self._states[name] for name in refresh.layers]
         if self._comm.world_size == 1 or all(state.unfolded is None for state in states):
@@ -217,21 +328,69 @@ class RefreshPipeline:
                     if not all(bool(torch.isfinite(t).all()) for t in state.folded.tensors()):
                         state.folded.zero_()
             return
-        shapes = [tuple(t.shape) for state in states for t in state.folded.tensors()]
-        parts = iter(unflatten(refresh.reduced, shapes))
+        exact = iter(self._unpacked(refresh, refresh.reduced, rounded=False))
+        total = refresh.reduced.new_zeros(0)
+        if refresh.reduction is not None:
+            total, late = refresh.reduction.finish()
+            left_over = iter(self._unpacked(refresh, late, rounded=True))
+            for name, which in refresh.rounded:
+                sums = self._states[name].folded.sums(which)
+                refresh.late[name, which] = tuple(next(left_over).clone() for _ in sums)
+        added = iter(self._unpacked(refresh, total, rounded=True))
         # Rows can overflow where gradients did not. The reduced sums are alike on all ranks, so all of them
         # forget these statistics together; the folded ones stay sound.
-        sound = bool(torch.isfinite(refresh.reduced).all())
+        sound = bool(torch.isfinite(refresh.reduced).all() & torch.isfinite(total).all())
         self.discarded_statistics += not sound
         for name, state in zip(refresh.layers, states):
             state.folded.decay_(refresh.decays[name])
             if sound:
-                for tensor in state.folded.tensors():
-                    tensor += next(parts)
+                for which in "AG":
+                    parts = added if (name, which) in refresh.rounded else exact
+                    for tensor in state.folded.sums(which):
+                        tensor += next(parts)
+                state.folded.counts += next(exact)
         refresh.reduced = refresh.reduced.new_zeros(0)
+        refresh.reduction = None
+
+    def _unpacked(self, refresh: Refresh, flat: Tensor, *, rounded: bool) -> list[Tensor]:
+        """Return the sums (and counts, which are not rounded) that a flat buffer holds, in the layers' order."""
+        shapes: list[tuple[int, ...]] = []
+        for name in refresh.layers:
+            folded = self._states[name].folded
+            for which in "AG":
+                if ((name, which) in refresh.rounded) == rounded:
+                    shapes += [tuple(t.shape) for t in folded.sums(which)]
+            if not rounded:
+                shapes.append(tuple(folded.counts.shape))
+        return unflatten(flat, shapes) if flat.numel() else []
+
+    def _bears_rounding(self, state: LayerState, damping: Damping) -> dict[str, bool]:
+        """Return for each factor whether its sums may travel rounded; from folded sums, so alike on all ranks.
+
+        With each entry's relative error at most u, once on its own rank and once as a sum, `‖E‖ <= 2u·tr M`: where
+        `λ >= 2u·tr M`, `M + E + λI` stays positive definite even if every error had the worst sign. Errors of random
+        signs add up to far less, and error feedback takes them back at the next refresh. With u = 2⁻⁸ the relative
+        damping passes from 1/128 on. The first reduction, of a factor that nothing is known of, is not rounded.
+        """
+        out = {"A": False, "G": False}
+        averages_known = float(state.folded.counts.min()) > 0
+        if self._factor_wire is None or state.folded.counts.dtype != torch.float32 or not averages_known:
+            return out
+        diagonals = [
+            state.structure(which).diagonal(state.folded.sums(which)) / state.folded.counts[i]
+            for i, which in enumerate("AG")
+        ]
+        split = damping_split(diagonals[0], diagonals[1], damping.value, damping.mode, damping.g_ratio)
+        unit = torch.finfo(self._factor_wire).eps / 2
+        for which, diagonal, lam in zip("AG", diagonals, split):
+            trace = float(diagonal.sum())
+            out[which] = state.structure(which).bears_rounding and float(lam) >= 2 * unit * trace
+        return out
 
     def _damped_factors(self, refresh: Refresh) -> dict[Factor, Job]:
         jobs: dict[Factor, Job] = {}
+        plan = refresh.plan
+        assert plan is not None, "a restored refresh is inverted already"
         for name in refresh.layers:
             state = self._states[name]
             averages = state.folded.averages()
@@ -252,13 +411,13 @@ class RefreshPipeline:
                 # From reduced numbers, which all ranks hold alike: so they agree on what comes over the wire.
                 trace = float(structure.diagonal(sums).sum())
                 refresh.wanted[factor] = self._wanted if self._wanted.rounds(trace, lam) else self._exact
-                if is_unchanged and state.inverses[which].is_exact(sums[0].dtype):
+                if is_unchanged and state.is_exact(which, sums[0].dtype):
                     refresh.wanted[factor] = self._exact
-                if not self._is_mine(factor):
+                if not plan.inverts(factor, self._comm.rank):
                     continue
                 if is_unchanged:
                     refresh.inverses[factor] = state.inverses[which]
-                    state.reused_inversions += 1
+                    state.reused_inversions += plan.owners[factor] == self._comm.rank
                 else:
                     jobs[factor] = (structure, sums, lam, refresh.wanted[factor])
             refresh.dampings[name] = (kept["A"], kept["G"])
@@ -276,18 +435,22 @@ class RefreshPipeline:
 
     def _start_sharing(self, refresh: Refresh) -> None:
         assert refresh.inversion is not None
+        assert refresh.plan is not None
         for factor, result in refresh.inversion.result().items():
             state = self._states[factor[0]]
-            state.escalations += result.escalations
-            state.failed_inversions += result.stored is None
+            if refresh.plan.owners[factor] == self._comm.rank:
+                state.escalations += result.escalations
+                state.failed_inversions += result.stored is None
             refresh.inverses[factor] = result.stored
-        if self._comm.world_size == 1:
-            for name in refresh.layers:
-                for which in "AG":
+            self._on_inverted(factor, result.seconds)
+        device = self._states[refresh.layers[0]].folded.counts.device
+        for name in refresh.layers:
+            for which in "AG":
+                if self._comm.world_size == 1 or refresh.plan.strategies[name] == "replicate":
                     refresh.inverses.setdefault((name, which), None)
+        if self._comm.world_size == 1:
             refresh.stage = "ready"
             return
-        device = self._states[refresh.layers[0]].folded.counts.device
         for owner, factors in self._by_owner(refresh).items():
             if owner == self._comm.rank:
                 buffer = torch.cat([self._packed(refresh, factor) for factor in factors])
@@ -299,10 +462,13 @@ class RefreshPipeline:
         refresh.stage = "share"
 
     def _by_owner(self, refresh: Refresh) -> dict[int, list[Factor]]:
+        """Return what each owner tells the others, by owner: nothing of the layers that every rank inverts."""
+        assert refresh.plan is not None
         by_owner: dict[int, list[Factor]] = {}
         for name in refresh.layers:
-            for factor in ((name, "A"), (name, "G")):
-                by_owner.setdefault(self._owners[factor], []).append(factor)
+            if refresh.plan.strategies[name] != "replicate":
+                for factor in ((name, "A"), (name, "G")):
+                    by_owner.setdefault(refresh.plan.owners[factor], []).append(factor)
         return dict(sorted(by_owner.items()))
 
     def _form(self, refresh: Refresh, factor: Factor) -> Wanted:
@@ -310,19 +476,22 @@ class RefreshPipeline:
         return refresh.wanted.get(factor, self._wanted)
 
     def _wire_bytes(self, refresh: Refresh, factor: Factor) -> int:
+        """Return the bytes of an inverse on the wire; none where its owner keeps it."""
         state = self._states[factor[0]]
+        if refresh.holder(factor[0]) is not None:
+            return 0
         return self._form(refresh, factor).wire_bytes(state.structure(factor[1]), state.folded.counts.dtype)
 
     def _packed(self, refresh: Refresh, factor: Factor) -> Tensor:
-        """Return one byte that says whether an inverse follows, and the inverse (or zeros)."""
-        device = self._states[factor[0]].folded.counts.device
+        """Return one byte that says whether there is an inverse, and it (or zeros) unless its owner keeps it."""
+        state = self._states[factor[0]]
+        device = state.folded.counts.device
         inverse = refresh.inverses.get(factor)
         flag = torch.tensor([inverse is not None], dtype=torch.uint8, device=device)
-        if inverse is None:
-            return torch.cat([flag, torch.zeros(self._wire_bytes(refresh, factor), dtype=torch.uint8, device=device)])
-        return torch.cat(
-            [flag, to_bytes(self._states[factor[0]].structure(factor[1]), inverse, self._form(refresh, factor))]
-        )
+        size = self._wire_bytes(refresh, factor)
+        if inverse is None or size == 0:
+            return torch.cat([flag, torch.zeros(size, dtype=torch.uint8, device=device)])
+        return torch.cat([flag, to_bytes(state.structure(factor[1]), inverse, self._form(refresh, factor))])
 
     def _receive(self, refresh: Refresh) -> None:
         for work in refresh.share_works:
@@ -335,11 +504,14 @@ class RefreshPipeline:
                 arrived = bool(buffer[offset] > 0)
                 body = buffer[offset + 1 : offset + 1 + size]
                 offset += 1 + size
-                refresh.inverses[factor] = (
-                    from_bytes(state.structure(factor[1]), body, self._form(refresh, factor), state.folded.counts.dtype)
-                    if arrived
-                    else None
-                )
+                if not arrived:
+                    refresh.inverses[factor] = None
+                elif size > 0:
+                    refresh.inverses[factor] = from_bytes(
+                        state.structure(factor[1]), body, self._form(refresh, factor), state.folded.counts.dtype
+                    )
+                elif owner != self._comm.rank:
+                    refresh.inverses[factor] = HELD_ELSEWHERE
         refresh.share_buffers.clear()
         refresh.stage = "ready"
 
@@ -347,17 +519,44 @@ class RefreshPipeline:
         for name in refresh.layers:
             state = self._states[name]
             state.attempted_step = refresh.step
+            self._pay_back(refresh, name, state)
             a_inverse, g_inverse = refresh.inverses[name, "A"], refresh.inverses[name, "G"]
             if a_inverse is None or g_inverse is None:
                 continue  # the last good pair stays; counted where the inversion failed
             state.inverses = {"A": a_inverse, "G": g_inverse}
             state.launched_step = refresh.step
+            state.holder = refresh.holder(name)
+            state.forms = {which: self._form(refresh, (name, which)) for which in "AG"} if refresh.plan else {}
             if name in refresh.dampings:
                 state.damping = refresh.dampings[name]
             for which in "AG":
                 if (name, which) in refresh.probes:
                     state.probes[which] = refresh.probes[name, which]
         refresh.stage = "adopted"
+
+    def late_statistics(self, name: str) -> FactorStatistics | None:
+        """Return what rounding left to this rank of a layer's sums and is not in its unfolded ones yet."""
+        for refresh in self._under_way:
+            if (name, "A") in refresh.late or (name, "G") in refresh.late:
+                late = self._states[name].folded.clone()
+                late.zero_()
+                for which in "AG":
+                    for tensor, part in zip(late.sums(which), refresh.late.get((name, which), ())):
+                        tensor.copy_(part)
+                late.decay_(self._states[name].decay)
+                return late
+        return None
+
+    def _pay_back(self, refresh: Refresh, name: str, state: LayerState) -> None:
+        """Add what rounding the sum left over to this rank's unfolded sums.
+
+        At the adoption, a step that all runs have: when a state is saved in between, the numbers stay the same.
+        """
+        for which in "AG":
+            late = refresh.late.pop((name, which), None)
+            if late is not None and state.unfolded is not None:
+                for tensor, part in zip(state.unfolded.sums(which), late):
+                    tensor.add_(part, alpha=state.decay)
 
 
 def _probe_vector(dimension: int, like: Tensor) -> Tensor:
@@ -369,4 +568,9 @@ def _probe_vector(dimension: int, like: Tensor) -> Tensor:
 def _decompose_all(
     jobs: Mapping[Factor, Job],
 ) -> dict[Factor, Decomposition]:
-    return {factor: decompose(*job) for factor, job in jobs.items()}
+    out = {}
+    for factor, job in jobs.items():
+        started = time.perf_counter()
+        result = decompose(*job)
+        out[factor] = replace(result, seconds=time.perf_counter() - started)
+    return out

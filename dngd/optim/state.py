@@ -14,6 +14,7 @@ from dngd.errors import UserError
 from dngd.optim.eigenvalues import ScaleState
 from dngd.optim.inverses import StoredInverse
 from dngd.optim.layers.base import ConstantInput
+from dngd.optim.plan import Plan
 from dngd.optim.refresh import Damping, LayerState, Refresh
 from dngd.optim.trust import LevenbergMarquardt
 
@@ -24,7 +25,7 @@ State = dict[str, Tensor]
 
 
 def preconditioner_state(pre: KFACPreconditioner) -> State:
-    """Return the flat state of a drained preconditioner; keys "shared.…" and "local.…"."""
+    """Return the flat state of a drained preconditioner; keys "shared.…" and "local.…". All ranks enter."""
     out: State = {
         "shared.counters": _integers(
             pre.steps,
@@ -36,6 +37,9 @@ def preconditioner_state(pre: KFACPreconditioner) -> State:
         ),
         "local.rank": _integers(pre.communicator.rank, pre.communicator.world_size),
     }
+    plan = pre.plan().to_json().encode()
+    out["shared.plan"] = torch.frombuffer(bytearray(plan), dtype=torch.uint8)
+    out["shared.deferred"] = _integers(*(list(pre.states).index(name) for name in pre.deferred))
     if isinstance(pre.damping, LevenbergMarquardt):
         out["shared.damping"] = torch.tensor([pre.damping.value], dtype=torch.float64)
     for name, state in pre.states.items():
@@ -60,9 +64,14 @@ def preconditioner_state(pre: KFACPreconditioner) -> State:
             out[f"shared.refresh.{i}.damping.{name}"] = torch.tensor(damping, dtype=torch.float64)
             for which in "AG":
                 prefix = f"shared.refresh.{i}.{which}"
-                _put_inverse(out, prefix, name, refresh.inverses.get((name, which)))
+                for k, tensor in enumerate(refresh.late.get((name, which), ())):
+                    out[f"local.late.{i}.{which}.{k}.{name}"] = tensor.clone()
                 if (name, which) in refresh.probes:
                     out[f"{prefix}.probe.{name}"] = refresh.probes[name, which].clone()
+    # An inverse that one rank alone holds is in every rank's state: any of them can restore any world.
+    for position, (name, which), inverse in pre.pipeline.whole_inverses():
+        place = "shared.inverse" if position is None else f"shared.refresh.{position}"
+        _put_inverse(out, f"{place}.{which}", name, inverse)
     return out
 
 
@@ -75,7 +84,6 @@ def _layer_state(name: str, state: LayerState) -> State:
     out[f"shared.launched.{name}"] = _integers(state.launched_step, state.attempted_step)
     out[f"local.escalations.{name}"] = _integers(state.escalations, state.failed_inversions, state.reused_inversions)
     for which in "AG":
-        _put_inverse(out, f"shared.inverse.{which}", name, state.inverses.get(which))
         if which in state.probes:
             out[f"shared.probe.{which}.{name}"] = state.probes[which].clone()
     return out
@@ -96,6 +104,11 @@ def load_preconditioner_state(pre: KFACPreconditioner, states: Sequence[State]) 
     pre.non_finite_statistics, pre.pipeline.discarded_statistics = counters[4:]
     if isinstance(pre.damping, LevenbergMarquardt) and "shared.damping" in shared:
         pre.damping.value = float(shared["shared.damping"])
+    saved_plan = shared.get("shared.plan")
+    if saved_plan is not None:
+        pre.adopt_plan(Plan.from_json(bytes(saved_plan.tolist()).decode()))
+    names = list(pre.states)
+    pre.deferred = [names[int(i)] for i in shared.get("shared.deferred", ())]
     for name, state in pre.states.items():
         _load_layer(name, state, shared, local)
         constant = pre.layers[name].constant = ConstantInput()
@@ -117,7 +130,11 @@ def load_preconditioner_state(pre: KFACPreconditioner, states: Sequence[State]) 
                     None if scales is None else scales.to(like, copy=True),
                 )
                 pre.eigenvalues.restore(name, saved)
-    for refresh in _refreshes(pre, shared):
+    same_world = int(shared["local.rank"][1]) == pre.communicator.world_size
+    for i, refresh in enumerate(_refreshes(pre, shared)):
+        _take_late(pre, i, refresh, local)
+        if not same_world:
+            _add_late(pre, refresh, shared)
         pre.pipeline.restore(refresh)
 
 
@@ -141,7 +158,8 @@ def _load_layer(name: str, state: LayerState, shared: State, local: State) -> No
     state.launched_step, state.attempted_step = (int(v) for v in shared[f"shared.launched.{name}"])
     counts = [int(v) for v in local[f"local.escalations.{name}"]]
     state.escalations, state.failed_inversions, state.reused_inversions = counts
-    state.inverses, state.probes = {}, {}
+    # All ranks have them now, whoever had them when they were saved; a layer's next refresh goes by the plan.
+    state.inverses, state.probes, state.forms, state.holder = {}, {}, {}, None
     for which in "AG":
         inverse = _take_inverse(shared, f"shared.inverse.{which}", name, device)
         if inverse is not None:
@@ -179,6 +197,26 @@ def _refreshes(pre: KFACPreconditioner, shared: State) -> list[Refresh]:
         out.append(refresh)
         i += 1
     return out
+
+
+def _take_late(pre: KFACPreconditioner, position: int, refresh: Refresh, local: State) -> None:
+    for name in refresh.layers:
+        folded = pre.states[name].folded
+        for which in "AG":
+            keys = [f"local.late.{position}.{which}.{k}.{name}" for k in range(len(folded.sums(which)))]
+            if keys[0] in local:
+                refresh.late[name, which] = tuple(local[key].to(folded.counts.device, copy=True) for key in keys)
+
+
+def _add_late(pre: KFACPreconditioner, refresh: Refresh, shared: State) -> None:
+    """Pay back at once what rounding left to the ranks of another world: with one rank there are no unfolded sums."""
+    for (name, which), late in refresh.late.items():
+        state = pre.states[name]
+        target = state.folded if state.unfolded is None else state.unfolded
+        decay = float(shared[f"shared.decay.{name}"][0])
+        for tensor, part in zip(target.sums(which), late):
+            tensor.add_(part, alpha=decay)
+    refresh.late.clear()
 
 
 def _integers(*values: int) -> Tensor:

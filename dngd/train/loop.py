@@ -418,7 +418,8 @@ class TrainingLoop:
             seeds_per_second=self.seeds_done / seconds_here if seconds_here else 0.0,
             step_ms=self.clock.step_ms(),
             phase_ms=phases,
-            bytes={kind: int(sent[kind]) for kind in ("gradient", "factor", "inverse")},
+            bytes={kind: int(sent[kind]) for kind in ("gradient", "factor", "inverse")}
+            | ({"preconditioned": int(sent["preconditioned"])} if sent["preconditioned"] else {}),
             peak_rss_bytes=peak_rss_bytes(),
             peak_gpu_bytes=peak_gpu_bytes(self.device),
             dropped_steps=self.dropped_steps,

@@ -100,6 +100,10 @@ def build_optimizer(config: TrainConfig, model: nn.Module, communicator: Communi
                 max_rows=kfac.max_rows,
                 layout=factor_layout(config),
                 inverse_precision=kfac.inverse_precision,
+                factor_wire=kfac.factor_wire,
+                strategy=kfac.strategy,
+                traffic_budget=kfac.traffic_budget,
+                refresh_budget_seconds=kfac.refresh_budget_seconds,
                 max_dropped_steps=None,  # the loop counts them itself
                 seed=config.seed,
                 communicator=communicator,

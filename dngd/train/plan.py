@@ -12,7 +12,7 @@ from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.graph import GraphStore, Split
 from dngd.models import MODELS
-from dngd.optim import Footprint, layer_footprint
+from dngd.optim import Footprint, inverse_bytes_held, layer_footprint
 from dngd.sampling import steps_per_epoch
 from dngd.sampling.pipeline import slots_of_sampler
 from dngd.train.evaluation_plan import LayerShape, block_rows, evaluation_bytes
@@ -69,6 +69,7 @@ class RunPlan:
     gradient_bytes_per_step: int
     factor_bytes_per_refresh: int
     inverse_bytes_per_refresh: int
+    preconditioned_bytes_per_step: int
 
     @property
     def worker_bytes(self) -> int:
@@ -158,7 +159,10 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split) -> RunPlan:
         optimizer_bytes=copies * parameters * FLOAT_BYTES,
         # folded, one step's pending statistics, with several ranks the unfolded and those on their way; inverses
         curvature_bytes=(
-            (2 if ranks == 1 else 4) * statistics + sum(layer.factors.inverses for layer in layers) if kfac else 0
+            (2 if ranks == 1 else 4) * statistics
+            + inverse_bytes_held({layer.name: layer.factors for layer in layers}, config.kfac.strategy, ranks)
+            if kfac
+            else 0
         ),
         full_batch_bytes=math.ceil(config.shards / ranks) * batch.kept,
         activation_bytes=batch.activation,
@@ -168,8 +172,13 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split) -> RunPlan:
         if config.constant_full_batch
         else config.samplers * (PROCESS_BYTES + slots_of_sampler(config.prefetch) * (batch.edges + batch.first_rows)),
         gradient_bytes_per_step=(parameters + 2) * FLOAT_BYTES,
-        factor_bytes_per_refresh=statistics if kfac else 0,
-        inverse_bytes_per_refresh=sum(layer.factors.inverses_sent for layer in layers) if kfac else 0,
+        factor_bytes_per_refresh=sum(layer.factors.statistics_sent for layer in layers) if kfac else 0,
+        inverse_bytes_per_refresh=sum(layer.factors.inverses_sent for layer in layers)
+        if kfac and config.kfac.strategy in ("auto", "share_inverse")
+        else 0,
+        preconditioned_bytes_per_step=parameters * FLOAT_BYTES
+        if kfac and config.kfac.strategy == "share_gradient"
+        else 0,
     )
 
 
@@ -179,7 +188,9 @@ def _layer_plan(config: TrainConfig, index: int, width_in: int, width_out: int, 
     parts = (width_in, width_in + 1) if fan_in == 2 else ()
     eigenbasis = config.kfac.method == "ekfac" or config.kfac.update == "adam_eigenbasis"
     layout, precision = factor_layout(config), config.kfac.inverse_precision
-    footprint = layer_footprint(d_a, width_out, parts, layout, precision, eigenbasis=eigenbasis)
+    footprint = layer_footprint(
+        d_a, width_out, parts, layout, precision, eigenbasis=eigenbasis, factor_wire=config.kfac.factor_wire
+    )
     return LayerPlan(f"layers.{index}.linear", d_a, width_out, footprint)
 
 

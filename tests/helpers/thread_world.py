@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 TIMEOUT_SECONDS = 30
@@ -58,7 +59,18 @@ class ThreadCommunicator:
     def broadcast(self, flat: Tensor, source: int, kind: str, group: str = "main") -> _Done:
         values = self._exchange(f"broadcast {kind} {source} {flat.numel()}", flat.clone())
         flat.copy_(values[source])
+        if self.rank == source:
+            self.bytes_sent[kind] += flat.numel() * flat.element_size()
         return _Done()
+
+    def exchange(self, flat: Tensor, kind: str, group: str = "main") -> tuple[Tensor, _Done]:
+        values = self._exchange(f"exchange {kind} {flat.numel()}", flat.clone())
+        received = torch.cat([value.chunk(self.world_size)[self.rank] for value in values])
+        self.bytes_sent[kind] += flat.numel() * flat.element_size()
+        return received, _Done()
+
+    def all_gather(self, chunk: Tensor, kind: str, group: str = "main") -> tuple[Tensor, _Done]:
+        return torch.cat(self._exchange(f"all-gather {kind} {chunk.numel()}", chunk.clone())), _Done()
 
     def gather_bytes(self, payload: bytes) -> list[bytes] | None:
         values = self._exchange("gather", payload)

@@ -24,7 +24,7 @@ from dngd.curvature import (
     precondition_with_inverses,
     structure,
 )
-from dngd.optim import KFACPreconditioner, preconditioner
+from dngd.optim import KFACPreconditioner, directions, preconditioner
 from tests.helpers.mutants import assert_caught
 
 D_IN, D_HIDDEN, CLASSES = 4, 3, 3
@@ -253,7 +253,7 @@ def test_mutant_swapped_inverses_are_caught() -> None:
 
     assert_caught(
         lambda: law_precondition_is_the_damped_solve(0, "relative"),
-        preconditioner,
+        directions,
         "precondition_with_inverses",
         squared,
     )

@@ -20,7 +20,7 @@ from dngd.curvature import (
     rotate_back,
     row_scales,
 )
-from dngd.optim import KFACPreconditioner, NaturalGradient, eigenvalues, natural_gradient, preconditioner
+from dngd.optim import KFACPreconditioner, NaturalGradient, directions, eigenvalues, natural_gradient
 from dngd.optim.eigenvalues import EigenvalueCorrection
 from dngd.optim.layers import base
 from tests.helpers.mutants import assert_caught
@@ -143,7 +143,7 @@ def test_dense_solve(mode: str) -> None:
     def swapped(grad: Tensor, a: Any, g: Any, scales: Tensor | None, lambda_a: float, lambda_g: float) -> Tensor:
         return precondition_in_eigenbasis(grad, a, g, scales, lambda_g, lambda_a)
 
-    assert_caught(lambda: law_dense_solve(0, mode), preconditioner, "precondition_in_eigenbasis", swapped)
+    assert_caught(lambda: law_dense_solve(0, mode), directions, "precondition_in_eigenbasis", swapped)
 
 
 def law_kronecker_scales_are_kfac(seed: int) -> None:

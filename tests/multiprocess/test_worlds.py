@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dngd.comm import STRATEGIES
+from dngd.optim import UpdateSchedule
 from tests.helpers.ranks import run_ranks
+from tests.multiprocess.work import STEPS
 
 TRAIN = "tests.multiprocess.work:train"
 DELAYS = (0, 4)
@@ -36,11 +39,27 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 """What else must not depend on the world size; one of them draws labels by the rank instead of the shard."""
 
+SHARING: list[dict[str, Any]] = [
+    *({"options": {"strategy": s}, "delay": d} for s in ("replicate", "share_gradient") for d in DELAYS),
+    {"options": {"strategy": "share_gradient"}, "poison_step": 4},
+    {"options": {"strategy": "replicate", "method": "ekfac", "eigenvalue_update_period": 3}, "delay": 2},
+    {"options": {"strategy": "share_gradient"}, "delay": 4, "steps": SAVED_AT},
+    *({"options": {"strategy": s}, "single": True} for s in ("replicate", "share_inverse", "share_gradient", "auto")),
+    {"options": {"strategy": "share_gradient"}, "inverse_period": 100},
+]
+"""How curvature is shared, which changes nothing; the "single" ones in float32, with inverses in half precision."""
+
+AWKWARD: list[dict[str, Any]] = [
+    *({"side": True, "overflow_step": 6, "delay": 4, "options": {"strategy": s}} for s in STRATEGIES),
+    *({"side": True, "options": {"strategy": s}} for s in ("share_inverse", "share_gradient")),
+]
+"""A layer that only shard 0 passes, in the first ones with rows that overflow once; shards are uneven and empty."""
+
 
 @lru_cache
 def basics(world_size: int) -> dict[str, list[dict[str, Any]]]:
     """Every basic scenario's results by rank, from one set of processes."""
-    scenarios = BASICS + VARIANTS
+    scenarios = BASICS + VARIANTS + SHARING + AWKWARD
     results = run_ranks(TRAIN, world_size, scenarios)
     return {json.dumps(scenario): result for scenario, result in zip(scenarios, results)}
 
@@ -81,6 +100,85 @@ def test_variants_are_the_same_run_at_any_world_size(scenario: dict[str, Any]) -
             # Along a null direction of G the gradient is rounding alone, and Adam divides it by ε = 1e-8.
             is_adam = "update" in scenario.get("options", {})
             assert_same_run(result, alone, weights_atol=1e-8 if is_adam else 1e-12)
+
+
+@pytest.mark.parametrize("scenario", SHARING[:5], ids=json.dumps)
+def test_strategies_are_the_same_run_at_any_world_size(scenario: dict[str, Any]) -> None:
+    """As the strategy that is chosen by itself: to float tolerance across world sizes, bit by bit at the same one."""
+    usual = {key: value for key, value in scenario.items() if key != "options"} | {"delay": scenario.get("delay", 0)}
+    usual = {"poison_step": 4} if "poison_step" in scenario else usual
+    for world_size in (1, 2, 3, 4):
+        for result in run(world_size, scenario):
+            assert_same_run(result, run(1, usual)[0])
+            assert result["weights"] == run(world_size, usual)[0]["weights"], "not bitwise"
+
+
+def test_replicated_eigenbases() -> None:
+    scenario = SHARING[5]
+    usual = next(v for v in VARIANTS if v.get("options", {}).get("method") == "ekfac")
+    for world_size in (2, 3, 4):
+        for result in run(world_size, scenario):
+            assert_same_run(result, run(1, usual)[0])
+            assert result["weights"] == run(world_size, usual)[0]["weights"], "not bitwise"
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_half_precision_is_the_same_in_every_strategy(world_size: int) -> None:
+    results = [result for scenario in SHARING[7:-1] for result in run(world_size, scenario)]
+    assert len(results) == 4 * world_size
+    assert all(result["weights"] == results[0]["weights"] for result in results)
+    assert all(result["losses"] == results[0]["losses"] for result in results)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_rows_that_some_ranks_do_not_have(world_size: int) -> None:
+    """No deadlock: a layer without rows on most ranks, rows that are not finite on one."""
+    results = [result for scenario in AWKWARD[:3] for result in run(world_size, scenario)]
+    assert all(result["weights"] == results[0]["weights"] for result in results), "ranks or strategies drifted apart"
+    assert [result["non_finite"] for result in results] == [1, *[0] * (world_size - 1)] * 3
+    assert [result["dropped"] for result in results] == [0] * 3 * world_size
+    for scenario in AWKWARD[3:]:
+        for result in run(world_size, scenario):
+            assert_same_run(result, run(1, AWKWARD[3])[0])
+
+
+def test_mutant_that_leaves_out_what_it_has_no_rows_for_is_caught() -> None:
+    """A rank that shares directions by what it has: an error within the limit or another result, never a hang."""
+    scenario = AWKWARD[4]
+    assert scenario["options"] == {"strategy": "share_gradient"}
+    with pytest.raises(AssertionError, match=r"rank \d of 2: .* failed|Not equal|drifted|exited with"):
+        assert_same_run(
+            run_ranks(TRAIN, 2, [scenario | {"mutant": "sends_only_with_rows"}], wait_limit_seconds=5)[0][0],
+            run(1, AWKWARD[3])[0],
+        )
+
+
+def test_ranks_agree_on_a_plan_that_was_measured() -> None:
+    """Planned at the end of the first inverse period (5 steps), from what each rank measured for itself."""
+    plans = [json.loads(result["plan"]) for result in run(3, {"delay": 0})]
+    assert plans[0] == plans[1] == plans[2]
+    assert plans[0]["step"] == 5
+    assert len(plans[0]["inversion_seconds"]) == 6
+    assert all(seconds > 0 for _, _, seconds in plans[0]["inversion_seconds"])
+    assert all(seconds > 0 for seconds in plans[0]["precondition_seconds"].values())
+    assert plans[0]["network"]["broadcast"]["latency_seconds"] >= 0
+
+
+def test_what_a_strategy_holds_and_sends() -> None:
+    """Without a new plan on the way, which may move inverses."""
+    apart, replicated = run(2, SHARING[-1]), run(2, SHARING[0])
+    whole = replicated[0]["held"]
+    assert replicated[1]["held"] == whole
+    assert sum(result["held"] for result in apart) == whole
+    assert "preconditioned" not in replicated[0]["bytes"]
+    inverse, preconditioned = (
+        [sum(result["bytes"].get(kind, 0) for result in results) for results in (apart, replicated)]
+        for kind in ("inverse", "preconditioned")
+    )
+    schedule = UpdateSchedule(2, 100, 3)
+    flags = 2 * sum(len(schedule.layers_due(step, 3)) for step in range(STEPS))
+    assert inverse == [flags, 0]
+    assert preconditioned == [STEPS * 8 * (5 * 5 + 4 * 6 + 3 * 5), 0]  # weights and biases, in float64
 
 
 def test_variants_are_runs_of_their_own() -> None:
@@ -130,14 +228,17 @@ def test_one_ranks_nan_drops_the_step_on_all(world_size: int) -> None:
 
 @pytest.mark.parametrize(("resumed_at", "saved_at"), [(1, (1, 2, 4)), (2, (1, 2)), (4, (2,))])
 def test_resume_at_any_world_size(resumed_at: int, saved_at: tuple[int, ...]) -> None:
-    """Saved in the middle of a refresh, and gone on with: bitwise at the same world size."""
-    states = []
+    """Saved in the middle of a refresh, and gone on with: bitwise at the same world size, whoever held what."""
+    resumes = []
     for world_size in saved_at:
-        saved = run(world_size, {"delay": 4, "steps": SAVED_AT})
-        assert any(".refresh." in key for key in saved[0]["state"]["curvature"]), "no refresh was under way"
-        states.append([result["state"] for result in saved])
-    resumed = run_ranks(TRAIN, resumed_at, [{"delay": 4, "state": state} for state in states])
-    for world_size, results in zip(saved_at, resumed):
+        for scenario in ({"delay": 4, "steps": SAVED_AT}, SHARING[6]):
+            saved = run(world_size, scenario)
+            assert any(".refresh." in key for key in saved[0]["state"]["curvature"]), "no refresh was under way"
+            state = [result["state"] for result in saved]
+            resumes.append((world_size, {"delay": 4, "options": scenario.get("options", {}), "state": state}))
+    assert SHARING[6]["options"] == {"strategy": "share_gradient"}
+    resumed = run_ranks(TRAIN, resumed_at, [argument for _, argument in resumes])
+    for (world_size, _), results in zip(resumes, resumed):
         if world_size == resumed_at:
             through = run(world_size, {"delay": 4})[0]
             assert results[0]["weights"] == through["weights"], "not bitwise"

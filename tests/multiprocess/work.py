@@ -1,4 +1,4 @@
-"""What the ranks of tests/multiprocess do. Everything is float64 on a small net, so differences are mistakes."""
+"""What the ranks of tests/multiprocess do. A small net in float64 (unless "single"), so differences are mistakes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from dngd.comm import Communicator, FlatGradients, shards_of_rank
 from dngd.curvature import FactorLayout
-from dngd.optim import NaturalGradient, refresh
+from dngd.optim import NaturalGradient, directions, refresh
 
 NUM_SHARDS, STEPS = 4, 12
 
@@ -30,7 +30,12 @@ def train(comm: Communicator, argument: dict[str, Any]) -> dict[str, Any]:
     if mutate == "swapped_collectives" and comm.rank == 1:
         _swap_share_order()
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    dtype = torch.float32 if argument.get("single") else torch.float64
+    net: Any = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).to(dtype)
+    if argument.get("side"):
+        net = Branched(net).to(dtype)
+    if mutate == "sends_only_with_rows":
+        _send_only_with_rows()
     optimizer = NaturalGradient(
         net,
         0.1,
@@ -57,14 +62,19 @@ def train(comm: Communicator, argument: dict[str, Any]) -> dict[str, Any]:
         here = 0
         for index in shards_of_rank(NUM_SHARDS, comm.rank, comm.world_size):
             x, y = shard(step, index)
+            x = x.to(dtype)
             if argument.get("poison_step") == step and index == 0:
                 x = x * float("nan")  # shard 0 is never empty: one rank's rows, so its gradients too
             if not len(y):
                 continue
-            outputs = net(x)
+            outputs = net(x, index == 0) if argument.get("side") else net(x)
             optimizer.observe(outputs, key=comm.rank if mutate == "key_of_rank" else index)
             loss = F.cross_entropy(outputs, y, reduction="sum")
             loss.backward()
+            if argument.get("overflow_step") == step and index == 0:
+                pending = next(iter(optimizer.preconditioner.layers.values())).pending
+                assert pending is not None
+                pending.a[0][0] = float("inf")  # gradients are finite, Σ m mᵀ is not
             gradients.add_loss_(loss, len(y))
             here += len(y)
         sums = gradients.reduce_(comm)
@@ -81,6 +91,7 @@ def train(comm: Communicator, argument: dict[str, Any]) -> dict[str, Any]:
         "weights": [p.detach().flatten().tolist() for p in net.parameters()],
         "factors": {name: [t.flatten().tolist() for t in pair] for name, pair in factors.items()},
         "dropped": pre.dropped_steps,
+        "non_finite": pre.non_finite_statistics,
         "staleness": {name: values["staleness"] for name, values in pre.health().items()},
         "state": {
             "step": pre.steps,
@@ -95,6 +106,8 @@ def train(comm: Communicator, argument: dict[str, Any]) -> dict[str, Any]:
                 if "momentum_buffer" in optimizer.state[p]
             ],
         },
+        "plan": pre.plan().to_json(),
+        "held": sum(t.nbytes for s in pre.states.values() for i in s.inverses.values() for t in i.tensors),
         "exchanged": state_bytes(comm),
         "bytes": dict(comm.bytes_sent - sent_before),
     }
@@ -111,6 +124,31 @@ def _restore(states: list[dict[str, Any]], net: nn.Module, optimizer: NaturalGra
     ]
     optimizer.preconditioner.load_state_dict(*ranks)
     return int(states[0]["step"])
+
+
+class Branched(nn.Module):
+    """The net with a layer beside its middle that not every shard passes."""
+
+    def __init__(self, net: nn.Sequential) -> None:
+        super().__init__()
+        self.start, self.rest = net[:2], net[2:]
+        self.side = nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor, side: bool) -> torch.Tensor:
+        hidden = self.start(x)
+        out: torch.Tensor = self.rest(hidden + self.side(hidden) if side else hidden)
+        return out
+
+
+def _send_only_with_rows() -> None:
+    """A rank whose shards did not pass the layer "side" leaves it out of the exchange of directions."""
+    original = directions.share_directions
+
+    def partial(layers: Any, holders: Any, computed: Any, comm: Communicator) -> Any:
+        known = {n: h for n, h in holders.items() if n != "side" or comm.rank == 0}
+        return original(layers, known, computed, comm) | {n: computed[n] for n in computed if n not in known}
+
+    directions.share_directions = partial
 
 
 def _swap_share_order() -> None:

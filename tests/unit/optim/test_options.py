@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dngd.curvature import BlockDiagonal, Dense, Diagonal, FactorLayout, FactorStructure, LowRank
 from dngd.errors import TrainingError, UserError
-from dngd.optim import KFACPreconditioner, NaturalGradient, UpdateSchedule, inverses, preconditioner
+from dngd.optim import KFACPreconditioner, NaturalGradient, UpdateSchedule, directions, inverses, preconditioner
 from dngd.optim.inverses import Wanted, decompose, from_bytes, to_bytes
 from dngd.optim.layers.base import ConstantInput
 from dngd.optim.refresh import RefreshPipeline
@@ -807,7 +807,7 @@ def law_inverse_precision(precision: str, log_condition: float, seed: int) -> No
         smallest = 2.0**-25 if precision == "float16" else 0.0
         errors.append(1.01 * (unit * float(full[-1][0].norm()) + short.scales[0] * smallest * d))
     a, g = structures
-    v, w = (preconditioner.precondition_with_inverses(grad, a, pair[0], g, pair[1]) for pair in (full, stored))
+    v, w = (directions.precondition_with_inverses(grad, a, pair[0], g, pair[1]) for pair in (full, stored))
     bound = errors[1] * norms[0] + norms[1] * errors[0] + errors[0] * errors[1]
     assert float((v - w).norm()) <= bound * float(grad.norm())
 
