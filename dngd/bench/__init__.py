@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dngd.bench.accuracy import AccuracyOptions, run_accuracy_bench
+    from dngd.bench.comm import CommOptions, run_comm_bench
     from dngd.bench.competitors import Setting, make_settings
     from dngd.bench.graphs import PRODUCTS_SHAPED, open_graph
     from dngd.bench.pipeline import PipelineOptions, run_pipeline_bench
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AccuracyOptions": "accuracy",
     "BenchProgress": "progress",
+    "CommOptions": "comm",
     "PRODUCTS_SHAPED": "graphs",
     "PipelineOptions": "pipeline",
     "Setting": "competitors",
@@ -27,6 +29,7 @@ _HOME = {
     "open_graph": "graphs",
     "progress_for": "progress",
     "run_accuracy_bench": "accuracy",
+    "run_comm_bench": "comm",
     "run_pipeline_bench": "pipeline",
     "run_step_bench": "step",
 }
@@ -35,6 +38,7 @@ __all__ = [
     "PRODUCTS_SHAPED",
     "AccuracyOptions",
     "BenchProgress",
+    "CommOptions",
     "PipelineOptions",
     "Setting",
     "StepOptions",
@@ -42,6 +46,7 @@ __all__ = [
     "open_graph",
     "progress_for",
     "run_accuracy_bench",
+    "run_comm_bench",
     "run_pipeline_bench",
     "run_step_bench",
 ]
