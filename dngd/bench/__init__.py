@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dngd.bench.graphs import PRODUCTS_SHAPED, open_graph
     from dngd.bench.pipeline import PipelineOptions, run_pipeline_bench
     from dngd.bench.progress import BenchProgress, progress_for
+    from dngd.bench.scale import ScaleOptions, run_scale_bench
     from dngd.bench.step import StepOptions, run_step_bench
 
 _HOME = {
@@ -23,6 +24,7 @@ _HOME = {
     "CommOptions": "comm",
     "PRODUCTS_SHAPED": "graphs",
     "PipelineOptions": "pipeline",
+    "ScaleOptions": "scale",
     "Setting": "competitors",
     "StepOptions": "step",
     "make_settings": "competitors",
@@ -31,6 +33,7 @@ _HOME = {
     "run_accuracy_bench": "accuracy",
     "run_comm_bench": "comm",
     "run_pipeline_bench": "pipeline",
+    "run_scale_bench": "scale",
     "run_step_bench": "step",
 }
 
@@ -40,6 +43,7 @@ __all__ = [
     "BenchProgress",
     "CommOptions",
     "PipelineOptions",
+    "ScaleOptions",
     "Setting",
     "StepOptions",
     "make_settings",
@@ -48,6 +52,7 @@ __all__ = [
     "run_accuracy_bench",
     "run_comm_bench",
     "run_pipeline_bench",
+    "run_scale_bench",
     "run_step_bench",
 ]
 

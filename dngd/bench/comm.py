@@ -203,7 +203,8 @@ def _result(answers: Sequence[Message]) -> dict[str, Any]:
     return {
         "step": summary_ms(step),
         "step_without_drawing": summary_ms([whole - part for whole, part in zip(step, draw)]),
-        "collective_ms": 1e3 * statistics.mean(s for ranks in turns for rank in ranks for s in rank["seconds"]["collective"]),
+        "collective_ms": 1e3
+        * statistics.mean(s for ranks in turns for rank in ranks for s in rank["seconds"]["collective"]),
         "draw_ms": statistics.mean(draw) * 1e3,
         "phase_ms": _mean_phases(turns, "phase_ms"),
         "kfac_phase_ms": _mean_phases(turns, "kfac_phase_ms"),

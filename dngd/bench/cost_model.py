@@ -94,10 +94,7 @@ def fit_network(observations: Sequence[Observation]) -> Network:
         raise ValueError(f"{len(observations)} observations cannot tell three unknowns; give at least 3")
     weights = np.array([1.0 / one.step_seconds for one in observations])
     columns = np.array(
-        [
-            [one.load.rounds, one.load.link_bytes / one.bytes_per_second, one.load.link_bytes]
-            for one in observations
-        ]
+        [[one.load.rounds, one.load.link_bytes / one.bytes_per_second, one.load.link_bytes] for one in observations]
     )
     rest = np.array([one.step_seconds - one.compute_seconds for one in observations])
     # Of one size each, or latencies (per round) and bytes would differ by ten orders of magnitude.

@@ -151,6 +151,6 @@ def _run(*command: str, check: bool = True) -> None:
     if check and done.returncode != 0:
         said = " ".join(done.stderr.split()) or f"code {done.returncode}"
         raise UserError(
-            f"{' '.join(command)} failed ({said}); hosts need a kernel with network namespaces, veth, bridge and tbf, and "
-            "CAP_NET_ADMIN and CAP_SYS_ADMIN, which a container may lack"
+            f"{' '.join(command)} failed ({said}); hosts need a kernel with network namespaces, veth, bridge and tbf, "
+            "and CAP_NET_ADMIN and CAP_SYS_ADMIN, which a container may lack"
         )

@@ -73,6 +73,78 @@ def print_comm(result: Mapping[str, Any], console: Console) -> None:
     print_machine(console, result["machine"])
 
 
+def print_scale(result: Mapping[str, Any], console: Console) -> None:
+    """Print what run_scale_bench returned: measured and predicted settings, then the model's predictions."""
+    graph, fit, errors = result["graph"], result["fit"], result["prediction"]
+    table = Table(title=f"Step over limited links, {graph['name']} ({graph['num_nodes']:,} nodes)", box=SIMPLE)
+    for column in ("optimizer", "compute is"):
+        table.add_column(column)
+    for column in ("hosts", "width", "Mbit/s", "compute ms", "step ms", "model ms", "error"):
+        table.add_column(column, justify="right")
+    table.add_column("used for")
+    for of in result["settings"]:
+        table.add_row(
+            of["optimizer"],
+            of["compute_is"],
+            str(of["hosts"]),
+            str(of["width"]),
+            f"{of['megabits']:g}",
+            f"{1e3 * of['compute_seconds']:.1f}",
+            f"{1e3 * of['step_seconds']:.1f}",
+            f"{1e3 * of['predicted_seconds']:.1f}",
+            f"{of['error']:.1%}",
+            of["used_for"],
+        )
+    console.print(table)
+    _line(
+        console,
+        f"Fitted on {fit['fitted_on']} settings: {1e6 * fit['latency_seconds']:.0f} µs a round, "
+        f"{fit['efficiency']:.0%} of the nominal rate, {1e9 * fit['host_seconds_per_byte']:.2f} ns a byte "
+        "on the hosts.",
+    )
+    _line(
+        console,
+        f"The other {errors['predicted']} predicted within {errors['at_most']:.0%}: {errors['within']}; mean error "
+        f"{errors['mean_error']:.1%}, largest {errors['largest_error']:.1%} (compute alone would be off by "
+        f"{errors['mean_error_of_compute_alone']:.1%}): target {'reached' if errors['reached'] else 'missed'}.",
+    )
+    _projections(result["model"], console)
+    print_machine(console, result["machine"])
+
+
+def _projections(model: Mapping[str, Any], console: Console) -> None:
+    compute, machines = model["compute"], model["machines"]
+    for shape, of in model["shapes"].items():
+        table = Table(title=f"A MODEL, not a measurement: {shape}'s shape, hidden {model['hidden']}", box=SIMPLE)
+        for column in ("GPUs", "hosts", "Adam ms", "efficiency", "K-FAC ms", "efficiency", "K-FAC/Adam"):
+            table.add_column(column, justify="right")
+        table.add_column("cheapest strategy")
+        for row in of["rows"]:
+            table.add_row(
+                f"{row['gpus']}{'' if row['fits_training_set'] else '*'}",
+                str(row["hosts"]),
+                f"{row['adam_step_ms']:.2f}",
+                f"{row['adam_efficiency']:.1%}",
+                f"{row['kfac_step_ms'][row['best_strategy']]:.2f}",
+                f"{row['kfac_efficiency']:.1%}",
+                f"{row['kfac_over_adam']:.3f}",
+                row["best_strategy"],
+            )
+        console.print(table)
+        if not all(row["fits_training_set"] for row in of["rows"]):
+            _line(console, f"* a step of that many GPUs has more seeds than the {of['num_train']:,} training nodes.")
+    _line(
+        console,
+        f"Model's inputs: compute {1e3 * compute['step']:.1f} ms a step, {1e3 * compute['statistics']:.2f} ms "
+        f"statistics, {1e3 * compute['precondition']:.2f} ms preconditioning, {1e3 * compute['inversion']:.1f} ms all "
+        "inversions "
+        f"({compute['source']}); hosts of {machines['gpus_per_host']} GPUs, "
+        f"{machines['host_bytes_per_second'] * 8e-9:g} Gbit/s between hosts, "
+        f"{machines['gpu_bytes_per_second'] * 1e-9:g} GB/s within, "
+        f"{1e6 * machines['latency_seconds']:g} µs a round (supposed, unless given).",
+    )
+
+
 def print_machine(console: Console, machine: Mapping[str, Any]) -> None:
     """Print what a measurement was made on."""
     _line(

@@ -9,14 +9,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from dngd.cli.bench_network import bench_comm
+from dngd.cli.bench_network import bench_comm, bench_scale
 from dngd.cli.common import Json, bench_fields, check_output, field_help, out, print_json
 from dngd.config import TrainConfig, merge, parse_assignment
 
 bench_app = typer.Typer(
-    help="Measure optimizers, and the input pipeline against DGL's, taken in turns.", no_args_is_help=True
+    help="Measure optimizers, communication, and the input pipeline against DGL's, taken in turns.",
+    no_args_is_help=True,
 )
 bench_app.command("comm")(bench_comm)
+bench_app.command("scale")(bench_scale)
 
 
 @bench_app.command("step")
