@@ -204,10 +204,6 @@ class RankGroup:
             child.post(request)
         return {"ranks": self._answers()}
 
-    def tree(self) -> list[psutil.Process]:
-        """Return all ranks' processes and those below them."""
-        return [process for child in self._children for process in child.tree()]
-
     def pause(self) -> None:
         """Stop all ranks."""
         for child in self._children:

@@ -46,6 +46,9 @@ over those of reducing every factor as a full matrix at every step."""
 
 MAX_PROCESSES = 64
 
+LEAST_LIMIT_SECONDS = 600.0
+"""Of a collective: one that is under way when its world is stopped waits for the others' turns too."""
+
 
 @dataclass(frozen=True)
 class CommOptions:
@@ -135,8 +138,13 @@ def _contestants(options: CommOptions) -> list[Contestant]:
             raise UserError(f"{flag}={value} is too small; give at least {least}")
     if options.processes > MAX_PROCESSES:
         raise UserError(f"processes={options.processes} is above {MAX_PROCESSES}; all of them run on this machine")
-    shards = {"engine": "local", "num_workers": options.processes, "num_shards": options.processes}
-    base = TrainConfig(**merge(options.config.model_dump(exclude_unset=True), shards))
+    changes = {
+        "engine": "local",
+        "num_workers": options.processes,
+        "num_shards": options.processes,
+        "collective_timeout_seconds": max(LEAST_LIMIT_SECONDS, options.config.collective_timeout_seconds),
+    }
+    base = TrainConfig(**merge(options.config.model_dump(exclude_unset=True), changes))
     variants = parse_variants(options.variants or "", taken=(BASELINE, "kfac"))
     made = [Contestant(BASELINE, BASELINE, with_optimizer(base, BASELINE, None))]
     for name, overrides in {"kfac": {}, **variants}.items():
