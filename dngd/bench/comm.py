@@ -185,10 +185,11 @@ def _take_turns(
             ]
             group = RankGroup(contestant.name, setups, {"OMP_NUM_THREADS": str(threads)})
             stack.callback(group.close)
+            groups[contestant.name] = group
+        for group in groups.values():
             group.wait_until_ready()
             group.pause()
-            groups[contestant.name] = group
-            progress.advance(1, f"starting {contestant.name}")
+            progress.advance(1, f"starting {group.name}")
         first = {name: {"do": "steps", "steps": warmup} for name in groups}
         return take_turns(groups, rounds, {"do": "steps", "steps": turn}, first, progress)
 

@@ -85,7 +85,7 @@ class ScaleOptions:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A world without limits: what a step computes and what its collectives carry. alone: real compute, or a sleep."""
+    """A world without limits: what a step computes, slept_seconds of it asleep, and what its collectives carry."""
 
     compute_seconds: float
     step_seconds: float
@@ -240,6 +240,7 @@ class _Bench:
                                 "step_seconds": mean_step(answer),
                                 "compute_seconds": calibration.compute_seconds,
                                 "slept_seconds": calibration.slept_seconds,
+                                "stands_for_seconds": target,
                                 "unlimited_step_seconds": calibration.step_seconds,
                                 "load": asdict(calibration.load),
                                 "bytes_a_step": dict(calibration.bytes_a_step),
@@ -290,14 +291,8 @@ class _Bench:
         warm = self._steps(group, self._warmup(optimizer))
         slept = 0.0
         if target is not None:
-            own = mean_compute(self._steps(group, self._measured(optimizer)))
-            if own > target:
-                raise TrainingError(
-                    f"{hosts} hosts of {optimizer} compute {own * 1e3:.1f} ms a step on this machine even with "
-                    f"{EMULATED_BATCH} seeds, more than the {target * 1e3:.1f} ms that they are to stand for; use a "
-                    "larger --batch-size, or fewer --hosts"
-                )
-            slept = target - own
+            # Where even a few seeds take longer, the step computes more than it stands for; what it does is measured.
+            slept = max(0.0, target - mean_compute(self._steps(group, self._measured(optimizer))))
         answer = self._steps(group, self._measured(optimizer), slept)
         losses = {rank["loss"] for rank in warm["ranks"]}
         if len(losses) > 1:

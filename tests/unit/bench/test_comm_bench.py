@@ -141,7 +141,7 @@ def test_full_matrices_by_hand() -> None:
     pre = KFACPreconditioner(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)))
     assert full_matrix_bytes(pre) == 4 * (7**2 + 5**2 + 6**2 + 3**2)
     pre.close()
-    blocks = FactorLayout(max_dimension=4, wide_inputs="block_diagonal")
+    blocks = FactorLayout(4, "block_diagonal")
     pre = KFACPreconditioner(nn.Linear(7, 2), layout=blocks)
     assert full_matrix_bytes(pre) == 4 * (4**2 + 4**2 + 2**2)
     pre.close()

@@ -208,7 +208,6 @@ def _mine() -> list[str]:
     return sorted(path.name for path in hosts.NAMESPACES.glob(f"dngd-bench-{os.getpid()}-*"))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("namespaces")
 def test_hosts_reach_each_other_at_the_rate_of_their_links() -> None:
     """Not a test of timing: tbf's setting is read back."""
@@ -250,7 +249,6 @@ with ended_by_sigterm(), host_network(2):
 """
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("namespaces")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_hosts_are_removed_however_a_benchmark_ends(number: signal.Signals) -> None:
