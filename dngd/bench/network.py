@@ -25,7 +25,7 @@ INTERFACE = "eth0"
 NAMESPACES = Path("/run/netns")
 _PREFIX = "dngd-bench"
 _COMMAND_SECONDS = 20.0
-_LEAST_BURST_BYTES = 16 << 10
+_LEAST_BURST_BYTES = 4 << 10
 _BURST_SECONDS = 1e-3
 _QUEUE_MS = 100
 

@@ -91,23 +91,26 @@ def print_scale(result: Mapping[str, Any], console: Console) -> None:
             f"{of['megabits']:g}",
             f"{1e3 * of['compute_seconds']:.1f}",
             f"{1e3 * of['step_seconds']:.1f}",
-            f"{1e3 * of['predicted_seconds']:.1f}",
-            f"{of['error']:.1%}",
+            "-" if errors is None else f"{1e3 * of['predicted_seconds']:.1f}",
+            "-" if errors is None else f"{of['error']:.1%}",
             of["used_for"],
         )
     console.print(table)
-    _line(
-        console,
-        f"Fitted on {fit['fitted_on']} settings: {1e6 * fit['latency_seconds']:.0f} µs a round, "
-        f"{fit['efficiency']:.0%} of the nominal rate, {1e9 * fit['host_seconds_per_byte']:.2f} ns a byte "
-        "on the hosts.",
-    )
-    _line(
-        console,
-        f"The other {errors['predicted']} predicted within {errors['at_most']:.0%}: {errors['within']}; mean error "
-        f"{errors['mean_error']:.1%}, largest {errors['largest_error']:.1%} (compute alone would be off by "
-        f"{errors['mean_error_of_compute_alone']:.1%}): target {'reached' if errors['reached'] else 'missed'}.",
-    )
+    if errors is None:
+        _line(console, f"The model was not fitted: {fit['failed']}.")
+    else:
+        _line(
+            console,
+            f"Fitted on {fit['fitted_on']} settings: {1e6 * fit['latency_seconds']:.0f} µs a round, "
+            f"{fit['efficiency']:.0%} of the nominal rate, {1e9 * fit['host_seconds_per_byte']:.2f} ns a byte on the "
+            "hosts.",
+        )
+        _line(
+            console,
+            f"Of the other {errors['predicted']}, {errors['within']} are predicted within {errors['at_most']:.0%}; "
+            f"mean error {errors['mean_error']:.1%}, largest {errors['largest_error']:.1%} (of compute alone "
+            f"{errors['mean_error_of_compute_alone']:.1%}): target {'reached' if errors['reached'] else 'missed'}.",
+        )
     _projections(result["model"], console)
     print_machine(console, result["machine"])
 
@@ -116,9 +119,9 @@ def _projections(model: Mapping[str, Any], console: Console) -> None:
     compute, machines = model["compute"], model["machines"]
     for shape, of in model["shapes"].items():
         table = Table(title=f"A MODEL, not a measurement: {shape}'s shape, hidden {model['hidden']}", box=SIMPLE)
-        for column in ("GPUs", "hosts", "Adam ms", "efficiency", "K-FAC ms", "efficiency", "K-FAC/Adam"):
+        for column in ("GPUs", "hosts", "Adam ms", "effic.", "K-FAC ms", "effic.", "ratio"):
             table.add_column(column, justify="right")
-        table.add_column("cheapest strategy")
+        table.add_column("cheapest strategy", no_wrap=True)
         for row in of["rows"]:
             table.add_row(
                 f"{row['gpus']}{'' if row['fits_training_set'] else '*'}",

@@ -90,7 +90,7 @@ def bench_scale(
     mbits: Annotated[str, typer.Option(help="Rates of a host's link, Mbit/s, separated by commas")] = "1000,100",
     optimizers: Annotated[str, typer.Option(help="Some of adam, kfac, adamw, sgd, separated by commas")] = "adam,kfac",
     widths: Annotated[str, typer.Option(help="Widths of the hidden layers, separated by commas")] = "256,512",
-    steps: Annotated[int, typer.Option(help="Steps of a setting; K-FAC takes whole inverse_update_periods")] = 20,
+    steps: Annotated[int, typer.Option(help="Steps of a setting; K-FAC takes whole inverse_update_periods")] = 30,
     compute: Annotated[
         str | None,
         typer.Option(

@@ -8,9 +8,11 @@ from typing import Any, cast
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from dngd.bench.comm import CommOptions, compare, mean_over_ranks, run_comm_bench
+from dngd.bench.network_tables import print_comm
 from dngd.bench.traffic import TimedCommunicator, curvature_bytes, full_matrix_bytes, total_bytes
 from dngd.cli import main
 from dngd.comm import Communicator, LocalCommunicator
@@ -55,6 +57,10 @@ def test_two_worlds_of_two_processes(store: GraphStore, tmp_path: Path, capsys: 
     assert measured["curvature_over_gradient"] == pytest.approx(measured["curvature_bytes"] / kfac["bytes"]["gradient"])
     for found in comparison["targets"].values():
         assert found["reached"] == (found["value"] <= found["at_most"])
+    print_comm(result, Console(width=200))
+    shown = capsys.readouterr().out
+    for words in ("2 processes, small", "kfac refresh", "inverse, MB a step", "target 0.03", "whole periods of 4"):
+        assert words in shown
 
 
 def _config(store: GraphStore) -> TrainConfig:
