@@ -34,8 +34,9 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Two at a time; a module's tests stay together, and all that want the Ray cluster (tests/conftest.py).
 test: lint
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -m 'not slow and not gpu' -n 2 --dist loadgroup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m 'slow and not gpu'

@@ -7,6 +7,7 @@ three-layer GraphSAGE's step. With the thresholds raised freed memory stays with
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 
@@ -24,12 +25,14 @@ _LEAST_MMAP_BYTES = 2**25
 def keep_freed_memory() -> bool:
     """Raise the thresholds, for this process, from now on; return whether that could be done (glibc only).
 
-    The process then keeps the most memory that it ever used.
+    What is free already goes back to the system first. From then on the process keeps the most memory that it uses.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         logger.info("the C library has no mallopt: freed memory goes back to the system after each step")
         return False
+    with contextlib.suppress(AttributeError):  # glibc's own, unlike mallopt
+        ctypes.CDLL(None).malloc_trim(0)
     kept = any(mallopt(_M_MMAP_THRESHOLD, size) for size in (_MMAP_BYTES, _LEAST_MMAP_BYTES))
     return bool(mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)) and kept

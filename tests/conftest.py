@@ -14,6 +14,13 @@ from tests.helpers.graphs import small_store
 from tests.helpers.ray_cluster import Cluster, ray_cluster
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say which tests share a process under `-n`: those of a module, and all that share the Ray cluster."""
+    for item in items:
+        group = "ray cluster" if "cluster" in getattr(item, "fixturenames", ()) else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Converted stores of the tests go to a folder of their own, not to the user's cache."""

@@ -2,21 +2,29 @@
 
 PSS shares a page among the processes that map it, so that the sum over processes is what they take together, and the
 difference between n + 1 and n workers is what one more adds. Each worker runs dngd's training loop on the same store,
-with its own seeds and sampler processes, and is measured in its last step, its pipeline full.
+with its own seeds and samplers, and is measured in its last step, its pipeline full.
+
+The benchmark itself maps every page of the store first, as a machine that has trained for a while has: otherwise a
+worker's few steps would be charged with pages of the one shared copy that they happened to be the first to read.
 """
 
 from __future__ import annotations
 
+import mmap
+import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dngd.bench.children import Child
 from dngd.bench.progress import BenchProgress
 from dngd.config import TrainConfig
 from dngd.errors import TrainingError
+from dngd.graph import GraphStore
 
 PARTS = ("graph", "batch_slots", "anonymous", "other_files")
 """graph: pages of the store's files. batch_slots: memory in which sampler processes hand batches over. anonymous:
@@ -36,9 +44,11 @@ def measure_memory(
     Batch buffers are what workers with their batches take more than workers with next to none: heaps keep freed
     memory, so that no count of tensors tells. progress: advanced 2 num_workers times.
     """
+    mapped = _map_whole(store)
     counts, workers = _start_workers(config, store, num_workers, steps, threads, progress)
     small = config.model_copy(update={"batch_size": SMALL_BATCH})
     small_counts, _ = _start_workers(small, store, num_workers, steps, threads, progress)
+    del mapped
     return {
         "steps": steps,
         "small_batch_size": SMALL_BATCH,
@@ -68,9 +78,22 @@ def _start_workers(
             children[-1].wait_until_ready()
             workers.append(children[-1].ask({}))
             pids = [process.pid for child in children for process in child.tree()]
-            counts.append({"workers": number + 1, "processes": len(pids), **pss_of(pids, store)})
+            pss = pss_of(pids, store)
+            # The benchmark's share of each page: what the workers together do not account for.
+            pss["graph"] += pss_of([os.getpid()], store)["graph"]
+            pss["total"] = sum(pss[part] for part in PARTS)
+            counts.append({"workers": number + 1, "processes": len(pids), **pss})
             progress.advance(1, f"{number + 1} workers, batches of {config.batch_size}")
     return counts, workers
+
+
+def _map_whole(store: Path) -> list[Tensor]:
+    """Map a store and read a value of every page; return what keeps the pages mapped."""
+    graph = GraphStore.open(store)
+    arrays = [array for array in (graph.indptr, graph.indices, graph.edge_weight, graph.features) if array is not None]
+    for array in arrays:
+        array.view(-1)[:: mmap.PAGESIZE // array.element_size()].sum()
+    return arrays
 
 
 def _added(
@@ -83,8 +106,7 @@ def _added(
             {part: of[place][part] - of[place - 1][part] for part in (*PARTS, "total")} for of in (counts, small_counts)
         )
         model = sum(workers[place]["bytes"].values())
-        # Small batches touch few pages of the graph, so that each worker still finds new ones.
-        beyond = small["total"] - small["graph"] + full["graph"] - model
+        beyond = small["total"] - model
         added.append(
             {
                 "workers": place + 1,

@@ -138,6 +138,7 @@ class _Bench:
         self._config = options.config.model_copy(update={"dataset": str(store.path), "model": "sage"})
         self._adam = self._config.model_copy(update={"optimizer": "adam", "lr": None})
         self._cache = cache_folder(options.config.cache_dir)
+        self._input_seconds: dict[str, float] = {}
         # A multiple of each number of processes, which hand out their batches in turns.
         self.chunk = options.batches
         while any(self.chunk % max(1, number) for number in options.processes):
@@ -161,7 +162,10 @@ class _Bench:
         if "float16" in self._options.rows:
             half = _half_features(self._store, self._options.config.cache_dir)
             entries += own_entries("input", processes, "dngd-float16", store=str(half.path))
-        return self._compare(entries, "input", RATIO_TARGETS["input"], self._config)
+        result = self._compare(entries, "input", RATIO_TARGETS["input"], self._config)
+        if "roofline" in self._options.rows:
+            self._input_seconds = {name: one["seconds_a_batch"] for name, one in result["contenders"].items()}
+        return result
 
     def _gcn(self) -> dict[str, Any]:
         processes = self._options.processes
@@ -194,7 +198,12 @@ class _Bench:
         return measure_disk(self._adam, self._store, self._cache, DISK_WARMUP, steps, self._threads, self._progress)
 
     def _roofline(self) -> dict[str, Any]:
-        return measure_roofline(self._store, self._config)
+        measured = measure_roofline(self._store, self._config)
+        if self._input_seconds:
+            draw = self._input_seconds["dngd-sampling:0"]
+            rows = measured["seconds"]["gather_and_mean"]
+            measured["bound"] = input_bound(draw, rows, self._threads, self._input_seconds)
+        return measured
 
     def _compare(
         self, entries: Sequence[Entry], work: Work, targets: Mapping[str, float], config: TrainConfig
@@ -273,6 +282,23 @@ def check_same_work(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
                     f"{name} drew {value:.1f} {key.replace('_', ' ')} a seed where the others drew {middle:.1f}: its "
                     "work is another, so that times cannot be compared"
                 )
+
+
+def input_bound(draw: float, rows: float, threads: int, input_seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Return the fewest seconds a batch that `threads` cores allow, and how many times each peer's rate that would be.
+
+    DGL's draw alone takes `draw` seconds of one core, the first layer's rows alone `rows` seconds of all: with both at
+    full speed all the time, and nothing else to do, a batch takes `max(draw, (draw + threads·rows) / threads)`.
+    input_seconds: of a batch, by contender.
+    """
+    least = max(draw, (draw + threads * rows) / threads)
+    peers = {name: seconds for name, seconds in input_seconds.items() if name.startswith("dgl-")}
+    return {
+        "draw_seconds": draw,
+        "rows_seconds": rows,
+        "least_seconds_a_batch": least,
+        "highest_ratio": {name: seconds / least for name, seconds in peers.items()},
+    }
 
 
 def _summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -209,6 +209,16 @@ def _roofline_row(console: Console, found: Mapping[str, Any]) -> None:
         f"({1e3 * found['seconds']['gather_and_mean']:.1f} ms a batch). Features of a batch: "
         f"{moved['gathered'] / 1e6:,.0f} MB by gather and average, {moved['fused'] / 1e6:,.0f} MB in one.",
     )
+    if "bound" in found:
+        bound = found["bound"]
+        _line(
+            console,
+            f"DGL's draw alone takes {1e3 * bound['draw_seconds']:.1f} ms of one core, the rows alone "
+            f"{1e3 * bound['rows_seconds']:.1f} ms of all: no batch below {1e3 * bound['least_seconds_a_batch']:.1f} "
+            f"ms. That would be "
+            + ", ".join(f"{ratio:.1f} times {name}" for name, ratio in bound["highest_ratio"].items())
+            + ".",
+        )
 
 
 _PRINTERS = {"memory": _memory_row, "open": _open_row, "disk": _disk_row, "roofline": _roofline_row}

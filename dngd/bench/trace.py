@@ -164,7 +164,7 @@ def trace_training(
         "steps": steps,
         "feature_placement": loop.placed.where,
         "cached_rows": 0 if loop.placed.cache is None else loop.placed.cache.num_rows,
-        "samplers": config.num_samplers,
+        "samplers": config.samplers,
         "device": torch.cuda.get_device_name(loop.device),
         **overlap.to_json(),
     }

@@ -179,8 +179,12 @@ def _check_parts(parts: Mapping[str, Tensor], dropped: Mapping[str, int], parsed
             why = f" (its {dropped[name]} nodes have no label)" if dropped[name] else ""
             fix = "give larger fractions" if parsed.kind == "random" else "use random:0.5/0.25/0.25"
             raise UserError(f"the {name} part of split {parsed} of graph {graph} is empty{why}; {fix}")
+    largest = max(int(nodes.max()) for nodes in parts.values())
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
-        shared = int(torch.isin(parts[one], parts[other]).sum())
+        # A byte a node: torch.isin would sort copies of both.
+        is_in_one = torch.zeros(largest + 1, dtype=torch.bool)
+        is_in_one[parts[one]] = True
+        shared = int(is_in_one[parts[other]].sum())
         if shared:
             raise UserError(
                 f"the {one} and {other} parts of split {parsed} of graph {graph} share {shared} nodes; "

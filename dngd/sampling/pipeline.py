@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -107,6 +108,7 @@ class SamplerPipeline:
         self._num_shards = num_shards
         self._batch_size = batch_size
         self._shards = tuple(shards)
+        self._timeout_seconds = timeout_seconds
         self._order: tuple[int, Tensor] | None = None
         self._ahead = self._coordinates(epoch, step)
         self._pending: deque[MiniBatch] = deque()
@@ -234,7 +236,12 @@ class SamplerPipeline:
             inline.request(batch.seeds, self._rng_seed(batch.coordinates))
         batch = self._pending.popleft()
         try:
-            drawn = inline.answer()
+            drawn = inline.answer(self._timeout_seconds)
+        except FutureTimeoutError:
+            raise TrainingError(
+                f"the sampling thread drew no batch ({batch.coordinates}) within {self._timeout_seconds:g} s; raise "
+                "the sampler timeout if it is only slow"
+            ) from None
         except Exception as error:
             raise TrainingError(f"sampling failed on the batch ({batch.coordinates}): {error}") from error
         return replace(batch, **drawn._asdict())
@@ -275,9 +282,9 @@ class _InlineSampler:
         """Whether the oldest queued draw is done."""
         return bool(self._drawn) and self._drawn[0].done()
 
-    def answer(self) -> Drawn:
-        """Return the oldest queued draw with its first rows."""
-        layers = self._drawn.popleft().result()
+    def answer(self, timeout_seconds: float) -> Drawn:
+        """Return the oldest queued draw with its first rows. Raises TimeoutError, and what the draw raised."""
+        layers = self._drawn.popleft().result(timeout_seconds)
         if self._first_rows is None:
             return Drawn(layers)
         operator = self._first_rows.operator(layers[0])

@@ -64,15 +64,13 @@ class TrainingLoop:
         self.reporter = reporter
         self.folder = RunFolder(config.run_dir)
         self.device = _device(config)
-        if config.keep_memory and self.device.type == "cpu":
-            keep_freed_memory()
         self.store: GraphStore = resolve_dataset(config.dataset, config.data_root_in_use, config.cache_dir)
         self.split: Split = self.store.split(config.split, config.seed)
         left_out = sum(self.split.dropped_unlabelled.values())
         if left_out:
             reporter.message(f"{left_out} nodes of split {config.split} have no label and are left out")
         self.plan = make_plan(config, self.store, self.split)
-        check_fits(self.plan, config, workers_here)
+        check_fits(self.plan, config, workers_here, is_worker=True)
         free = free_gpu_bytes(self.device) if self.device.type == "cuda" else 0
         placement = choose_placement(config, self.plan.feature_bytes, free, self.plan.gpu_bytes)
 
@@ -124,6 +122,9 @@ class TrainingLoop:
             self._resume()
         shards = shards_of_rank(self.config.shards, self.comm.rank, self.comm.world_size)
         self.model.train()
+        if self.config.keep_memory and self.device.type == "cpu":
+            # Not before: what setting up takes and frees, for graphs of millions of nodes, is never wanted again.
+            keep_freed_memory()
         # Past the last step there is nothing to sample: a finished run that is resumed only reports.
         if self.step < self.plan.total_steps:
             with self._batches(shards) as source:
@@ -173,7 +174,7 @@ class TrainingLoop:
             config.shards,
             self.plan.batch_size,
             shards,
-            num_samplers=config.num_samplers,
+            num_samplers=config.samplers,
             prefetch=config.prefetch,
             start=divmod(self.step, self.plan.steps_per_epoch),
             timeout_seconds=config.collective_timeout_seconds,

@@ -18,6 +18,12 @@ def available_memory() -> int:
     return min([int(psutil.virtual_memory().available), *_rooms()])
 
 
+def private_memory() -> int:
+    """Return the bytes that this process alone holds: its resident pages that no file backs."""
+    info = psutil.Process().memory_info()
+    return int(info.rss - getattr(info, "shared", 0))
+
+
 def _rooms() -> list[int]:
     try:
         lines = PROC.read_text().splitlines()

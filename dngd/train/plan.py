@@ -16,12 +16,12 @@ from dngd.optim import Footprint, layer_footprint
 from dngd.sampling import steps_per_epoch
 from dngd.sampling.pipeline import slots_of_sampler
 from dngd.train.evaluation_plan import LayerShape, block_rows, evaluation_bytes
-from dngd.train.memory import available_memory
+from dngd.train.memory import available_memory, private_memory
 from dngd.train.optimizers import factor_layout
 from dngd.train.placement import choose_placement, free_gpu_bytes, table_bytes
 
 FLOAT_BYTES = 4
-PROCESS_BYTES = 500 * 1024 * 1024
+PROCESS_BYTES = 400 * 1024 * 1024
 """Resident memory of a process that has imported torch and dgl, rounded up."""
 
 
@@ -166,8 +166,7 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split) -> RunPlan:
         evaluation_table_bytes=evaluation.tables + evaluation.kept,
         sampler_bytes=0
         if config.constant_full_batch
-        else config.num_samplers
-        * (PROCESS_BYTES + slots_of_sampler(config.prefetch) * (batch.edges + batch.first_rows)),
+        else config.samplers * (PROCESS_BYTES + slots_of_sampler(config.prefetch) * (batch.edges + batch.first_rows)),
         gradient_bytes_per_step=(parameters + 2) * FLOAT_BYTES,
         factor_bytes_per_refresh=statistics if kfac else 0,
         inverse_bytes_per_refresh=sum(layer.factors.inverses_sent for layer in layers) if kfac else 0,
@@ -225,12 +224,16 @@ def check_device(config: TrainConfig) -> None:
         )
 
 
-def check_fits(plan: RunPlan, config: TrainConfig, workers_here: int) -> None:
-    """Raise UserError if this machine's free memory cannot hold its workers."""
+def check_fits(plan: RunPlan, config: TrainConfig, workers_here: int, *, is_worker: bool = False) -> None:
+    """Raise UserError if this machine's free memory cannot hold its workers.
+
+    is_worker: whether this process is one of them; what it has taken already is then not wanted once more.
+    """
     free = available_memory()
     # Evaluation's tables go to disk where they would not fit, unless they were given the memory.
     tables = min(plan.evaluation_table_bytes, config.eval_memory_bytes or 0)
-    needed = plan.worker_bytes * workers_here + tables
+    taken = min(PROCESS_BYTES, private_memory()) if is_worker else 0
+    needed = (plan.worker_bytes - taken) * workers_here + tables
     if needed > free:
         parts = {
             "curvature": plan.curvature_bytes,

@@ -78,6 +78,11 @@ def graph_conv_case(
     )
 
 
+def option_names(options: dict[str, Any]) -> str:
+    """Name a case alike in every process: a function's str holds its address."""
+    return ",".join(f"{key}={getattr(value, '__name__', value)}" for key, value in options.items()) or "default"
+
+
 @pytest.mark.parametrize("d_out", [NARROW, WIDE])
 @pytest.mark.parametrize(
     "options",
@@ -91,7 +96,7 @@ def graph_conv_case(
         {"block": True, "weights": True},
         {"block": True, "pair": True, "activation": F.softplus},
     ],
-    ids=str,
+    ids=option_names,
 )
 def test_graph_conv_rows_are_aggregated(d_out: int, options: dict[str, Any]) -> None:
     law_layer_equals_its_dense_reference(graph_conv_case(1, d_out, **options))
@@ -167,7 +172,7 @@ def unit_rows(z: Tensor) -> Tensor:
         {"norm": unit_rows},
         {"feat_drop": 0.4},
     ],
-    ids=str,
+    ids=option_names,
 )
 def test_sage_conv_rows_are_aggregated(d_out: int, aggregator: str, options: dict[str, Any]) -> None:
     law_layer_equals_its_dense_reference(sage_case(2, aggregator, d_out, **options))

@@ -73,9 +73,15 @@ def test_what_a_worker_adds_is_divided_without_a_rest() -> None:
     (added,) = memory._added(full, small, [worker, worker])
     assert {part: added[part] for part in parts} == count(4, 50, 400, 5)
     assert added["model_gradients_and_optimizer"] == 12
-    # Without its batches: 1 + 130 + 4 of its own, the model among it, and the 4 of the graph that the full one found.
-    assert added["beyond_model_and_buffers"] == 135 + 4 - 12
-    assert added["batch_buffers"] == 459 - 12 - 127
+    # Without its batches: 8 of the graph, and 1 + 130 + 4 of its own, the model among it.
+    assert added["beyond_model_and_buffers"] == 8 + 135 - 12
+    assert added["batch_buffers"] == 459 - 12 - 131
+
+
+def test_the_whole_graph_is_mapped_before_workers_are_counted(store: GraphStore) -> None:
+    kept = memory._map_whole(store.path)
+    size = sum(array.numel() * array.element_size() for array in kept)
+    assert pss_of([os.getpid()], store.path)["graph"] >= size > 0
 
 
 def test_a_worker_holds_in_its_last_step_and_reports(store: GraphStore, tmp_path: Path) -> None:

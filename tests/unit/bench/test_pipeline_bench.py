@@ -17,7 +17,7 @@ from rich.console import Console
 from dngd.bench import PipelineOptions, pipeline, run_pipeline_bench
 from dngd.bench.child import Message
 from dngd.bench.contenders import KEEP_MEMORY, Contender, Entry, dgl_entries, own_entries
-from dngd.bench.pipeline import check_same_work, compare
+from dngd.bench.pipeline import check_same_work, compare, input_bound
 from dngd.bench.progress import BenchProgress
 from dngd.bench.tables import print_pipeline
 from dngd.config import TrainConfig
@@ -140,6 +140,9 @@ def test_a_16_bit_table_and_sampling_alone_take_part_but_are_not_compared(
     roofline = result["rows"]["roofline"]
     assert roofline["feature_bytes_a_batch"]["fused"] < roofline["feature_bytes_a_batch"]["gathered"]
     assert min(roofline["bytes_per_second"].values()) > 0
+    bound, contenders = roofline["bound"], result["rows"]["input"]["contenders"]
+    assert bound["draw_seconds"] == contenders["dngd-sampling:0"]["seconds_a_batch"]
+    assert set(bound["highest_ratio"]) == {name for name in contenders if name.startswith("dgl-")}
 
 
 def test_the_table_says_what_was_found(store: GraphStore, log: list[tuple[str, Message]]) -> None:
@@ -205,6 +208,13 @@ def test_each_is_compared_with_the_fastest_peer_there() -> None:
     assert (found["dgl", None]["dngd"], found["dgl", None]["peer"]) == ("dngd:1", "dgl-a:1")
     assert found["tuned", None]["ratio"] == pytest.approx(4.0)
     assert [found["dgl", 1]["reached"], found["tuned", 0]["reached"]] == [True, None]
+
+
+def test_the_bound_keeps_all_cores_busy_and_no_draw_is_split() -> None:
+    busy = input_bound(draw=0.04, rows=0.03, threads=2, input_seconds={"dgl-index:0": 0.2, "dngd:0": 0.06})
+    assert busy["least_seconds_a_batch"] == pytest.approx((0.04 + 2 * 0.03) / 2)
+    assert busy["highest_ratio"] == {"dgl-index:0": pytest.approx(4.0)}
+    assert input_bound(0.04, 0.001, 8, {})["least_seconds_a_batch"] == 0.04
 
 
 def test_work_that_differs_is_refused() -> None:

@@ -15,6 +15,7 @@ from dngd.graph.store import GraphStore
 from dngd.sampling import pipeline as pipeline_module
 from dngd.sampling import process
 from dngd.sampling.pipeline import SamplerPipeline
+from dngd.sampling.sampler import NeighborSampler
 from dngd.sampling.topology import Topology
 from tests.unit.sampling.graphs import digest, make_pipeline, skewed_graph, take, topology
 
@@ -70,6 +71,17 @@ def test_empty_shards_and_lonely_nodes() -> None:
         assert batch.first_rows is not None
         # A node without neighbours: its own row, and zeros for their mean.
         assert batch.first_rows.tolist() == [[1.0, 1.0, 0.0, 0.0]] * len(batch.seeds)
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_thread_that_draws_nothing_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawing = threading.Event()
+    monkeypatch.setattr(NeighborSampler, "sample", lambda *_: drawing.wait(10))
+    try:
+        with pytest.raises(TrainingError, match=r"epoch 0, step 0, shard 0.*within 0.05 s"):
+            next(make_pipeline(0, timeout_seconds=0.05))
+    finally:
+        drawing.set()
 
 
 @pytest.mark.usefixtures("inline")
