@@ -108,7 +108,7 @@ def run_comm_bench(options: CommOptions, progress: BenchProgress | None = None) 
         "benchmark": "comm",
         "machine": machine | {"threads": threads},
         "graph": describe_graph(store, split),
-        "config": describe_config(config) | {"num_samplers": config.num_samplers, "variants": options.variants},
+        "config": describe_config(config) | {"num_samplers": config.samplers, "variants": options.variants},
         "world": {"processes": options.processes, "backend": "gloo", "shards": options.processes},
         "steps": {
             "asked": options.steps,

@@ -39,9 +39,6 @@ class Rank:
     def __init__(self, setup: Message) -> None:
         torch.set_num_threads(setup["threads"])
         config = TrainConfig(**setup["config"])
-        if config.keep_memory:
-            # As dngd's training loop does.
-            keep_freed_memory()
         self._rank: int = setup["rank"]
         self._world_size: int = setup["world_size"]
         self._store = GraphStore.open(Path(setup["store"]))
@@ -92,9 +89,9 @@ class Rank:
             self._world_size,
             batch_size,
             [self._rank],
-            num_samplers=config.num_samplers,
+            num_samplers=config.samplers,
             # Without sampler processes a batch is drawn when it is asked for: within its own step.
-            prefetch=config.prefetch if config.num_samplers else 0,
+            prefetch=config.prefetch if config.samplers else 0,
             timeout_seconds=config.collective_timeout_seconds,
             aggregation=model.aggregation,
         )
@@ -104,6 +101,9 @@ class Rank:
     def _steps(self, steps: int, sleep_seconds: float) -> Message:
         learner = self._learner
         assert learner is not None, "ask it to learn first"
+        if self._config.keep_memory:
+            # As dngd's training loop does, and not before: what setting up frees is not wanted again.
+            keep_freed_memory()
         learner.start_clock()
         before = Counter(self._communicator.bytes_sent)
         calls = Counter(self._communicator.calls)
