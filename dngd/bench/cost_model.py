@@ -49,6 +49,12 @@ def all_reduce(ranks: int, payload_bytes: float, calls: float = 1.0) -> Load:
     return Load(2 * (ranks - 1) * calls, 2 * (ranks - 1) / ranks * payload_bytes)
 
 
+def half_all_reduce(ranks: int, calls: float = 1.0) -> Load:
+    """Return the latencies of as many calls of a reduce-scatter, an exchange or an all-gather: half of a ring's."""
+    assert ranks >= 1, ranks
+    return Load((ranks - 1) * calls, 0.0)
+
+
 def broadcast(ranks: int, payload_bytes: float, calls: float = 1.0) -> Load:
     """Return the load of broadcasting payload_bytes, in all, in that many calls. ranks: at least 1."""
     assert ranks >= 1, ranks

@@ -5,9 +5,9 @@ somewhere, or supposed, and labelled with its source. The network is an input to
 (dngd.train.plan). Curvature is renewed once every inverse_update_period steps; of the three ways to share its work
 (KAISA, Pauloski et al. 2021) the cheapest is told:
 
-- every_rank_inverts: factors are all-reduced; every rank inverts all;
-- owner_shares_inverse: factors are all-reduced; each is inverted on one rank, which broadcasts the inverse;
-- owner_shares_gradient: factors are all-reduced; one rank inverts a layer's and preconditions its gradient, which it
+- replicate: factors are all-reduced; every rank inverts all;
+- share_inverse: factors are all-reduced; each is inverted on one rank, which broadcasts the inverse;
+- share_gradient: factors are all-reduced; one rank inverts a layer's and preconditions its gradient, which it
   broadcasts at every step.
 """
 
@@ -199,11 +199,11 @@ def kfac_steps(traffic: Traffic, compute: Compute, gpus: int, machines: Machines
     reduced = sum(all_reduce_seconds(traffic.factor_bytes / calls, gpus, machines) for _ in range(calls))
     shared = broadcast_seconds(traffic.inverse_bytes, 2 * calls, gpus, machines)
     return {
-        "every_rank_inverts": base + compute.precondition + (reduced + compute.inversion) / period,
-        "owner_shares_inverse": base
+        "replicate": base + compute.precondition + (reduced + compute.inversion) / period,
+        "share_inverse": base
         + compute.precondition
         + (reduced + compute.inversion * busiest_share(inversions, gpus) + shared) / period,
-        "owner_shares_gradient": base
+        "share_gradient": base
         + compute.precondition * busiest_share(preconditioning, gpus)
         + broadcast_seconds(traffic.gradient_bytes, calls, gpus, machines)
         + (reduced + compute.inversion * busiest_share(whole_layers, gpus)) / period,

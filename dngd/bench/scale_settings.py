@@ -15,7 +15,16 @@ from typing import Any
 
 from dngd.bench.child import Message
 from dngd.bench.comm import mean_over_ranks
-from dngd.bench.cost_model import Load, Observation, all_reduce, broadcast, fit_network, predict_step, relative_error
+from dngd.bench.cost_model import (
+    Load,
+    Observation,
+    all_reduce,
+    broadcast,
+    fit_network,
+    half_all_reduce,
+    predict_step,
+    relative_error,
+)
 from dngd.bench.traffic import SAME_ON_ALL
 
 TARGET_ERROR = 0.2
@@ -24,6 +33,9 @@ TARGET_ERROR = 0.2
 FORMULA = "compute + latency * rounds + bytes / (efficiency * rate) + host_seconds_per_byte * bytes"
 
 BITS_PER_MEGABIT = 1e6
+
+WHOLE, HALVES = "all_reduce", ("exchange", "reduce_scatter", "all_gather")
+"""Names of collectives: an all-reduce, and what half of one may be called."""
 
 _AXES = ("hosts", "megabits", "optimizer", "width")
 
@@ -65,12 +77,20 @@ def mean_compute(answer: Message) -> float:
 
 
 def measured_load(by_kind: Mapping[str, int], calls: Mapping[str, int], ranks: int, steps: int) -> Load:
-    """Return a step's load from counted bytes and calls. Kinds that every rank hands in are all-reduced; the others,
-    and calls of any other name, are taken for broadcasts."""
+    """Return a step's load from counted bytes and calls.
+
+    Kinds that every rank hands in are all-reduced, in one call or in two halves; the others, and calls of any other
+    name, are taken for broadcasts.
+    """
     reduced = sum(size for kind, size in by_kind.items() if kind in SAME_ON_ALL)
     others = sum(size for kind, size in by_kind.items() if kind not in SAME_ON_ALL)
-    reductions = calls.get("all_reduce", 0)
-    total = all_reduce(ranks, reduced, reductions) + broadcast(ranks, others, sum(calls.values()) - reductions)
+    whole = calls.get(WHOLE, 0)
+    halves = sum(calls.get(name, 0) for name in HALVES)
+    total = (
+        all_reduce(ranks, reduced, whole)
+        + half_all_reduce(ranks, halves)
+        + broadcast(ranks, others, sum(calls.values()) - whole - halves)
+    )
     return total.times(1.0 / steps)
 
 

@@ -47,9 +47,13 @@ class TimedCommunicator:
             finally:
                 self.seconds += time.perf_counter() - started
             self.calls[name] += 1
-            return _TimedWork(result, self) if hasattr(result, "wait") else result
+            # Some return a buffer along with the work that will fill it.
+            return tuple(map(self._watched, result)) if type(result) is tuple else self._watched(result)
 
         return timed
+
+    def _watched(self, result: Any) -> Any:
+        return _TimedWork(result, self) if hasattr(result, "wait") else result
 
 
 class _TimedWork:

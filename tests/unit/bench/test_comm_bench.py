@@ -43,23 +43,24 @@ def test_two_worlds_of_two_processes(store: GraphStore, tmp_path: Path, capsys: 
     assert len(adam["turn_mean_ms"]) == len(kfac["turn_mean_ms"]) == 4
     # The same shards: both worlds drew the same edges.
     assert adam["mean_edges_a_step"] == kfac["mean_edges_a_step"] > 0
-    # Bytes are what the plan of this run says: a gradient buffer a step, every layer's factors once a period.
+    # Bytes are what the plan of this run says: a gradient buffer a step; every layer's factors once a period, at most
+    # in twice the bytes an entry where they cannot bear rounding; inverses at most, each with a byte before it.
     plan = make_plan(_config(store), store, store.split("masks"))
     assert set(adam["bytes"]) == {"gradient"}
     assert adam["bytes"]["gradient"] == kfac["bytes"]["gradient"] == 8 * plan.gradient_bytes_per_step
-    assert kfac["bytes"]["factor"] == 2 * plan.factor_bytes_per_refresh
-    # Each inverse has a byte before it that says whether it is one.
-    flags = 2 * 2 * len(plan.layers)
-    assert kfac["bytes"]["inverse"] == 2 * plan.inverse_bytes_per_refresh + flags
+    assert 2 * plan.factor_bytes_per_refresh <= kfac["bytes"]["factor"] <= 4 * plan.factor_bytes_per_refresh
+    assert kfac["bytes"].get("inverse", 0) <= 2 * (2 * plan.inverse_bytes_per_refresh + 2 * len(plan.layers))
     comparison = result["comparison"]["kfac"]
     measured = comparison["traffic"]["measured_steps"]
-    assert measured["curvature_bytes"] == kfac["bytes"]["factor"] + kfac["bytes"]["inverse"]
+    assert measured["curvature_bytes"] == sum(kfac["bytes"].values()) - kfac["bytes"]["gradient"] - kfac["bytes"].get(
+        "state", 0
+    )
     assert measured["curvature_over_gradient"] == pytest.approx(measured["curvature_bytes"] / kfac["bytes"]["gradient"])
     for found in comparison["targets"].values():
         assert found["reached"] == (found["value"] <= found["at_most"])
     print_comm(result, Console(width=200))
     shown = capsys.readouterr().out
-    for words in ("2 processes, small", "kfac refresh", "inverse, MB a step", "target 0.03", "whole periods of 4"):
+    for words in ("2 processes, small", "kfac refresh", "factor, MB a step", "target 0.03", "whole periods of 4"):
         assert words in shown
 
 
@@ -117,15 +118,18 @@ def test_steps_are_the_means_over_ranks() -> None:
     assert mean_over_ranks([[1.0, 4.0], [3.0, 6.0]]) == [2.0, 5.0]
 
 
-class Slow(LocalCommunicator):
-    """Has a collective that no other communicator knows."""
+class Other(LocalCommunicator):
+    """Has collectives that no other communicator knows."""
+
+    def swap(self, flat: torch.Tensor) -> Any:
+        return flat, LocalCommunicator().all_reduce(flat, "state")
 
     def share(self, payload: list[int]) -> Any:
         return LocalCommunicator().all_reduce(torch.zeros(1), "state") if payload else 7
 
 
 def test_a_timed_communicator_passes_on_what_it_does_not_know() -> None:
-    inner = Slow()
+    inner = Other()
     timed = TimedCommunicator(inner)
     assert (timed.rank, timed.world_size) == (0, 1)
     assert timed.share([]) == 7
@@ -134,7 +138,12 @@ def test_a_timed_communicator_passes_on_what_it_does_not_know() -> None:
     work.wait()
     assert timed.seconds > before > 0
     timed.all_reduce(torch.zeros(1), "gradient").wait()
-    assert timed.calls == {"share": 2, "all_reduce": 1}
+    buffer, under_way = timed.swap(torch.ones(2))
+    before = timed.seconds
+    under_way.wait()
+    assert timed.seconds > before
+    assert buffer.tolist() == [1, 1]
+    assert timed.calls == {"share": 2, "all_reduce": 1, "swap": 1}
     inner.bytes_sent["x"] = 3
     assert timed.bytes_sent == {"x": 3}
     with pytest.raises(AttributeError):

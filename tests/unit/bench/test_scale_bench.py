@@ -94,6 +94,9 @@ def test_what_ranks_measured_becomes_compute_and_load() -> None:
     assert mean_compute({"ranks": ranks}) == 3.25
     load = measured_load({"gradient": 800, "factor": 200, "inverse": 50}, {"all_reduce": 6, "broadcast": 2}, 4, 2)
     assert load == Load((6 * 6 + 2 * 2) / 2, (1.5 * 1000 + 2 * 50) / 2)
+    # Two halves of an all-reduce have its latencies and bytes.
+    halves = {"all_reduce": 5, "exchange": 1, "all_gather": 1, "broadcast": 2}
+    assert measured_load({"gradient": 800, "factor": 200, "inverse": 50}, halves, 4, 2) == load
 
 
 @given(st.integers(1, 12), st.integers(1, 6))
