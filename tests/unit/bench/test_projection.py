@@ -72,6 +72,15 @@ def test_strategies_by_hand() -> None:
     )
 
 
+def test_work_that_cannot_be_divided_evenly_takes_as_long_as_the_busiest_rank() -> None:
+    free = replace(MACHINES, latency_seconds=0.0, gpu_bytes_per_second=1e30)
+    found = kfac_steps(TRAFFIC, COMPUTE, 4, free)
+    # Of inversions 3, 1, 2, 2 on four ranks the busiest has 3 of 8; of two layers of 4 and 4 one; of 6 and 2 the 6.
+    assert found["share_inverse"] == pytest.approx(0.02 + 1e-3 + 2e-3 + 0.05 * 3 / 8 / 10)
+    assert found["share_gradient"] == pytest.approx(0.02 + 1e-3 + 2e-3 * 6 / 8 + 0.05 / 2 / 10)
+    assert found["replicate"] == pytest.approx(0.02 + 1e-3 + 2e-3 + 0.05 / 10)
+
+
 @given(st.integers(1, 64))
 def test_the_busiest_rank_has_at_least_an_even_share_and_the_largest_factor(ranks: int) -> None:
     costs = {(layer.name, which): cost for layer in LAYERS for which, cost in layer.costs.items()}
