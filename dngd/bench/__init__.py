@@ -10,24 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dngd.bench.accuracy import AccuracyOptions, run_accuracy_bench
+    from dngd.bench.comm import CommOptions, run_comm_bench
     from dngd.bench.competitors import Setting, make_settings
     from dngd.bench.graphs import PRODUCTS_SHAPED, open_graph
     from dngd.bench.pipeline import PipelineOptions, run_pipeline_bench
     from dngd.bench.progress import BenchProgress, progress_for
+    from dngd.bench.scale import ScaleOptions, run_scale_bench
     from dngd.bench.step import StepOptions, run_step_bench
 
 _HOME = {
     "AccuracyOptions": "accuracy",
     "BenchProgress": "progress",
+    "CommOptions": "comm",
     "PRODUCTS_SHAPED": "graphs",
     "PipelineOptions": "pipeline",
+    "ScaleOptions": "scale",
     "Setting": "competitors",
     "StepOptions": "step",
     "make_settings": "competitors",
     "open_graph": "graphs",
     "progress_for": "progress",
     "run_accuracy_bench": "accuracy",
+    "run_comm_bench": "comm",
     "run_pipeline_bench": "pipeline",
+    "run_scale_bench": "scale",
     "run_step_bench": "step",
 }
 
@@ -35,14 +41,18 @@ __all__ = [
     "PRODUCTS_SHAPED",
     "AccuracyOptions",
     "BenchProgress",
+    "CommOptions",
     "PipelineOptions",
+    "ScaleOptions",
     "Setting",
     "StepOptions",
     "make_settings",
     "open_graph",
     "progress_for",
     "run_accuracy_bench",
+    "run_comm_bench",
     "run_pipeline_bench",
+    "run_scale_bench",
     "run_step_bench",
 ]
 

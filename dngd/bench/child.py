@@ -99,6 +99,10 @@ def _part(setup: Message, connection: socket.socket) -> Handler:
         from dngd.bench.worker import Worker
 
         return Worker(setup, connection).answer
+    if part == "rank":
+        from dngd.bench.rank import Rank
+
+        return Rank(setup).answer
     if part == "open":
         from dngd.bench.opening import time_open
 

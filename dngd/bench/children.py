@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import psutil
 
@@ -35,11 +37,17 @@ _TAIL_CHARACTERS = 3000
 class Child:
     """One child process. setup: its first message; environment: variables of its own.
 
-    join: the process list of a control group, which it enters before anything else.
+    join: the process list of a control group, which it enters before anything else. prefix: a command that ends by
+    becoming the one behind it (`ip netns exec NAME`), so that its process is the child's.
     """
 
     def __init__(
-        self, name: str, setup: Message, environment: Mapping[str, str] | None = None, join: Path | None = None
+        self,
+        name: str,
+        setup: Message,
+        environment: Mapping[str, str] | None = None,
+        join: Path | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
         self.name = name
         self._connection, there = socket.socketpair()
@@ -47,7 +55,7 @@ class Child:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (close does it)
         with there:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "dngd.bench.child", str(there.fileno())],
+                [*prefix, sys.executable, "-m", "dngd.bench.child", str(there.fileno())],
                 pass_fds=(there.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
@@ -82,10 +90,28 @@ class Child:
 
     def ask(self, request: Message) -> Message:
         """Return the answer to a request. Raises UserError, TrainingError as the child does, or when it is gone."""
+        self.post(request)
+        return self._receive()
+
+    def post(self, request: Message) -> None:
+        """Send a request whose answer `answer_of_any` will take."""
         with contextlib.suppress(OSError):
             # A child that is gone has left its reason to be read, or none.
             send(self._connection, request)
-        return self._receive()
+
+    @staticmethod
+    def answer_of_any(children: Sequence[Child], seconds: float) -> tuple[Child, Message]:
+        """Return whichever of the children that were asked answers first, and its answer; at most `seconds` later.
+
+        Raises as `ask` does.
+        """
+        by_connection = {child._connection: child for child in children}
+        ready, _, _ = select.select(list(by_connection), [], [], max(0.0, seconds))
+        if not ready:
+            names = ", ".join(child.name for child in children)
+            raise TrainingError(f"{names} gave no answer within {ANSWER_SECONDS:g} s{children[0]._tail()}")
+        child = by_connection[ready[0]]
+        return child, child._receive()
 
     def _receive(self) -> Message:
         try:
@@ -108,11 +134,15 @@ class Child:
         """Let all go on."""
         _signal(self.tree(), signal.SIGCONT)
 
+    def hang_up(self) -> None:
+        """Let the process go on, and see the end of its requests; idempotent."""
+        self.resume()
+        self._connection.close()
+
     def close(self) -> None:
         """End the process and its helpers, and wait for it; idempotent."""
-        self.resume()
         below = self.tree()[1:]
-        self._connection.close()
+        self.hang_up()
         try:
             self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
@@ -137,6 +167,67 @@ class Child:
         self._log.seek(max(0, size - _TAIL_CHARACTERS))
         text = self._log.read().decode(errors="replace").strip()
         return f":\n{text}" if text else ""
+
+
+class RankGroup:
+    """Children that are the ranks of one world: they are asked, stopped and ended together.
+
+    setups: each rank's first message; environment: of all. prefixes: each rank's, see Child. All are started before
+    any is waited for, since a process group comes about only once all ranks have entered.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        setups: Sequence[Message],
+        environment: Mapping[str, str] | None = None,
+        prefixes: Sequence[Sequence[str]] | None = None,
+    ) -> None:
+        self.name = name
+        self._children: list[Child] = []
+        try:
+            for rank, setup in enumerate(setups):
+                prefix = () if prefixes is None else prefixes[rank]
+                self._children.append(Child(f"{name}, rank {rank}", setup, environment, prefix=prefix))
+        except BaseException:
+            self.close()
+            raise
+
+    def wait_until_ready(self) -> None:
+        """Wait until all setups are done. Raises as `ask` does."""
+        self._answers()
+
+    def ask(self, request: Message) -> Message:
+        """Return {"ranks": [...]}, each rank's answer to one request. Raises the first error that any of them tells:
+        the others may wait for that rank until the group is closed."""
+        for child in self._children:
+            child.post(request)
+        return {"ranks": self._answers()}
+
+    def pause(self) -> None:
+        """Stop all ranks."""
+        for child in self._children:
+            child.pause()
+
+    def resume(self) -> None:
+        """Let all ranks go on."""
+        for child in self._children:
+            child.resume()
+
+    def close(self) -> None:
+        """End all ranks; idempotent. One that waits for another in a collective is killed."""
+        for child in self._children:
+            child.hang_up()
+        for child in self._children:
+            child.close()
+
+    def _answers(self) -> list[Message]:
+        deadline = time.monotonic() + ANSWER_SECONDS
+        answers: dict[str, Message] = {}
+        while waiting := [child for child in self._children if child.name not in answers]:
+            child, answer = Child.answer_of_any(waiting, deadline - time.monotonic())
+            answers[child.name] = answer
+        return [answers[child.name] for child in self._children]
 
 
 @contextlib.contextmanager
@@ -181,8 +272,27 @@ def _stop_when_ready(child: Child, progress: BenchProgress) -> None:
     progress.advance(1, f"starting {child.name}")
 
 
+class TakesTurns(Protocol):
+    """What turns are given to: a Child, or a RankGroup."""
+
+    name: str
+
+    def resume(self) -> None:
+        """Go on."""
+
+    def ask(self, request: Message) -> Message:
+        """Return the answer to a request."""
+
+    def pause(self) -> None:
+        """Stop."""
+
+
 def take_turns(
-    children: Mapping[str, Child], rounds: int, request: Message, first: Mapping[str, Message], progress: BenchProgress
+    children: Mapping[str, TakesTurns],
+    rounds: int,
+    request: Message,
+    first: Mapping[str, Message],
+    progress: BenchProgress,
 ) -> dict[str, list[Message]]:
     """Return each child's answers, in the order of the rounds; the order within a round rotates.
 

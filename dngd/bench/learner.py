@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dngd.bench.optimizers import build_competitor
-from dngd.comm import FlatGradients, LocalCommunicator, StepSums
+from dngd.comm import Communicator, FlatGradients, LocalCommunicator, StepSums
 from dngd.config import TrainConfig
 from dngd.graph import GraphStore
 from dngd.models import GNN, build_model
@@ -44,10 +44,20 @@ def initial_model(config: TrainConfig, store: GraphStore) -> GNN:
 
 
 class Learner:
-    """A model, its flat gradients and its optimizer. clock: step times and phases since `start_clock`."""
+    """A model, its flat gradients and its optimizer. clock: step times and phases since `start_clock`.
+
+    communicator: of the ranks that step together; None for a single one.
+    """
 
     def __init__(
-        self, name: str, config: TrainConfig, lr: float, model: GNN, features: Tensor, builder: PropagationBuilder
+        self,
+        name: str,
+        config: TrainConfig,
+        lr: float,
+        model: GNN,
+        features: Tensor,
+        builder: PropagationBuilder,
+        communicator: Communicator | None = None,
     ) -> None:
         self.name = name
         self.lr = lr
@@ -58,7 +68,7 @@ class Learner:
         self._seed = config.seed
         self._features = features
         self.builder = builder
-        self._communicator = LocalCommunicator()
+        self._communicator = LocalCommunicator() if communicator is None else communicator
         self.competitor = build_competitor(name, config, lr, self.model, self._communicator)
         self._gradients = FlatGradients(self.model.parameters())
         self._kfac_before: dict[str, float] = {}

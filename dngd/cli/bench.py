@@ -9,13 +9,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from dngd.cli.common import Json, field_help, out, print_json
+from dngd.cli.bench_network import bench_comm, bench_scale
+from dngd.cli.common import Json, bench_fields, check_output, field_help, out, print_json
 from dngd.config import TrainConfig, merge, parse_assignment
-from dngd.errors import UserError
 
 bench_app = typer.Typer(
-    help="Measure optimizers, and the input pipeline against DGL's, taken in turns.", no_args_is_help=True
+    help="Measure optimizers, communication, and the input pipeline against DGL's, taken in turns.",
+    no_args_is_help=True,
 )
+bench_app.command("comm")(bench_comm)
+bench_app.command("scale")(bench_scale)
 
 
 @bench_app.command("step")
@@ -52,7 +55,7 @@ def bench_step(
     from dngd.bench.competitors import SETTABLE, parse_fields, parse_names
     from dngd.bench.tables import print_step
 
-    flags = _bench_fields(locals())
+    flags = bench_fields(locals())
     fields = merge(flags, parse_fields(assignments or [], SETTABLE, "--set"))
     options = StepOptions(
         TrainConfig(**fields, dataset=dataset, seed=seed, engine="local"),
@@ -110,8 +113,8 @@ def bench_accuracy(
     from dngd.bench.competitors import SETTABLE_IN_RUNS, parse_fields, parse_names, parse_seeds, parse_targets
     from dngd.bench.tables import print_accuracy
 
-    _check_output(output)
-    flags = _bench_fields(locals()) | {"epochs": epochs}
+    check_output(output)
+    flags = bench_fields(locals()) | {"epochs": epochs}
     fields = merge(flags, parse_fields(assignments or [], SETTABLE_IN_RUNS, "--set"))
     options = AccuracyOptions(
         TrainConfig(**fields, dataset="", engine="local"),
@@ -171,9 +174,9 @@ def bench_pipeline(
     from dngd.bench.pipeline import ROWS
     from dngd.bench.tables import print_pipeline
 
-    _check_output(output)
+    check_output(output)
     options = PipelineOptions(
-        TrainConfig(**_bench_fields(locals()), dataset=dataset, seed=seed, engine="local"),
+        TrainConfig(**bench_fields(locals()), dataset=dataset, seed=seed, engine="local"),
         rows=ROWS if rows is None else parse_names(rows),
         processes=parse_counts(processes, "--processes"),
         batches=batches,
@@ -221,8 +224,8 @@ def bench_trace(
     """Trace training steps on a GPU; tell how much of the copying to it runs while it computes."""
     from dngd.bench.trace import trace_training
 
-    _check_output(output)
-    fields: dict[str, Any] = _bench_fields(locals()) | {
+    check_output(output)
+    fields: dict[str, Any] = bench_fields(locals()) | {
         "dataset": dataset,
         "optimizer": optimizer,
         "feature_placement": feature_placement,
@@ -247,14 +250,3 @@ def bench_trace(
         f"{result['copies']} copies came from memory that is not page-locked)",
         highlight=False,
     )
-
-
-def _check_output(output: Path | None) -> None:
-    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise UserError(f"--out {output} is a folder or lies in none that exists; give the path of a file")
-
-
-def _bench_fields(flags: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration fields among a benchmark's flags."""
-    names = ("data_root", "cache_dir", "split", "model", "num_layers", "hidden", "fanout", "batch_size", "prefetch")
-    return {name: flags[name] for name in names if flags.get(name) is not None}

@@ -1,15 +1,17 @@
-"""What the commands share: the console, `--json`, help texts from the configuration, sizes in words."""
+"""What the commands share: the console, `--json`, help texts from the configuration, sizes, benchmarks' flags."""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from dngd.config import TrainConfig
+from dngd.errors import UserError
 
 out = Console()
 
@@ -34,3 +36,15 @@ def size_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError
+
+
+def check_output(output: Path | None) -> None:
+    """Raise UserError unless a benchmark's --out can become a file, before anything is measured."""
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise UserError(f"--out {output} is a folder or lies in none that exists; give the path of a file")
+
+
+def bench_fields(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration fields among a benchmark's flags."""
+    names = ("data_root", "cache_dir", "split", "model", "num_layers", "hidden", "fanout", "batch_size", "prefetch")
+    return {name: flags[name] for name in names if flags.get(name) is not None}

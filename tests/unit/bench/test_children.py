@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from dngd.bench.children import Child, take_turns
+from dngd.bench.children import Child, RankGroup, take_turns
 from dngd.bench.progress import BenchProgress
 from dngd.errors import TrainingError, UserError
 from dngd.graph import GraphStore
@@ -64,6 +64,29 @@ def test_a_death_is_told() -> None:
         one.ask({})
     one.close()
     one.close()
+
+
+def test_ranks_are_asked_together_and_end_together(store: GraphStore, tmp_path: Path) -> None:
+    prefix = ["env", "DNGD_TEST_MARK=from a prefix"]
+    group = RankGroup("pair", [{"part": "open"}] * 2, prefixes=[prefix, []])
+    try:
+        group.wait_until_ready()
+        answers = group.ask({"store": str(store.path)})["ranks"]
+        assert [answer["seconds"] > 0 for answer in answers] == [True, True]
+        first, second = (child.tree()[0] for child in group._children)
+        # A prefix becomes the child: no process is between.
+        assert first.environ()["DNGD_TEST_MARK"] == "from a prefix"
+        assert "DNGD_TEST_MARK" not in second.environ()
+        group.pause()
+        assert _until(lambda: {first.status(), second.status()} == {psutil.STATUS_STOPPED})
+        group.resume()
+        second.kill()
+        with pytest.raises(TrainingError, match="pair, rank 1 was killed"):
+            group.ask({"store": str(store.path)})
+    finally:
+        group.close()
+    assert not psutil.wait_procs([first, second], timeout=10)[1]
+    group.close()
 
 
 PARENT = """
