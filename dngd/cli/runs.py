@@ -21,6 +21,12 @@ def train(
     split: Annotated[str | None, typer.Option(help=field_help("split"))] = None,
     engine: Annotated[str | None, typer.Option(help=field_help("engine"))] = None,
     num_workers: Annotated[int | None, typer.Option(help=field_help("num_workers"))] = None,
+    min_workers: Annotated[
+        int | None,
+        typer.Option(
+            help="ray.min_workers: fewest workers that the run goes on with when nodes are lost [default: num_workers]"
+        ),
+    ] = None,
     num_shards: Annotated[int | None, typer.Option(help=field_help("num_shards"))] = None,
     use_gpu: Annotated[bool | None, typer.Option("--use-gpu/--no-gpu", help=field_help("use_gpu"))] = None,
     feature_placement: Annotated[str | None, typer.Option(help=field_help("feature_placement"))] = None,
@@ -79,8 +85,9 @@ def train(
     }
     if damping is not None:
         flags["kfac"] = {"damping": damping}
-    if address is not None:
-        flags["ray"] = {"address": address}
+    cluster = {"address": address, "min_workers": min_workers}
+    if any(value is not None for value in cluster.values()):
+        flags["ray"] = {name: value for name, value in cluster.items() if value is not None}
     from dngd.launch import Trainer  # imports torch: not for --help
 
     fields = merge(_base_fields(config, run_dir, bool(resume)), flags)

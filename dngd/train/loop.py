@@ -290,6 +290,7 @@ class TrainingLoop:
             )
 
     def _after_step(self) -> None:
+        self.clock.at_step(self.step)
         per_epoch = self.plan.steps_per_epoch
         ended = self.step == self.plan.total_steps
         epoch_ended = self.step % per_epoch == 0
