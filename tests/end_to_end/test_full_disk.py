@@ -101,7 +101,7 @@ def test_a_run_that_cannot_write_its_metrics_stops_and_is_gone_on_with(
     """No space for an evaluation's line: one sentence, and the last good checkpoint is whole."""
     fills_and_frees["until"] = 10**9
     changes: dict[str, Any] = {"checkpoint": {"period_steps": 3, "keep": 2}}
-    with pytest.raises(dngd.UserError, match="No space left on device.*free space.*--resume"):
+    with pytest.raises(dngd.UserError, match=r"No space left on device.*free space.*--resume"):
         dngd.Trainer(settings(store, small_disk / "run", **changes), quiet=True).fit()
     assert [path.name for path in (small_disk / "run" / "checkpoints").iterdir()] == ["step-00000003"]
     (small_disk / "ballast").unlink()
