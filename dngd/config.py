@@ -83,7 +83,7 @@ class RayConfig(_Section):
     start_timeout_seconds: float = Field(45.0, gt=0, description="limit for the cluster to offer what is asked, seconds; more where it scales by itself")
     max_failures: int = Field(5, ge=0, description="losses of workers in a row, without a newer checkpoint between them, that the run recovers from")
     stall_timeout_seconds: float = Field(60.0, gt=0, description="a worker that is silent, or keeps the others waiting, for this long is killed and started again, seconds")
-    recovery_timeout_seconds: float = Field(600.0, gt=0, description="limit for workers to be running again after a loss, seconds")
+    recovery_timeout_seconds: float = Field(600.0, gt=0, description="limit for workers to run, at the start and again after a loss, seconds; more where nodes take longer to be replaced")
 
 
 class TrainConfig(_Section):

@@ -39,7 +39,7 @@ class RunChannel:
         self._steps_repeated = 0
         self._checkpoint_step = -1
         self._failures_in_a_row = 0
-        self._recovering_since: float | None = None
+        self._waiting_since: float | None = now()
         self._controller: Any = None
         self._verdict: dict[str, str] | None = None
 
@@ -76,7 +76,7 @@ class RunChannel:
         self._world_size = world_size
         self._losses, self._failures = [], []
         self._beats, self._stalled = {}, {}
-        self._recovering_since = None
+        self._waiting_since = None
         return {
             "number": self._attempt,
             "reason": reason,
@@ -100,7 +100,7 @@ class RunChannel:
 
     def beat(self, beat: dict[str, Any]) -> None:
         """Keep a heartbeat; those of earlier attempts are late and ignored."""
-        if beat["attempt"] == self._attempt and self._recovering_since is None:
+        if beat["attempt"] == self._attempt and self._waiting_since is None:
             self._beats[beat["rank"]] = (self._now(), beat)
             self._reached_step = max(self._reached_step, beat["step"])
 
@@ -126,16 +126,18 @@ class RunChannel:
         lost: ranks whose process is gone. raised: what the others raised, as far as it is known.
         """
         self._controller = controller
-        if self._recovering_since is None:
-            self._recovering_since = self._now()
+        if self._waiting_since is None:
+            self._waiting_since = self._now()
         told = {failure["beat"]["rank"] for failure in self._failures}
+        how = "was lost"
         if not lost and not self._stalled:
             # The death of a process may become known later than its peers' broken connections.
+            how = "was lost or is stuck"
             silent = [rank for rank in self._beats if rank not in told and rank not in raised]
             lost = silent if self._failures and len(silent) < self._world_size else []
         losses = list(self._stalled.values())
         losses += [
-            f"{self._who(rank)} was lost, last heard {self._where(rank)}" for rank in lost if rank not in self._stalled
+            f"{self._who(rank)} {how}, last heard {self._where(rank)}" for rank in lost if rank not in self._stalled
         ]
         if not losses:
             losses = [f["text"] for f in self._failures if f["kind"] == "other"]
@@ -170,9 +172,12 @@ class RunChannel:
         if self._verdict is None:
             self._verdict = {"kind": "training", "text": text}
 
-    def recovering(self) -> tuple[float, Any]:
-        """Return for how many seconds no worker has run since a failure (0.0: they run), and Ray's controller."""
-        since = self._recovering_since
+    def waiting(self) -> tuple[float, Any]:
+        """Return for how many seconds workers have been expected to run (0.0: they do), and Ray's controller.
+
+        The controller is known after a failure alone.
+        """
+        since = self._waiting_since
         return (0.0 if since is None else self._now() - since), self._controller
 
     def stalls(self, limit_seconds: float) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ from dngd.train.progress import Reporter, StepRecord, event
 from dngd.train.supervision import Attempt, Supervision
 
 ANSWER_SECONDS = 60.0
+MOST_FAILED_STARTS = 20
 
 # Ray's own limits are minutes to unlimited. Ray Train hands the RAY_TRAIN ones on from the driver to its controller.
 LIMITS = {
@@ -101,7 +102,7 @@ def run_on_ray(config: TrainConfig, reporter: Reporter) -> RunResult:
         try:
             trainer.fit()
         except SystemExit:  # what Ray makes of Ctrl-C
-            raise KeyboardInterrupt from None
+            raise _given_up(channel) or KeyboardInterrupt from None
         except Exception as error:  # Ray wraps what a worker raised in classes of its own
             raise _given_up(channel) or _cause(error) from error
     result = ray.get(channel.result.remote(), timeout=ANSWER_SECONDS)
@@ -129,9 +130,9 @@ def _scaling(config: TrainConfig) -> Any:
 
 
 def _failure_config() -> Any:
-    """Ray retries without end: how often it may is counted by RunChannel, which knows of checkpoints, and how long
-    it may take is bounded by Watch."""
-    return ray.train.FailureConfig(max_failures=-1, controller_failure_limit=-1)
+    """Ray starts lost workers again without end: how often it may is counted by RunChannel, which knows of
+    checkpoints, and how long it may take is bounded by Watch. Its own count is of starts that fail."""
+    return ray.train.FailureConfig(max_failures=-1, controller_failure_limit=MOST_FAILED_STARTS)
 
 
 def _worker_environment() -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -27,8 +29,8 @@ class Watch:
     """A thread that looks after a run while the context is open; what is left to relay is relayed when it closes.
 
     channel: the actor of RunChannel. A worker that is silent, or keeps the others waiting, for
-    ray.stall_timeout_seconds is killed, whereupon Ray starts the workers again. Where no worker runs within
-    ray.recovery_timeout_seconds of a failure, the run is given up.
+    ray.stall_timeout_seconds is killed, whereupon Ray starts the workers again. Where none runs within
+    ray.recovery_timeout_seconds of the start or of a failure, the run is given up.
     """
 
     def __init__(self, channel: Any, config: TrainConfig, reporter: Reporter) -> None:
@@ -58,7 +60,7 @@ class Watch:
             if time.monotonic() - looked >= LOOK_SECONDS:
                 looked = time.monotonic()
                 self._quietly(self._kill_stalled)
-                self._quietly(self._bound_recovery)
+                self._quietly(self._bound_waiting)
 
     def _quietly(self, work: Callable[[], None]) -> None:
         try:
@@ -89,22 +91,26 @@ class Watch:
         if was_there:
             self._reporter.message(f"{stall['diagnosis']}: killed, to be started again")
 
-    def _bound_recovery(self) -> None:
-        seconds, controller = ray.get(self._channel.recovering.remote(), timeout=ANSWER_SECONDS)
+    def _bound_waiting(self) -> None:
+        seconds, controller = ray.get(self._channel.waiting.remote(), timeout=ANSWER_SECONDS)
         limit = self._config.ray.recovery_timeout_seconds
         if seconds <= NOTICE_SECONDS:
             self._noticed = False
         elif not self._noticed:
             self._noticed = True
-            self._reporter.message(f"waiting up to {limit:.0f} s for the cluster to run {_wanted(self._config)} again")
-        if seconds > limit and controller is not None:
-            text = (
-                f"after a failure the cluster did not run {_wanted(self._config)} again within {limit:.0f} s; go on "
-                "with --resume when it has nodes, allow fewer with --min-workers, or wait longer with --set "
-                "ray.recovery_timeout_seconds=N"
-            )
-            ray.get(self._channel.give_up.remote(text), timeout=ANSWER_SECONDS)
+            self._reporter.message(f"waiting up to {limit:.0f} s for the cluster to run {_wanted(self._config)}")
+        if seconds <= limit:
+            return
+        text = (
+            f"the cluster did not run {_wanted(self._config)} within {limit:.0f} s; go on with --resume when it has "
+            "nodes, allow fewer with --min-workers, or wait longer with --set ray.recovery_timeout_seconds=N"
+        )
+        ray.get(self._channel.give_up.remote(text), timeout=ANSWER_SECONDS)
+        if controller is not None:
             ray.kill(controller)
+        else:
+            os.kill(os.getpid(), signal.SIGINT)  # on which Ray aborts the controller
+        self._stop.wait(limit)
 
 
 def kill_on_node(node_id: str, pid: int, started: float) -> bool:
