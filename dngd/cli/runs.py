@@ -218,6 +218,12 @@ def _print_result(result: dict[str, Any]) -> None:
     table.add_row("steps, epochs, workers", f"{result['steps']}, {result['epochs']:g}, {result['world_size']}")
     if result["step_ms"]:
         table.add_row("step, median and p99", f"{result['step_ms']['p50']:.1f} ms, {result['step_ms']['p99']:.1f} ms")
+    if result["recoveries"]:
+        table.add_row(
+            "recoveries", f"{result['recoveries']}, for which {result['steps_repeated']} steps were done again"
+        )
+    if result["failed_checkpoints"]:
+        table.add_row("checkpoints not written", str(result["failed_checkpoints"]))
     table.add_row("seeds per second", f"{result['seeds_per_second']:,.0f}")
     sent = result["bytes"]
     table.add_row("sent by rank 0", ", ".join(f"{kind} {size_text(size)}" for kind, size in sent.items()))

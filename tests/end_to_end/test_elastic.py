@@ -48,3 +48,22 @@ def test_a_lost_node_is_done_without_and_a_new_one_is_used(store: GraphStore, tm
     # Other numbers of workers sum in another order: the same curve, to float tolerance.
     for found, expected in zip(survival.curve(tmp_path / "run"), survival.curve(tmp_path / "straight"), strict=True):
         assert found == pytest.approx(expected, rel=2e-2)
+
+
+def test_a_lost_node_that_cannot_be_done_without_ends_the_run(store: GraphStore, tmp_path: Path) -> None:
+    """Both workers are wanted and only one has a place: the wait has a limit, and the run can be gone on with."""
+    config = survival.settings(store, tmp_path / "run", epochs=6, ray={"recovery_timeout_seconds": 40.0})
+    faults = [fault("sample_wait", rank, 5, "hold") for rank in (0, 1)]
+    with ray_cluster(num_cpus=1) as cluster:
+        second = add_node(cluster, num_cpus=1)
+        try:
+            survival.wait_for_cpus(cluster, 2)
+            driver = survival.start(cluster, config, faults, tmp_path)
+            survival.wait_until(lambda: len(survival.hits(tmp_path)) == 2, driver, 120)
+            kill_node(second)
+            code, said = survival.finish(driver, 180)
+        finally:
+            kill_node(second)
+    assert code == 1, said
+    assert "waiting up to 40 s for the cluster to run 2 workers" in said
+    assert said.strip().splitlines()[-1].startswith("dngd: the cluster did not run 2 workers within 40 s; go on with")
