@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 PHASE_WORDS = {"sample_wait": "sampling"}
@@ -30,9 +31,9 @@ class RunChannel:
         self._attempt = 0
         self._world_size = 0
         self._beats: dict[int, tuple[float, dict[str, Any]]] = {}
-        self._stalled: dict[int, str] = {}
+        self._stalled: dict[int, _Loss] = {}
         self._failures: list[dict[str, Any]] = []
-        self._losses: list[str] = []
+        self._losses: list[_Loss] = []
         self._last_error = ""
         self._reached_step = 0
         self._recoveries = 0
@@ -67,7 +68,7 @@ class RunChannel:
     def begin(self, world_size: int) -> dict[str, Any]:
         """Start an attempt (rank 0 of it calls) and return the fields of dngd.train's Attempt."""
         self._attempt += 1
-        reason = "; ".join(self._losses)
+        reason = "; ".join(loss.sentence for loss in self._losses)
         if self._attempt > 1 and not reason:
             grown = f"the cluster has room for {world_size} workers instead of {self._world_size}"
             reason = grown if world_size != self._world_size else "the workers were started again"
@@ -136,20 +137,18 @@ class RunChannel:
             silent = [rank for rank in self._beats if rank not in told and rank not in raised]
             lost = silent if self._failures and len(silent) < self._world_size else []
         losses = list(self._stalled.values())
-        losses += [
-            f"{self._who(rank)} {how}, last heard {self._where(rank)}" for rank in lost if rank not in self._stalled
-        ]
+        losses += [_Loss(rank, self._beat_of(rank), how) for rank in lost if rank not in self._stalled]
         if not losses:
-            losses = [f["text"] for f in self._failures if f["kind"] == "other"]
-            losses = losses or [f["text"] for f in self._failures] or list(raised.values()) or ["the workers failed"]
-            losses = losses[:1]
+            texts = [f["text"] for f in self._failures if f["kind"] == "other"]
+            texts = texts or [f["text"] for f in self._failures] or list(raised.values()) or ["the workers failed"]
+            losses = [_Loss(None, None, texts[0])]
         self._losses += losses
         self._failures_in_a_row += 1
         if self._verdict is None:
-            self._verdict = self._judge(losses)
+            self._verdict = self._judge(losses[0].sentence)
         return None if self._verdict is None else self._verdict["text"]
 
-    def _judge(self, losses: list[str]) -> dict[str, str] | None:
+    def _judge(self, loss: str) -> dict[str, str] | None:
         errors = [failure["text"] for failure in self._failures if failure["kind"] == "other"]
         if errors and errors[0] == self._last_error:
             return {"kind": "training", "text": f"{errors[0]} (again after workers were started again)"}
@@ -159,7 +158,7 @@ class RunChannel:
         newest = "without any checkpoint" if self._checkpoint_step < 0 else "without a newer checkpoint"
         count = f"{self._failures_in_a_row} failures of workers in a row {newest}"
         more = "" if self._max_failures == 0 else f" ({count}; ray.max_failures={self._max_failures})"
-        return {"kind": "training", "text": f"{losses[0]}{more}; go on with --resume"}
+        return {"kind": "training", "text": f"{loss}{more}; go on with --resume"}
 
     # What the driver asks.
 
@@ -183,7 +182,7 @@ class RunChannel:
     def stalls(self, limit_seconds: float) -> list[dict[str, Any]]:
         """Return the workers that are silent, or keep all others waiting, for longer than a limit.
 
-        Each is a beat with "diagnosis", one sentence by rank, pid, node, phase and step.
+        Each is a beat with "how", the middle of a sentence.
         """
         found = []
         for rank, (heard, beat) in self._beats.items():
@@ -191,18 +190,34 @@ class RunChannel:
             if rank in self._stalled:
                 continue
             if silent > limit_seconds:
-                how = f"has been silent for {silent:.0f} s, last heard {self._where(rank)}"
+                found.append(beat | {"how": f"has been silent for {silent:.0f} s"})
             elif self._keeps_waiting(rank, limit_seconds):
-                how = f"keeps the others waiting: {beat['phase_seconds']:.0f} s {self._where(rank)}"
-            else:
-                continue
-            found.append(beat | {"diagnosis": f"{self._who(rank)} {how}"})
+                found.append(beat | {"how": f"has kept the others waiting for {beat['phase_seconds']:.0f} s"})
         return found
 
-    def killed(self, rank: int, attempt: int, diagnosis: str, was_there: bool) -> None:
-        """Keep that a stalled worker was killed, or that its process was gone already."""
-        if attempt == self._attempt:
-            self._stalled[rank] = diagnosis + ("" if was_there else "; its process is gone")
+    def killed(self, stall: dict[str, Any], place: tuple[str, int] | None) -> str:
+        """Keep that a worker that `stalls` named was killed, and return the diagnosis in one sentence.
+
+        place: phase and step of its flight record, if there was one.
+        """
+        loss = _Loss(stall["rank"], stall, stall["how"], place)
+        if stall["attempt"] == self._attempt:
+            self._stalled[stall["rank"]] = loss
+        return loss.sentence
+
+    def unlocated(self) -> list[dict[str, Any]]:
+        """Return the last beats of lost workers, each once: their flight records may say where they were."""
+        wanted = [loss for loss in self._losses if loss.beat is not None and loss.place is None and not loss.asked]
+        for loss in wanted:
+            loss.asked = True
+        return [loss.beat for loss in wanted if loss.beat is not None]
+
+    def located(self, beat: dict[str, Any], phase: str, step: int) -> None:
+        """Keep where a lost worker was, by its flight record."""
+        for loss in self._losses:
+            if loss.beat is beat or (loss.beat is not None and loss.beat["record"] == beat["record"]):
+                loss.place = (phase, step)
+                self._reached_step = max(self._reached_step, step)
 
     def _keeps_waiting(self, rank: int, limit_seconds: float) -> bool:
         _, beat = self._beats[rank]
@@ -219,14 +234,28 @@ class RunChannel:
             )
         )
 
-    def _who(self, rank: int) -> str:
-        if rank not in self._beats:
-            return f"rank {rank}"
-        beat = self._beats[rank][1]
-        return f"rank {rank} (pid {beat['pid']} on {beat['node_name']})"
+    def _beat_of(self, rank: int) -> dict[str, Any] | None:
+        return self._beats[rank][1] if rank in self._beats else None
 
-    def _where(self, rank: int) -> str:
-        if rank not in self._beats:
-            return "before its first step"
-        beat = self._beats[rank][1]
-        return f"in phase {PHASE_WORDS.get(beat['phase'], beat['phase'])} of step {beat['step']}"
+
+@dataclass
+class _Loss:
+    """Why an attempt ended. rank None: how is the whole sentence. place: phase and step, of the flight record."""
+
+    rank: int | None
+    beat: dict[str, Any] | None
+    how: str
+    place: tuple[str, int] | None = None
+    asked: bool = False
+
+    @property
+    def sentence(self) -> str:
+        if self.rank is None:
+            return self.how
+        if self.beat is None:
+            return f"rank {self.rank} {self.how} before its first step"
+        beat = self.beat
+        phase, step = self.place or (beat["phase"], beat["step"])
+        heard = "" if self.place else ", last heard"
+        where = f"in phase {PHASE_WORDS.get(phase, phase)} of step {step}"
+        return f"rank {self.rank} (pid {beat['pid']} on {beat['node_name']}) {self.how}{heard} {where}"

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -15,12 +16,13 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dngd.config import TrainConfig
+from dngd.train.heartbeat import FlightRecord
 from dngd.train.progress import Reporter, deliver
 
 RELAY_SECONDS = 0.2
 LOOK_SECONDS = 1.0
 ANSWER_SECONDS = 10.0
-KILL_SECONDS = 60.0
+NODE_SECONDS = 60.0
 NOTICE_SECONDS = 20.0
 """A recovery that takes longer than this is told of while it goes on."""
 
@@ -60,6 +62,7 @@ class Watch:
             if time.monotonic() - looked >= LOOK_SECONDS:
                 looked = time.monotonic()
                 self._quietly(self._kill_stalled)
+                self._quietly(self._locate_lost)
                 self._quietly(self._bound_waiting)
 
     def _quietly(self, work: Callable[[], None]) -> None:
@@ -78,18 +81,27 @@ class Watch:
             key = (stall["attempt"], stall["rank"])
             if key not in self._killing:
                 self._killing.add(key)
-                # In a thread: a node that is gone does not answer, and progress is to go on.
-                threading.Thread(target=self._quietly, args=(lambda s=stall: self._kill(s),), daemon=True).start()
+                self._beside(partial(self._kill, stall))
+
+    def _beside(self, work: Callable[[], None]) -> None:
+        """Do something in a thread: a node that is gone does not answer, and progress is to go on."""
+        threading.Thread(target=self._quietly, args=(work,), name="dngd-watch-node", daemon=True).start()
 
     def _kill(self, stall: dict[str, Any]) -> None:
-        was_there = False
-        try:
-            was_there = kill_on_node(stall["node_id"], stall["pid"], stall["started"])
-        finally:
-            told = self._channel.killed.remote(stall["rank"], stall["attempt"], stall["diagnosis"], was_there)
-            ray.get(told, timeout=ANSWER_SECONDS)
+        was_there, place = on_node(stall["node_id"], _kill, stall["pid"], stall["started"], stall["record"])
+        diagnosis = ray.get(self._channel.killed.remote(stall, place), timeout=ANSWER_SECONDS)
         if was_there:
-            self._reporter.message(f"{stall['diagnosis']}: killed, to be started again")
+            self._reporter.message(f"{diagnosis}: killed, to be started again")
+
+    def _locate_lost(self) -> None:
+        for beat in ray.get(self._channel.unlocated.remote(), timeout=ANSWER_SECONDS):
+            self._beside(partial(self._locate, beat))
+
+    def _locate(self, beat: dict[str, Any]) -> None:
+        # On the driver's own node there is no need of a task, whose process takes seconds to start.
+        place = FlightRecord.take(beat["record"]) or on_node(beat["node_id"], FlightRecord.take, beat["record"])
+        if place is not None:
+            ray.get(self._channel.located.remote(beat, *place), timeout=ANSWER_SECONDS)
 
     def _bound_waiting(self) -> None:
         seconds, controller = ray.get(self._channel.waiting.remote(), timeout=ANSWER_SECONDS)
@@ -113,26 +125,24 @@ class Watch:
         self._stop.wait(limit)
 
 
-def kill_on_node(node_id: str, pid: int, started: float) -> bool:
-    """Kill a process of a node, which may be stopped, by a task there; return whether it was there.
-
-    Raises a RayError if the node does not answer within a minute.
-    """
+def on_node(node_id: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns in a task on a node. Raises a RayError if the node does not answer in a minute."""
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    task = ray.remote(_kill).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy)
-    found: bool = ray.get(task.remote(pid, started), timeout=KILL_SECONDS)
-    return found
+    task = ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy)
+    return ray.get(task.remote(*arguments), timeout=NODE_SECONDS)
 
 
-def _kill(pid: int, started: float) -> bool:
+def _kill(pid: int, started: float, record: str) -> tuple[bool, tuple[str, int] | None]:
+    """Kill a process, which may be stopped; return whether it was there, and the place in its flight record."""
+    place = FlightRecord.take(record)
     try:
         process = psutil.Process(pid)
         if abs(process.create_time() - started) > 1.0:
-            return False  # another process has got the number
+            return False, place  # another process has got the number
         process.kill()
     except psutil.NoSuchProcess:
-        return False
-    return True
+        return False, place
+    return True, place
 
 
 def _wanted(config: TrainConfig) -> str:

@@ -1,22 +1,28 @@
-"""A worker's sign of life: a thread that tells where the training thread is, every second or so.
+"""A worker's sign of life: a thread that tells where the training thread is, every second or so; and a flight record.
 
 A process that is stopped or gone falls silent; one that hangs goes on telling, of the same phase. What is made of
-either is the watcher's business (dngd.launch.channel).
+either is the watcher's business (dngd.launch). The flight record is a file of a few bytes in shared memory's way: the
+phase is in it from the moment that it begins, and stays there when the process is killed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 import psutil
 
-from dngd.train.metrics import StepClock
+from dngd.train.metrics import Activity, StepClock
 
+RECORD_BYTES = 128
 PERIOD_SECONDS = 1.0
 RANKS_PER_PERIOD = 200
 """More ranks than this beat more slowly: one process hears them all."""
@@ -26,7 +32,8 @@ RANKS_PER_PERIOD = 200
 class Beat:
     """Where a worker is. started: of the process, seconds since 1970; with it a pid names one process for good.
 
-    phase_seconds: how long it has been in the phase. step: the number of steps that are done.
+    phase_seconds: how long it has been in the phase. step: the number of steps that are done. record: path of its
+    flight record on its node.
     """
 
     attempt: int
@@ -38,6 +45,38 @@ class Beat:
     phase: str
     step: int
     phase_seconds: float
+    record: str
+
+
+class FlightRecord:
+    """A process's latest phase and step in a file of this machine, which outlives the process, killed or not."""
+
+    def __init__(self) -> None:
+        descriptor, self.path = tempfile.mkstemp(prefix=f"dngd-{os.getpid()}-", suffix=".phase")
+        try:
+            os.ftruncate(descriptor, RECORD_BYTES)
+            self._map = mmap.mmap(descriptor, RECORD_BYTES)
+        finally:
+            os.close(descriptor)
+
+    def write(self, activity: Activity) -> None:
+        """Keep what the process is at; a copy of a few bytes in memory."""
+        self._map[:] = f"{activity.step} {activity.phase}".encode()[:RECORD_BYTES].ljust(RECORD_BYTES)
+
+    def remove(self) -> None:
+        """Remove the file: the process has ended well, and nobody will ask."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+
+    @staticmethod
+    def take(path: str) -> tuple[str, int] | None:
+        """Return the phase and step in a file, and remove it; None if there is none."""
+        try:
+            step, phase = Path(path).read_bytes().decode().strip("\0 ").split(maxsplit=1)
+            os.unlink(path)
+        except (OSError, ValueError):
+            return None
+        return phase, int(step)
 
 
 class Heartbeat:
@@ -63,6 +102,9 @@ class Heartbeat:
         self._rank = rank
         self._node = (node_id, node_name)
         self._period = PERIOD_SECONDS * max(1.0, world_size / RANKS_PER_PERIOD)
+        self._record = FlightRecord()
+        clock.on_activity = self._record.write
+        self._record.write(clock.activity)
         self._started = psutil.Process().create_time()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dngd-heartbeat", daemon=True)
@@ -76,6 +118,8 @@ class Heartbeat:
     ) -> None:
         self._stop.set()
         self._thread.join(timeout=10)
+        self._clock.on_activity = None
+        self._record.remove()
 
     def now(self) -> Beat:
         """Return what a beat of this moment says."""
@@ -89,6 +133,7 @@ class Heartbeat:
             activity.phase,
             activity.step,
             time.monotonic() - activity.since,
+            self._record.path,
         )
 
     def _run(self) -> None:

@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,16 +129,18 @@ class StepClock:
     """Wall time of steps and of their phases, in this process, and what it is at just now.
 
     `activity` may be read from another thread. An exception leaves it as it was, so that it says where.
+    on_activity: called with each, in the thread that trains.
     """
 
     def __init__(self) -> None:
+        self.on_activity: Callable[[Activity], None] | None = None
         self.step_seconds: list[float] = []
         self.phase_seconds: dict[str, float] = defaultdict(float)
         self.activity = Activity("setup", 0, time.monotonic())
 
     def at_step(self, step: int) -> None:
         """Say that so many steps are done, and the next one begins."""
-        self.activity = Activity("step", step, time.monotonic())
+        self._be(Activity("step", step, time.monotonic()))
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -154,9 +156,14 @@ class StepClock:
     def inside(self, name: str) -> Iterator[None]:
         """Say that the process is in a phase while the block runs, without adding up its time."""
         outer = self.activity
-        self.activity = Activity(name, outer.step, time.monotonic())
+        self._be(Activity(name, outer.step, time.monotonic()))
         yield
-        self.activity = Activity(outer.phase, outer.step, time.monotonic())
+        self._be(Activity(outer.phase, outer.step, time.monotonic()))
+
+    def _be(self, activity: Activity) -> None:
+        self.activity = activity
+        if self.on_activity is not None:
+            self.on_activity(activity)
 
     def step_ms(self) -> dict[str, float]:
         """Return {"mean", "p50", "p99"} in milliseconds; empty before the first step."""

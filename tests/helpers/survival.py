@@ -47,6 +47,11 @@ def fault(phase: str, rank: int, step: int, action: str = "kill") -> Fault:
     return {"phase": phase, "rank": rank, "step": step, "action": action}
 
 
+def name(fault: Fault) -> str:
+    """The file that a fault leaves when it strikes."""
+    return f"{fault['phase']}-{fault['rank']}-{fault['step']}"
+
+
 def start(cluster: Cluster, config: TrainConfig, faults: list[Fault], folder: Path) -> subprocess.Popen[str]:
     """Start a driver whose workers meet with faults; they leave files in folder/hit."""
     (folder / "hit").mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ def beat(rank: int, phase: str, step: int, *, attempt: int = 1, phase_seconds: f
         "phase": phase,
         "step": step,
         "phase_seconds": phase_seconds,
+        "record": f"/tmp/{attempt}-{rank}.phase",
     }
 
 
@@ -119,13 +120,26 @@ def test_silence_is_a_stall_and_slow_work_is_none() -> None:
     clock.seconds += 2
     [stall] = channel.stalls(5.0)
     assert (stall["rank"], stall["pid"]) == (1, 1001)
-    assert stall["diagnosis"] == (
-        "rank 1 (pid 1001 on host-1) has been silent for 6 s, last heard in phase backward of step 8"
-    )
-    channel.killed(1, 1, stall["diagnosis"], True)
+    # Its flight record knows better than the last beat.
+    diagnosis = channel.killed(stall, ("reduce", 8))
+    assert diagnosis == "rank 1 (pid 1001 on host-1) has been silent for 6 s in phase reduce of step 8"
     assert channel.stalls(5.0) == [], "each is killed once"
     channel.group_failed([1], {})
-    assert channel.begin(2)["reason"] == stall["diagnosis"], "told once, as what it was"
+    assert channel.begin(2)["reason"] == diagnosis, "told once, as what it was"
+
+
+def test_a_flight_record_says_where_a_lost_worker_was() -> None:
+    channel, _ = begun()
+    channel.beat(beat(0, "reduce", 57))
+    channel.beat(beat(1, "backward", 57))
+    channel.group_failed([1], {})
+    [asked] = channel.unlocated()
+    assert asked["rank"] == 1
+    assert channel.unlocated() == [], "asked once"
+    channel.located(asked, "optimizer", 59)
+    attempt = channel.begin(2)
+    assert attempt["reason"] == "rank 1 (pid 1001 on host-1) was lost in phase optimizer of step 59"
+    assert attempt["reached_step"] == 59
 
 
 def test_a_rank_that_keeps_all_others_waiting_is_a_stall() -> None:
@@ -134,9 +148,12 @@ def test_a_rank_that_keeps_all_others_waiting_is_a_stall() -> None:
         channel.beat(beat(rank, "reduce", 8, phase_seconds=30.0))
     channel.beat(beat(2, "sample_wait", 8, phase_seconds=31.0))
     [stall] = channel.stalls(20.0)
-    assert stall["diagnosis"] == (
-        "rank 2 (pid 1002 on host-2) keeps the others waiting: 31 s in phase sampling of step 8"
+    assert channel.killed(stall, None) == (
+        "rank 2 (pid 1002 on host-2) has kept the others waiting for 31 s, last heard in phase sampling of step 8"
     )
+    channel, _ = begun(3)
+    channel.beat(beat(0, "reduce", 8, phase_seconds=30.0))
+    channel.beat(beat(2, "sample_wait", 8, phase_seconds=31.0))
     channel.beat(beat(1, "backward", 8, phase_seconds=30.0))
     assert channel.stalls(20.0) == [], "two at work: nobody waits for one alone"
     for rank in (0, 1, 2):
