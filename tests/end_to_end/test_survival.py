@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,18 @@ def test_a_killed_and_a_stopped_worker(cluster: Cluster, store: GraphStore, tmp_
     assert survival.hits(tmp_path) == {survival.name(f) for f in faults}
     survival.assert_same_run(tmp_path / "run", tmp_path / "straight")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert (result["recoveries"], result["steps_repeated"]) == (2, 3 + 1)
+    # A checkpoint that was still being written when its process was killed is none: then it is the one before.
+    went_on = [int(step) for step in re.findall(r"the run goes on from step (\d+) of", said)]
+    assert went_on[0] in (0, per_epoch)
+    assert went_on[1] in (per_epoch, 2 * per_epoch)
+    repeated = [f["step"] - step for f, step in zip(faults, went_on, strict=True)]
+    assert (result["recoveries"], result["steps_repeated"]) == (2, sum(repeated))
+    assert all(f", {steps} steps are done again" in said or steps == 1 for steps in repeated)
     killed, stopped = ((tmp_path / "hit" / survival.name(f)).read_text() for f in faults)
     assert f"rank 1 (pid {killed} on " in said
-    assert f"was lost in phase reduce of step {per_epoch + 3}; the run goes on from step {per_epoch} of" in said
+    assert f"was lost in phase reduce of step {per_epoch + 3}; the run goes on from step {went_on[0]} of" in said
     assert f"rank 0 (pid {stopped} on " in said
     assert f" s in phase sampling of step {2 * per_epoch + 1}: killed, to be started again" in said
-    assert f"the run goes on from step {2 * per_epoch} of {steps} with 2 workers, 1 step is done again" in said
     assert "Traceback" not in said
 
 
@@ -65,6 +71,7 @@ def test_twenty_kills_in_every_phase(cluster: Cluster, store: GraphStore, tmp_pa
     survival.assert_same_run(tmp_path / "run", tmp_path / "straight")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["recoveries"] == len(faults)
+    print(said)  # shown with pytest -s
     assert "Traceback" not in said
 
 
