@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -27,6 +27,7 @@ from dngd.config import TrainConfig
 from dngd.errors import DivergedError, TrainingError, UserError
 from dngd.launch.channel import RunChannel
 from dngd.launch.cluster import connect, wait_for_resources
+from dngd.launch.gauges import Gauges
 from dngd.launch.watch import Watch
 from dngd.train import EvaluationRecord, RunResult, run_rank
 from dngd.train.heartbeat import Beat, Heartbeat
@@ -177,7 +178,8 @@ def _worker(loop_config: dict[str, Any]) -> None:
     if communicator.rank == 0:
         supervision.resumed = lambda step, repeated: channel.resumed.remote(attempt.number, step, repeated)
         supervision.checkpointed = lambda step: channel.checkpointed.remote(step)
-    supervision.measured = _report
+    assert config.run_dir is not None
+    supervision.measured = _measured(Gauges(config.run_dir.name) if communicator.rank == 0 else None)
     heartbeat = Heartbeat(
         supervision.clock,
         lambda beat: channel.beat.remote(asdict(beat)),
@@ -231,8 +233,15 @@ def _sentence(error: BaseException) -> str:
     return f"a worker failed: {type(error).__name__}: {lines[-1]}"
 
 
-def _report(record: EvaluationRecord, measurements: dict[str, float]) -> None:
-    ray.train.report(asdict(record) | measurements)
+def _measured(gauges: Gauges | None) -> Callable[[EvaluationRecord, dict[str, float]], None]:
+    """Return what hands an evaluation to Ray: all ranks report equally often, rank 0 has gauges too."""
+
+    def hand_on(record: EvaluationRecord, measurements: dict[str, float]) -> None:
+        if gauges is not None:
+            gauges.set(record, measurements)
+        ray.train.report(asdict(record) | measurements)
+
+    return hand_on
 
 
 class RayReporter:
