@@ -115,3 +115,17 @@ def test_a_killed_driver_is_gone_on_with(cluster: Cluster, store: GraphStore, tm
     assert code == 0, said
     assert f"resumed from step {3 * per_epoch} of {6 * per_epoch}" in said
     survival.assert_same_run(tmp_path / "run", tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_killed(cluster: Cluster, store: GraphStore, tmp_path: Path) -> None:
+    """Its heart beats, and it keeps the other waiting: the same diagnosis, long before a collective's own limit."""
+    survival.undisturbed([survival.settings(store, tmp_path / "straight")])
+    faults = [fault("forward", 1, 7, "hold")]
+    config = survival.settings(store, tmp_path / "run", ray={"stall_timeout_seconds": 8.0})
+    code, said = survival.finish(survival.start(cluster, config, faults, tmp_path), 300)
+    assert code == 0, said
+    pid = (tmp_path / "hit" / survival.name(faults[0])).read_text()
+    diagnosis = rf"rank 1 \(pid {pid} on \S+\) has kept the others waiting for \d+ s in phase forward of step 7: killed"
+    assert re.search(diagnosis, said), said
+    survival.assert_same_run(tmp_path / "run", tmp_path / "straight")
