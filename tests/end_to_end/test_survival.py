@@ -54,8 +54,8 @@ def test_twenty_kills_in_every_phase(cluster: Cluster, store: GraphStore, tmp_pa
     draw = random.Random(5)
     anywhere = ["sample_wait", "forward", "backward", "reduce", "optimizer"]
     at_ends = [("checkpoint", None), ("write", 0), ("evaluation", None)]
-    # In the dense beginning all layers are inverted at powers of two, on both ranks.
-    faults = [fault("inversion", draw.randrange(2), step) for step in (2, 8, 16)]
+    # In the dense beginning a layer is inverted at each power of two and the next at the step after, by its owner.
+    faults = [fault("inversion", None, step) for step in (2, 9, 16)]
     for i in range(12):
         step = per_epoch * (i % epochs) + draw.randrange(1, per_epoch - 1)
         faults.append(fault(anywhere[i % len(anywhere)], draw.randrange(2), step))

@@ -1,8 +1,8 @@
 """Faults at chosen moments of Ray Train workers: the product has no code for them, worker processes are patched.
 
 `install` is a Ray `worker_process_setup_hook`. The plan comes as JSON in $DNGD_TEST_FAULTS: a list of
-{"phase", "rank", "step", "action"}; a fault strikes once in a run, when that rank is in that phase of that step, and
-leaves a file `PHASE-RANK-STEP` in $DNGD_TEST_FAULTS_HIT, written before it strikes. Phases are those of StepClock,
+{"phase", "rank", "step", "action"}; a fault strikes once in a run, when that rank (null: any) is in that phase of that
+step, and leaves a file `PHASE-RANK-STEP` in $DNGD_TEST_FAULTS_HIT, written before it strikes. Phases are those of StepClock,
 "inversion" (a factor is about to be inverted) and "write" (a checkpoint's files are written, its manifest is not).
 Actions: "kill" and "stop" are signals to the process itself, "hold" sleeps until something else ends the process, "nan"
 poisons this rank's features of the step.
@@ -104,11 +104,13 @@ def _strike(phase: str, step: int) -> None:
 
 def _is_due(phase: str, step: int, action: str) -> bool:
     rank = int(os.environ.get("RANK", "0"))
-    fault = {"phase": phase, "rank": rank, "step": step, "action": action}
-    if fault not in json.loads(os.environ[PLAN]):
+    planned = json.loads(os.environ[PLAN])
+    wanted = [{"phase": phase, "rank": of, "step": step, "action": action} for of in (rank, None)]
+    fault = next((item for item in wanted if item in planned), None)
+    if fault is None:
         return False
     try:
-        with open(Path(os.environ[HIT]) / f"{phase}-{rank}-{step}", "x") as file:
+        with open(Path(os.environ[HIT]) / f"{phase}-{fault['rank']}-{step}", "x") as file:
             file.write(str(os.getpid()))
             file.flush()
             os.fsync(file.fileno())

@@ -43,7 +43,7 @@ def settings(store: GraphStore, run_dir: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**(fields | changes))
 
 
-def fault(phase: str, rank: int, step: int, action: str = "kill") -> Fault:
+def fault(phase: str, rank: int | None, step: int, action: str = "kill") -> Fault:
     return {"phase": phase, "rank": rank, "step": step, "action": action}
 
 
