@@ -2,10 +2,10 @@
 
 `install` is a Ray `worker_process_setup_hook`. The plan comes as JSON in $DNGD_TEST_FAULTS: a list of
 {"phase", "rank", "step", "action"}; a fault strikes once in a run, when that rank (null: any) is in that phase of that
-step, and leaves a file `PHASE-RANK-STEP` in $DNGD_TEST_FAULTS_HIT, written before it strikes. Phases are those of StepClock,
-"inversion" (a factor is about to be inverted) and "write" (a checkpoint's files are written, its manifest is not).
-Actions: "kill" and "stop" are signals to the process itself, "hold" sleeps until something else ends the process, "nan"
-poisons this rank's features of the step.
+step, and leaves a file `PHASE-RANK-STEP` in $DNGD_TEST_FAULTS_HIT, written before it strikes. Phases are those of
+StepClock, "inversion" (a factor is about to be inverted) and "write" (a checkpoint's files are written, its manifest
+is not). Actions: "kill" and "stop" are signals to the process itself, "hold" sleeps until something else ends the
+process, "nan" poisons this rank's features of the step.
 """
 
 from __future__ import annotations
