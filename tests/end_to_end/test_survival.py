@@ -80,7 +80,7 @@ def test_twenty_kills_in_every_phase(cluster: Cluster, store: GraphStore, tmp_pa
 def test_nan_in_one_ranks_features(cluster: Cluster, store: GraphStore, tmp_path: Path) -> None:
     """All ranks drop the step together, count it, and go on; no worker is started again for it."""
     faults = [fault("features", 1, 4, "nan"), fault("features", 0, 11, "nan")]
-    config = survival.settings(store, tmp_path / "run")
+    config = survival.settings(store, tmp_path / "run", num_samplers=1)
     code, said = survival.finish(survival.start(cluster, config, faults, tmp_path), 300)
     assert code == 0, said
     assert survival.hits(tmp_path) == {"features-1-4", "features-0-11"}
@@ -93,7 +93,7 @@ def test_nan_in_one_ranks_features(cluster: Cluster, store: GraphStore, tmp_path
 @pytest.mark.slow
 def test_what_a_retry_cannot_mend_is_not_tried_again(cluster: Cluster, store: GraphStore, tmp_path: Path) -> None:
     faults = [fault("features", 1, step, "nan") for step in range(3, 9)]
-    config = survival.settings(store, tmp_path / "run", max_dropped_steps=4)
+    config = survival.settings(store, tmp_path / "run", max_dropped_steps=4, num_samplers=1)
     code, said = survival.finish(survival.start(cluster, config, faults, tmp_path), 300)
     assert code == 1, said
     assert said.strip().splitlines()[-1].startswith("dngd: 4 steps in a row had non-finite gradients"), said
