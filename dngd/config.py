@@ -71,7 +71,9 @@ class CheckpointConfig(_Section):
     """Checkpoints in RUN/checkpoints."""
 
     period_steps: int | None = Field(None, ge=1, description="steps between checkpoints; null: at the end of each epoch, in constant full batch every 50")
+    period_minutes: float | None = Field(5.0, gt=0, description="a checkpoint also after about this many minutes without one, minutes; null: never for that reason")
     keep: int = Field(3, ge=1, description="newest checkpoints kept")
+    write_timeout_seconds: float = Field(600.0, gt=0, description="limit of the wait for a checkpoint that is still being written, when the next is due or the run ends, seconds")
 
 
 class RayConfig(_Section):
@@ -79,7 +81,16 @@ class RayConfig(_Section):
 
     address: str | None = Field(None, description="cluster to connect to; null: $RAY_ADDRESS, else this machine's, else a local one is started")
     cpus_per_worker: float = Field(1.0, gt=0, description="CPUs reserved for a worker")
+    gpus_per_worker: float = Field(1.0, gt=0, description="GPUs reserved for a worker with use_gpu; below 1 workers share one")
+    resources_per_worker: dict[str, float] = Field(default_factory=dict, description="other Ray resources reserved for a worker, e.g. {memory: 8e9}")
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field("PACK", description="workers on as few nodes as possible, on as many, on one alone, or each on a node of its own")
+    backend: Literal["auto", "nccl", "gloo"] = Field("auto", description="collectives; auto: nccl where each worker has a GPU of its own, else gloo")
+    min_workers: int | None = Field(None, ge=1, description="fewest workers that the run goes on with when nodes are lost; null: num_workers, which is the most")
+    resize_period_seconds: float = Field(60.0, gt=0, description="with min_workers: time between two looks at whether the cluster has room for more workers, seconds")
     start_timeout_seconds: float = Field(45.0, gt=0, description="limit for the cluster to offer what is asked, seconds; more where it scales by itself")
+    max_failures: int = Field(5, ge=0, description="losses of workers in a row, without a newer checkpoint between them, that the run recovers from")
+    stall_timeout_seconds: float = Field(60.0, gt=0, description="a worker that is silent, or keeps the others waiting, for this long is killed and started again, seconds")
+    recovery_timeout_seconds: float = Field(600.0, gt=0, description="limit for workers to run, at the start and again after a loss, seconds; more where nodes take longer to be replaced")
 
 
 class TrainConfig(_Section):
@@ -177,6 +188,10 @@ class TrainConfig(_Section):
         if self.feature_cache_bytes and (not self.use_gpu or self.feature_placement == "device"):
             why = "feature_placement=device keeps the whole table on the GPU" if self.use_gpu else "use_gpu is off"
             raise ValueError(f"feature_cache_bytes={self.feature_cache_bytes} is of no use since {why}; leave it out")
+        if self.ray.min_workers is not None and self.ray.min_workers > self.num_workers:
+            raise ValueError(f"ray.min_workers={self.ray.min_workers} is above num_workers={self.num_workers}, which is the most; use at most {self.num_workers}")
+        if self.ray.backend == "nccl" and not self.use_gpu:
+            raise ValueError("ray.backend=nccl needs GPUs but use_gpu is off; add --use-gpu, or leave ray.backend at auto")
         if self.num_workers > self.shards:
             raise ValueError(f"num_workers={self.num_workers} is above num_shards={self.shards}: a worker would have no shard; use at most {self.shards} workers")
         return self
@@ -207,6 +222,18 @@ class TrainConfig(_Section):
         if self.num_samplers is not None:
             return self.num_samplers
         return 1 if self.use_gpu else 0
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest Ray Train workers that the run goes on with."""
+        return self.ray.min_workers if self.ray.min_workers is not None else self.num_workers
+
+    @property
+    def collective_backend(self) -> Literal["nccl", "gloo"]:
+        """The backend of the workers' collectives."""
+        if self.ray.backend != "auto":
+            return self.ray.backend
+        return "nccl" if self.use_gpu and self.ray.gpus_per_worker >= 1 else "gloo"
 
     @property
     def fisher(self) -> Literal["empirical", "monte_carlo", "ggn"]:

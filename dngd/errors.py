@@ -1,4 +1,4 @@
-"""The two kinds of failure that dngd reports without a traceback."""
+"""The kinds of failure that dngd reports without a traceback."""
 
 from __future__ import annotations
 
@@ -13,3 +13,7 @@ class UserError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training could not go on (divergence, a lost worker, a wait that passed its limit); exit code 1."""
+
+
+class DivergedError(TrainingError):
+    """Training went wrong in a way that doing the same steps again would not mend."""

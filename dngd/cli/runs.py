@@ -21,6 +21,12 @@ def train(
     split: Annotated[str | None, typer.Option(help=field_help("split"))] = None,
     engine: Annotated[str | None, typer.Option(help=field_help("engine"))] = None,
     num_workers: Annotated[int | None, typer.Option(help=field_help("num_workers"))] = None,
+    min_workers: Annotated[
+        int | None,
+        typer.Option(
+            help="ray.min_workers: fewest workers that the run goes on with when nodes are lost [default: num_workers]"
+        ),
+    ] = None,
     num_shards: Annotated[int | None, typer.Option(help=field_help("num_shards"))] = None,
     use_gpu: Annotated[bool | None, typer.Option("--use-gpu/--no-gpu", help=field_help("use_gpu"))] = None,
     feature_placement: Annotated[str | None, typer.Option(help=field_help("feature_placement"))] = None,
@@ -79,8 +85,9 @@ def train(
     }
     if damping is not None:
         flags["kfac"] = {"damping": damping}
-    if address is not None:
-        flags["ray"] = {"address": address}
+    cluster = {"address": address, "min_workers": min_workers}
+    if any(value is not None for value in cluster.values()):
+        flags["ray"] = {name: value for name, value in cluster.items() if value is not None}
     from dngd.launch import Trainer  # imports torch: not for --help
 
     fields = merge(_base_fields(config, run_dir, bool(resume)), flags)
@@ -211,6 +218,12 @@ def _print_result(result: dict[str, Any]) -> None:
     table.add_row("steps, epochs, workers", f"{result['steps']}, {result['epochs']:g}, {result['world_size']}")
     if result["step_ms"]:
         table.add_row("step, median and p99", f"{result['step_ms']['p50']:.1f} ms, {result['step_ms']['p99']:.1f} ms")
+    if result["recoveries"]:
+        table.add_row(
+            "recoveries", f"{result['recoveries']}, for which {result['steps_repeated']} steps were done again"
+        )
+    if result["failed_checkpoints"]:
+        table.add_row("checkpoints not written", str(result["failed_checkpoints"]))
     table.add_row("seeds per second", f"{result['seeds_per_second']:,.0f}")
     sent = result["bytes"]
     table.add_row("sent by rank 0", ", ".join(f"{kind} {size_text(size)}" for kind, size in sent.items()))

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from typing import Any
 
 import ray
 
@@ -16,9 +17,10 @@ from dngd.errors import UserError
 CONNECT_TIMEOUT_SECONDS = 10.0
 
 
-def connect(config: RayConfig) -> bool:
+def connect(config: RayConfig, *, environment: dict[str, str]) -> bool:
     """Connect to the configured cluster, $RAY_ADDRESS, a cluster of this machine, or start a local one.
 
+    environment: variables that all of the job's processes get.
     Returns whether this call connected (and the caller should disconnect in the end).
     Raises UserError if the address cannot be reached within 10 s, or refuses.
     """
@@ -28,7 +30,9 @@ def connect(config: RayConfig) -> bool:
     _check_reachable(address)
     try:
         # Dashboard and per-line driver logs only slow a local cluster's start.
-        extra = {} if address else {"include_dashboard": False}
+        extra: dict[str, Any] = {} if address else {"include_dashboard": False}
+        if environment:
+            extra["runtime_env"] = {"env_vars": environment}
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **extra)
     except (ConnectionError, RuntimeError, ValueError) as error:
         if address is None:
@@ -61,7 +65,7 @@ def _check_reachable(address: str | None) -> None:
 def wait_for_resources(
     num_workers: int,
     cpus_per_worker: float,
-    use_gpu: bool,
+    gpus_per_worker: float,
     timeout_seconds: float,
     tell: Callable[[str], None],
     *,
@@ -73,13 +77,13 @@ def wait_for_resources(
     Raises UserError when timeout_seconds have passed, saying what is asked and what is there.
     """
     asked = {"CPU": num_workers * cpus_per_worker}
-    if use_gpu:
-        asked["GPU"] = float(num_workers)
+    if gpus_per_worker:
+        asked["GPU"] = num_workers * gpus_per_worker
     deadline = time.monotonic() + timeout_seconds
     told = False
     while True:
         total, free = ray.cluster_resources(), ray.available_resources()
-        places = _places(cpus_per_worker, use_gpu)
+        places = _places(cpus_per_worker, gpus_per_worker)
         if places >= num_workers and all(free.get(kind, 0.0) >= amount for kind, amount in asked.items()):
             return
         hopeless = not may_grow and places < num_workers
@@ -91,14 +95,16 @@ def wait_for_resources(
         time.sleep(1.0)
 
 
-def _places(cpus_per_worker: float, use_gpu: bool) -> int:
+def _places(cpus_per_worker: float, gpus_per_worker: float) -> int:
     """Return how many workers the cluster's nodes hold when idle; a worker does not span nodes."""
     places = 0
     for node in ray.nodes():
         if node["Alive"]:
             have = node["Resources"]
             on_node = have.get("CPU", 0.0) // cpus_per_worker
-            places += int(min(on_node, have.get("GPU", 0.0)) if use_gpu else on_node)
+            if gpus_per_worker:
+                on_node = min(on_node, have.get("GPU", 0.0) // gpus_per_worker)
+            places += int(on_node)
     return places
 
 

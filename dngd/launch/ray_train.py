@@ -1,14 +1,16 @@
-"""The training loop under Ray Train: `TorchTrainer` starts the workers and their process group.
+"""The training loop under Ray Train: `TorchTrainer` starts the workers and their process group, again if need be.
 
-Each worker runs the same `run_rank` as the local engine. Rank 0's progress reaches the driver through a
-small actor; metrics also go to `ray.train.report`, which every rank calls equally often.
+Each worker runs the same `run_rank` as the local engine. Progress, heartbeats and failures meet in a small actor
+(`RunChannel`); a lost or stalled worker makes Ray start all workers again, which go on from the run's newest good
+checkpoint. What doing the same again would not mend ends the run. Metrics also go to `ray.train.report`, which every
+rank calls equally often.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -18,22 +20,33 @@ os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 import ray
 import ray.train
 import ray.train.torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dngd.comm import current_communicator
+from dngd.comm import Communicator, current_communicator
 from dngd.config import TrainConfig
-from dngd.errors import TrainingError, UserError
+from dngd.errors import DivergedError, TrainingError, UserError
+from dngd.launch.channel import RunChannel
 from dngd.launch.cluster import connect, wait_for_resources
+from dngd.launch.gauges import Gauges
+from dngd.launch.watch import Watch
 from dngd.train import EvaluationRecord, RunResult, run_rank
-from dngd.train.progress import Reporter, StepRecord, deliver, event
+from dngd.train.heartbeat import Beat, Heartbeat
+from dngd.train.progress import Reporter, StepRecord, event
+from dngd.train.supervision import Attempt, Supervision
 
-POLL_SECONDS = 0.2
+ANSWER_SECONDS = 60.0
+MOST_FAILED_STARTS = 20
 
-# Ray's own limits are minutes to unlimited. Ray Train hands these on from the driver to its controller.
+# Ray's own limits are minutes to unlimited. Ray Train hands the RAY_TRAIN ones on from the driver to its controller.
 LIMITS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "120",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "10",
 }
+
+# Measured: OpenMP threads that spin while they wait take a tenth of a step from samplers on the same cores.
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @contextmanager
@@ -42,15 +55,16 @@ def on_cluster(config: TrainConfig, reporter: Reporter) -> Iterator[None]:
 
     Raises UserError for an unreachable or too small cluster.
     """
-    for name, value in LIMITS.items():
-        os.environ.setdefault(name, value)
+    # What the user has set stays, and a job's own variables may not be given again.
+    unset = {name: value for name, value in LIMITS.items() if name not in os.environ}
+    os.environ.update(unset)
     reporter.message("connecting to Ray")
-    connected = connect(config.ray)
+    connected = connect(config.ray, environment=unset)
     try:
         wait_for_resources(
-            config.num_workers,
+            config.min_workers,
             config.ray.cpus_per_worker,
-            config.use_gpu,
+            config.ray.gpus_per_worker if config.use_gpu else 0.0,
             config.ray.start_timeout_seconds,
             reporter.message,
             may_grow=connected and bool(config.ray.address or os.environ.get("RAY_ADDRESS")),
@@ -64,55 +78,174 @@ def on_cluster(config: TrainConfig, reporter: Reporter) -> Iterator[None]:
 def run_on_ray(config: TrainConfig, reporter: Reporter) -> RunResult:
     """Train on the connected cluster and return rank 0's result.
 
-    Raises UserError for what a worker refuses, TrainingError for a worker that failed.
+    Raises UserError for what a worker refuses, TrainingError for a run that workers were lost of too often.
     """
     assert config.run_dir is not None
-    channel = ray.remote(ProgressChannel).options(num_cpus=0).remote()
-    resources = {"CPU": config.ray.cpus_per_worker} | ({"GPU": 1.0} if config.use_gpu else {})
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    channel = ray.remote(RunChannel).options(num_cpus=0, scheduling_strategy=here).remote(config.ray.max_failures)
     trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config={"config": config.model_dump(mode="json"), "channel": channel},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=resources
-        ),
+        scaling_config=_scaling(config),
         run_config=ray.train.RunConfig(
             name="ray",
             storage_path=str(config.run_dir),
-            # Ray's default retries its own failures, such as workers that find no node, for ever.
-            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
+            failure_config=_failure_config(),
+            callbacks=[FailureListener(channel)],
+            worker_runtime_env={"env_vars": _worker_environment()},
         ),
         torch_config=ray.train.torch.TorchConfig(
-            backend="nccl" if config.use_gpu else "gloo", timeout_s=int(config.collective_timeout_seconds)
+            backend=config.collective_backend, timeout_s=int(config.collective_timeout_seconds)
         ),
     )
-    with _relaying(channel, reporter):
+    with Watch(channel, config, reporter):
         reporter.message(f"starting {config.num_workers} workers")
         try:
             trainer.fit()
         except SystemExit:  # what Ray makes of Ctrl-C
-            raise KeyboardInterrupt from None
+            raise _given_up(channel) or KeyboardInterrupt from None
         except Exception as error:  # Ray wraps what a worker raised in classes of its own
-            raise _cause(error) from error
-    result = ray.get(channel.result.remote(), timeout=60)
+            raise _given_up(channel) or _cause(error) from error
+    result = ray.get(channel.result.remote(), timeout=ANSWER_SECONDS)
     if result is None:
-        raise TrainingError("the workers ended without a result; see the worker logs of `ray logs`")
+        raise _given_up(channel) or TrainingError(
+            "the workers ended without a result; see the worker logs of `ray logs`"
+        )
     result["history"] = [EvaluationRecord(**item) for item in result["history"]]
     return RunResult(**result)
 
 
+def _scaling(config: TrainConfig) -> Any:
+    settings = config.ray
+    resources = {"CPU": settings.cpus_per_worker} | settings.resources_per_worker
+    if config.use_gpu:
+        resources["GPU"] = settings.gpus_per_worker
+    elastic = config.min_workers < config.num_workers
+    return ray.train.ScalingConfig(
+        num_workers=(config.min_workers, config.num_workers) if elastic else config.num_workers,
+        use_gpu=config.use_gpu,
+        resources_per_worker=resources,
+        placement_strategy=settings.placement_strategy,
+        elastic_resize_monitor_interval_s=settings.resize_period_seconds,
+    )
+
+
+def _failure_config() -> Any:
+    """Ray starts lost workers again without end: how often it may is counted by RunChannel, which knows of
+    checkpoints, and how long it may take is bounded by Watch. Its own count is of starts that fail."""
+    return ray.train.FailureConfig(max_failures=-1, controller_failure_limit=MOST_FAILED_STARTS)
+
+
+def _worker_environment() -> dict[str, str]:
+    """Return the variables that workers get unless the driver or its runtime environment has them."""
+    runtime_env = ray.get_runtime_context().runtime_env or {}
+    taken = {**os.environ, **(runtime_env.get("env_vars") or {})}
+    return {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in taken}
+
+
+class FailureListener(ray.train.UserCallback):  # type: ignore[misc]
+    """Runs in Ray's controller: tells the channel of failures, and stops Ray where the run is given up."""
+
+    def __init__(self, channel: Any) -> None:
+        self._channel = channel
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Hear of workers that failed. Raises TrainingError, which ends the run, if it is given up."""
+        lost = [rank for rank, error in worker_exceptions.items() if _process_is_gone(error)]
+        raised = {rank: _sentence(error) for rank, error in worker_exceptions.items() if rank not in lost}
+        controller = ray.get_runtime_context().current_actor
+        told = self._channel.group_failed.remote(lost, raised, controller)
+        given_up = ray.get(told, timeout=ANSWER_SECONDS)
+        if given_up is not None:
+            raise TrainingError(given_up)
+
+
+def _process_is_gone(error: BaseException) -> bool:
+    return any(isinstance(item, ray.exceptions.RayActorError) for item in _nested(error))
+
+
 def _worker(loop_config: dict[str, Any]) -> None:
-    """Run one Ray Train worker's rank."""
+    """Run one Ray Train worker's rank, this time."""
     config = TrainConfig(**loop_config["config"])
+    channel = loop_config["channel"]
+    context = ray.train.get_context()
     communicator = current_communicator(timeout_seconds=config.collective_timeout_seconds)
-    channel = loop_config["channel"] if communicator.rank == 0 else None
-    workers_here = ray.train.get_context().get_local_world_size()
-    result = run_rank(config, communicator, RayReporter(channel), workers_here=workers_here)
-    if channel is not None:
-        ray.get(channel.finish.remote(asdict(result)), timeout=60)
+    attempt = _agreed_attempt(channel, communicator)
+    if attempt.number > 1:
+        # The driver has refused folders of other runs: what is there is this run's own.
+        config = config.model_copy(update={"resume": True})
+    supervision = Supervision(attempt)
+    if communicator.rank == 0:
+        supervision.resumed = lambda step, repeated: channel.resumed.remote(attempt.number, step, repeated)
+        supervision.checkpointed = lambda step: channel.checkpointed.remote(step)
+    assert config.run_dir is not None
+    supervision.measured = _measured(Gauges(config.run_dir.name) if communicator.rank == 0 else None)
+    heartbeat = Heartbeat(
+        supervision.clock,
+        lambda beat: channel.beat.remote(asdict(beat)),
+        attempt=attempt.number,
+        rank=communicator.rank,
+        world_size=communicator.world_size,
+        node_id=ray.get_runtime_context().get_node_id(),
+        node_name=os.uname().nodename,
+    )
+    reporter = RayReporter(channel if communicator.rank == 0 else None)
+    with heartbeat:
+        try:
+            result = run_rank(
+                config,
+                communicator,
+                reporter,
+                workers_here=context.get_local_world_size(),
+                supervision=supervision,
+            )
+        except Exception as error:
+            _tell_failure(channel, heartbeat.now(), error)
+            raise
+    if communicator.rank == 0:
+        ray.get(channel.finish.remote(asdict(result)), timeout=ANSWER_SECONDS)
+    ray.get(channel.left.remote(asdict(heartbeat.now())), timeout=ANSWER_SECONDS)
+
+
+def _agreed_attempt(channel: Any, communicator: Communicator) -> Attempt:
+    """Return the attempt that this start of the workers is. All ranks enter; rank 0 asks."""
+    payload = None
+    if communicator.rank == 0:
+        began = ray.get(channel.begin.remote(communicator.world_size), timeout=ANSWER_SECONDS)
+        payload = json.dumps(began).encode()
+    return Attempt(**json.loads(communicator.broadcast_bytes(payload)))
+
+
+def _tell_failure(channel: Any, beat: Beat, error: Exception) -> None:
+    kinds: list[tuple[type[Exception], str]] = [
+        (UserError, "user"),
+        (DivergedError, "diverged"),
+        (TrainingError, "training"),
+    ]
+    kind = next((name for of, name in kinds if isinstance(error, of)), "other")
+    ray.get(channel.failed.remote(asdict(beat), kind, _sentence(error)), timeout=ANSWER_SECONDS)
+
+
+def _sentence(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, (UserError, TrainingError)):
+        return lines[0]
+    return f"a worker failed: {type(error).__name__}: {lines[-1]}"
+
+
+def _measured(gauges: Gauges | None) -> Callable[[EvaluationRecord, dict[str, float]], None]:
+    """Return what hands an evaluation to Ray: all ranks report equally often, rank 0 has gauges too."""
+
+    def hand_on(record: EvaluationRecord, measurements: dict[str, float]) -> None:
+        if gauges is not None:
+            gauges.set(record, measurements)
+        ray.train.report(asdict(record) | measurements)
+
+    return hand_on
 
 
 class RayReporter:
-    """Sends rank 0's progress to the driver, and every rank's evaluations to Ray Train."""
+    """Sends rank 0's progress to the driver."""
 
     def __init__(self, channel: Any | None) -> None:
         self._channel = channel
@@ -122,7 +255,6 @@ class RayReporter:
 
     def evaluation(self, record: EvaluationRecord) -> None:
         self._put(event("evaluation", record))
-        ray.train.report(asdict(record))
 
     def message(self, text: str) -> None:
         self._put(event("message", text))
@@ -132,61 +264,19 @@ class RayReporter:
             self._channel.put.remote(item)
 
 
-class ProgressChannel:
-    """A queue of progress events from rank 0 to the driver, and the final result."""
-
-    def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
-        self._result: dict[str, Any] | None = None
-
-    def put(self, item: dict[str, Any]) -> None:
-        """Add an event."""
-        self._events.append(item)
-
-    def drain(self) -> list[dict[str, Any]]:
-        """Return the events since the last call."""
-        events, self._events = self._events, []
-        return events
-
-    def finish(self, result: dict[str, Any]) -> None:
-        """Keep the result."""
-        self._result = result
-
-    def result(self) -> dict[str, Any] | None:
-        """Return the result, None if no worker finished."""
-        return self._result
-
-
-@contextmanager
-def _relaying(channel: Any, reporter: Reporter) -> Iterator[None]:
-    """Hand events to the reporter from a thread while the block runs, and the rest when it ends."""
-    stop = threading.Event()
-
-    def relay() -> None:
-        while not stop.wait(POLL_SECONDS):
-            _deliver_all(channel, reporter)
-
-    thread = threading.Thread(target=relay, name="dngd-progress", daemon=True)
-    thread.start()
+def _given_up(channel: Any) -> Exception | None:
+    """Return why the channel gave the run up, as an exception; None if it did not."""
     try:
-        yield
-    finally:
-        stop.set()
-        thread.join(timeout=30)
-        _deliver_all(channel, reporter)
-
-
-def _deliver_all(channel: Any, reporter: Reporter) -> None:
-    try:
-        events = ray.get(channel.drain.remote(), timeout=10)
+        verdict = ray.get(channel.verdict.remote(), timeout=ANSWER_SECONDS)
     except ray.exceptions.RayError:
-        return  # progress is lost, not the run
-    for item in events:
-        deliver(reporter, item)
+        return None
+    if verdict is None:
+        return None
+    return (UserError if verdict["kind"] == "user" else TrainingError)(verdict["text"])
 
 
-def _cause(error: BaseException) -> Exception:
-    """Return the UserError or TrainingError at the bottom of Ray's exceptions, or a TrainingError naming it."""
+def _nested(error: BaseException) -> list[BaseException]:
+    """Return an exception and all that Ray wrapped in it, outermost first."""
     found: list[BaseException] = []
     queue: list[BaseException] = [error]
     while queue:
@@ -195,13 +285,18 @@ def _cause(error: BaseException) -> Exception:
             continue
         found.append(current)
         failures = getattr(current, "worker_failures", None)
-        nested = [*(failures.values() if isinstance(failures, dict) else ()), getattr(current, "cause", None)]
+        nested = [*(failures.values() if isinstance(failures, dict) else ())]
+        nested += [getattr(current, name, None) for name in ("cause", "health_check_failure", "controller_failure")]
         nested += [current.__cause__, current.__context__]
         queue += [item for item in nested if isinstance(item, BaseException)]
+    return found
+
+
+def _cause(error: BaseException) -> Exception:
+    """Return the UserError or TrainingError at the bottom of Ray's exceptions, or a TrainingError naming it."""
+    found = _nested(error)
     for kind in (UserError, TrainingError):
         for item in found:
             if isinstance(item, kind):
                 return kind(str(item).strip().splitlines()[0])
-    last = found[-1]
-    text = str(last).strip().splitlines()
-    return TrainingError(f"a worker failed: {type(last).__name__}: {text[-1] if text else ''}")
+    return TrainingError(_sentence(found[-1]))

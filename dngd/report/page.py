@@ -127,6 +127,8 @@ def _cards(summary: Summary) -> str:
     pace = f"{number(steps['p50'])} ms each (p50)" if "p50" in steps else ""
     dropped = summary.dropped_steps
     dropped_note = f"{integer(dropped)} dropped as not finite" if dropped else ""
+    recoveries = summary.run.number("recoveries")
+    recovered_note = f"{integer(recoveries)} recoveries from lost ones" if recoveries else ""
     to_best = f"best after {duration(summary.seconds_to_best_val)}" if summary.best is not None else ""
     return _card_list(
         [
@@ -135,7 +137,7 @@ def _cards(summary: Summary) -> str:
             ("Training time", duration(summary.train_seconds), epochs),
             ("Steps", integer(summary.steps), dropped_note or pace),
             ("Seeds a second", integer(summary.seeds_per_second), "all workers"),
-            ("Workers", integer(summary.world_size), "world size"),
+            ("Workers", integer(summary.world_size), recovered_note or "world size"),
         ]
     )
 

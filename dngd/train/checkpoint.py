@@ -3,18 +3,19 @@
 A checkpoint is a folder `checkpoints/step-00000120/` with `state.json` (format version, position, sha256 of every
 other file), `model.safetensors`, `optimizer.safetensors`, and with curvature `curvature-shared.safetensors`
 and one `curvature-rank-K.safetensors` a rank. It is built in a hidden folder, flushed to disk, and renamed into
-place; a process killed at any moment leaves the last good one. Random states are not in it: every stream is derived
-from (run seed, epoch, step, shard), so the position says all. Only rank 0 touches the folder: the other
-ranks' parts travel through the communicator. Nothing in it is a pickle.
+place; a process killed at any moment, and a disk that is full, leave the last good one. Random states are not in it:
+every stream is derived from (run seed, epoch, step, shard), so the position says all. Only rank 0 touches the folder:
+the other ranks' parts travel through the communicator. Nothing in it is a pickle.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,17 @@ class Snapshot:
     rank_curvatures: list[dict[str, Tensor]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class HostSnapshot:
+    """A snapshot in memory of its own: it stays as it is while training goes on.
+
+    rank_locals: every rank's "local.*" state of the curvature.
+    """
+
+    snapshot: Snapshot
+    rank_locals: list[bytes] | None
+
+
 class CheckpointFolder:
     """The checkpoints of a run. keep: how many of the newest stay."""
 
@@ -57,25 +69,36 @@ class CheckpointFolder:
         self._comm = communicator
         self._keep = keep
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Write a checkpoint and drop the oldest beyond `keep`. All ranks enter; rank 0 writes.
-
-        Raises UserError if rank 0 cannot write; the checkpoints already there stay.
-        """
-        locals_by_rank: list[bytes] | None = None
+    def capture(self, snapshot: Snapshot) -> HostSnapshot | None:
+        """Copy a snapshot to the host, with every rank's own part, at rank 0; None elsewhere. All ranks enter."""
+        rank_locals: list[bytes] | None = None
         if snapshot.curvature is not None:
             local = {k: v for k, v in snapshot.curvature.items() if k.startswith("local.")}
-            locals_by_rank = self._comm.gather_bytes(_to_bytes(local))
-        if self._comm.rank == 0:
-            try:
-                self._write(snapshot, locals_by_rank)
-            except OSError as error:
-                raise UserError(
-                    f"checkpoint of step {snapshot.step} cannot be written to {self._path}: {error.strerror}; free "
-                    "space or fix permissions, then go on with --resume (earlier checkpoints are intact)"
-                ) from error
+            rank_locals = self._comm.gather_bytes(_to_bytes(local))
+        if self._comm.rank != 0:
+            return None
+        shared = snapshot.curvature
+        if shared is not None:
+            shared = _copies({k: v for k, v in shared.items() if k.startswith("shared.")})
+        copied = replace(
+            snapshot, model=_copies(snapshot.model), optimizer=_copies(snapshot.optimizer), curvature=shared
+        )
+        return HostSnapshot(copied, rank_locals)
 
-    def _write(self, snapshot: Snapshot, locals_by_rank: list[bytes] | None) -> None:
+    def write(self, captured: HostSnapshot) -> None:
+        """Write a checkpoint and drop the oldest beyond `keep`; rank 0 alone, from any thread, one at a time.
+
+        Raises OSError if that fails: what was begun is removed, and the checkpoints already there stay.
+        """
+        snapshot, locals_by_rank = captured.snapshot, captured.rank_locals
+        temporary = self._path / f".writing-{snapshot.step:08d}"
+        try:
+            self._write(snapshot, locals_by_rank, temporary)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)  # it may hold the space that something else needs
+            raise
+
+    def _write(self, snapshot: Snapshot, locals_by_rank: list[bytes] | None, temporary: Path) -> None:
         files = {
             "model.safetensors": _to_bytes(snapshot.model),
             "optimizer.safetensors": _to_bytes(snapshot.optimizer),
@@ -89,7 +112,6 @@ class CheckpointFolder:
             files["best-model.safetensors"] = snapshot.best_model
         self._path.mkdir(parents=True, exist_ok=True)
         final = self._path / f"{PREFIX}{snapshot.step:08d}"
-        temporary = self._path / f".writing-{snapshot.step:08d}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         for name, data in files.items():
@@ -225,6 +247,10 @@ def check_same_run(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
         )
 
 
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+
+
 def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
     data: bytes = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     return data
@@ -255,5 +281,10 @@ def flush_folder(path: Path) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.writing")
-    write_flushed(temporary, data)
-    os.replace(temporary, path)
+    try:
+        write_flushed(temporary, data)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise

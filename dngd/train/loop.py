@@ -20,13 +20,14 @@ import torch
 from dngd.allocator import keep_freed_memory
 from dngd.comm import Communicator, FlatGradients, StepSums, shards_of_rank
 from dngd.config import TrainConfig
-from dngd.errors import TrainingError, UserError
+from dngd.errors import DivergedError, UserError
 from dngd.graph import GraphStore, Split, resolve_dataset
 from dngd.models import GNN, build_model
 from dngd.optim import learning_rate
 from dngd.sampling import SamplerPipeline, derive_seed
 from dngd.train.batch import BatchSource, DeviceBatch, PropagationBuilder, SampledBatches
 from dngd.train.checkpoint import CheckpointFolder, Snapshot, check_same_run, replace_file
+from dngd.train.checkpoint_writer import CheckpointSchedule, CheckpointWriter
 from dngd.train.evaluation import ExactEvaluator
 from dngd.train.feeder import CudaCopyStream, DeviceFeeder
 from dngd.train.full_batch import FullBatches
@@ -35,7 +36,6 @@ from dngd.train.metrics import (
     EvaluationRecord,
     MetricsLog,
     RunResult,
-    StepClock,
     peak_gpu_bytes,
     peak_rss_bytes,
     versions,
@@ -47,21 +47,33 @@ from dngd.train.plan import check_device, check_fits, make_plan
 from dngd.train.progress import Reporter, StepRecord
 from dngd.train.run_folder import RunFolder, spill_folders
 from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
+from dngd.train.supervision import Supervision
 
 REPORT_PERIOD_SECONDS = 0.25
 FULL_BATCH_CHECKPOINT_PERIOD = 50
+"""An epoch is one step there, shorter than writing a checkpoint."""
+
+SETTLE_SECONDS = 30.0
 
 
 class TrainingLoop:
     """One rank of a run. Every method that communicates must be called by all ranks alike."""
 
     def __init__(
-        self, config: TrainConfig, communicator: Communicator, reporter: Reporter, *, workers_here: int = 1
+        self,
+        config: TrainConfig,
+        communicator: Communicator,
+        reporter: Reporter,
+        *,
+        workers_here: int = 1,
+        supervision: Supervision | None = None,
     ) -> None:
         assert config.run_dir is not None, "the launcher settles the run folder"
         self.config = config
         self.comm = communicator
         self.reporter = reporter
+        self.supervision = supervision or Supervision()
+        self.clock = self.supervision.clock
         self.folder = RunFolder(config.run_dir)
         self.device = _device(config)
         self.store: GraphStore = resolve_dataset(config.dataset, config.data_root_in_use, config.cache_dir)
@@ -102,8 +114,18 @@ class TrainingLoop:
         self.optimizer = build_optimizer(config, self.model, communicator)
         self.gradients = FlatGradients(self.model.parameters())
         self.checkpoints = CheckpointFolder(self.folder.checkpoints, communicator, keep=config.checkpoint.keep)
+        self.writer = CheckpointWriter(
+            self.checkpoints,
+            communicator,
+            timeout_seconds=config.checkpoint.write_timeout_seconds,
+            signal_seconds=config.collective_timeout_seconds / 4,
+            tell=reporter.message,
+            written=self.supervision.checkpointed,
+        )
+        self.schedule = _checkpoint_schedule(config, communicator)
         self.metrics = MetricsLog(self.folder.metrics)
-        self.clock = StepClock()
+        if self.optimizer.preconditioner is not None:
+            self.optimizer.preconditioner.inside = self.clock.inside
 
         self.step = 0
         self.train_seconds = 0.0
@@ -112,14 +134,17 @@ class TrainingLoop:
         self.seeds_done = 0.0
         self.dropped_in_a_row = 0
         self.dropped_steps = 0
+        self.steps_repeated = 0
         self.best: EvaluationRecord | None = None
+        self.best_model: bytes | None = None
         self.history: list[EvaluationRecord] = []
         self._reported = (time.monotonic(), 0.0)
 
     def run(self) -> RunResult:
         """Train to the end and return the result; rank 0 has written the run folder by then."""
         if self.config.resume:
-            self._resume()
+            with self.clock.inside("resuming"):
+                self._resume()
         shards = shards_of_rank(self.config.shards, self.comm.rank, self.comm.world_size)
         self.model.train()
         if self.config.keep_memory and self.device.type == "cpu":
@@ -128,9 +153,12 @@ class TrainingLoop:
         # Past the last step there is nothing to sample: a finished run that is resumed only reports.
         if self.step < self.plan.total_steps:
             with self._batches(shards) as source:
+                self.schedule.start(self.step)
                 while self.step < self.plan.total_steps:
                     self._train_step(source, shards)
                     self._after_step()
+        with self.clock.inside("writing the checkpoint"):
+            self.writer.finish()
         return self._finish()
 
     @contextlib.contextmanager
@@ -186,6 +214,7 @@ class TrainingLoop:
 
     def _train_step(self, source: BatchSource, shards: Sequence[int]) -> None:
         started = time.perf_counter()
+        self.clock.at_step(self.step)
         epoch, step_in_epoch = divmod(self.step, self.plan.steps_per_epoch)
         lr = learning_rate(
             self.step,
@@ -256,32 +285,27 @@ class TrainingLoop:
             self.reporter.message(f"step {self.step}: a gradient is not finite; all ranks dropped the step")
         self.seeds_done += sums.num_seeds if self.config.semi == "none" else self.store.num_nodes
         if self.dropped_in_a_row >= self.config.max_dropped_steps:
-            raise TrainingError(
+            raise DivergedError(
                 f"{self.dropped_in_a_row} steps in a row had non-finite gradients (up to step {self.step}); use a "
                 "smaller --lr or a larger --damping, and check the features with dngd data verify"
             )
 
     def _after_step(self) -> None:
+        self.clock.at_step(self.step)
         per_epoch = self.plan.steps_per_epoch
         ended = self.step == self.plan.total_steps
         epoch_ended = self.step % per_epoch == 0
         self._report_step()
         if ended or (epoch_ended and (self.step // per_epoch) % self.config.eval_period == 0):
-            self._evaluate()
+            with self.clock.inside("evaluation"):
+                self._evaluate()
         if epoch_ended:
             self.epoch_loss = self.epoch_seeds = 0.0
-        if ended or self._checkpoint_is_due(epoch_ended):
+        if self.schedule.is_due(self.step, epoch_ended=epoch_ended) or ended:
             started = time.perf_counter()
             with self.clock.phase("checkpoint"):
                 self._checkpoint()
             self.train_seconds += time.perf_counter() - started
-
-    def _checkpoint_is_due(self, epoch_ended: bool) -> bool:
-        period = self.config.checkpoint.period_steps
-        if period is None and self.config.constant_full_batch:
-            # An epoch is one step there, shorter than writing a checkpoint.
-            period = FULL_BATCH_CHECKPOINT_PERIOD
-        return epoch_ended if period is None else self.step % period == 0
 
     def _report_step(self) -> None:
         now = time.monotonic()
@@ -311,8 +335,30 @@ class TrainingLoop:
         if self.best is None or record.val_accuracy > self.best.val_accuracy:
             self.best = record
             if self.comm.rank == 0:
-                replace_file(self.folder.best_model, self._model_bytes(record))
+                self.best_model = self._model_bytes(record)
+                replace_file(self.folder.best_model, self.best_model)
         self.reporter.evaluation(record)
+        if self.supervision.measured is not None:
+            self.supervision.measured(record, self._measurements())
+
+    def _measurements(self) -> dict[str, float]:
+        """Return step phases in ms, bytes, staleness and factor health by name, of this rank; health at rank 0."""
+        out = {f"step_ms/{name}": value for name, value in self.clock.step_ms().items()}
+        out |= {f"phase_ms/{name}": value for name, value in self._phase_ms().items()}
+        out |= {f"bytes/{kind}": float(size) for kind, size in self.comm.bytes_sent.items()}
+        out["dropped_steps"] = float(self.dropped_steps)
+        preconditioner = self.optimizer.preconditioner
+        if preconditioner is not None and self.comm.rank == 0:
+            for layer, values in preconditioner.health().items():
+                out |= {f"factor_health/{layer}/{name}": value for name, value in values.items()}
+        return out
+
+    def _phase_ms(self) -> dict[str, float]:
+        phases = self.clock.phase_ms()
+        if self.optimizer.preconditioner is not None:
+            for name, seconds in self.optimizer.preconditioner.phase_seconds.items():
+                phases[f"optimizer.{name}"] = seconds * 1e3 / max(1, len(self.clock.step_seconds))
+        return phases
 
     def _model_bytes(self, record: EvaluationRecord) -> bytes:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
@@ -323,7 +369,7 @@ class TrainingLoop:
 
     def _checkpoint(self) -> None:
         preconditioner = self.optimizer.preconditioner
-        self.checkpoints.save(
+        self.writer.save(
             Snapshot(
                 step=self.step,
                 position={
@@ -340,23 +386,21 @@ class TrainingLoop:
                 model=dict(self.model.state_dict()),
                 optimizer=moments(self.optimizer.torch_optimizer),
                 curvature=None if preconditioner is None else preconditioner.state_dict(),
-                best_model=self._best_model_bytes(),
+                best_model=self.best_model,
             )
         )
-
-    def _best_model_bytes(self) -> bytes | None:
-        if self.comm.rank != 0 or self.best is None:
-            return None
-        return self.folder.best_model.read_bytes()
 
     def _resume(self) -> None:
         snapshot, skipped = self.checkpoints.load_newest()
         for text in skipped:
             self.reporter.message(text)
         if snapshot is None:
-            self.reporter.message(f"nothing to resume in {self.folder.path}; starting from the beginning")
+            if self.supervision.attempt.number == 1:
+                self.reporter.message(f"nothing to resume in {self.folder.path}; starting from the beginning")
             if self.comm.rank == 0:
                 self.metrics.keep_up_to(-1)
+                self.folder.best_model.unlink(missing_ok=True)
+            self._tell_recovery()
             return
         check_same_run(snapshot.identity, self.config.identity())
         position: dict[str, Any] = snapshot.position
@@ -372,19 +416,36 @@ class TrainingLoop:
         if self.comm.rank == 0:
             # What a later step left there belongs to a time line that is given up.
             self.folder.best_model.unlink(missing_ok=True)
+            self.best_model = snapshot.best_model
             if snapshot.best_model is not None:
                 replace_file(self.folder.best_model, snapshot.best_model)
         self.step = snapshot.step
+        self.clock.at_step(self.step)
         self.train_seconds = position["train_seconds"]
         self.epoch_loss, self.epoch_seeds = position["epoch_loss"], position["epoch_seeds"]
         self.dropped_in_a_row, self.dropped_steps = position["dropped_in_a_row"], position["dropped_steps"]
         # Rank 0 alone reads the run folder; the history decides which evaluation is best so far.
         self.history = self._broadcast_history(self.metrics.keep_up_to(self.step) if self.comm.rank == 0 else [])
         self.best = next((r for r in self.history if r.step == position["best_step"]), None)
-        if self.step < self.plan.total_steps:
+        if self.supervision.attempt.number > 1:
+            self._tell_recovery()
+        elif self.step < self.plan.total_steps:
             self.reporter.message(f"resumed from step {self.step} of {self.plan.total_steps}")
         else:
             self.reporter.message(f"the run is finished (step {self.step}); nothing to do")
+
+    def _tell_recovery(self) -> None:
+        attempt = self.supervision.attempt
+        if attempt.number == 1:
+            return
+        self.steps_repeated = max(0, attempt.reached_step - self.step)
+        workers = "1 worker" if self.comm.world_size == 1 else f"{self.comm.world_size} workers"
+        again = "1 step is" if self.steps_repeated == 1 else f"{self.steps_repeated} steps are"
+        self.reporter.message(
+            f"{attempt.reason}; the run goes on from step {self.step} of {self.plan.total_steps} with {workers}, "
+            f"{again} done again"
+        )
+        self.supervision.resumed(self.step, self.steps_repeated)
 
     def _broadcast_history(self, records: list[EvaluationRecord]) -> list[EvaluationRecord]:
         payload = json.dumps([asdict(record) for record in records]).encode() if self.comm.rank == 0 else None
@@ -392,7 +453,7 @@ class TrainingLoop:
 
     def _finish(self) -> RunResult:
         if self.step and self.dropped_steps == self.step:
-            raise TrainingError(
+            raise DivergedError(
                 f"all {self.step} steps had non-finite gradients and were dropped: nothing was learnt; "
                 "use a smaller --lr or a larger --damping, and check the graph with dngd data verify"
             )
@@ -400,10 +461,8 @@ class TrainingLoop:
             self._evaluate()
         assert self.best is not None
         preconditioner = self.optimizer.preconditioner
-        phases = self.clock.phase_ms()
+        phases = self._phase_ms()
         if preconditioner is not None:
-            for name, seconds in preconditioner.phase_seconds.items():
-                phases[f"optimizer.{name}"] = seconds * 1e3 / max(1, len(self.clock.step_seconds))
             preconditioner.close()
         seconds_here = sum(self.clock.step_seconds)
         sent = self.comm.bytes_sent
@@ -425,34 +484,61 @@ class TrainingLoop:
             dropped_steps=self.dropped_steps,
             versions=versions(),
             run_dir=str(self.folder.path),
+            recoveries=self.supervision.attempt.recoveries,
+            steps_repeated=self.supervision.attempt.steps_repeated + self.steps_repeated,
+            failed_checkpoints=self.writer.failed,
             history=self.history,
         )
 
 
 def run_rank(
-    config: TrainConfig, communicator: Communicator, reporter: Reporter, *, workers_here: int = 1
+    config: TrainConfig,
+    communicator: Communicator,
+    reporter: Reporter,
+    *,
+    workers_here: int = 1,
+    supervision: Supervision | None = None,
 ) -> RunResult:
     """Run one rank to the end; rank 0 writes result.json. The caller's random state is left as it was.
 
-    workers_here: how many of the world's ranks share this machine's memory.
+    workers_here: how many of the world's ranks share this machine's memory. supervision: of an engine that starts
+    lost workers again.
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        loop = TrainingLoop(config, communicator, reporter, workers_here=workers_here)
+        loop = TrainingLoop(config, communicator, reporter, workers_here=workers_here, supervision=supervision)
         try:
             result = loop.run()
+            if communicator.rank == 0:
+                result = _write_result(loop, result)
         except OSError as error:
             raise UserError(
                 f"a file of run {loop.folder.path} cannot be read or written: {error.strerror or error} "
                 f"({error.filename}); free space or fix permissions, then go on with --resume"
             ) from error
-    if communicator.rank == 0:
-        if not loop.clock.step_seconds and loop.folder.result.exists():
-            # A finished run that is resumed takes no step: its own result, with its times, stays.
-            result = RunResult(**json.loads(loop.folder.result.read_text()), history=result.history)
-        else:
-            replace_file(loop.folder.result, json.dumps(result.to_json(), indent=2).encode())
+        finally:
+            loop.writer.settle(SETTLE_SECONDS)
     communicator.barrier()
     return result
+
+
+def _write_result(loop: TrainingLoop, result: RunResult) -> RunResult:
+    """Write result.json and return what it holds."""
+    if not loop.clock.step_seconds and loop.folder.result.exists():
+        # A finished run that is resumed takes no step: its own result, with its times, stays.
+        return RunResult(**json.loads(loop.folder.result.read_text()), history=result.history)
+    replace_file(loop.folder.result, json.dumps(result.to_json(), indent=2).encode())
+    return result
+
+
+def _checkpoint_schedule(config: TrainConfig, communicator: Communicator) -> CheckpointSchedule:
+    settings = config.checkpoint
+    period = settings.period_steps
+    if period is None and config.constant_full_batch:
+        period = FULL_BATCH_CHECKPOINT_PERIOD
+    minutes = settings.period_minutes
+    return CheckpointSchedule(
+        communicator, period_steps=period, period_seconds=None if minutes is None else minutes * 60
+    )
 
 
 def _device(config: TrainConfig) -> torch.device:

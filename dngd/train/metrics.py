@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,9 @@ class RunResult:
 
     test_accuracy: at the best validation accuracy. seconds in train_seconds exclude evaluation.
     step_ms, phase_ms: of the steps that this process ran (since the last start). bytes: payload handed
-    to collectives by rank 0 over those steps. peak_rss_bytes: of rank 0's process.
+    to collectives by rank 0 over those steps. peak_rss_bytes: of rank 0's process. recoveries: how often lost
+    workers were started again, and steps_repeated how many steps were done again for it, since the driver was
+    started. failed_checkpoints: checkpoints that could not be written, since the last start.
     """
 
     best_val_accuracy: float
@@ -62,6 +64,9 @@ class RunResult:
     dropped_steps: int
     versions: dict[str, str]
     run_dir: str
+    recoveries: int = 0
+    steps_repeated: int = 0
+    failed_checkpoints: int = 0
     history: list[EvaluationRecord] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -111,21 +116,54 @@ def read_metrics(path: Path) -> list[EvaluationRecord]:
     return records
 
 
+@dataclass(frozen=True)
+class Activity:
+    """What a process is at: phase, number of steps done, and since when (time.monotonic)."""
+
+    phase: str
+    step: int
+    since: float
+
+
 class StepClock:
-    """Wall time of steps and of their phases, in this process."""
+    """Wall time of steps and of their phases, in this process, and what it is at just now.
+
+    `activity` may be read from another thread. An exception leaves it as it was, so that it says where.
+    on_activity: called with each, in the thread that trains.
+    """
 
     def __init__(self) -> None:
+        self.on_activity: Callable[[Activity], None] | None = None
         self.step_seconds: list[float] = []
         self.phase_seconds: dict[str, float] = defaultdict(float)
+        self.activity = Activity("setup", 0, time.monotonic())
+
+    def at_step(self, step: int) -> None:
+        """Say that so many steps are done, and the next one begins."""
+        self._be(Activity("step", step, time.monotonic()))
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of a block to a phase."""
         start = time.perf_counter()
         try:
-            yield
+            with self.inside(name):
+                yield
         finally:
             self.phase_seconds[name] += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def inside(self, name: str) -> Iterator[None]:
+        """Say that the process is in a phase while the block runs, without adding up its time."""
+        outer = self.activity
+        self._be(Activity(name, outer.step, time.monotonic()))
+        yield
+        self._be(Activity(outer.phase, outer.step, time.monotonic()))
+
+    def _be(self, activity: Activity) -> None:
+        self.activity = activity
+        if self.on_activity is not None:
+            self.on_activity(activity)
 
     def step_ms(self) -> dict[str, float]:
         """Return {"mean", "p50", "p99"} in milliseconds; empty before the first step."""

@@ -44,7 +44,7 @@ _given: set[int] = set()
 
 
 @contextlib.contextmanager
-def ray_cluster() -> Iterator[Cluster]:
+def ray_cluster(num_cpus: int = NUM_CPUS) -> Iterator[Cluster]:
     """Start a head node, and stop it, and only it, in the end."""
     binaries = Path(sys.executable).parent
     gcs, dashboard = free_port(), free_port()
@@ -57,7 +57,7 @@ def ray_cluster() -> Iterator[Cluster]:
     # A short path: Ray's sockets live below it, and a socket's path has 107 characters at most.
     with tempfile.TemporaryDirectory(prefix="dngd-ray-", ignore_cleanup_errors=True) as folder:
         command = [str(binaries / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
-        command += ["--node-ip-address", "127.0.0.1", "--port", str(gcs), "--num-cpus", str(NUM_CPUS)]
+        command += ["--node-ip-address", "127.0.0.1", "--port", str(gcs), "--num-cpus", str(num_cpus)]
         command += ["--dashboard-port", str(dashboard), "--include-dashboard", "true", "--temp-dir", folder]
         log = Path(folder) / "start.log"
         with open(log, "wb") as out:
@@ -67,10 +67,7 @@ def ray_cluster() -> Iterator[Cluster]:
             yield Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", environment)
         finally:
             # A graceful stop takes Ray half a minute; nothing of this cluster is worth that.
-            for process in [*psutil.Process(head.pid).children(recursive=True), head]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            head.wait(timeout=30)
+            kill_node(head)
 
 
 def _wait_until_up(head: subprocess.Popen[bytes], gcs: int, dashboard: int, log: Path) -> None:
@@ -84,3 +81,26 @@ def _wait_until_up(head: subprocess.Popen[bytes], gcs: int, dashboard: int, log:
             waiting.pop(0)
             continue
         time.sleep(0.3)
+
+
+def add_node(cluster: Cluster, num_cpus: int) -> subprocess.Popen[bytes]:
+    """Start another node of a cluster on this machine; end it with `kill_node`."""
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
+    command += ["--address", cluster.gcs_address, "--node-ip-address", "127.0.0.1", "--num-cpus", str(num_cpus)]
+    command += ["--dashboard-agent-listen-port", "0"]
+    return subprocess.Popen(
+        command,
+        env=cluster.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def kill_node(node: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to every process of a node, workers included: what a machine that is lost looks like to the others."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    node.wait(timeout=30)

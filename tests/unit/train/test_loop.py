@@ -15,8 +15,9 @@ from dngd.graph import GraphStore
 from dngd.optim import NaturalGradient, learning_rate
 from dngd.train import TrainingLoop, loop, prepare_run_folder
 from dngd.train.evaluation import ExactEvaluator, Scores
-from dngd.train.metrics import EvaluationRecord, MetricsLog, read_metrics
+from dngd.train.metrics import EvaluationRecord, MetricsLog, StepClock, read_metrics
 from dngd.train.progress import SilentReporter
+from dngd.train.supervision import Attempt, Supervision
 
 
 def config(store: GraphStore, run_dir: Path, **changes: Any) -> dngd.TrainConfig:
@@ -142,3 +143,98 @@ def test_metrics_are_json_even_without_a_loss(tmp_path: Path) -> None:
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 2.0, "st')
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+class Listener(SilentReporter):
+    """Keeps messages."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def test_a_later_attempt_says_what_happened_and_what_is_done_again(store: GraphStore, tmp_path: Path) -> None:
+    """Steps 15 to 20 were done, and are done again from the checkpoint of step 12; the run is the one it would be."""
+    straight = run(config(store, tmp_path / "straight", epochs=6))
+    per_epoch = straight.plan.steps_per_epoch
+    run(config(store, tmp_path / "run", epochs=6, max_steps=2 * per_epoch))
+    heard: list[tuple[int, int]] = []
+    supervision = Supervision(
+        Attempt(number=3, reason="rank 1 was lost", reached_step=2 * per_epoch + 2, recoveries=2, steps_repeated=5),
+        resumed=lambda step, repeated: heard.append((step, repeated)),
+    )
+    listener = Listener()
+    result = loop.run_rank(
+        prepare_run_folder(config(store, tmp_path / "run", epochs=6, resume=True)),
+        LocalCommunicator(),
+        listener,
+        supervision=supervision,
+    )
+    total = 6 * per_epoch
+    assert listener.texts[-1] == (
+        f"rank 1 was lost; the run goes on from step {2 * per_epoch} of {total} with 1 worker, 2 steps are done again"
+    )
+    assert heard == [(2 * per_epoch, 2)]
+    assert (result.recoveries, result.steps_repeated) == (2, 7)
+    assert [record.val_loss for record in result.history] == [record.val_loss for record in straight.history]
+
+
+def test_an_attempt_before_the_first_checkpoint_starts_over(store: GraphStore, tmp_path: Path) -> None:
+    straight = run(config(store, tmp_path / "straight"))
+    prepared = prepare_run_folder(config(store, tmp_path / "run", resume=True))
+    # What the attempt before left behind, and the beginning does not have.
+    (tmp_path / "run" / "metrics.jsonl").write_text((tmp_path / "straight" / "metrics.jsonl").read_text())
+    listener = Listener()
+    supervision = Supervision(Attempt(number=2, reason="rank 0 was lost", reached_step=4, recoveries=1))
+    result = loop.run_rank(prepared, LocalCommunicator(), listener, supervision=supervision)
+    assert "rank 0 was lost; the run goes on from step 0" in listener.texts[-1]
+    assert "4 steps are done again" in listener.texts[-1]
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == len(straight.history)
+    assert result.steps_repeated == 4
+
+
+def test_an_evaluation_comes_with_measurements(store: GraphStore, tmp_path: Path) -> None:
+    """What the dashboard of Ray shows: step phases, bytes, staleness and factor health."""
+    measured: list[tuple[EvaluationRecord, dict[str, float]]] = []
+    supervision = Supervision(measured=lambda record, values: measured.append((record, values)))
+    prepared = prepare_run_folder(config(store, tmp_path / "run"))
+    result = loop.run_rank(prepared, LocalCommunicator(), SilentReporter(), supervision=supervision)
+    assert [record for record, _ in measured] == result.history
+    values = measured[-1][1]
+    assert {"step_ms/p50", "phase_ms/forward", "phase_ms/optimizer.refresh", "dropped_steps"} <= values.keys()
+    health = {name for name in values if name.startswith("factor_health/")}
+    assert any(name.endswith("/staleness") for name in health)
+    assert any(name.endswith("/a_condition") for name in health)
+    assert values["phase_ms/forward"] > 0
+
+
+def test_the_clock_says_where_a_step_is(store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each phase is seen in its step; a failure leaves the clock where it came up."""
+    seen: list[tuple[str, int]] = []
+    supervision = Supervision()
+    inside = StepClock.inside
+
+    def recording(self: StepClock, name: str) -> Any:
+        seen.append((name, self.activity.step))
+        return inside(self, name)
+
+    monkeypatch.setattr(StepClock, "inside", recording)
+    reduce_, calls = FlatGradients.reduce_, []
+
+    def failing(self: FlatGradients, communicator: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            raise RuntimeError("the network is gone")
+        return reduce_(self, communicator)
+
+    monkeypatch.setattr(FlatGradients, "reduce_", failing)
+    prepared = prepare_run_folder(config(store, tmp_path / "run", epochs=3))
+    with pytest.raises(RuntimeError, match="the network is gone"):
+        loop.run_rank(prepared, LocalCommunicator(), SilentReporter(), supervision=supervision)
+    assert (supervision.clock.activity.phase, supervision.clock.activity.step) == ("reduce", 5)
+    for phase in ("sample_wait", "forward", "observe", "backward", "reduce", "optimizer", "refresh"):
+        assert {(phase, 0), (phase, 4)} <= set(seen)
+    per_epoch = next(step for phase, step in seen if phase == "evaluation")
+    assert ("checkpoint", per_epoch) in seen
