@@ -2,14 +2,15 @@
 
     python sync_runs.py /shared/runs s3://BUCKET/runs [--period 300] [--once]
 
-A file is copied when it is new or its size or time changed since the last round. Checkpoints that a run has removed are
-removed there too once their run's newer ones are copied; nothing else is ever removed. Needs pyarrow and nothing of dngd.
-Credentials are those of the machine.
+A file is copied when it is new or its size or time changed since the last round. Checkpoints that a run has removed
+are removed there too, after its newer ones are copied; nothing else is ever removed. Needs pyarrow and nothing of
+dngd. Credentials are those of the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 CHECKPOINTS = "checkpoints"
+CHUNK_BYTES = 2**24
 
 
 def copy_changed(source: Path, target: pafs.FileSystem, base: str, seen: dict[str, tuple[int, int]]) -> int:
@@ -39,16 +41,14 @@ def copy_changed(source: Path, target: pafs.FileSystem, base: str, seen: dict[st
     for name, state in found.items():
         if seen.get(name) == state:
             continue
-        try:
-            with open(source / name, "rb") as file:
-                data = file.read()
-        except FileNotFoundError:
-            continue
         destination = f"{base}/{name}"
         if isinstance(target, pafs.LocalFileSystem):  # object storage has no folders to make
             target.create_dir(destination.rpartition("/")[0], recursive=True)
-        with target.open_output_stream(destination) as stream:
-            stream.write(data)
+        try:
+            with open(source / name, "rb") as file, target.open_output_stream(destination) as stream:
+                shutil.copyfileobj(file, stream, CHUNK_BYTES)
+        except FileNotFoundError:
+            continue
         seen[name] = state
         copied += 1
     for name in [name for name in seen if name not in found]:
