@@ -70,16 +70,23 @@ done
 
 # A limit for the cluster to come up, said before it is waited for.
 limit="${DNGD_START_SECONDS:-180}"
-echo "slurm.sh: waiting up to $limit s for ${#nodes[@]} nodes at $head_ip:$port" >&2
 export RAY_ADDRESS="$head_ip:$port"
-deadline=$((SECONDS + limit))
-until [ "$(ray list nodes --filter state=ALIVE --limit 10000 --format json 2> /dev/null | python -c 'import json, sys; print(len(json.load(sys.stdin)))' 2> /dev/null || echo 0)" -ge ${#nodes[@]} ]; do
-    if [ $SECONDS -ge $deadline ]; then
-        echo "slurm.sh: not all ${#nodes[@]} nodes joined within $limit s; see the lines above, or set DNGD_START_SECONDS" >&2
-        exit 1
-    fi
-    sleep 3
-done
+echo "slurm.sh: waiting up to $limit s for ${#nodes[@]} nodes at $RAY_ADDRESS" >&2
+python - "${#nodes[@]}" "$limit" << 'PYTHON' || exit 1
+import sys, time, ray
+
+wanted, limit = int(sys.argv[1]), float(sys.argv[2])
+deadline, here = time.monotonic() + limit, 0
+while here < wanted:
+    if time.monotonic() > deadline:
+        sys.exit(f"slurm.sh: {here} of {wanted} nodes joined within {limit:.0f} s; see the lines above, or set DNGD_START_SECONDS")
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+        here = sum(node["Alive"] for node in ray.nodes())
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError):
+        pass  # the head is not up yet
+    time.sleep(1)
+PYTHON
 
 # In the background, so that Slurm's signal is handled at once: dngd gets it as Ctrl-C. Job control (-m) for this one
 # command, since bash has what it starts in the background ignore Ctrl-C otherwise.

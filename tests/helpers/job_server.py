@@ -18,8 +18,9 @@ from aiohttp import web
 class JobServer:
     """What the server answers, and what it was asked.
 
-    refuse: HTTP status and text of every answer. log: pieces that a follower gets. break_after: how many pieces each
-    connection in turn gives before it breaks. ends: whether the job has ended once its log has; else it runs on.
+    refuse: HTTP status and text of every answer. packages: working directories, as zip files. log: pieces that a
+    follower gets. break_after: how many pieces each connection in turn gives before it breaks. ends: whether the job
+    has ended once its log has; else it runs on.
     """
 
     ray_version: str = ray.__version__
@@ -34,6 +35,7 @@ class JobServer:
     break_after: list[int] = field(default_factory=list)
     ends: bool = True
     submitted: list[dict[str, Any]] = field(default_factory=list)
+    packages: dict[str, bytes] = field(default_factory=dict)
     stopped: list[str] = field(default_factory=list)
     connections: int = 0
     address: str = ""
@@ -57,6 +59,13 @@ class JobServer:
             return web.Response(status=self.refuse_submission[0], text=self.refuse_submission[1])
         job_id = self.submitted[-1].get("submission_id") or "raysubmit_1"
         return web.json_response({"job_id": job_id, "submission_id": job_id})
+
+    async def _has_package(self, request: web.Request) -> web.Response:
+        return web.Response(status=200 if request.match_info["name"] in self.packages else 404)
+
+    async def _take_package(self, request: web.Request) -> web.Response:
+        self.packages[request.match_info["name"]] = await request.read()
+        return web.Response()
 
     async def _info(self, request: web.Request) -> web.Response:
         ended = self.stopped or (self._log_ended and self.ends)
@@ -96,8 +105,10 @@ class JobServer:
         return socket
 
     def application(self) -> web.Application:
-        app = web.Application(middlewares=[self._first])
+        app = web.Application(middlewares=[self._first], client_max_size=2**26)
         app.router.add_get("/api/version", self._version)
+        app.router.add_get("/api/packages/{protocol}/{name}", self._has_package)
+        app.router.add_put("/api/packages/{protocol}/{name}", self._take_package)
         app.router.add_post("/api/jobs/", self._submit)
         app.router.add_get("/api/jobs/{job}", self._info)
         app.router.add_post("/api/jobs/{job}/stop", self._stop)

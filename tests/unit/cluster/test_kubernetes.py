@@ -19,12 +19,12 @@ FIELDS = {
     "RayJobSpec": {
         "activeDeadlineSeconds", "backoffLimit", "clusterSelector", "deletionStrategy", "entrypoint",
         "entrypointNumCpus", "entrypointNumGpus", "entrypointResources", "jobId", "managedBy", "metadata",
-        "preRunningDeadlineSeconds", "rayClusterSpec", "runtimeEnvYAML", "shutdownAfterJobFinishes", "submissionMode",
+        "rayClusterSpec", "runtimeEnvYAML", "shutdownAfterJobFinishes", "submissionMode",
         "submitterConfig", "submitterPodTemplate", "suspend", "ttlSecondsAfterFinished",
     },
     "RayClusterSpec": {
         "authOptions", "autoscalerOptions", "enableInTreeAutoscaling", "gcsFaultToleranceOptions", "headGroupSpec",
-        "headServiceAnnotations", "managedBy", "networkPolicy", "rayVersion", "suspend", "upgradeStrategy",
+        "headServiceAnnotations", "managedBy", "rayVersion", "suspend", "upgradeStrategy",
         "workerGroupSpecs",
     },
     "AuthOptions": {"mode", "secretName", "enableK8sTokenAuth"},

@@ -78,7 +78,7 @@ def test_the_readme_opens_nothing_to_the_world() -> None:
 
 
 def test_the_token_is_on_every_node(config: dict[str, Any]) -> None:
-    assert config["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
+    assert config["file_mounts"]["/var/lib/ray/.ray/auth_token"] == "~/.ray/auth_token"
     assert "RAY_AUTH_MODE=token" in (CLUSTER / "Dockerfile").read_text()
     assert not any("RAY_AUTH_MODE" in option for option in config["docker"]["run_options"]), "the image has it on"
 

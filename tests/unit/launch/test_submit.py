@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import signal
 import socket
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,6 +89,15 @@ def test_packages_run_in_the_python_that_has_them(server: JobServer, tmp_path: P
     requirements.write_text("y==2\n")
     assert submit("--address", server.address, "--pip", str(requirements), "--", "doctor") == 0
     assert server.submitted[1]["runtime_env"]["pip"]["packages"] == ["y==2"]
+
+
+def test_the_working_directory_goes_along(server: JobServer, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("dataset: cora\n")
+    assert submit("--address", server.address, "--working-dir", str(tmp_path), "--", "doctor") == 0
+    [(name, content)] = server.packages.items()
+    assert server.submitted[0]["runtime_env"]["working_dir"] == f"gcs://{name}"
+    with zipfile.ZipFile(io.BytesIO(content)) as package:
+        assert package.namelist() == ["my.yaml"]
 
 
 @pytest.mark.parametrize(
