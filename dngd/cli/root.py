@@ -17,6 +17,8 @@ from dngd.cli.bench import bench_app
 from dngd.cli.common import out
 from dngd.cli.data import data_app
 from dngd.cli.runs import doctor, evaluate, predict, report, train
+from dngd.cli.submit import SETTINGS as SUBMIT_SETTINGS
+from dngd.cli.submit import submit
 from dngd.errors import TrainingError, UserError
 
 app = typer.Typer(
@@ -28,6 +30,7 @@ app = typer.Typer(
 )
 for command in (train, evaluate, predict, report, doctor):
     app.command()(command)
+app.command(context_settings=SUBMIT_SETTINGS)(submit)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 

@@ -47,7 +47,7 @@ _given: set[int] = set()
 def ray_cluster(num_cpus: int = NUM_CPUS) -> Iterator[Cluster]:
     """Start a head node, and stop it, and only it, in the end."""
     binaries = Path(sys.executable).parent
-    gcs, dashboard = free_port(), free_port()
+    gcs, dashboard, agent = free_port(), free_port(), free_port()
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -59,6 +59,8 @@ def ray_cluster(num_cpus: int = NUM_CPUS) -> Iterator[Cluster]:
         command = [str(binaries / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
         command += ["--node-ip-address", "127.0.0.1", "--port", str(gcs), "--num-cpus", str(num_cpus)]
         command += ["--dashboard-port", str(dashboard), "--include-dashboard", "true", "--temp-dir", folder]
+        # The agent starts jobs. On Ray's fixed port the clusters of two test runs would fight over it.
+        command += ["--dashboard-agent-listen-port", str(agent)]
         log = Path(folder) / "start.log"
         with open(log, "wb") as out:
             head = subprocess.Popen(command, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL)

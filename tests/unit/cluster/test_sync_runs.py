@@ -1,0 +1,67 @@
+"""cluster/sync_runs.py: what is copied, when, and what never is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.fs as pafs
+import pytest
+
+SCRIPT = Path(__file__).parents[3] / "cluster" / "sync_runs.py"
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture
+def copy_changed(monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import sync_runs
+
+    return sync_runs.copy_changed
+
+
+def test_rounds(copy_changed: object, tmp_path: Path) -> None:
+    assert callable(copy_changed)
+    source, target = tmp_path / "runs", tmp_path / "bucket"
+    write(source / "one/metrics.jsonl", "1\n")
+    write(source / "one/checkpoints/step-1/state", "first")
+    write(source / "one/checkpoints/.step-2.partial/state", "unfinished")
+    seen: dict[str, tuple[int, int]] = {}
+
+    def copy() -> int:
+        return int(copy_changed(source, pafs.LocalFileSystem(), str(target), seen))
+
+    assert copy() == 2
+    assert tree(target) == {"one/metrics.jsonl": "1\n", "one/checkpoints/step-1/state": "first"}
+    assert copy() == 0, "what has not changed is not copied again"
+
+    write(source / "one/metrics.jsonl", "1\n2\n")
+    write(source / "one/checkpoints/step-3/state", "third")
+    (source / "one/checkpoints/step-1/state").unlink()
+    write(source / "two/config.yaml", "x")
+    os.unlink(source / "two/config.yaml")
+    assert copy() == 2
+    assert tree(target) == {"one/metrics.jsonl": "1\n2\n", "one/checkpoints/step-3/state": "third"}
+
+    (source / "one/metrics.jsonl").unlink()
+    assert copy() == 0
+    assert "one/metrics.jsonl" in tree(target), "only checkpoints are ever removed"
+
+
+def test_the_script(tmp_path: Path) -> None:
+    write(tmp_path / "runs/one/result.json", "{}")
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "runs"), f"file://{tmp_path}/bucket", "--once"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "copied 1 files" in done.stdout
+    assert tree(tmp_path / "bucket") == {"one/result.json": "{}"}
