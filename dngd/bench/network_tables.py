@@ -77,16 +77,14 @@ def print_scale(result: Mapping[str, Any], console: Console) -> None:
     """Print what run_scale_bench returned: measured and predicted settings, then the model's predictions."""
     graph, fit, errors = result["graph"], result["fit"], result["prediction"]
     table = Table(title=f"Step over limited links, {graph['name']} ({graph['num_nodes']:,} nodes)", box=SIMPLE)
-    for column in ("optimizer", "compute is"):
-        table.add_column(column)
-    for column in ("hosts", "width", "Mbit/s", "compute ms", "step ms", "model ms", "error"):
+    table.add_column("optimizer")
+    for column in ("hosts", "width", "Mbit/s", "compute", "step ms", "model ms", "error"):
         table.add_column(column, justify="right")
-    table.add_column("used for")
+    table.add_column("used for", no_wrap=True)
     for of in result["settings"]:
         table.add_row(
             of["optimizer"],
-            of["compute_is"],
-            str(of["hosts"]),
+            f"{of['hosts']}{'' if of['compute_is'] == 'real' else '*'}",
             str(of["width"]),
             f"{of['megabits']:g}",
             f"{1e3 * of['compute_seconds']:.1f}",
@@ -96,6 +94,8 @@ def print_scale(result: Mapping[str, Any], console: Console) -> None:
             of["used_for"],
         )
     console.print(table)
+    if any(of["compute_is"] != "real" for of in result["settings"]):
+        _line(console, "* These hosts' compute is a sleep of its measured time; their collectives are real.")
     if errors is None:
         _line(console, f"The model was not fitted: {fit['failed']}.")
     else:
@@ -121,7 +121,7 @@ def _projections(model: Mapping[str, Any], console: Console) -> None:
         table = Table(title=f"A MODEL, not a measurement: {shape}'s shape, hidden {model['hidden']}", box=SIMPLE)
         for column in ("GPUs", "hosts", "Adam ms", "effic.", "K-FAC ms", "effic.", "ratio"):
             table.add_column(column, justify="right")
-        table.add_column("cheapest strategy", no_wrap=True)
+        table.add_column("cheapest", no_wrap=True)
         for row in of["rows"]:
             table.add_row(
                 f"{row['gpus']}{'' if row['fits_training_set'] else '*'}",

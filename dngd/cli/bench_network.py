@@ -135,7 +135,7 @@ def bench_scale(
         threads=threads,
         scale=scale,
         compute=None if compute is None else parse_compute(compute),
-        machines=Machines(gpus_per_host, gbits * 1e9 / 8, gpu_gbytes * 1e9, latency_us * 1e-6),
+        machines=Machines(gpus_per_host, gbits * 1e9 / 8, gpu_gbytes * 1e9, latency_us / 1e6),
     )
     with progress_for(Console(stderr=True)) as progress:
         result = run_scale_bench(options, progress)

@@ -335,5 +335,5 @@ def test_a_small_run_over_limited_links(store: GraphStore, capsys: pytest.Captur
     assert "no GPU" in result["model"]["compute"]["source"]
     print_scale(result, Console(width=200))
     shown = capsys.readouterr().out
-    for words in ("Step over limited links, small", "a sleep", "A MODEL, not a measurement"):
+    for words in ("Step over limited links, small", "is a sleep of its measured time", "A MODEL, not a measurement"):
         assert words in shown
