@@ -142,9 +142,10 @@ def test_a_broken_connection_loses_and_repeats_nothing(server: JobServer, capsys
     assert server.connections == 5
 
 
+@pytest.mark.timeout(60)
 def test_a_log_that_does_not_end_with_its_job(server: JobServer, capsys: pytest.CaptureFixture[str]) -> None:
     """The follower asks for the status when the log is silent."""
-    server.log, server.ends = ["one\n"], False
+    server.log, server.ends, server.log_stays_open = ["one\n"], False, True
     threading.Timer(0.5, server.stopped.append, ["elsewhere"]).start()
     assert submit("--address", server.address, "--", "doctor") == 130
     assert capsys.readouterr().out == "one\n"
@@ -220,6 +221,19 @@ def test_ctrl_c_on_a_terminal_asks(
     err = capsys.readouterr().err
     assert f"job mine {said}" in err
     assert answers == []
+
+
+@pytest.mark.timeout(60)
+def test_a_job_that_does_not_stop(
+    server: JobServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dngd.cli.submit._ask", lambda: "stop")
+    monkeypatch.setattr("dngd.cli.submit.STOP_SECONDS", 1.0)
+    server.ends, server.stops = False, False
+    interrupt_soon(server)
+    assert submit("--address", server.address, "--submission-id", "mine", "--", "doctor") == 1
+    assert server.stopped == ["mine"]
+    assert "job mine has not ended 1 s after it was told to stop" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_ctrl_c_then_continue(
