@@ -41,7 +41,7 @@ class JobServer:
     stopped: list[str] = field(default_factory=list)
     connections: int = 0
     address: str = ""
-    _log_ended: bool = False
+    log_sent: bool = False
 
     @web.middleware
     async def _first(self, request: web.Request, handler: Any) -> web.StreamResponse:
@@ -71,7 +71,7 @@ class JobServer:
 
     async def _info(self, request: web.Request) -> web.Response:
         stopped = bool(self.stopped) and self.stops
-        ended = stopped or (self._log_ended and self.ends)
+        ended = stopped or (self.log_sent and self.ends)
         status = "STOPPED" if stopped else self.status if ended else "RUNNING"
         return web.json_response(
             {
@@ -101,7 +101,7 @@ class JobServer:
             await asyncio.sleep(0.05)
             request.transport.abort()
             return socket
-        self._log_ended = True
+        self.log_sent = True
         while self.log_stays_open or not (self.ends or (self.stopped and self.stops)):
             await asyncio.sleep(0.02)
         await socket.close()
