@@ -361,10 +361,12 @@ def test_the_cluster_refuses_the_job(
 
 def test_values_of_variables_are_in_no_message(server: JobServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.status, server.exit_code, server.error_type = "FAILED", None, "RUNTIME_ENV_SETUP_FAILURE"
-    server.message = "cannot install for {'env_vars': {'KEY': 'hunter2000'}}"
+    server.message = (
+        "Failed to set up.\nTraceback ...\nOSError: cannot install for {'env_vars': {'KEY': 'hunter2000'}}\n"
+    )
     assert submit("--address", server.address, "--env", "KEY=hunter2000", "--", "doctor") == 2
     err = capsys.readouterr().err
-    assert "got no runtime environment" in err
+    assert "got no runtime environment (OSError: cannot install" in err, "the cause, not the traceback's beginning"
     assert "hunter2000" not in err
 
 
