@@ -25,10 +25,10 @@ def submit(
     ] = None,
     address: Annotated[
         str | None,
-        typer.Option(help="Job server, http://HOST:8265 [default: $RAY_API_SERVER_ADDRESS, else $RAY_ADDRESS]"),
+        typer.Option(help="Job server, http://HOST:8265 (default: $RAY_API_SERVER_ADDRESS, else $RAY_ADDRESS)"),
     ] = None,
     working_dir: Annotated[
-        str | None, typer.Option(help="Folder or zip file to send, in which the command runs [default: none]")
+        str | None, typer.Option(help="Folder or zip file to send, in which the command runs (default: none)")
     ] = None,
     env: Annotated[
         list[str] | None,
@@ -41,7 +41,7 @@ def submit(
         typer.Option(metavar="REQUIREMENT|FILE.txt", help="Package to install for the job; may be repeated"),
     ] = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the job's id and return at once")] = False,
-    submission_id: Annotated[str | None, typer.Option(help="The job's id [default: Ray makes one]")] = None,
+    submission_id: Annotated[str | None, typer.Option(help="The job's id (default: Ray makes one)")] = None,
 ) -> None:
     """Run a dngd command on a Ray cluster, show its log, and exit with its exit code.
 

@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 
 from dngd.errors import TrainingError
-from dngd.launch.submit import ClusterJobs, redact
+from dngd.launch.submit import ClusterJobs, last_line, redact
 
 PULSE_SECONDS = 5.0
 """Silence in the log after which the job's status is asked for."""
@@ -153,12 +153,12 @@ class LogFollower:
             )
         if code:
             return JobOutcome(int(code) if code > 0 else _SIGNAL_BASE - int(code), f"failed with exit code {code}")
-        message = redact(str(details.message or ""), self._secrets)
+        message = last_line(redact(str(details.message or ""), self._secrets))
         if details.error_type == "RUNTIME_ENV_SETUP_FAILURE":
             return JobOutcome(
                 2, f"got no runtime environment ({_line(message)}); mend --pip or --working-dir and submit again"
             )
-        return JobOutcome(1, f"did not run to its end ({_line(message) or details.error_type or 'no reason given'})")
+        return JobOutcome(1, f"did not run to its end ({_line(message)})")
 
 
 async def _next(chunks: AsyncIterator[str]) -> str | None:

@@ -255,7 +255,7 @@ class ClusterJobs:
             return f"{at} has a job {submission_id} already; give another --submission-id, or none"
         if _NO_AGENT in said:
             return f"{at} has no node that starts jobs after {AGENT_SECONDS:.0f} s; see ray status, and submit again"
-        return f"{at} refused the job ({_last_line(said)}); mend that and submit again"
+        return f"{at} refused the job ({last_line(said)}); mend that and submit again"
 
     def details(self, job_id: str) -> Any:
         """Return Ray's JobDetails of a job. Raises OSError or RuntimeError, in REQUEST_SECONDS, if there are none."""
@@ -347,7 +347,7 @@ def _first_line(error: object) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
     """Return what a traceback in the text ends with: the cause."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     return lines[-1].rstrip(".") if lines else "no reason given"

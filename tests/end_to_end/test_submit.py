@@ -55,7 +55,9 @@ def test_a_mistake_in_the_jobs_command(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize(
-    "variables", [{"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_MODE": "disabled"}], ids=["wrong", "none"]
+    "variables",
+    [{"RAY_AUTH_TOKEN": "0" * 64}, pytest.param({"RAY_AUTH_MODE": "disabled"}, marks=pytest.mark.slow)],
+    ids=["wrong", "none"],
 )
 def test_without_the_clusters_token(cluster: Cluster, variables: dict[str, str]) -> None:
     started = time.monotonic()

@@ -20,7 +20,7 @@ class JobServer:
 
     refuse: HTTP status and text of every answer. packages: working directories, as zip files. log: pieces that a
     follower gets. break_after: how many pieces each connection in turn gives before it breaks. ends: whether the job
-    has ended once its log has; else it runs on.
+    has ended once its log has; else it runs on until it is stopped, and even then if stops is off.
     """
 
     ray_version: str = ray.__version__
@@ -34,12 +34,14 @@ class JobServer:
     log: list[str] = field(default_factory=list)
     break_after: list[int] = field(default_factory=list)
     ends: bool = True
+    log_stays_open: bool = False
+    stops: bool = True
     submitted: list[dict[str, Any]] = field(default_factory=list)
     packages: dict[str, bytes] = field(default_factory=dict)
     stopped: list[str] = field(default_factory=list)
     connections: int = 0
     address: str = ""
-    _log_ended: bool = False
+    log_sent: bool = False
 
     @web.middleware
     async def _first(self, request: web.Request, handler: Any) -> web.StreamResponse:
@@ -68,8 +70,9 @@ class JobServer:
         return web.Response()
 
     async def _info(self, request: web.Request) -> web.Response:
-        ended = self.stopped or (self._log_ended and self.ends)
-        status = "STOPPED" if self.stopped else self.status if ended else "RUNNING"
+        stopped = bool(self.stopped) and self.stops
+        ended = stopped or (self.log_sent and self.ends)
+        status = "STOPPED" if stopped else self.status if ended else "RUNNING"
         return web.json_response(
             {
                 "type": "SUBMISSION",
@@ -78,7 +81,7 @@ class JobServer:
                 "entrypoint": "dngd",
                 "message": self.message,
                 "error_type": self.error_type,
-                "driver_exit_code": self.exit_code if ended and not self.stopped else None,
+                "driver_exit_code": self.exit_code if ended and not stopped else None,
             }
         )
 
@@ -98,8 +101,8 @@ class JobServer:
             await asyncio.sleep(0.05)
             request.transport.abort()
             return socket
-        self._log_ended = True
-        while not self.ends and not self.stopped:
+        self.log_sent = True
+        while self.log_stays_open or not (self.ends or (self.stopped and self.stops)):
             await asyncio.sleep(0.02)
         await socket.close()
         return socket

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +42,23 @@ def submit(*arguments: str) -> int:
         cli.main(["submit", *arguments])
     assert isinstance(exit_info.value.code, int)
     return exit_info.value.code
+
+
+def once_followed(server: JobServer, action: Callable[[], object]) -> None:
+    """Do something a moment after the log is being followed."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 30
+        while not server.log_sent and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        action()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def press_ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def sentence(capsys: pytest.CaptureFixture[str]) -> str:
@@ -142,10 +159,11 @@ def test_a_broken_connection_loses_and_repeats_nothing(server: JobServer, capsys
     assert server.connections == 5
 
 
+@pytest.mark.timeout(60)
 def test_a_log_that_does_not_end_with_its_job(server: JobServer, capsys: pytest.CaptureFixture[str]) -> None:
     """The follower asks for the status when the log is silent."""
-    server.log, server.ends = ["one\n"], False
-    threading.Timer(0.5, server.stopped.append, ["elsewhere"]).start()
+    server.log, server.ends, server.log_stays_open = ["one\n"], False, True
+    once_followed(server, lambda: server.stopped.append("elsewhere"))
     assert submit("--address", server.address, "--", "doctor") == 130
     assert capsys.readouterr().out == "one\n"
 
@@ -154,7 +172,7 @@ def test_lost_contact_ends_the_following_with_a_sentence(
     server: JobServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.log, server.ends = ["one\n"], False
-    threading.Timer(0.4, lambda: setattr(server, "refuse", (502, "gone"))).start()
+    once_followed(server, lambda: setattr(server, "refuse", (502, "gone")))
     assert submit("--address", server.address, "--submission-id", "mine", "--", "doctor") == 1
     out, err = capsys.readouterr()
     assert out == "one\n"
@@ -164,22 +182,9 @@ def test_lost_contact_ends_the_following_with_a_sentence(
     assert "--follow mine" in last
 
 
-def interrupt_soon(server: JobServer) -> None:
-    """Press Ctrl-C once the log is being followed."""
-
-    def press() -> None:
-        deadline = time.monotonic() + 20
-        while not server._log_ended and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=press, daemon=True).start()
-
-
 def test_ctrl_c_without_a_terminal_leaves_the_job(server: JobServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.ends = False
-    interrupt_soon(server)
+    once_followed(server, press_ctrl_c)
     assert submit("--address", server.address, "--submission-id", "mine", "--", "doctor") == 130
     err = capsys.readouterr().err
     assert "job mine goes on" in err
@@ -214,7 +219,7 @@ def test_ctrl_c_on_a_terminal_asks(
     monkeypatch.setattr("sys.stdin", Terminal())
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     server.ends = False
-    interrupt_soon(server)
+    once_followed(server, press_ctrl_c)
     assert submit("--address", server.address, "--submission-id", "mine", "--", "doctor") == 130
     assert server.stopped == stopped
     err = capsys.readouterr().err
@@ -222,12 +227,25 @@ def test_ctrl_c_on_a_terminal_asks(
     assert answers == []
 
 
+@pytest.mark.timeout(60)
+def test_a_job_that_does_not_stop(
+    server: JobServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dngd.cli.submit._ask", lambda: "stop")
+    monkeypatch.setattr("dngd.cli.submit.STOP_SECONDS", 1.0)
+    server.ends, server.stops = False, False
+    once_followed(server, press_ctrl_c)
+    assert submit("--address", server.address, "--submission-id", "mine", "--", "doctor") == 1
+    assert server.stopped == ["mine"]
+    assert "job mine has not ended 1 s after it was told to stop" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_ctrl_c_then_continue(
     server: JobServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dngd.cli.submit._ask", lambda: setattr(server, "ends", True) or "continue")
     server.ends, server.log = False, ["one\n", "two\n"]
-    interrupt_soon(server)
+    once_followed(server, press_ctrl_c)
     assert submit("--address", server.address, "--", "doctor") == 0
     assert capsys.readouterr().out == "one\ntwo\n"
 
@@ -343,10 +361,12 @@ def test_the_cluster_refuses_the_job(
 
 def test_values_of_variables_are_in_no_message(server: JobServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.status, server.exit_code, server.error_type = "FAILED", None, "RUNTIME_ENV_SETUP_FAILURE"
-    server.message = "cannot install for {'env_vars': {'KEY': 'hunter2000'}}"
+    server.message = (
+        "Failed to set up.\nTraceback ...\nOSError: cannot install for {'env_vars': {'KEY': 'hunter2000'}}\n"
+    )
     assert submit("--address", server.address, "--env", "KEY=hunter2000", "--", "doctor") == 2
     err = capsys.readouterr().err
-    assert "got no runtime environment" in err
+    assert "got no runtime environment (OSError: cannot install" in err, "the cause, not the traceback's beginning"
     assert "hunter2000" not in err
 
 
