@@ -23,6 +23,7 @@ import psutil
 from dngd.train.metrics import Activity, StepClock
 
 RECORD_BYTES = 128
+LEFT_OVER_SECONDS = 3600.0
 PERIOD_SECONDS = 1.0
 RANKS_PER_PERIOD = 200
 """More ranks than this beat more slowly: one process hears them all."""
@@ -52,6 +53,7 @@ class FlightRecord:
     """A process's latest phase and step in a file of this machine, which outlives the process, killed or not."""
 
     def __init__(self) -> None:
+        _remove_left_overs()
         descriptor, self.path = tempfile.mkstemp(prefix=f"dngd-{os.getpid()}-", suffix=".phase")
         try:
             os.ftruncate(descriptor, RECORD_BYTES)
@@ -77,6 +79,16 @@ class FlightRecord:
         except (OSError, ValueError):
             return None
         return phase, int(step)
+
+
+def _remove_left_overs() -> None:
+    """Remove the records of processes that are gone, and that nobody asked for within an hour."""
+    for path in Path(tempfile.gettempdir()).glob("dngd-*-*.phase"):
+        number = path.name.split("-")[1]
+        with contextlib.suppress(OSError):
+            old = time.time() - path.stat().st_mtime > LEFT_OVER_SECONDS
+            if old and number.isdigit() and not psutil.pid_exists(int(number)):
+                path.unlink()
 
 
 class Heartbeat:

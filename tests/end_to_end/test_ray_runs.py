@@ -88,7 +88,7 @@ def test_killed_worker_then_resume_on_one_process(cluster: Cluster, store: Graph
             assert driver.poll() is None, driver.communicate()
             assert time.monotonic() < deadline, "no checkpoint after 120 s"
             time.sleep(0.2)
-        os.kill(worker_pids()[0], signal.SIGKILL)
+        os.kill(worker_pids(cluster)[0], signal.SIGKILL)
         _, err = driver.communicate(timeout=180)
     finally:
         driver.kill()
@@ -106,13 +106,16 @@ def test_killed_worker_then_resume_on_one_process(cluster: Cluster, store: Graph
     assert result.steps == at + 3
 
 
-def worker_pids() -> list[int]:
-    """Return the processes of Ray Train workers that are in the training function."""
+def worker_pids(cluster: Cluster) -> list[int]:
+    """Return the processes of the cluster's Ray Train workers that are in the training function."""
+    token = b"RAY_AUTH_TOKEN=" + cluster.environment["RAY_AUTH_TOKEN"].encode()
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
                 command = (folder / "cmdline").read_bytes()
+                if token not in (folder / "environ").read_bytes().split(b"\0"):
+                    continue  # another cluster of this machine
             except OSError:
                 continue
             if (

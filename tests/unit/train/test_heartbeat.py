@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -57,3 +58,15 @@ def test_a_killed_process_leaves_its_phase() -> None:
     record = done.stdout.strip()
     assert FlightRecord.take(record) == ("refresh", 41)
     assert FlightRecord.take(record) is None, "taken once"
+
+
+def test_records_that_nobody_asks_for_go_after_an_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gone = 2**22 + 5  # above the highest pid of Linux
+    old, young = tmp_path / f"dngd-{gone}-a.phase", tmp_path / f"dngd-{gone}-b.phase"
+    alive = tmp_path / f"dngd-{os.getpid()}-c.phase"
+    for path, age in ((old, 4000), (young, 10), (alive, 4000)):
+        path.write_text("3 reduce")
+        os.utime(path, (time.time() - age,) * 2)
+    record = FlightRecord()
+    assert sorted(tmp_path.iterdir()) == sorted([young, alive, Path(record.path)])
