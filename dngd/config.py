@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,6 +152,13 @@ class TrainConfig(_Section):
         if mark and "@" in rest.partition("/")[0]:
             # The value is not repeated: it would reach logs, and the run's config.yaml.
             raise ValueError(f"the {scheme}:// address of dataset holds credentials before an @; leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or ~/.aws), for gs:// GOOGLE_APPLICATION_CREDENTIALS")
+        return value
+
+    @field_validator("run_dir", mode="before")
+    @classmethod
+    def _run_dir_is_a_folder(cls, value: object) -> object:
+        if isinstance(value, str | Path) and re.match(r"[a-z0-9]+:/", str(value)):
+            raise ValueError(f"run_dir={str(value).partition(':')[0]}://… is no folder; give one that all nodes share, and copy it to object storage with cluster/sync_runs.py")
         return value
 
     @field_validator("fanout", mode="before")

@@ -45,9 +45,6 @@ LIMITS = {
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "10",
 }
 
-# Measured: OpenMP threads that spin while they wait take a tenth of a step from samplers on the same cores.
-WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
-
 
 @contextmanager
 def on_cluster(config: TrainConfig, reporter: Reporter) -> Iterator[None]:
@@ -92,7 +89,6 @@ def run_on_ray(config: TrainConfig, reporter: Reporter) -> RunResult:
             storage_path=str(config.run_dir),
             failure_config=_failure_config(),
             callbacks=[FailureListener(channel)],
-            worker_runtime_env={"env_vars": _worker_environment()},
         ),
         torch_config=ray.train.torch.TorchConfig(
             backend=config.collective_backend, timeout_s=int(config.collective_timeout_seconds)
@@ -134,13 +130,6 @@ def _failure_config() -> Any:
     """Ray starts lost workers again without end: how often it may is counted by RunChannel, which knows of
     checkpoints, and how long it may take is bounded by Watch. Its own count is of starts that fail."""
     return ray.train.FailureConfig(max_failures=-1, controller_failure_limit=MOST_FAILED_STARTS)
-
-
-def _worker_environment() -> dict[str, str]:
-    """Return the variables that workers get unless the driver or its runtime environment has them."""
-    runtime_env = ray.get_runtime_context().runtime_env or {}
-    taken = {**os.environ, **(runtime_env.get("env_vars") or {})}
-    return {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in taken}
 
 
 class FailureListener(ray.train.UserCallback):  # type: ignore[misc]
