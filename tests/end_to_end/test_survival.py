@@ -40,7 +40,7 @@ def test_a_killed_and_a_stopped_worker(cluster: Cluster, store: GraphStore, tmp_
     assert f"rank 1 (pid {killed} on " in said
     assert f"was lost in phase reduce of step {per_epoch + 3}; the run goes on from step {went_on[0]} of" in said
     assert f"rank 0 (pid {stopped} on " in said
-    assert f" s in phase sampling of step {2 * per_epoch + 1}: killed, to be started again" in said
+    assert f" s in phase sampling of step {2 * per_epoch + 1}: killed, to be started again" in said, said
     assert "Traceback" not in said
 
 
