@@ -16,6 +16,15 @@ PHASE_WORDS = {"sample_wait": "sampling"}
 WAITING_PHASES = frozenset({"reduce"})
 """Phases in which a rank does nothing but wait for the others."""
 
+SETUP_PHASE = "setup"
+"""A rank whose node converts or fetches the graph takes its time: only the collectives' own limit is for it."""
+
+SAME_FAILURE_SECONDS = 10.0
+"""Ray tells of a failure at each look until the workers are gone; they take longer than this to start again."""
+
+SILENT_SECONDS = 30.0
+"""Beats come every second: where none comes from any rank for this long, no worker runs."""
+
 FATAL_KINDS = frozenset({"user", "diverged"})
 """Failures that doing the same again would not mend."""
 
@@ -40,6 +49,7 @@ class RunChannel:
         self._steps_repeated = 0
         self._checkpoint_step = -1
         self._failures_in_a_row = 0
+        self._failure_told: tuple[int, float] | None = None
         self._waiting_since: float | None = now()
         self._controller: Any = None
         self._verdict: dict[str, str] | None = None
@@ -124,7 +134,8 @@ class RunChannel:
     def group_failed(self, lost: list[int], raised: dict[int, str], controller: Any = None) -> str | None:
         """Keep that an attempt ended, and return why the run is given up; None if workers are to start again.
 
-        lost: ranks whose process is gone. raised: what the others raised, as far as it is known.
+        lost: ranks whose process is gone. raised: what the others raised, as far as it is known. Ray may tell of one
+        failure several times, with more of it known; it counts once.
         """
         self._controller = controller
         if self._waiting_since is None:
@@ -138,6 +149,11 @@ class RunChannel:
             lost = silent if self._failures and len(silent) < self._world_size else []
         losses = list(self._stalled.values())
         losses += [_Loss(rank, self._beat_of(rank), how) for rank in lost if rank not in self._stalled]
+        before, self._failure_told = self._failure_told, (self._attempt, self._now())
+        if before is not None and before[0] == self._attempt and self._now() - before[1] < SAME_FAILURE_SECONDS:
+            known = {loss.rank for loss in self._losses}
+            self._losses += [loss for loss in losses if loss.rank not in known]
+            return None if self._verdict is None else self._verdict["text"]
         if not losses:
             texts = [f["text"] for f in self._failures if f["kind"] == "other"]
             texts = texts or [f["text"] for f in self._failures] or list(raised.values()) or ["the workers failed"]
@@ -177,6 +193,10 @@ class RunChannel:
         The controller is known after a failure alone.
         """
         since = self._waiting_since
+        if since is None and self._beats:
+            # Ray may take workers away without telling of a failure: to use more or fewer nodes, say.
+            heard = max(heard for heard, _ in self._beats.values())
+            since = heard if self._now() - heard > SILENT_SECONDS else None
         return (0.0 if since is None else self._now() - since), self._controller
 
     def stalls(self, limit_seconds: float) -> list[dict[str, Any]]:
@@ -224,12 +244,13 @@ class RunChannel:
         others = [other for r, (_, other) in self._beats.items() if r != rank]
         return (
             len(others) == self._world_size - 1 > 0
-            and beat["phase"] not in WAITING_PHASES
+            and beat["phase"] not in WAITING_PHASES | {SETUP_PHASE}
             and beat["phase_seconds"] > limit_seconds
             and all(
                 other["phase"] in WAITING_PHASES
                 and other["phase_seconds"] > limit_seconds
-                and other["step"] == beat["step"]
+                # Without a collective of its own, a step's end may let the others into the next one.
+                and other["step"] in (beat["step"], beat["step"] + 1)
                 for other in others
             )
         )

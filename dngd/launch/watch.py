@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -18,6 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dngd.config import TrainConfig
 from dngd.train.heartbeat import FlightRecord
 from dngd.train.progress import Reporter, deliver
+
+logger = logging.getLogger(__name__)
 
 RELAY_SECONDS = 0.2
 LOOK_SECONDS = 1.0
@@ -43,6 +46,8 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="dngd-watch", daemon=True)
         self._killing: set[tuple[int, int]] = set()
         self._noticed = False
+        self._failed = False
+        self._is_main_thread = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> Watch:
         self._thread.start()
@@ -70,6 +75,11 @@ class Watch:
             work()
         except ray.exceptions.RayError:
             return  # progress is lost, not the run; the next look comes soon
+        except Exception:
+            # A user's reporter, a closed terminal: neither is to end the run's supervision.
+            if not self._failed:
+                self._failed = True
+                logger.warning("what looks after the run failed (told once)", exc_info=True)
 
     def _relay(self) -> None:
         for item in ray.get(self._channel.drain.remote(), timeout=ANSWER_SECONDS):
@@ -81,11 +91,18 @@ class Watch:
             key = (stall["attempt"], stall["rank"])
             if key not in self._killing:
                 self._killing.add(key)
-                self._beside(partial(self._kill, stall))
+                self._beside(partial(self._kill_or_try_again, stall, key))
 
     def _beside(self, work: Callable[[], None]) -> None:
         """Do something in a thread: a node that is gone does not answer, and progress is to go on."""
         threading.Thread(target=self._quietly, args=(work,), name="dngd-watch-node", daemon=True).start()
+
+    def _kill_or_try_again(self, stall: dict[str, Any], key: tuple[int, int]) -> None:
+        try:
+            self._kill(stall)
+        except BaseException:
+            self._killing.discard(key)  # its node did not answer: the next look tries again
+            raise
 
     def _kill(self, stall: dict[str, Any]) -> None:
         was_there, place = on_node(stall["node_id"], _kill, stall["pid"], stall["started"], stall["record"])
@@ -120,8 +137,11 @@ class Watch:
         ray.get(self._channel.give_up.remote(text), timeout=ANSWER_SECONDS)
         if controller is not None:
             ray.kill(controller)
-        else:
+        elif self._is_main_thread:
             os.kill(os.getpid(), signal.SIGINT)  # on which Ray aborts the controller
+        else:
+            # In a thread of somebody's program Ray does not see the signal, and the program would.
+            self._reporter.message(text)
         self._stop.wait(limit)
 
 
@@ -129,7 +149,13 @@ def on_node(node_id: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """Return what a function returns in a task on a node. Raises a RayError if the node does not answer in a minute."""
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
     task = ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy)
-    return ray.get(task.remote(*arguments), timeout=NODE_SECONDS)
+    answer = task.remote(*arguments)
+    try:
+        return ray.get(answer, timeout=NODE_SECONDS)
+    except ray.exceptions.GetTimeoutError:
+        # Not to be done later, when it may no longer be wanted.
+        ray.cancel(answer, force=True)
+        raise
 
 
 def _kill(pid: int, started: float, record: str) -> tuple[bool, tuple[str, int] | None]:

@@ -286,10 +286,11 @@ class Planner:
         layers = dict(self.plan.precondition_seconds) | {n: means[n] for n in self._sizes if n in means}
         return inversions, layers
 
-    def restore(self, saved: Plan) -> Plan:
+    def restore(self, saved: Plan, device: torch.device) -> Plan:
         """Take a saved plan: as it is in a world of its size, its measurements planned anew in another one.
 
-        A strategy that was asked for stays the one in use, whatever the plan says.
+        A strategy that was asked for stays the one in use, whatever the plan says. All ranks enter: where `auto` let
+        them all invert, they must still round alike, which a lost one's replacement may not.
         """
         self._inversions.clear()
         self._preconditionings.clear()
@@ -297,6 +298,9 @@ class Planner:
         strategies = (
             dict(saved.strategies) if same and self._choice == "auto" else initial_strategies(self._sizes, self._choice)
         )
+        all_invert = self._choice == "auto" and self._comm.world_size > 1 and "replicate" in strategies.values()
+        if all_invert and not ranks_are_alike(self._comm, device):
+            strategies = {n: "share_inverse" if s == "replicate" else s for n, s in strategies.items()}
         if same and strategies == dict(saved.strategies):
             self.plan = saved
         else:

@@ -481,7 +481,7 @@ class KFACPreconditioner:
 
     def adopt_plan(self, saved: Plan) -> None:
         """Go on with a saved plan, made anew from its measurements if this world is of another size."""
-        self.pipeline.plan = self._planner.restore(saved)
+        self.pipeline.plan = self._planner.restore(saved, self.device)
 
     def _damping_now(self) -> Damping:
         value = value_at(self.damping, self.steps)

@@ -131,6 +131,10 @@ class CheckpointFolder:
             shutil.rmtree(final)  # a resumed run rewrites a checkpoint that was damaged
         os.replace(temporary, final)
         flush_folder(self._path)
+        # Later ones were passed over when the run went on from an earlier one: damaged, and not to count as kept.
+        passed_over = [path for path in self._complete() if path.name > final.name]
+        for later in passed_over:
+            shutil.rmtree(later, ignore_errors=True)
         left_overs = [path for path in self._path.iterdir() if path.name.startswith(".writing-")]
         for old in self._complete()[: -self._keep] + left_overs:
             shutil.rmtree(old, ignore_errors=True)

@@ -8,6 +8,7 @@ the gradients of the summed loss are reduced and divided by the global divisor (
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ import torch
 from dngd.allocator import keep_freed_memory
 from dngd.comm import Communicator, FlatGradients, StepSums, shards_of_rank
 from dngd.config import TrainConfig
-from dngd.errors import DivergedError, UserError
+from dngd.errors import DivergedError, TrainingError, UserError
 from dngd.graph import GraphStore, Split, resolve_dataset
 from dngd.models import GNN, build_model
 from dngd.optim import learning_rate
@@ -51,6 +52,7 @@ from dngd.train.supervision import Supervision
 
 REPORT_PERIOD_SECONDS = 0.25
 FULL_BATCH_CHECKPOINT_PERIOD = 50
+MENDED_BY_USERS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT))
 """An epoch is one step there, shorter than writing a checkpoint."""
 
 SETTLE_SECONDS = 30.0
@@ -511,7 +513,11 @@ def run_rank(
             if communicator.rank == 0:
                 result = _write_result(loop, result)
         except OSError as error:
-            raise UserError(
+            if error.filename is None:
+                raise  # of a connection, say
+            # What a user must mend ends the run; a disk or mount that fails may be another node's after a new start.
+            kind = UserError if error.errno in MENDED_BY_USERS else TrainingError
+            raise kind(
                 f"a file of run {loop.folder.path} cannot be read or written: {error.strerror or error} "
                 f"({error.filename}); free space or fix permissions, then go on with --resume"
             ) from error

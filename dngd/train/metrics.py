@@ -158,7 +158,8 @@ class StepClock:
         outer = self.activity
         self._be(Activity(name, outer.step, time.monotonic()))
         yield
-        self._be(Activity(outer.phase, outer.step, time.monotonic()))
+        # The block may have gone on with a run, at its step.
+        self._be(Activity(outer.phase, self.activity.step, time.monotonic()))
 
     def _be(self, activity: Activity) -> None:
         self.activity = activity

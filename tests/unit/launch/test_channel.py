@@ -177,3 +177,40 @@ def test_more_workers_are_no_loss() -> None:
     channel, _ = begun(1)
     channel.beat(beat(0, "reduce", 8))
     assert channel.begin(2)["reason"] == "the cluster has room for 2 workers instead of 1"
+
+
+def test_a_failure_that_ray_tells_of_several_times_counts_once() -> None:
+    channel, clock = begun(max_failures=1)
+    channel.beat(beat(0, "reduce", 5))
+    channel.beat(beat(1, "sample_wait", 5))
+    channel.failed(beat(0, "reduce", 5), "other", "the node is going")
+    for _ in range(6):
+        assert channel.group_failed([1], {}) is None
+        clock.seconds += 2
+    assert channel.group_failed([0, 1], {}) is None
+    said = channel.begin(2)["reason"]
+    assert said.count("rank 1") == 1
+    assert said.count("rank 0") == 1, "what is known later is told too"
+    # The next start's failures are others.
+    assert channel.group_failed([1], {}) is not None
+
+
+def test_workers_taken_away_without_a_failure_are_waited_for() -> None:
+    channel, clock = begun()
+    channel.beat(beat(0, "forward", 5))
+    channel.beat(beat(1, "forward", 5))
+    clock.seconds += 20
+    assert channel.waiting()[0] == 0.0
+    clock.seconds += 25
+    assert channel.waiting()[0] == 45.0
+    channel.beat(beat(1, "forward", 5))
+    assert channel.waiting()[0] == 0.0
+
+
+def test_a_rank_that_sets_up_is_left_in_peace_and_one_a_step_behind_is_not() -> None:
+    for phase, step, named in (("setup", 0, []), ("optimizer", 7, [1]), ("optimizer", 6, [1]), ("optimizer", 5, [])):
+        channel, _ = begun()
+        waits = 0 if phase == "setup" else 7
+        channel.beat(beat(0, "reduce", waits, phase_seconds=80))
+        channel.beat(beat(1, phase, step, phase_seconds=90))
+        assert [stall["rank"] for stall in channel.stalls(60)] == named, (phase, step)

@@ -186,3 +186,12 @@ def test_eigenbases_and_shared_gradients() -> None:
         KFACPreconditioner(net, refresh_budget_seconds=0)
     with pytest.raises(UserError, match="factor_wire='int8' is unknown"):
         KFACPreconditioner(net, factor_wire="int8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("alike", "strategy"), [(True, "replicate"), (False, "share_inverse")])
+def test_a_replaced_rank_may_round_otherwise(alike: bool, strategy: str) -> None:
+    saved = agreed("auto", SLOW)[0]
+    assert set(saved.strategies.values()) == {"replicate"}
+    with mutant(plan, "ranks_are_alike", lambda comm, device: alike):
+        restored = run_threads(3, lambda comm: Planner(SIZES, comm, "auto").restore(saved, CPU))
+    assert {s for found in restored for s in found.strategies.values()} == {strategy}

@@ -164,3 +164,18 @@ def test_without_minutes_nothing_is_agreed_on() -> None:
     schedule.start(0)
     ends = [step for step in range(1, 100) if schedule.is_due(step, epoch_ended=step % 40 == 0)]
     assert ends == [40, 80]
+
+
+def test_a_damaged_later_checkpoint_does_not_outlive_the_one_that_replaces_it(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "c", LocalCommunicator(), keep=1)
+    made = CheckpointWriter(
+        folder, LocalCommunicator(), timeout_seconds=30, signal_seconds=5, tell=lambda _: None, written=lambda _: None
+    )
+    made.save(snapshot(200, 2.0))
+    made.finish()
+    (tmp_path / "c" / "step-00000200" / "model.safetensors").write_bytes(b"damaged")
+    made.save(snapshot(150, 1.5))
+    made.finish()
+    found = newest(tmp_path / "c")
+    assert found is not None
+    assert found.step == 150

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 import dngd
 from dngd.comm import FlatGradients, LocalCommunicator
+from dngd.errors import TrainingError, UserError
 from dngd.graph import GraphStore
 from dngd.optim import NaturalGradient, learning_rate
 from dngd.train import TrainingLoop, loop, prepare_run_folder
@@ -238,3 +240,32 @@ def test_the_clock_says_where_a_step_is(store: GraphStore, tmp_path: Path, monke
         assert {(phase, 0), (phase, 4)} <= set(seen)
     per_epoch = next(step for phase, step in seen if phase == "evaluation")
     assert ("checkpoint", per_epoch) in seen
+
+
+def test_the_clock_keeps_the_step_that_a_resumed_run_goes_on_from() -> None:
+    clock = StepClock()
+    with clock.inside("resuming"):
+        clock.at_step(40)
+    assert (clock.activity.phase, clock.activity.step) == ("setup", 40)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"), UserError),
+        # Another node may do better.
+        (OSError(errno.ESTALE, "Stale file handle", "metrics.jsonl"), TrainingError),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), ConnectionResetError),
+    ],
+)
+def test_only_what_a_user_must_mend_is_called_so(
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, kind: type[Exception]
+) -> None:
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(loop.MetricsLog, "append", fails)
+    prepared = prepare_run_folder(config(store, tmp_path / "run"))
+    with pytest.raises(kind) as caught:
+        loop.run_rank(prepared, LocalCommunicator(), SilentReporter())
+    assert type(caught.value) is kind
