@@ -513,13 +513,14 @@ def run_rank(
             if communicator.rank == 0:
                 result = _write_result(loop, result)
         except OSError as error:
-            if error.filename is None:
+            mended_by_users = error.errno in MENDED_BY_USERS
+            if error.filename is None and not mended_by_users:
                 raise  # of a connection, say
             # What a user must mend ends the run; a disk or mount that fails may be another node's after a new start.
-            kind = UserError if error.errno in MENDED_BY_USERS else TrainingError
-            raise kind(
-                f"a file of run {loop.folder.path} cannot be read or written: {error.strerror or error} "
-                f"({error.filename}); free space or fix permissions, then go on with --resume"
+            which = "" if error.filename is None else f" ({error.filename})"
+            raise (UserError if mended_by_users else TrainingError)(
+                f"a file of run {loop.folder.path} cannot be read or written: {error.strerror or error}{which}; free "
+                "space or fix permissions, then go on with --resume"
             ) from error
         finally:
             loop.writer.settle(SETTLE_SECONDS)
