@@ -14,6 +14,7 @@ from tests.helpers.graphs import small_store
 from tests.helpers.ray_cluster import Cluster, ray_cluster
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Say which tests share a process under `-n`: those of a module, and all that share the Ray cluster."""
     for item in items:
