@@ -34,9 +34,10 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Two at a time; a module's tests stay together, and all that want the Ray cluster (tests/conftest.py).
+# Files two at a time; then those that want the Ray cluster, of which one is enough for two cores.
 test: lint
-	$(BIN)/python -m pytest -m 'not slow and not gpu' -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not ray' -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'ray and not slow and not gpu'
 
 test-slow: setup
 	$(BIN)/python -m pytest -m 'slow and not gpu'

@@ -14,12 +14,12 @@ from tests.helpers.graphs import small_store
 from tests.helpers.ray_cluster import Cluster, ray_cluster
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests share a process under `-n`: those of a module, and all that share the Ray cluster."""
+    """Mark what uses the shared Ray cluster."""
     for item in items:
-        group = "ray cluster" if "cluster" in getattr(item, "fixturenames", ()) else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+        if "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)
 
 
 @pytest.fixture(scope="session", autouse=True)
