@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import signal
+import threading
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -97,7 +98,8 @@ def _patch() -> None:
 def _strike(phase: str, step: int) -> None:
     for action, number in (("kill", signal.SIGKILL), ("stop", signal.SIGSTOP)):
         if _is_due(phase, step, action):
-            os.kill(os.getpid(), number)
+            # To this very thread: one sent to the process may stop the main thread, and this one a phase later.
+            signal.pthread_kill(threading.get_ident(), number)
     if _is_due(phase, step, "hold"):
         time.sleep(600)
 

@@ -21,11 +21,6 @@ from dngd.launch import follow as follow_module
 from dngd.launch import submit as submit_module
 from tests.helpers.job_server import JobServer, job_server
 
-# One of these once waited for its stand-in server without an end, beside other tests: not in the quick suite until why
-# is known.
-pytestmark = pytest.mark.slow
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JobServer]:
     """A job server without authentication, and limits short enough for tests."""
