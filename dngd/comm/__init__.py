@@ -20,12 +20,13 @@ from dngd.comm.cost_model import (
     seconds_per_step,
 )
 from dngd.comm.gradients import FlatGradients, StepSums
-from dngd.comm.machines import ranks_are_alike
+from dngd.comm.machines import Agreement, ranks_are_alike
 from dngd.comm.packing import buckets, flatten, unflatten
 from dngd.comm.probe import probe_network
 from dngd.comm.rounding import RoundedReduction
 
 __all__ = [
+    "Agreement",
     "STRATEGIES",
     "Communicator",
     "FlatGradients",

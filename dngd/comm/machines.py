@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from dngd.comm.communicator import Communicator
+
+
+class Agreement:
+    """Yes or no, the same on all ranks, about what each of them found out from the same numbers.
+
+    Ranks that round alike find the same and are not asked; elsewhere a number next to its limit may fall on either
+    side, and ranks that disagreed would wait for messages of different sizes.
+    """
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._comm = communicator
+        self._alike = True if communicator.world_size == 1 else None
+
+    def of_all(self, found: Sequence[bool], device: torch.device) -> list[bool]:
+        """Return for each answer whether every rank found yes. All ranks enter, with equally many answers."""
+        if self._alike is None:
+            self._alike = ranks_are_alike(self._comm, device)
+        if self._alike or not found:
+            return list(found)
+        votes = torch.tensor(found, dtype=torch.float64, device=device)
+        self._comm.all_reduce(votes, "state", group="factor").wait()
+        return (votes == self._comm.world_size).tolist()
 
 
 def ranks_are_alike(communicator: Communicator, device: torch.device) -> bool:

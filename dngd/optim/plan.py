@@ -232,11 +232,12 @@ class Planner:
         inversions, preconditionings = self._agree(device)
         network = None
         strategies = dict(self.plan.strategies)
-        if self._choice == "auto" and self._comm.world_size > 1 and len(preconditionings) == len(self._sizes):
+        if self._choice == "auto" and self._comm.world_size > 1 and preconditionings:
             network = probe_network(self._comm, device)
             alike = ranks_are_alike(self._comm, device)
             seconds = _filled(self._sizes, inversions)
-            for name, sizes in self._sizes.items():
+            # A layer that never had a gradient was not measured, and stays as it is.
+            for name, sizes in ((name, self._sizes[name]) for name in self._sizes if name in preconditionings):
                 cost = LayerCost(
                     (seconds[name, "A"], seconds[name, "G"]),
                     preconditionings[name],

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dngd.comm import Communicator, RoundedReduction, Work, flatten, unflatten
+from dngd.comm import Agreement, Communicator, RoundedReduction, Work, flatten, unflatten
 from dngd.comm.assignment import Factor
 from dngd.curvature import DampingMode, FactorStatistics, FactorStructure, Tensors, damping_split
 from dngd.optim.inverses import HELD_ELSEWHERE, Decomposition, StoredInverse, Wanted, decompose, from_bytes, to_bytes
@@ -78,6 +78,21 @@ class Damping:
 
 Job = tuple[FactorStructure, Tensors, float, Wanted]
 """A factor to invert: structure, averages, λ, and the form that is wanted."""
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What one rank finds of a reduced factor.
+
+    averages: M. damping: λ. probe: `M p`. is_unchanged: since its inversion; rounds: its inverse may be rounded.
+    """
+
+    factor: Factor
+    averages: Tensors
+    damping: float
+    probe: Tensor
+    is_unchanged: bool
+    rounds: bool
 
 
 @dataclass
@@ -143,6 +158,7 @@ class RefreshPipeline:
         self.plan = plan
         self._on_inverted = on_inverted
         self._comm = communicator
+        self._agreement = Agreement(communicator)
         self._wanted = wanted
         self._exact = replace(wanted, dtype=None)
         self._change_threshold = change_threshold
@@ -166,14 +182,14 @@ class RefreshPipeline:
         exact: list[Tensor] = []
         rounded: dict[Factor, Tensors] = {}
         decays = {}
+        bears = self._bear_rounding(layers, damping)
         for name in layers:
             state = self._states[name]
             decays[name], state.decay = state.decay, 1.0
             if state.unfolded is None:
                 continue
-            bears = self._bears_rounding(state, damping)
             for which, sums in (("A", state.unfolded.a), ("G", state.unfolded.g)):
-                if bears[which]:
+                if (name, which) in bears:
                     rounded[name, which] = sums
                 else:
                     exact += sums
@@ -364,8 +380,23 @@ class RefreshPipeline:
                 shapes.append(tuple(folded.counts.shape))
         return unflatten(flat, shapes) if flat.numel() else []
 
+    def _bear_rounding(self, layers: Sequence[str], damping: Damping) -> set[Factor]:
+        """Return the factors whose sums may travel rounded, alike on all ranks."""
+        if self._factor_wire is None or self._comm.world_size == 1:
+            return set()
+        found = {
+            (name, which): bears
+            for name in layers
+            for which, bears in self._bears_rounding(self._states[name], damping).items()
+        }
+        agreed = self._agreement.of_all(list(found.values()), self._device(layers))
+        return {factor for factor, bears in zip(found, agreed) if bears}
+
+    def _device(self, layers: Sequence[str]) -> torch.device:
+        return self._states[layers[0]].folded.counts.device
+
     def _bears_rounding(self, state: LayerState, damping: Damping) -> dict[str, bool]:
-        """Return for each factor whether its sums may travel rounded; from folded sums, so alike on all ranks.
+        """Return for each factor whether its sums may travel rounded, by the folded sums.
 
         With each entry's relative error at most u, once on its own rank and once as a sum, `‖E‖ <= 2u·tr M`: where
         `λ >= 2u·tr M`, `M + E + λI` stays positive definite even if every error had the worst sign. Errors of random
@@ -391,37 +422,47 @@ class RefreshPipeline:
         jobs: dict[Factor, Job] = {}
         plan = refresh.plan
         assert plan is not None, "a restored refresh is inverted already"
+        measured = self._measured(refresh)
+        found = [answer for m in measured for answer in (m.is_unchanged, m.rounds)]
+        agreed = iter(self._agreement.of_all(found, self._device(refresh.layers)))
+        kept: dict[Factor, float] = {}
+        for m in measured:
+            which, state = m.factor[1], self._states[m.factor[0]]
+            is_unchanged, rounds = next(agreed), next(agreed)
+            # The next comparison is with what was inverted, or small changes would add up unseen.
+            refresh.probes[m.factor] = state.probes[which] if is_unchanged else m.probe
+            keeps_damping = is_unchanged and not self._wanted.eigenbasis
+            kept[m.factor] = state.damping["AG".index(which)] if keeps_damping else m.damping
+            is_exact = is_unchanged and state.is_exact(which, m.averages[0].dtype)
+            refresh.wanted[m.factor] = self._wanted if rounds and not is_exact else self._exact
+            if not plan.inverts(m.factor, self._comm.rank):
+                continue
+            if is_unchanged:
+                refresh.inverses[m.factor] = state.inverses[which]
+                state.reused_inversions += plan.owners[m.factor] == self._comm.rank
+            else:
+                jobs[m.factor] = (state.structure(which), m.averages, m.damping, refresh.wanted[m.factor])
+        refresh.dampings = {name: (kept[name, "A"], kept[name, "G"]) for name, which in kept if which == "A"}
+        return jobs
+
+    def _measured(self, refresh: Refresh) -> list[_Measured]:
+        """Return what this rank finds of the factors that have statistics, the same factors on all ranks."""
+        out = []
+        damping = refresh.damping
         for name in refresh.layers:
             state = self._states[name]
             averages = state.folded.averages()
             if averages is None:
                 continue
-            damping = refresh.damping
             diagonals = state.a.diagonal(averages[0]), state.g.diagonal(averages[1])
             split = damping_split(*diagonals, damping.value, damping.mode, damping.g_ratio)
-            kept = {"A": float(split[0]), "G": float(split[1])}
-            for which, sums, lam, old in zip("AG", averages, tuple(kept.values()), state.damping):
-                structure, factor = state.structure(which), (name, which)
+            for which, sums, diagonal, lam, old in zip("AG", averages, diagonals, map(float, split), state.damping):
+                structure = state.structure(which)
                 probe = structure.matvec(sums, _probe_vector(structure.dimension, sums[0]))
                 is_unchanged = which in state.inverses and self._is_unchanged(state.probes.get(which), probe, old, lam)
-                # The next comparison is with what was inverted, or small changes would add up unseen.
-                refresh.probes[factor] = state.probes[which] if is_unchanged else probe
-                if is_unchanged and not self._wanted.eigenbasis:
-                    kept[which] = old
-                # From reduced numbers, which all ranks hold alike: so they agree on what comes over the wire.
-                trace = float(structure.diagonal(sums).sum())
-                refresh.wanted[factor] = self._wanted if self._wanted.rounds(trace, lam) else self._exact
-                if is_unchanged and state.is_exact(which, sums[0].dtype):
-                    refresh.wanted[factor] = self._exact
-                if not plan.inverts(factor, self._comm.rank):
-                    continue
-                if is_unchanged:
-                    refresh.inverses[factor] = state.inverses[which]
-                    state.reused_inversions += plan.owners[factor] == self._comm.rank
-                else:
-                    jobs[factor] = (structure, sums, lam, refresh.wanted[factor])
-            refresh.dampings[name] = (kept["A"], kept["G"])
-        return jobs
+                rounds = self._wanted.rounds(float(diagonal.sum()), lam)
+                out.append(_Measured((name, which), sums, lam, probe, is_unchanged, rounds))
+        return out
 
     def _is_unchanged(self, old: Tensor | None, new: Tensor, old_damping: float, damping: float) -> bool:
         """Return whether `‖(M - M₀) p‖ <= t ‖M₀ p‖` and λ moved by no more, t the threshold or a sum's rounding."""
@@ -443,7 +484,7 @@ class RefreshPipeline:
                 state.failed_inversions += result.stored is None
             refresh.inverses[factor] = result.stored
             self._on_inverted(factor, result.seconds)
-        device = self._states[refresh.layers[0]].folded.counts.device
+        device = self._device(refresh.layers)
         for name in refresh.layers:
             for which in "AG":
                 if self._comm.world_size == 1 or refresh.plan.strategies[name] == "replicate":

@@ -46,13 +46,17 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self.failed = 0
         """Checkpoints that were not written, at rank 0."""
+        self.left_out_step: int | None = None
+        """Step of the last `save`, if it was left out; the same on all ranks."""
 
     def save(self, snapshot: Snapshot) -> None:
         """Copy the state and start to write it, when the checkpoint before is written. All ranks enter.
 
         Where that takes longer than the limit, this checkpoint is left out, which is told and counted.
         """
+        self.left_out_step = None
         if not self._wait_together():
+            self.left_out_step = snapshot.step
             self._fail(
                 f"checkpoint of step {snapshot.step} is left out: the one before is still being written after "
                 f"{self._timeout_seconds:.0f} s; is the storage of the run folder slow or gone?"

@@ -160,6 +160,8 @@ class TrainingLoop:
                     self._train_step(source, shards)
                     self._after_step()
         with self.clock.inside("writing the checkpoint"):
+            if self.writer.left_out_step == self.step:
+                self._checkpoint()  # there is nothing left to hold up: the last one is worth a second wait
             self.writer.finish()
         return self._finish()
 

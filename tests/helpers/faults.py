@@ -16,8 +16,8 @@ import importlib.util
 import json
 import os
 import signal
-import threading
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dngd.comm import LocalCommunicator, RoundedReduction, rounding
+from dngd.comm import LocalCommunicator, RoundedReduction, machines, rounding
 from dngd.config import KFACConfig
 from dngd.curvature import FactorLayout
 from dngd.optim import KFACPreconditioner, NaturalGradient, UpdateSchedule, layer_footprint
 from dngd.optim.refresh import RefreshPipeline
-from tests.helpers.mutants import assert_caught
+from tests.helpers.mutants import assert_caught, mutant
 from tests.helpers.thread_world import ThreadCommunicator, run_threads
 
 UNIT = 2.0**-8
@@ -298,6 +298,37 @@ def test_what_cannot_bear_rounding_travels_as_it_is() -> None:
     sketch = sent("bfloat16", layout=FactorLayout(max_dimension=6, rank=2))
     assert sketch[0] - sketch[1] == 2 * (21 + 21 + 10), "a sketch was rounded"
     assert sent("bfloat16", double=True)[1] == 2 * whole
+
+
+def law_ranks_that_round_differently_send_alike() -> None:
+    """A rank whose numbers fall on the other side of a limit: all do what every one of them can."""
+
+    def work(comm: ThreadCommunicator) -> list[Tensor]:
+        net, pre = make(EXAMPLE, comm, "bfloat16", damping=0.1, inverse_precision="float16")
+        if comm.rank == 1:
+            pre.pipeline._bears_rounding = lambda state, damping: dict.fromkeys("AG", False)  # type: ignore[method-assign]
+            pre.pipeline._is_unchanged = lambda *measured: True  # type: ignore[method-assign]
+            pre.pipeline._wanted = replace(pre.pipeline._wanted, dtype=None)
+        for step, counts in enumerate(EXAMPLE.counts):
+            take_step(net, pre, comm, step, counts[comm.rank])
+        pre.pipeline.drain()
+        out = [t.clone() for s in pre.states.values() for i in s.inverses.values() for t in i.tensors]
+        assert all(s.reused_inversions == 0 for s in pre.states.values())
+        pre.close()
+        return out
+
+    with mutant(machines, "ranks_are_alike", lambda comm, device: False):
+        first, second = run_threads(2, work)
+    assert first
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:layer .* has a gradient")
+def test_ranks_that_round_differently_send_alike() -> None:
+    law_ranks_that_round_differently_send_alike()
+    assert_caught(
+        law_ranks_that_round_differently_send_alike, machines.Agreement, "of_all", lambda self, found, device: found
+    )
 
 
 WIDTHS = ((6, 8), (8, 5))

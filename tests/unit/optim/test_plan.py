@@ -79,8 +79,10 @@ def test_when_plans_are_made() -> None:
     assert [step for step in range(2101) if planner.is_due(step, 50)] == [50, 1000, 2000]
 
 
-def agreed(choice: Any, network: Network = FREE, alike: bool = True, **options: Any) -> list[Plan]:
-    """Plans of three ranks that measured differently."""
+def agreed(
+    choice: Any, network: Network = FREE, alike: bool = True, unused: str | None = None, **options: Any
+) -> list[Plan]:
+    """Plans of three ranks that measured differently. unused: a layer that never had a gradient."""
 
     def work(comm: ThreadCommunicator) -> Plan:
         planner = Planner(SIZES, comm, choice, **options)  # type: ignore[arg-type]
@@ -89,7 +91,7 @@ def agreed(choice: Any, network: Network = FREE, alike: bool = True, **options: 
                 planner.record_inversion(factor, 1e-3 * (1 + comm.rank))
                 planner.record_inversion(factor, 1e-3 * (1 + comm.rank))
                 planner.record_inversion(factor, 50.0)  # an outlier
-        for name in SIZES:
+        for name in set(SIZES) - {unused}:
             planner.record_preconditioning(name, 1e-4 * (1 + comm.rank))
         return planner.replan(50, 50, CPU)
 
@@ -129,6 +131,9 @@ def test_auto_follows_the_network_within_what_is_allowed() -> None:
     assert "share_gradient" not in agreed("auto", FREE)[0].strategies.values(), "it doubles the traffic"
     eigenbases = agreed("auto", FREE, traffic_budget=1.0, shares_gradients=False)[0]
     assert "share_gradient" not in eigenbases.strategies.values()
+    unused = dict(agreed("auto", SLOW, unused="square")[0].strategies)
+    assert unused.pop("square") == "share_inverse", "as it was: nothing is known of it"
+    assert set(unused.values()) == {"replicate"}
     for choice in STRATEGIES:
         for network in (SLOW, FREE):
             assert set(agreed(choice, network)[0].strategies.values()) == {choice}

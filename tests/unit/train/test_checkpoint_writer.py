@@ -117,6 +117,7 @@ def test_a_write_that_does_not_end_is_waited_for_no_longer_than_the_limit(
         started = time.monotonic()
         made.save(snapshot(2, 2.0))
         assert time.monotonic() - started < 10
+        assert made.left_out_step == 2, "on every rank"
         gate.set()
         made.finish()
         return made.failed

@@ -16,6 +16,7 @@ from dngd.errors import TrainingError, UserError
 from dngd.graph import GraphStore
 from dngd.optim import NaturalGradient, learning_rate
 from dngd.train import TrainingLoop, loop, prepare_run_folder
+from dngd.train.checkpoint_writer import CheckpointWriter
 from dngd.train.evaluation import ExactEvaluator, Scores
 from dngd.train.metrics import EvaluationRecord, MetricsLog, StepClock, read_metrics
 from dngd.train.progress import SilentReporter
@@ -269,3 +270,24 @@ def test_only_what_a_user_must_mend_is_called_so(
     with pytest.raises(kind) as caught:
         loop.run_rank(prepared, LocalCommunicator(), SilentReporter())
     assert type(caught.value) is kind
+
+
+def test_the_last_checkpoint_is_worth_a_second_wait(
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left out because the one before took too long to write, it is made once training has ended."""
+    made = TrainingLoop(prepare_run_folder(config(store, tmp_path / "run")), LocalCommunicator(), SilentReporter())
+    asked: list[int] = []
+
+    def busy(self: CheckpointWriter, snapshot: Any) -> None:
+        asked.append(snapshot.step)
+        if asked.count(snapshot.step) == 1:
+            self.left_out_step = snapshot.step
+        else:
+            original(self, snapshot)
+
+    original = CheckpointWriter.save
+    monkeypatch.setattr(CheckpointWriter, "save", busy)
+    result = made.run()
+    assert asked == [result.steps // 2, result.steps, result.steps]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{result.steps:08d}"]
