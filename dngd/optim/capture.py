@@ -219,7 +219,8 @@ class Capture:
         """Return which rows a seed of nonzero weight reaches: those whose gradient is not exactly zero."""
         if self.variant == "paper":
             return torch.ones(gradients.shape[0], dtype=torch.bool, device=gradients.device)
-        return (gradients != 0).any(dim=1)
+        # Ends of each row: several times faster on a CPU than any(), and NaN counts as reached here too.
+        return (gradients.amax(dim=1) != 0).logical_or_(gradients.amin(dim=1) != 0)
 
     def _choose(self, layer: CurvatureLayer, reached: Tensor) -> tuple[Tensor | None, float]:
         """Return the positions of the reached rows that are measured (None for all rows) and what each stands for."""
