@@ -175,3 +175,14 @@ def test_no_machine_is_named() -> None:
             continue
         if path.is_file() and path.suffix in {".py", ".md", ".toml", ".yaml", ".txt", ""} and os.access(path, os.R_OK):
             assert not danger.search(path.read_text(errors="ignore")), path
+
+
+def test_questions_quote_the_messages_that_dngd_says() -> None:
+    section = README.split("\n## Questions\n")[1].split("\n## ")[0]
+    quoted = re.findall(r"^- \*\*`(.+?)`\*\*", section, flags=re.MULTILINE)
+    assert len(quoted) >= 8
+    said = " ".join(path.read_text() for path in sorted((ROOT / "dngd").rglob("*.py")))
+    said = re.sub(r'"\s*\n\s*f?"', "", said)  # sentences over several lines
+    for message in quoted:
+        for part in message.split(" ... "):
+            assert part in re.sub(r"\{[^{}]*\}", "{}", said), f"{part!r} is said nowhere"
