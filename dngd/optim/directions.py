@@ -15,8 +15,8 @@ from dngd.curvature import precondition_in_eigenbasis, precondition_with_inverse
 from dngd.errors import UserError
 from dngd.optim.arguments import Method
 from dngd.optim.eigenvalues import EigenvalueCorrection
+from dngd.optim.layer_state import LayerState
 from dngd.optim.layers import CurvatureLayer
-from dngd.optim.refresh import LayerState
 
 
 class Directions:

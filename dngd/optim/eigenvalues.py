@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dngd.comm import Communicator, flatten, unflatten
+from dngd.optim.layer_state import LayerState
 from dngd.optim.layers import CurvatureLayer
-from dngd.optim.refresh import LayerState
 from dngd.optim.schedules import Period, period_at
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dngd.curvature import FactorStructure, Tensors
+from dngd.optim.layer_state import LayerState
 from dngd.optim.layers import CurvatureLayer
-from dngd.optim.refresh import LayerState
 
 if TYPE_CHECKING:
     from dngd.optim.preconditioner import KFACPreconditioner

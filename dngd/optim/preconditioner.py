@@ -30,11 +30,13 @@ from dngd.optim.arguments import LossReduction, Method, check_arguments, check_w
 from dngd.optim.capture import Capture, Variant, WeightSharing
 from dngd.optim.directions import Directions
 from dngd.optim.eigenvalues import EigenvalueCorrection
+from dngd.optim.findings import Damping
 from dngd.optim.health import layer_health, layer_table
 from dngd.optim.inverses import PRECISIONS, WIRES, FactorWire, InversePrecision, Wanted
+from dngd.optim.layer_state import LayerState
 from dngd.optim.layers import CurvatureLayer, find_layers
 from dngd.optim.plan import TRAFFIC_BUDGET, LayerSizes, Plan, Planner, StrategyChoice
-from dngd.optim.refresh import Damping, LayerState, RefreshPipeline
+from dngd.optim.refresh import RefreshPipeline
 from dngd.optim.schedules import Period, Schedule, UpdateSchedule, period_at, value_at
 from dngd.optim.state import load_preconditioner_state, preconditioner_state
 

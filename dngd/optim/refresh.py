@@ -18,81 +18,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dngd.comm import Agreement, Communicator, RoundedReduction, Work, flatten, unflatten
+from dngd.comm import Communicator, RoundedReduction, Work, flatten, unflatten
 from dngd.comm.assignment import Factor
-from dngd.curvature import DampingMode, FactorStatistics, FactorStructure, Tensors, damping_split
+from dngd.curvature import FactorStatistics, FactorStructure, Tensors
+from dngd.optim.findings import Damping, Findings, device_of
 from dngd.optim.inverses import HELD_ELSEWHERE, Decomposition, StoredInverse, Wanted, decompose, from_bytes, to_bytes
+from dngd.optim.layer_state import LayerState
 from dngd.optim.plan import Plan
-
-
-@dataclass
-class LayerState:
-    """Everything the preconditioner keeps for one layer.
-
-    a, g: the factors' structures. unfolded: this rank's sums since the last launch; None on a single rank,
-    where every sum is folded at once. folded: the sums over all ranks up to the last fold. decay: product
-    of ρ since the last launch, which the next fold owes to `folded`. inverses: in use, by "A" and "G";
-    launched_step: when their refresh was launched (-1: none yet). attempted_step: launch of the last
-    refresh that ended, well or not; the same on all ranks, while escalations, failed and reused
-    inversions count on the owner rank alone. probes: `M p` of the factors that were last inverted, p a fixed
-    vector, and damping (λ_A, λ_G): what tells a factor that did not change. holder: the one rank that has the
-    inverses in use and applies them; None where every rank has them. forms: of the inverses in use, alike on all
-    ranks, also on those that do not have them.
-    """
-
-    a: FactorStructure
-    g: FactorStructure
-    unfolded: FactorStatistics | None
-    folded: FactorStatistics
-    decay: float = 1.0
-    inverses: dict[str, StoredInverse] = field(default_factory=dict)
-    launched_step: int = -1
-    attempted_step: int = -1
-    escalations: int = 0
-    failed_inversions: int = 0
-    reused_inversions: int = 0
-    probes: dict[str, Tensor] = field(default_factory=dict)
-    damping: tuple[float, float] = (0.0, 0.0)
-    holder: int | None = None
-    forms: dict[str, Wanted] = field(default_factory=dict)
-
-    def structure(self, which: str) -> FactorStructure:
-        """Return the structure of factor "A" or "G"."""
-        return self.a if which == "A" else self.g
-
-    def is_exact(self, which: str, computed: torch.dtype) -> bool:
-        """Return whether the inverse in use is kept as computed; the same on all ranks."""
-        if which in self.forms:
-            return self.forms[which].dtype is None
-        return self.inverses[which].is_exact(computed)
-
-
-@dataclass(frozen=True)
-class Damping:
-    """What a refresh adds to the factors; see dngd.curvature.damping."""
-
-    value: float
-    mode: DampingMode
-    g_ratio: float
-
 
 Job = tuple[FactorStructure, Tensors, float, Wanted]
 """A factor to invert: structure, averages, λ, and the form that is wanted."""
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """What one rank finds of a reduced factor.
-
-    averages: M. damping: λ. probe: `M p`. is_unchanged: since its inversion; rounds: its inverse may be rounded.
-    """
-
-    factor: Factor
-    averages: Tensors
-    damping: float
-    probe: Tensor
-    is_unchanged: bool
-    rounds: bool
 
 
 @dataclass
@@ -158,10 +93,9 @@ class RefreshPipeline:
         self.plan = plan
         self._on_inverted = on_inverted
         self._comm = communicator
-        self._agreement = Agreement(communicator)
         self._wanted = wanted
         self._exact = replace(wanted, dtype=None)
-        self._change_threshold = change_threshold
+        self._findings = Findings(states, communicator, wanted, change_threshold, factor_wire)
         self._factor_wire = factor_wire
         self.discarded_statistics = 0
         """Refreshes whose reduced statistics were not finite and were left out, on all ranks alike."""
@@ -182,7 +116,7 @@ class RefreshPipeline:
         exact: list[Tensor] = []
         rounded: dict[Factor, Tensors] = {}
         decays = {}
-        bears = self._bear_rounding(layers, damping)
+        bears = self._findings.bear_rounding(layers, damping)
         for name in layers:
             state = self._states[name]
             decays[name], state.decay = state.decay, 1.0
@@ -380,99 +314,28 @@ class RefreshPipeline:
                 shapes.append(tuple(folded.counts.shape))
         return unflatten(flat, shapes) if flat.numel() else []
 
-    def _bear_rounding(self, layers: Sequence[str], damping: Damping) -> set[Factor]:
-        """Return the factors whose sums may travel rounded, alike on all ranks."""
-        if self._factor_wire is None or self._comm.world_size == 1:
-            return set()
-        found = {
-            (name, which): bears
-            for name in layers
-            for which, bears in self._bears_rounding(self._states[name], damping).items()
-        }
-        agreed = self._agreement.of_all(list(found.values()), self._device(layers))
-        return {factor for factor, bears in zip(found, agreed) if bears}
-
-    def _device(self, layers: Sequence[str]) -> torch.device:
-        return self._states[layers[0]].folded.counts.device
-
-    def _bears_rounding(self, state: LayerState, damping: Damping) -> dict[str, bool]:
-        """Return for each factor whether its sums may travel rounded, by the folded sums.
-
-        With each entry's relative error at most u, once on its own rank and once as a sum, `‖E‖ <= 2u·tr M`: where
-        `λ >= 2u·tr M`, `M + E + λI` stays positive definite even if every error had the worst sign. Errors of random
-        signs add up to far less, and error feedback takes them back at the next refresh. With u = 2⁻⁸ the relative
-        damping passes from 1/128 on. The first reduction, of a factor that nothing is known of, is not rounded.
-        """
-        out = {"A": False, "G": False}
-        averages_known = float(state.folded.counts.min()) > 0
-        if self._factor_wire is None or state.folded.counts.dtype != torch.float32 or not averages_known:
-            return out
-        diagonals = [
-            state.structure(which).diagonal(state.folded.sums(which)) / state.folded.counts[i]
-            for i, which in enumerate("AG")
-        ]
-        split = damping_split(diagonals[0], diagonals[1], damping.value, damping.mode, damping.g_ratio)
-        unit = torch.finfo(self._factor_wire).eps / 2
-        for which, diagonal, lam in zip("AG", diagonals, split):
-            trace = float(diagonal.sum())
-            out[which] = state.structure(which).bears_rounding and float(lam) >= 2 * unit * trace
-        return out
-
     def _damped_factors(self, refresh: Refresh) -> dict[Factor, Job]:
         jobs: dict[Factor, Job] = {}
         plan = refresh.plan
         assert plan is not None, "a restored refresh is inverted already"
-        measured = self._measured(refresh)
-        found = [answer for m in measured for answer in (m.is_unchanged, m.rounds)]
-        agreed = iter(self._agreement.of_all(found, self._device(refresh.layers)))
         kept: dict[Factor, float] = {}
-        for m in measured:
+        for m in self._findings.measure(refresh.layers, refresh.damping):
             which, state = m.factor[1], self._states[m.factor[0]]
-            is_unchanged, rounds = next(agreed), next(agreed)
             # The next comparison is with what was inverted, or small changes would add up unseen.
-            refresh.probes[m.factor] = state.probes[which] if is_unchanged else m.probe
-            keeps_damping = is_unchanged and not self._wanted.eigenbasis
+            refresh.probes[m.factor] = state.probes[which] if m.is_unchanged else m.probe
+            keeps_damping = m.is_unchanged and not self._wanted.eigenbasis
             kept[m.factor] = state.damping["AG".index(which)] if keeps_damping else m.damping
-            is_exact = is_unchanged and state.is_exact(which, m.averages[0].dtype)
-            refresh.wanted[m.factor] = self._wanted if rounds and not is_exact else self._exact
+            is_exact = m.is_unchanged and state.is_exact(which, m.averages[0].dtype)
+            refresh.wanted[m.factor] = self._wanted if m.rounds and not is_exact else self._exact
             if not plan.inverts(m.factor, self._comm.rank):
                 continue
-            if is_unchanged:
+            if m.is_unchanged:
                 refresh.inverses[m.factor] = state.inverses[which]
                 state.reused_inversions += plan.owners[m.factor] == self._comm.rank
             else:
                 jobs[m.factor] = (state.structure(which), m.averages, m.damping, refresh.wanted[m.factor])
         refresh.dampings = {name: (kept[name, "A"], kept[name, "G"]) for name, which in kept if which == "A"}
         return jobs
-
-    def _measured(self, refresh: Refresh) -> list[_Measured]:
-        """Return what this rank finds of the factors that have statistics, the same factors on all ranks."""
-        out = []
-        damping = refresh.damping
-        for name in refresh.layers:
-            state = self._states[name]
-            averages = state.folded.averages()
-            if averages is None:
-                continue
-            diagonals = state.a.diagonal(averages[0]), state.g.diagonal(averages[1])
-            split = damping_split(*diagonals, damping.value, damping.mode, damping.g_ratio)
-            for which, sums, diagonal, lam, old in zip("AG", averages, diagonals, map(float, split), state.damping):
-                structure = state.structure(which)
-                probe = structure.matvec(sums, _probe_vector(structure.dimension, sums[0]))
-                is_unchanged = which in state.inverses and self._is_unchanged(state.probes.get(which), probe, old, lam)
-                rounds = self._wanted.rounds(float(diagonal.sum()), lam)
-                out.append(_Measured((name, which), sums, lam, probe, is_unchanged, rounds))
-        return out
-
-    def _is_unchanged(self, old: Tensor | None, new: Tensor, old_damping: float, damping: float) -> bool:
-        """Return whether `‖(M - M₀) p‖ <= t ‖M₀ p‖` and λ moved by no more, t the threshold or a sum's rounding."""
-        if old is None or not bool(torch.isfinite(new).all()):
-            return False
-        rounding = 200 * torch.finfo(new.dtype).eps
-        limit = max(self._change_threshold, rounding)
-        change = float(torch.linalg.vector_norm(new - old)) / max(float(torch.linalg.vector_norm(old)), 1e-300)
-        # An eigenbasis does not depend on the damping.
-        return change <= limit and (self._wanted.eigenbasis or abs(damping - old_damping) <= limit * old_damping)
 
     def _start_sharing(self, refresh: Refresh) -> None:
         assert refresh.inversion is not None
@@ -484,7 +347,7 @@ class RefreshPipeline:
                 state.failed_inversions += result.stored is None
             refresh.inverses[factor] = result.stored
             self._on_inverted(factor, result.seconds)
-        device = self._device(refresh.layers)
+        device = device_of(self._states, refresh.layers)
         for name in refresh.layers:
             for which in "AG":
                 if self._comm.world_size == 1 or refresh.plan.strategies[name] == "replicate":
@@ -598,12 +461,6 @@ class RefreshPipeline:
             if late is not None and state.unfolded is not None:
                 for tensor, part in zip(state.unfolded.sums(which), late):
                     tensor.add_(part, alpha=state.decay)
-
-
-def _probe_vector(dimension: int, like: Tensor) -> Tensor:
-    """Return a fixed vector with entries of both signs: its product with a factor shows whether that changed."""
-    generator = torch.Generator().manual_seed(dimension)
-    return torch.randn(dimension, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
 
 
 def _decompose_all(

@@ -12,10 +12,12 @@ from dngd.comm.communicator import LocalCommunicator
 from dngd.curvature import FactorStatistics
 from dngd.errors import UserError
 from dngd.optim.eigenvalues import ScaleState
+from dngd.optim.findings import Damping
 from dngd.optim.inverses import StoredInverse
+from dngd.optim.layer_state import LayerState
 from dngd.optim.layers.base import ConstantInput
 from dngd.optim.plan import Plan
-from dngd.optim.refresh import Damping, LayerState, Refresh
+from dngd.optim.refresh import Refresh
 from dngd.optim.trust import LevenbergMarquardt
 
 if TYPE_CHECKING:

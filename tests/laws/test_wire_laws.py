@@ -306,9 +306,9 @@ def law_ranks_that_round_differently_send_alike() -> None:
     def work(comm: ThreadCommunicator) -> list[Tensor]:
         net, pre = make(EXAMPLE, comm, "bfloat16", damping=0.1, inverse_precision="float16")
         if comm.rank == 1:
-            pre.pipeline._bears_rounding = lambda state, damping: dict.fromkeys("AG", False)  # type: ignore[method-assign]
-            pre.pipeline._is_unchanged = lambda *measured: True  # type: ignore[method-assign]
-            pre.pipeline._wanted = replace(pre.pipeline._wanted, dtype=None)
+            pre.pipeline._findings._bears_rounding = lambda state, damping: dict.fromkeys("AG", False)  # type: ignore[method-assign]
+            pre.pipeline._findings._is_unchanged = lambda *measured: True  # type: ignore[method-assign]
+            pre.pipeline._findings._wanted = replace(pre.pipeline._wanted, dtype=None)
         for step, counts in enumerate(EXAMPLE.counts):
             take_step(net, pre, comm, step, counts[comm.rank])
         pre.pipeline.drain()

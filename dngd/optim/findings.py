@@ -1,0 +1,142 @@
+"""What the ranks find, alike, of the factors of a refresh: what may be rounded on the way, and what did not change.
+
+Everything is computed from reduced numbers, which all ranks hold alike, and agreed on where ranks round differently:
+what comes over the wire, and in how many bytes, follows from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dngd.comm import Agreement, Communicator
+from dngd.comm.assignment import Factor
+from dngd.curvature import DampingMode, Tensors, damping_split
+from dngd.optim.inverses import Wanted
+from dngd.optim.layer_state import LayerState
+
+
+@dataclass(frozen=True)
+class Damping:
+    """What a refresh adds to the factors; see dngd.curvature.damping."""
+
+    value: float
+    mode: DampingMode
+    g_ratio: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is found of a reduced factor; is_unchanged and rounds by all ranks alike, once they agreed.
+
+    averages: M. damping: λ. probe: `M p`. is_unchanged: since its inversion; rounds: its inverse may be rounded.
+    """
+
+    factor: Factor
+    averages: Tensors
+    damping: float
+    probe: Tensor
+    is_unchanged: bool
+    rounds: bool
+
+
+def device_of(states: Mapping[str, LayerState], layers: Sequence[str]) -> torch.device:
+    """Return where the layers' statistics are."""
+    return states[layers[0]].folded.counts.device
+
+
+class Findings:
+    """See the module. The arguments are those of RefreshPipeline."""
+
+    def __init__(
+        self,
+        states: Mapping[str, LayerState],
+        communicator: Communicator,
+        wanted: Wanted,
+        change_threshold: float,
+        factor_wire: torch.dtype | None,
+    ) -> None:
+        self._states = states
+        self._comm = communicator
+        self._agreement = Agreement(communicator)
+        self._wanted = wanted
+        self._change_threshold = change_threshold
+        self._factor_wire = factor_wire
+
+    def bear_rounding(self, layers: Sequence[str], damping: Damping) -> set[Factor]:
+        """Return the factors whose sums may travel rounded, alike on all ranks."""
+        if self._factor_wire is None or self._comm.world_size == 1:
+            return set()
+        found = {
+            (name, which): bears
+            for name in layers
+            for which, bears in self._bears_rounding(self._states[name], damping).items()
+        }
+        agreed = self._agreement.of_all(list(found.values()), device_of(self._states, layers))
+        return {factor for factor, bears in zip(found, agreed) if bears}
+
+    def _bears_rounding(self, state: LayerState, damping: Damping) -> dict[str, bool]:
+        """Return for each factor whether its sums may travel rounded, by the folded sums.
+
+        With each entry's relative error at most u, once on its own rank and once as a sum, `‖E‖ <= 2u·tr M`: where
+        `λ >= 2u·tr M`, `M + E + λI` stays positive definite even if every error had the worst sign. Errors of random
+        signs add up to far less, and error feedback takes them back at the next refresh. With u = 2⁻⁸ the relative
+        damping passes from 1/128 on. The first reduction, of a factor that nothing is known of, is not rounded.
+        """
+        out = {"A": False, "G": False}
+        averages_known = float(state.folded.counts.min()) > 0
+        if self._factor_wire is None or state.folded.counts.dtype != torch.float32 or not averages_known:
+            return out
+        diagonals = [
+            state.structure(which).diagonal(state.folded.sums(which)) / state.folded.counts[i]
+            for i, which in enumerate("AG")
+        ]
+        split = damping_split(diagonals[0], diagonals[1], damping.value, damping.mode, damping.g_ratio)
+        unit = torch.finfo(self._factor_wire).eps / 2
+        for which, diagonal, lam in zip("AG", diagonals, split):
+            trace = float(diagonal.sum())
+            out[which] = state.structure(which).bears_rounding and float(lam) >= 2 * unit * trace
+        return out
+
+    def measure(self, layers: Sequence[str], damping: Damping) -> list[Measured]:
+        """Return those factors of these layers that have statistics. All ranks enter, and find the same."""
+        found = self._measured(layers, damping)
+        answers = [answer for m in found for answer in (m.is_unchanged, m.rounds)]
+        agreed = iter(self._agreement.of_all(answers, device_of(self._states, layers)))
+        return [replace(m, is_unchanged=next(agreed), rounds=next(agreed)) for m in found]
+
+    def _measured(self, layers: Sequence[str], damping: Damping) -> list[Measured]:
+        out = []
+        for name in layers:
+            state = self._states[name]
+            averages = state.folded.averages()
+            if averages is None:
+                continue
+            diagonals = state.a.diagonal(averages[0]), state.g.diagonal(averages[1])
+            split = damping_split(*diagonals, damping.value, damping.mode, damping.g_ratio)
+            for which, sums, diagonal, lam, old in zip("AG", averages, diagonals, map(float, split), state.damping):
+                structure = state.structure(which)
+                probe = structure.matvec(sums, _probe_vector(structure.dimension, sums[0]))
+                is_unchanged = which in state.inverses and self._is_unchanged(state.probes.get(which), probe, old, lam)
+                rounds = self._wanted.rounds(float(diagonal.sum()), lam)
+                out.append(Measured((name, which), sums, lam, probe, is_unchanged, rounds))
+        return out
+
+    def _is_unchanged(self, old: Tensor | None, new: Tensor, old_damping: float, damping: float) -> bool:
+        """Return whether `‖(M - M₀) p‖ <= t ‖M₀ p‖` and λ moved by no more, t the threshold or a sum's rounding."""
+        if old is None or not bool(torch.isfinite(new).all()):
+            return False
+        rounding = 200 * torch.finfo(new.dtype).eps
+        limit = max(self._change_threshold, rounding)
+        change = float(torch.linalg.vector_norm(new - old)) / max(float(torch.linalg.vector_norm(old)), 1e-300)
+        # An eigenbasis does not depend on the damping.
+        return change <= limit and (self._wanted.eigenbasis or abs(damping - old_damping) <= limit * old_damping)
+
+
+def _probe_vector(dimension: int, like: Tensor) -> Tensor:
+    """Return a fixed vector with entries of both signs: its product with a factor shows whether that changed."""
+    generator = torch.Generator().manual_seed(dimension)
+    return torch.randn(dimension, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
