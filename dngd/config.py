@@ -105,7 +105,9 @@ class TrainConfig(_Section):
 
     dataset: str = Field(description="name (DATA_ROOT/NAME.npz or built-in), path of a store or npz file, or s3:// or gs:// address of a store")
     data_root: Path | None = Field(None, description="folder of data sets; null: $DNGD_DATA_ROOT")
-    cache_dir: Path | None = Field(None, description="folder of converted stores; null: $DNGD_CACHE_DIR or ~/.cache/dngd")
+    cache_dir: Path | None = Field(None, description="folder of converted stores, and of copies; null: $DNGD_CACHE_DIR or ~/.cache/dngd")
+    stage_dir: Path | None = Field(None, description="folder on each node's own disk where stores on s3:// or gs:// are kept, and a store folder (on a shared file system, say) is copied too, once a node; null: cache_dir, and a store folder is opened where it lies")
+    stage_timeout_seconds: float = Field(3600.0, gt=0, description="limit for all nodes to have the graph, copied or converted, seconds")
     split: str = Field("masks", description="masks | masks:K | public | complete | random:TRAIN/VAL/TEST", json_schema_extra=IDENTITY)
     model: Literal["gcn", "sage"] = Field("gcn", description="layer kind", json_schema_extra=IDENTITY)
     hidden: int = Field(256, ge=1, description="width of the hidden layers", json_schema_extra=IDENTITY)

@@ -18,6 +18,7 @@ def train(
     dataset: Annotated[str | None, typer.Option(help=field_help("dataset"))] = None,
     data_root: Annotated[Path | None, typer.Option(help=field_help("data_root"))] = None,
     cache_dir: Annotated[Path | None, typer.Option(help=field_help("cache_dir"))] = None,
+    stage_dir: Annotated[Path | None, typer.Option(help=field_help("stage_dir"))] = None,
     split: Annotated[str | None, typer.Option(help=field_help("split"))] = None,
     engine: Annotated[str | None, typer.Option(help=field_help("engine"))] = None,
     num_workers: Annotated[int | None, typer.Option(help=field_help("num_workers"))] = None,

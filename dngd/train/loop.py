@@ -22,7 +22,7 @@ from dngd.allocator import keep_freed_memory
 from dngd.comm import Communicator, FlatGradients, StepSums, shards_of_rank
 from dngd.config import TrainConfig
 from dngd.errors import DivergedError, TrainingError, UserError
-from dngd.graph import GraphStore, Split, resolve_dataset
+from dngd.graph import GraphStore, Split
 from dngd.models import GNN, build_model
 from dngd.optim import learning_rate
 from dngd.sampling import SamplerPipeline, derive_seed
@@ -47,6 +47,7 @@ from dngd.train.placement import choose_placement, free_gpu_bytes, place_feature
 from dngd.train.plan import check_device, check_fits, make_plan
 from dngd.train.progress import Reporter, StepRecord
 from dngd.train.run_folder import RunFolder, spill_folders
+from dngd.train.set_up import open_dataset, set_up_together
 from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
 from dngd.train.supervision import Supervision
 
@@ -78,7 +79,13 @@ class TrainingLoop:
         self.clock = self.supervision.clock
         self.folder = RunFolder(config.run_dir)
         self.device = _device(config)
-        self.store: GraphStore = resolve_dataset(config.dataset, config.data_root_in_use, config.cache_dir)
+        self.store: GraphStore = set_up_together(
+            lambda progress: open_dataset(config, progress),
+            communicator,
+            limit_seconds=config.stage_timeout_seconds,
+            round_seconds=config.collective_timeout_seconds / 4,
+            tell=reporter.message,
+        )
         self.split: Split = self.store.split(config.split, config.seed)
         left_out = sum(self.split.dropped_unlabelled.values())
         if left_out:
