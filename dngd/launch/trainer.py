@@ -15,7 +15,8 @@ from dngd.report import write_report
 from dngd.train import RunFolder, RunPlan, RunResult, check_run_folder, make_plan, prepare_run_folder, run_rank
 from dngd.train.plan import check_device, check_fits
 from dngd.train.progress import ConsoleReporter, Reporter, SilentReporter
-from dngd.train.set_up import StageMessages, open_dataset
+from dngd.train.remote_run import fetched_run, send_report
+from dngd.train.together import StageMessages, open_dataset
 
 
 class Trainer:
@@ -64,8 +65,11 @@ class Trainer:
         else:
             with ConsoleReporter(Console(file=sys.stderr)) as reporter:
                 result = self._run(reporter)
-        folder = RunFolder(Path(result.run_dir))
-        write_report([folder.path], folder.report)
+        # The configuration's address has options, such as an endpoint, that the result's is without.
+        run = self.config.run_dir if self.config.run_address else Path(result.run_dir)
+        assert run is not None
+        with fetched_run(run) as path:
+            send_report(run, write_report([path], RunFolder(path).report))
         return result
 
     def _run(self, reporter: Reporter) -> RunResult:

@@ -46,7 +46,7 @@ class ObjectStore:
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """Nobody listens while the block runs."""
+        """Nobody listens while the block runs; what is stored stays."""
         port = int(self.endpoint.rpartition(":")[2])
         self.server.stop()
         try:

@@ -1,4 +1,4 @@
-"""What each rank does alone before the first step, for longer than a collective may last: fetching a graph, say.
+"""What each rank does alone, for longer than a collective may last: fetching a graph, say, before the first step.
 
 The ranks wait for each other in many short rounds of a gather and a broadcast, each far below the collectives' limit,
 so that a node which takes an hour is neither taken for dead nor waited for without end.
@@ -73,7 +73,7 @@ class _Alone(Generic[T]):
         self._results: list[T] = []
         self._text = "starting"
         self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._run, name="dngd-set-up", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="dngd-alone", daemon=True)
         self.thread.start()
 
     def state(self) -> _State:
@@ -95,20 +95,23 @@ class _Alone(Generic[T]):
         self._text = stage_text(stage, done, total)
 
 
-def set_up_together(
+def together(
     work: Callable[[Progress], T],
     communicator: Communicator,
     *,
     limit_seconds: float,
     round_seconds: float,
     tell: Callable[[str], None],
+    state: str = "have the graph",
+    fix: str = "wait longer with --set stage_timeout_seconds=N, or put the graph where the nodes read it faster",
 ) -> T:
     """Return what `work` returns at this rank, once it has returned at all ranks. All ranks enter.
 
     work: called once at each rank, with a progress callback, in a thread where there are other ranks; it must not
     communicate. round_seconds: most time between two rounds, well below the collectives' limit. tell: hears at rank 0
-    how far the others are. Raises what work raised, at the other ranks a UserError or TrainingError of it; UserError
-    at all ranks when limit_seconds have passed.
+    how far the others are. For messages: state, of those that are done, and fix, of what takes too long.
+    Raises what work raised, at the other ranks a UserError or TrainingError of it; UserError at all ranks when
+    limit_seconds have passed.
     """
     if communicator.world_size == 1:
         return work(StageMessages(tell))
@@ -119,7 +122,11 @@ def set_up_together(
         alone.thread.join(seconds)
         seconds = min(2 * seconds, round_seconds, MOST_ROUND_SECONDS)
         gathered = communicator.gather_bytes(json.dumps(asdict(alone.state())).encode())
-        verdict = None if gathered is None else _verdict(gathered, time.monotonic() - began, limit_seconds)
+        verdict = None
+        if gathered is not None:
+            verdict = _verdict(gathered, state)
+            if verdict["kind"] == "wait" and time.monotonic() - began >= limit_seconds:
+                verdict = {"kind": "user", "text": f"{verdict['text']} after {limit_seconds:.0f} s; {fix}"}
         payload = None if verdict is None else json.dumps(verdict).encode()
         verdict = json.loads(communicator.broadcast_bytes(payload))
         if verdict["kind"] == "ready":
@@ -133,7 +140,7 @@ def set_up_together(
             tell(verdict["text"])
 
 
-def _verdict(gathered: list[bytes], waited: float, limit_seconds: float) -> dict[str, Any]:
+def _verdict(gathered: list[bytes], done: str) -> dict[str, Any]:
     """Return what rank 0 makes of all ranks' states: "kind" (ready, wait, user or training) and "text"."""
     states = [_State(**json.loads(item)) for item in gathered]
     failed = next(((rank, state) for rank, state in enumerate(states) if state.failure), None)
@@ -141,15 +148,11 @@ def _verdict(gathered: list[bytes], waited: float, limit_seconds: float) -> dict
         rank, state = failed
         if state.for_users:
             return {"kind": "user", "text": state.failure}
-        return {"kind": "training", "text": f"rank {rank} failed to set up: {state.failure}"}
+        return {"kind": "training", "text": f"rank {rank}: {state.failure}"}
     missing = [rank for rank, state in enumerate(states) if not state.done]
     if not missing:
         return {"kind": "ready", "text": ""}
     # One that waits for another process says less than that other one.
     shown = min(missing, key=lambda rank: states[rank].text.startswith("waiting"))
-    how_many = f"{len(states) - len(missing)} of {len(states)} workers have the graph"
-    text = f"{how_many}; rank {shown} is {states[shown].text}"
-    if waited < limit_seconds:
-        return {"kind": "wait", "text": text}
-    fix = "wait longer with --set stage_timeout_seconds=N, or put the graph where the nodes read it faster"
-    return {"kind": "user", "text": f"{text} after {limit_seconds:.0f} s; {fix}"}
+    how_many = f"{len(states) - len(missing)} of {len(states)} workers {done}"
+    return {"kind": "wait", "text": f"{how_many}; rank {shown} is {states[shown].text}"}

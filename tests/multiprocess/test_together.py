@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.ranks import run_ranks
-from tests.multiprocess.set_up import LIMIT_SECONDS
+from tests.multiprocess.together import LIMIT_SECONDS
 
 CASES: dict[str, dict[str, Any]] = {
     "slow": {"sleep": 1.5 * LIMIT_SECONDS},
@@ -21,7 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def met() -> dict[str, list[dict[str, Any]]]:
     """What ranks 0 and 1 got in each case."""
-    return dict(zip(CASES, run_ranks("tests.multiprocess.set_up:meet", 2, list(CASES.values()))))
+    return dict(zip(CASES, run_ranks("tests.multiprocess.together:meet", 2, list(CASES.values()))))
 
 
 def test_a_rank_that_takes_longer_than_a_collective_may(met: dict[str, list[dict[str, Any]]]) -> None:
@@ -32,7 +32,7 @@ def test_a_rank_that_takes_longer_than_a_collective_may(met: dict[str, list[dict
 def test_one_ranks_failure_is_every_ranks(met: dict[str, list[dict[str, Any]]]) -> None:
     assert [item["error"] for item in met["user"]] == ["UserError: no such graph; give another"] * 2
     assert [item["error"] for item in met["other"]] == [
-        "TrainingError: rank 1 failed to set up: no such graph; give another",
+        "TrainingError: rank 1: no such graph; give another",
         "ValueError: no such graph; give another",
     ]
 

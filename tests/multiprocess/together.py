@@ -1,4 +1,4 @@
-"""What the ranks of test_set_up.py do."""
+"""What the ranks of test_together.py do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from dngd.comm import Communicator, current_communicator
 from dngd.errors import TrainingError, UserError
-from dngd.train.set_up import Progress, set_up_together
+from dngd.train.together import Progress, together
 
 LIMIT_SECONDS = 2.5
 """Of each collective."""
@@ -33,7 +33,7 @@ def meet(comm: Communicator, argument: dict[str, Any]) -> dict[str, Any]:
             result = work(lambda *_: None)
             impatient.barrier()
         else:
-            result = set_up_together(
+            result = together(
                 work,
                 impatient,
                 limit_seconds=argument.get("limit", 60.0),
