@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 from pydantic.config import JsonDict
 
 from dngd.errors import UserError
 
 IDENTITY: JsonDict = {"identity": True}
+
+_CREDENTIALS_FIX = "leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or ~/.aws), for gs:// GOOGLE_APPLICATION_CREDENTIALS"
 
 
 class _Section(BaseModel):
@@ -105,7 +107,9 @@ class TrainConfig(_Section):
 
     dataset: str = Field(description="name (DATA_ROOT/NAME.npz or built-in), path of a store or npz file, or s3:// or gs:// address of a store")
     data_root: Path | None = Field(None, description="folder of data sets; null: $DNGD_DATA_ROOT")
-    cache_dir: Path | None = Field(None, description="folder of converted stores; null: $DNGD_CACHE_DIR or ~/.cache/dngd")
+    cache_dir: Path | None = Field(None, description="folder of converted stores, and of copies; null: $DNGD_CACHE_DIR or ~/.cache/dngd")
+    stage_dir: Path | None = Field(None, description="folder on each node's own disk where stores on s3:// or gs:// are kept, and a store folder (on a shared file system, say) is copied too, once a node; null: cache_dir, and a store folder is opened where it lies")
+    stage_timeout_seconds: float = Field(3600.0, gt=0, description="limit for all nodes to have the graph, copied or converted, seconds")
     split: str = Field("masks", description="masks | masks:K | public | complete | random:TRAIN/VAL/TEST", json_schema_extra=IDENTITY)
     model: Literal["gcn", "sage"] = Field("gcn", description="layer kind", json_schema_extra=IDENTITY)
     hidden: int = Field(256, ge=1, description="width of the hidden layers", json_schema_extra=IDENTITY)
@@ -141,7 +145,7 @@ class TrainConfig(_Section):
     max_dropped_steps: int = Field(10, ge=1, description="non-finite steps in a row after which training stops")
     checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(), description="checkpoints")
     ray: RayConfig = Field(default_factory=lambda: RayConfig(), description="cluster")
-    run_dir: Path | None = Field(None, description="run folder; null: runs/DATASET-MODEL-OPTIMIZER-TIME")
+    run_dir: Path | None = Field(None, description="run folder, or its s3:// or gs:// address; null: runs/DATASET-MODEL-OPTIMIZER-TIME")
     resume: bool = Field(False, description="go on from run_dir's newest good checkpoint; a folder without a run starts one")
 
     # fmt: on
@@ -151,15 +155,22 @@ class TrainConfig(_Section):
         scheme, mark, rest = value.partition("://")
         if mark and "@" in rest.partition("/")[0]:
             # The value is not repeated: it would reach logs, and the run's config.yaml.
-            raise ValueError(f"the {scheme}:// address of dataset holds credentials before an @; leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or ~/.aws), for gs:// GOOGLE_APPLICATION_CREDENTIALS")
+            raise ValueError(f"the {scheme}:// address of dataset holds credentials before an @; {_CREDENTIALS_FIX}")
         return value
 
     @field_validator("run_dir", mode="before")
     @classmethod
-    def _run_dir_is_a_folder(cls, value: object) -> object:
-        if isinstance(value, str | Path) and re.match(r"[a-z0-9]+:/", str(value)):
-            raise ValueError(f"run_dir={str(value).partition(':')[0]}://… is no folder; give one that all nodes share, and copy it to object storage with cluster/sync_runs.py")
+    def _run_dir_is_a_place(cls, value: object) -> object:
+        found = re.match(r"([a-z0-9]+):/+([^/]*)", str(value)) if isinstance(value, str | Path) else None
+        if found and found[1] not in ("s3", "s3a", "gs", "gcs"):
+            raise ValueError(f"run_dir={found[1]}://… is no place for a run; give a folder, or an s3:// or gs:// address")
+        if found and "@" in found[2].partition("?")[0]:
+            raise ValueError(f"the {found[1]}:// address of run_dir holds credentials before an @; {_CREDENTIALS_FIX}")
         return value
+
+    @field_serializer("run_dir", when_used="json")
+    def _run_dir_text(self, value: Path | None) -> str | None:
+        return self.run_address or (None if value is None else str(value))
 
     @field_validator("fanout", mode="before")
     @classmethod
@@ -252,6 +263,17 @@ class TrainConfig(_Section):
         return "empirical" if self.kfac.variant == "paper" else "monte_carlo"
 
     @property
+    def run_address(self) -> str | None:
+        """The run folder's address; None if it is a folder of a file system."""
+        return None if self.run_dir is None else address_of_run(self.run_dir)
+
+    @property
+    def run_name(self) -> str:
+        """The last part of the run folder's path or address; empty where it is not settled yet."""
+        path = str(self.run_dir or "")
+        return Path(path.partition("?")[0] if self.run_address else path).name
+
+    @property
     def learning_rate(self) -> float:
         """The peak learning rate in use."""
         if self.lr is not None:
@@ -292,17 +314,29 @@ class TrainConfig(_Section):
         return cls(**merge(read_yaml(path), overrides or {}))
 
 
+def address_of_run(run_dir: Path) -> str | None:
+    """Return the s3:// or gs:// address that a run folder's path is: a Path keeps one slash of two. None if it is none."""
+    found = re.fullmatch(r"(s3a?|gs|gcs):/+(.*)", str(run_dir), re.DOTALL)
+    return f"{found[1]}://{found[2]}" if found else None
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return a YAML file's mapping. Raises UserError if it cannot be read or is not a mapping."""
     try:
-        data = yaml.safe_load(path.read_text())
+        return parse_yaml(path.read_bytes(), str(path))
     except OSError as error:
         raise UserError(f"configuration file {path} cannot be read: {error.strerror}; check the path") from None
+
+
+def parse_yaml(content: bytes, shown: str) -> dict[str, Any]:
+    """Return the mapping in a YAML file's content. shown: the file's name in messages. Raises UserError."""
+    try:
+        data = yaml.safe_load(content.decode())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"configuration file {path} is not YAML: {reason}") from None
+        raise UserError(f"configuration file {shown} is not YAML: {reason}") from None
     if not isinstance(data, dict):
-        raise UserError(f"configuration file {path} holds a {type(data).__name__}; it must be a mapping of fields")
+        raise UserError(f"configuration file {shown} holds a {type(data).__name__}; it must be a mapping of fields")
     return data
 
 

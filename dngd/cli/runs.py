@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ import typer
 from rich.table import Table
 
 from dngd.cli.common import Json, field_help, out, print_json, size_text
-from dngd.config import TrainConfig, merge, parse_assignment, read_yaml
+from dngd.config import TrainConfig, address_of_run, merge, parse_assignment, read_yaml
 from dngd.errors import UserError
 
 
@@ -18,6 +19,7 @@ def train(
     dataset: Annotated[str | None, typer.Option(help=field_help("dataset"))] = None,
     data_root: Annotated[Path | None, typer.Option(help=field_help("data_root"))] = None,
     cache_dir: Annotated[Path | None, typer.Option(help=field_help("cache_dir"))] = None,
+    stage_dir: Annotated[Path | None, typer.Option(help=field_help("stage_dir"))] = None,
     split: Annotated[str | None, typer.Option(help=field_help("split"))] = None,
     engine: Annotated[str | None, typer.Option(help=field_help("engine"))] = None,
     num_workers: Annotated[int | None, typer.Option(help=field_help("num_workers"))] = None,
@@ -109,15 +111,15 @@ def _base_fields(config: Path | None, run_dir: Path | None, resume: bool) -> dic
     """Return what flags go on top of: the configuration file, or else the resumed run's own configuration."""
     if config is not None:
         return read_yaml(config)
-    from dngd.train import RunFolder
+    if resume and run_dir is not None:
+        from dngd.train.run_folder import saved_fields
 
-    if resume and run_dir is not None and RunFolder(run_dir).config.exists():
-        return read_yaml(RunFolder(run_dir).config)
+        return saved_fields(run_dir) or {}
     return {}
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run folder")],
+    run: Annotated[Path, typer.Argument(help="Run folder, or its s3:// or gs:// address")],
     data_root: Annotated[Path | None, typer.Option(help=field_help("data_root"))] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Another graph, or where the run's graph is now [default: the run's]")
@@ -133,7 +135,7 @@ def evaluate(
     if as_json:
         print_json(scores)
         return
-    table = Table(title=f"{run}: model of step {scores['step']}")
+    table = Table(title=f"{address_of_run(run) or run}: model of step {scores['step']}")
     for column in ("nodes", "accuracy", "loss"):
         table.add_column(column)
     for part in ("train", "val", "test"):
@@ -142,7 +144,7 @@ def evaluate(
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="Run folder")],
+    run: Annotated[Path, typer.Argument(help="Run folder, or its s3:// or gs:// address")],
     output: Annotated[Path, typer.Option("--out", help="Parquet file to write")],
     nodes: Annotated[
         str, typer.Option(help="Which nodes: all, train, val, test (of the run's split) or unlabelled")
@@ -184,15 +186,18 @@ def predict(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or s3:// or gs:// addresses of some")],
     output: Annotated[Path, typer.Option("--out", help="HTML file to write")] = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML page about one or several runs."""
     from dngd.report import write_report
+    from dngd.train.remote_run import fetched_run
 
     if output.exists() and (output.is_dir() or b"dngd" not in output.read_bytes()[:4096]):
         raise UserError(f"--out {output} exists and is no dngd report; give another path")
-    out.print(str(write_report(runs, output)), highlight=False)
+    with contextlib.ExitStack() as stack:
+        folders = [stack.enter_context(fetched_run(run)) for run in runs]
+        out.print(str(write_report(folders, output)), highlight=False)
 
 
 def doctor(as_json: Json = False) -> None:
@@ -231,7 +236,7 @@ def _print_result(result: dict[str, Any]) -> None:
     out.print(table)
     # Below the table: a path cut to a column's width is of no use.
     out.print(f"run folder  {result['run_dir']}", highlight=False, soft_wrap=True)
-    out.print(f"report      {Path(result['run_dir']) / 'report.html'}", highlight=False, soft_wrap=True)
+    out.print(f"report      {result['run_dir']}/report.html", highlight=False, soft_wrap=True)
 
 
 _FEATURE_PLACES = {

@@ -86,7 +86,7 @@ def _run_dir_note(arguments: tuple[str, ...]) -> str | None:
         return None
     if any(word.startswith(("--run-dir", "run_dir=", "--config", "--set=run_dir=")) for word in arguments):
         return None
-    return "without --run-dir the run folder lies in the job's own folder on the head node; give one on shared storage"
+    return "without --run-dir the run folder lies in the job's own folder on the head node; give one on shared storage, or at an s3:// address"
 
 
 def _follow(jobs: ClusterJobs, job_id: str, follower: LogFollower) -> int:

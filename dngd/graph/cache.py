@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dngd.errors import UserError
+from dngd.graph.builder import Progress
 from dngd.graph.lock import file_lock
 from dngd.graph.staging import remove_unfinished
 from dngd.graph.store import GraphStore
@@ -30,10 +31,13 @@ def open_or_build(
     purpose: str,
     cache_dir: str | Path | None = None,
     wait_seconds: float = 600,
+    *,
+    progress: Progress | None = None,
 ) -> GraphStore:
     """Open the cached store of a key, or let `build` write it there first. One process builds, others wait.
 
     key: names the content: other content needs another key. purpose: what building is called in messages.
+    progress: hears of a wait for another process.
     A cached store that does not open is built anew.
     """
     target = cache_folder(cache_dir) / f"{key}-v{_CACHE_VERSION}"
@@ -43,7 +47,9 @@ def open_or_build(
         except UserError:
             # Not removed here: without the lock, another process may be rebuilding it.
             pass
-    with file_lock(target.with_name(f"{target.name}.lock"), purpose=purpose, wait_seconds=wait_seconds):
+    on_wait = None if progress is None else lambda text: progress(text, 0, 0)
+    lock = target.with_name(f"{target.name}.lock")
+    with file_lock(lock, purpose=purpose, wait_seconds=wait_seconds, on_wait=on_wait):
         if target.is_dir():
             try:
                 return GraphStore.open(target)

@@ -20,7 +20,7 @@ from dngd.graph.filesystems import is_remote
 from dngd.graph.manifest import MANIFEST_NAME
 from dngd.graph.npz import import_npz
 from dngd.graph.planetoid import PARTS, find_planetoid, import_planetoid, planetoid_sha256
-from dngd.graph.remote import open_remote
+from dngd.graph.remote import open_copy
 from dngd.graph.store import GraphStore
 from dngd.graph.synth import BUILT_IN, write_synth
 from dngd.graph.writer import Progress
@@ -38,6 +38,7 @@ def resolve_dataset(
     cache_dir: str | Path | None = None,
     wait_seconds: float = 600,
     *,
+    stage_dir: str | Path | None = None,
     download: bool = False,
     progress: Progress | None = None,
 ) -> GraphStore:
@@ -48,22 +49,26 @@ def resolve_dataset(
     DATA_ROOT/NAME (the same two kinds); a built-in, generated graph; with download=True, a known public graph.
 
     data_root: default $DNGD_DATA_ROOT. cache_dir: where converted graphs are kept; default $DNGD_CACHE_DIR, else
-    ~/.cache/dngd. wait_seconds: how long to wait for another process that converts the same graph.
+    ~/.cache/dngd. wait_seconds: how long to wait for another process that copies or converts the same graph.
+    stage_dir: a folder of this machine's own disk, where what is copied or converted is kept instead, and where a store
+    folder, which may lie on a slower file system, is copied too.
     Raises UserError if nothing is found (saying where it was looked for and what exists), or conversion fails.
     """
     text = str(dataset)
     root = _data_root(data_root)
-    cache = cache_folder(cache_dir)
+    cache = cache_folder(stage_dir or cache_dir)
     if not text.strip():
         raise UserError(f"dataset={text!r} is empty; give a name such as products-mini, or a path")
     if is_remote(text):
-        return open_remote(text, cache, wait_seconds, progress=progress)
+        return open_copy(text, cache, wait_seconds, progress=progress)
     candidates = [Path(text).expanduser()]
     if root is not None:
         # Not with_suffix: a name may hold a dot.
         candidates += [root / f"{text}.npz", root / text]
     for candidate in candidates:
         if _is_graph(candidate):
+            if stage_dir is not None and (candidate / MANIFEST_NAME).is_file():
+                return open_copy(candidate, cache, wait_seconds, progress=progress)
             return _open_path(candidate, cache, wait_seconds, progress)
     if text in BUILT_IN:
         return _open_built_in(text, cache, wait_seconds, progress)
@@ -108,6 +113,7 @@ def _open_path(path: Path, cache: Path, wait_seconds: float, progress: Progress 
             f"importing {path}",
             cache,
             wait_seconds,
+            progress=progress,
         )
     if (path / MANIFEST_NAME).is_file():
         return GraphStore.open(path)
@@ -121,6 +127,7 @@ def _open_path(path: Path, cache: Path, wait_seconds: float, progress: Progress 
         f"importing {path}",
         cache,
         wait_seconds,
+        progress=progress,
     )
 
 
@@ -133,6 +140,7 @@ def _open_built_in(name: str, cache: Path, wait_seconds: float, progress: Progre
         f"generating {name}",
         cache,
         wait_seconds,
+        progress=progress,
     )
 
 
@@ -142,7 +150,7 @@ def _open_download(name: str, cache: Path, wait_seconds: float, progress: Progre
         _download_planetoid(name, raw)
         return import_planetoid(raw, out, overwrite=True, progress=progress)
 
-    return open_or_build(f"{name}-download", build, f"downloading {name}", cache, wait_seconds)
+    return open_or_build(f"{name}-download", build, f"downloading {name}", cache, wait_seconds, progress=progress)
 
 
 def _download_planetoid(name: str, raw: Path) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
 from dngd.errors import UserError
@@ -29,6 +29,7 @@ _CONNECT_SECONDS = 5.0
 _REQUEST_SECONDS = 30.0
 _S3_ATTEMPTS = 3
 _GCS_RETRY_SECONDS = 5
+Doing = Literal["read", "written"]
 _WILD = re.compile(r"[*?\[]")
 
 
@@ -125,10 +126,10 @@ def check_bucket(location: Location) -> None:
 
 
 @contextmanager
-def explained(shown: str, *, missing_ok: bool = False) -> Iterator[None]:
+def explained(shown: str, *, missing_ok: bool = False, doing: Doing = "read") -> Iterator[None]:
     """Turn a file system's failure inside the block into one sentence with the fix.
 
-    missing_ok: let FileNotFoundError through.
+    missing_ok: let FileNotFoundError through. doing: what is done there.
     """
     try:
         yield
@@ -137,7 +138,7 @@ def explained(shown: str, *, missing_ok: bool = False) -> Iterator[None]:
             raise
         raise UserError(f"{shown} does not exist; check the spelling of the path or address") from error
     except OSError as error:
-        raise UserError(_sentence(shown, str(error), error)) from error
+        raise UserError(_sentence(shown, str(error), error, doing)) from error
 
 
 def _parse(source: str, shown: str) -> tuple[str, str, str, dict[str, str]]:
@@ -264,16 +265,17 @@ def natural_key(path: str) -> list[tuple[int, int, str]]:
     return [(1, int(part), part) if part.isdigit() else (0, 0, part) for part in parts]
 
 
-def _sentence(shown: str, text: str, error: OSError) -> str:
+def _sentence(shown: str, text: str, error: OSError, doing: Doing) -> str:
     """Return the sentence for an OSError; pyarrow tells those of a remote file system apart by words alone."""
     if "://" not in shown:
         if error.strerror:
-            return f"{shown} cannot be read ({error.strerror}); check its permissions"
+            return f"{shown} cannot be {doing} ({error.strerror}); check its permissions"
         return f"{shown} cannot be read ({' '.join(text.split())[:300]}); it is damaged or incomplete: write it again"
     for words, reason in _REASONS:
         if any(word in text for word in words):
-            return f"{shown} {reason}".replace("NETWORK_REASON", _network_reason(text))
-    return f"{shown} cannot be read ({' '.join(text.split())[:300]}); check the address, its region and the credentials"
+            return f"{shown} {reason}".replace("NETWORK_REASON", _network_reason(text)).replace("DOING", doing)
+    said = " ".join(text.split())[:300]
+    return f"{shown} cannot be {doing} ({said}); check the address, its region and the credentials"
 
 
 def _network_reason(text: str) -> str:
@@ -298,7 +300,7 @@ _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
             "SIGNATURE_DOES_NOT_MATCH",
             "OAuth2 access token",
         ),
-        "may not be read with the credentials in use; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE "
+        "may not be DOING with the credentials in use; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE "
         "(for gs:// GOOGLE_APPLICATION_CREDENTIALS), or append ?anonymous=true for a public bucket",
     ),
     (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,10 +15,13 @@ _POLL_SECONDS = 0.1
 
 
 @contextmanager
-def file_lock(path: Path, *, purpose: str, wait_seconds: float) -> Iterator[None]:
+def file_lock(
+    path: Path, *, purpose: str, wait_seconds: float, on_wait: Callable[[str], None] | None = None
+) -> Iterator[None]:
     """Hold an exclusive lock on `path` (created if missing, never removed).
 
-    purpose: what the holder does, for the message of those who wait too long.
+    purpose: what the holder does, for the message of those who wait too long. on_wait: called, again and again while
+    another process holds the lock, with what is waited for.
     The operating system releases the lock when its holder ends, however it ends.
     Raises UserError after wait_seconds, naming the holder, or if the file cannot be locked.
     """
@@ -33,12 +36,14 @@ def file_lock(path: Path, *, purpose: str, wait_seconds: float) -> Iterator[None
     try:
         deadline = time.monotonic() + wait_seconds
         while not _try_lock(descriptor, path):
+            holder = os.pread(descriptor, 64, 0).decode("ascii", "replace").strip() or "unknown"
             if time.monotonic() >= deadline:
-                holder = os.pread(descriptor, 64, 0).decode("ascii", "replace").strip() or "unknown"
                 raise UserError(
                     f"waited {wait_seconds:g} s for process {holder} to finish: {purpose} (lock {path}); "
                     "wait for it or end it, then start again"
                 )
+            if on_wait is not None:
+                on_wait(f"waiting for process {holder} to finish {purpose}")
             time.sleep(_POLL_SECONDS)
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)

@@ -84,9 +84,9 @@ class GraphStore:
         """
         if is_remote(path):
             # There, since a copy is opened by this method.
-            from dngd.graph.remote import open_remote
+            from dngd.graph.remote import open_copy
 
-            return open_remote(str(path))
+            return open_copy(path)
         folder = Path(path).expanduser().absolute()
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; give the folder of a graph store")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -77,7 +78,21 @@ def run_on_ray(config: TrainConfig, reporter: Reporter) -> RunResult:
 
     Raises UserError for what a worker refuses, TrainingError for a run that workers were lost of too often.
     """
-    assert config.run_dir is not None
+    with _ray_folder(config) as folder:
+        return _run_on_ray(config, reporter, folder)
+
+
+@contextmanager
+def _ray_folder(config: TrainConfig) -> Iterator[str]:
+    """Give the folder for what Ray keeps of its own. Its controller, on this node, is all that goes there."""
+    if config.run_address is None:
+        yield str(config.run_dir)
+        return
+    with tempfile.TemporaryDirectory(prefix="dngd-ray-train-", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+def _run_on_ray(config: TrainConfig, reporter: Reporter, folder: str) -> RunResult:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     channel = ray.remote(RunChannel).options(num_cpus=0, scheduling_strategy=here).remote(config.ray.max_failures)
     trainer = ray.train.torch.TorchTrainer(
@@ -86,7 +101,7 @@ def run_on_ray(config: TrainConfig, reporter: Reporter) -> RunResult:
         scaling_config=_scaling(config),
         run_config=ray.train.RunConfig(
             name="ray",
-            storage_path=str(config.run_dir),
+            storage_path=folder,
             failure_config=_failure_config(),
             callbacks=[FailureListener(channel)],
         ),
@@ -167,8 +182,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
     if communicator.rank == 0:
         supervision.resumed = lambda step, repeated: channel.resumed.remote(attempt.number, step, repeated)
         supervision.checkpointed = lambda step: channel.checkpointed.remote(step)
-    assert config.run_dir is not None
-    supervision.measured = _measured(Gauges(config.run_dir.name) if communicator.rank == 0 else None)
+    supervision.measured = _measured(Gauges(config.run_name) if communicator.rank == 0 else None)
     heartbeat = Heartbeat(
         supervision.clock,
         lambda beat: channel.beat.remote(asdict(beat)),

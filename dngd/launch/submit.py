@@ -7,6 +7,7 @@ in a thread that is waited for with one.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, quote_plus, urlsplit
 
 import ray
 from ray.exceptions import AuthenticationError
@@ -278,12 +279,39 @@ class ClusterJobs:
 
 
 def redact(text: str, secrets: Collection[str]) -> str:
-    """Return the text without the values of environment variables, which Ray repeats in some of its messages."""
-    for secret in sorted(secrets, key=len, reverse=True):
-        if len(secret) > 3:  # shorter ones (1, yes) are no secrets, and would tear words apart
-            for shape in (secret, repr(secret)[1:-1]):
-                text = text.replace(shape, "***")
+    """Return the text without the values of environment variables, which Ray repeats in some of its messages.
+
+    Also as Python, JSON or a URL writes them, or one of these within another. A secret of several lines goes line by
+    line too, since a message may be cut at one.
+    """
+    shapes: set[str] = set()
+    for secret in secrets:
+        for part in (secret, *secret.splitlines()):
+            if len(part.strip()) > 3:  # shorter ones (1, yes) are no secrets, and would tear words apart
+                once = {part} | {write(part) for write in _SPELLINGS}
+                shapes |= once | {write(spelling) for spelling in once for write in _SPELLINGS}
+    for shape in sorted(shapes, key=len, reverse=True):
+        text = text.replace(shape, "***")
     return text
+
+
+def _with_small_digits(url: str) -> str:
+    return re.sub(r"%[0-9A-F]{2}", lambda found: found.group().lower(), url)
+
+
+_SPELLINGS: tuple[Callable[[str], str], ...] = (
+    lambda text: repr(text)[1:-1],
+    lambda text: repr(text + '"')[1:-2],  # in single quotes, as a dictionary with a double quote in it
+    lambda text: json.dumps(text)[1:-1],
+    lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
+    quote,
+    lambda text: quote(text, safe=""),
+    quote_plus,
+    lambda text: _with_small_digits(quote(text)),
+    lambda text: _with_small_digits(quote(text, safe="")),
+    lambda text: _with_small_digits(quote_plus(text)),
+)
+"""Ways in which a text is written inside another."""
 
 
 _REACH_FIX = (

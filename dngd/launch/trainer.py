@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
 from dngd.comm import LocalCommunicator
 from dngd.config import TrainConfig
-from dngd.graph import resolve_dataset
 from dngd.report import write_report
 from dngd.train import RunFolder, RunPlan, RunResult, check_run_folder, make_plan, prepare_run_folder, run_rank
 from dngd.train.plan import check_device, check_fits
 from dngd.train.progress import ConsoleReporter, Reporter, SilentReporter
+from dngd.train.remote_run import fetched_run, send_report
+from dngd.train.together import StageMessages, open_dataset
 
 
 class Trainer:
@@ -34,17 +36,17 @@ class Trainer:
         self.config = config
         self._reporter = SilentReporter() if quiet and reporter is None else reporter
 
-    def plan(self) -> RunPlan:
+    def plan(self, tell: Callable[[str], None] | None = None) -> RunPlan:
         """Return what the run will need, without starting it.
 
         Raises UserError for what `fit` refuses before it starts anything: configuration, run folder, data, split,
-        batch size and this machine's memory. A cluster is not asked.
+        batch size and this machine's memory. A cluster is not asked. tell: hears of what takes long.
         """
         config = self.config
         check_run_folder(config)
         if config.engine == "local":
             check_device(config)
-        store = resolve_dataset(config.dataset, config.data_root_in_use, config.cache_dir)
+        store = open_dataset(config, StageMessages(tell or (lambda text: None)))
         plan = make_plan(config, store, store.split(config.split, config.seed))
         # On a cluster the workers check their own nodes; a local Ray puts them all on this machine.
         elsewhere = config.engine == "ray" and bool(config.ray.address or os.environ.get("RAY_ADDRESS"))
@@ -63,14 +65,17 @@ class Trainer:
         else:
             with ConsoleReporter(Console(file=sys.stderr)) as reporter:
                 result = self._run(reporter)
-        folder = RunFolder(Path(result.run_dir))
-        write_report([folder.path], folder.report)
+        # The configuration's address has options, such as an endpoint, that the result's is without.
+        run = self.config.run_dir if self.config.run_address else Path(result.run_dir)
+        assert run is not None
+        with fetched_run(run) as path:
+            send_report(run, write_report([path], RunFolder(path).report))
         return result
 
     def _run(self, reporter: Reporter) -> RunResult:
         # Bad input is refused before a folder is made or a worker started.
         reporter.message(f"reading {self.config.dataset}")
-        self.plan()
+        self.plan(reporter.message)
         if self.config.engine == "local":
             return run_rank(prepare_run_folder(self.config), LocalCommunicator(), reporter)
         from dngd.launch.ray_train import on_cluster, run_on_ray  # importing Ray takes seconds

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from dngd.errors import UserError
 
 FORMAT_VERSION = 1
 PREFIX = "step-"
+STATE_NAME = "state.json"
 
 
 @dataclass
@@ -62,12 +64,26 @@ class HostSnapshot:
 
 
 class CheckpointFolder:
-    """The checkpoints of a run. keep: how many of the newest stay."""
+    """The checkpoints of a run. keep: how many of the newest stay.
 
-    def __init__(self, path: Path, communicator: Communicator, *, keep: int) -> None:
+    send: called with the folder of a checkpoint that is whole, before older ones go; what it raises is a failure to
+    write it. shown: what messages call the folder.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        communicator: Communicator,
+        *,
+        keep: int,
+        send: Callable[[Path], None] = lambda folder: None,
+        shown: str | None = None,
+    ) -> None:
         self._path = path
         self._comm = communicator
         self._keep = keep
+        self._send = send
+        self._shown = shown or str(path)
 
     def capture(self, snapshot: Snapshot) -> HostSnapshot | None:
         """Copy a snapshot to the host, with every rank's own part, at rank 0; None elsewhere. All ranks enter."""
@@ -125,12 +141,13 @@ class CheckpointFolder:
             "sha256": {name: digest(data) for name, data in files.items()},
         }
         state["checksum"] = digest(json.dumps(state, sort_keys=True).encode())
-        write_flushed(temporary / "state.json", json.dumps(state, indent=1).encode())
+        write_flushed(temporary / STATE_NAME, json.dumps(state, indent=1).encode())
         flush_folder(temporary)
         if final.exists():
             shutil.rmtree(final)  # a resumed run rewrites a checkpoint that was damaged
         os.replace(temporary, final)
         flush_folder(self._path)
+        self._send(final)
         # Later ones were passed over when the run went on from an earlier one: damaged, and not to count as kept.
         passed_over = [path for path in self._complete() if path.name > final.name]
         for later in passed_over:
@@ -178,45 +195,54 @@ class CheckpointFolder:
         skipped: list[str] = []
         for folder in reversed(self._complete()):
             try:
-                return _read_verified(folder), skipped
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, _DamagedError) as error:
-                if isinstance(error, UserError):
-                    raise
+                return read_verified(folder), skipped
+            except DamagedError as error:
                 skipped.append(f"checkpoint {folder.name} is damaged ({error}) and was passed over")
         if skipped:
             raise UserError(
-                f"all checkpoints in {self._path} are damaged, the newest: {skipped[0]}; remove the folder "
+                f"all checkpoints in {self._shown} are damaged, the newest: {skipped[0]}; remove the folder "
                 "to start the run again from the beginning"
             )
         return {}, skipped
 
 
-class _DamagedError(Exception):
+class DamagedError(Exception):
     """A checkpoint file that is not what was written."""
 
 
-def _read_verified(folder: Path) -> dict[str, bytes]:
-    state_bytes = (folder / "state.json").read_bytes()
+def read_verified(folder: Path) -> dict[str, bytes]:
+    """Return the files of a checkpoint. Raises DamagedError unless they are what was written, UserError for a newer
+    format."""
+    try:
+        return _verified(folder)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(str(error)) from error
+
+
+def _verified(folder: Path) -> dict[str, bytes]:
+    state_bytes = (folder / STATE_NAME).read_bytes()
     state = json.loads(state_bytes)
     checksum = state.pop("checksum")
     if digest(json.dumps(state, sort_keys=True).encode()) != checksum:
-        raise _DamagedError("state.json does not match its checksum")
+        raise DamagedError("state.json does not match its checksum")
     if state["format_version"] > FORMAT_VERSION:
         raise UserError(
             f"checkpoint {folder} has format version {state['format_version']}, this dngd reads up to "
             f"{FORMAT_VERSION}; upgrade dngd"
         )
-    files = {"state.json": state_bytes}
+    files = {STATE_NAME: state_bytes}
     for name, expected in state["sha256"].items():
         data = (folder / name).read_bytes()
         if digest(data) != expected:
-            raise _DamagedError(f"{name} does not match its sha256")
+            raise DamagedError(f"{name} does not match its sha256")
         files[name] = data
     return files
 
 
 def _parse(files: dict[str, bytes]) -> Snapshot:
-    state = json.loads(files["state.json"])
+    state = json.loads(files[STATE_NAME])
     try:
         ranks: list[dict[str, Tensor]] = []
         if "curvature-shared.safetensors" in files:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from dngd.comm import Communicator
+from dngd.errors import UserError
 from dngd.train.checkpoint import CheckpointFolder, HostSnapshot, Snapshot
 
 FIRST_LOOK_STEPS = 10
@@ -106,7 +107,8 @@ class CheckpointWriter:
             self._folder.write(captured)
         except Exception as error:
             # Whatever it is, a run is worth more than one of its checkpoints.
-            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            reason = getattr(error, "strerror", None) or told
             self._fail(
                 f"checkpoint of step {step} could not be written ({reason}); training goes on, earlier checkpoints "
                 "are intact; free space or fix permissions before the run is needed to go on from a newer one"

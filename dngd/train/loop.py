@@ -22,7 +22,7 @@ from dngd.allocator import keep_freed_memory
 from dngd.comm import Communicator, FlatGradients, StepSums, shards_of_rank
 from dngd.config import TrainConfig
 from dngd.errors import DivergedError, TrainingError, UserError
-from dngd.graph import GraphStore, Split, resolve_dataset
+from dngd.graph import GraphStore, Progress, Split
 from dngd.models import GNN, build_model
 from dngd.optim import learning_rate
 from dngd.sampling import SamplerPipeline, derive_seed
@@ -46,9 +46,11 @@ from dngd.train.page_lock import CudaHostRegistration, PageLockedMemory
 from dngd.train.placement import choose_placement, free_gpu_bytes, place_features
 from dngd.train.plan import check_device, check_fits, make_plan
 from dngd.train.progress import Reporter, StepRecord
+from dngd.train.remote_run import open_run_folder
 from dngd.train.run_folder import RunFolder, spill_folders
 from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
 from dngd.train.supervision import Supervision
+from dngd.train.together import open_dataset, together
 
 REPORT_PERIOD_SECONDS = 0.25
 FULL_BATCH_CHECKPOINT_PERIOD = 50
@@ -69,6 +71,7 @@ class TrainingLoop:
         *,
         workers_here: int = 1,
         supervision: Supervision | None = None,
+        folder: RunFolder | None = None,
     ) -> None:
         assert config.run_dir is not None, "the launcher settles the run folder"
         self.config = config
@@ -76,9 +79,15 @@ class TrainingLoop:
         self.reporter = reporter
         self.supervision = supervision or Supervision()
         self.clock = self.supervision.clock
-        self.folder = RunFolder(config.run_dir)
+        self.folder = folder or RunFolder(config.run_dir)
         self.device = _device(config)
-        self.store: GraphStore = resolve_dataset(config.dataset, config.data_root_in_use, config.cache_dir)
+        self.store: GraphStore = together(
+            self._fetched,
+            communicator,
+            limit_seconds=config.stage_timeout_seconds,
+            round_seconds=config.collective_timeout_seconds / 4,
+            tell=reporter.message,
+        )
         self.split: Split = self.store.split(config.split, config.seed)
         left_out = sum(self.split.dropped_unlabelled.values())
         if left_out:
@@ -115,7 +124,13 @@ class TrainingLoop:
         self.evaluator.check(self.model, torch.cat([self.split.val, self.split.test]))
         self.optimizer = build_optimizer(config, self.model, communicator)
         self.gradients = FlatGradients(self.model.parameters())
-        self.checkpoints = CheckpointFolder(self.folder.checkpoints, communicator, keep=config.checkpoint.keep)
+        self.checkpoints = CheckpointFolder(
+            self.folder.checkpoints,
+            communicator,
+            keep=config.checkpoint.keep,
+            send=self.folder.send_checkpoint,
+            shown=f"{self.folder.shown}/checkpoints",
+        )
         self.writer = CheckpointWriter(
             self.checkpoints,
             communicator,
@@ -164,6 +179,30 @@ class TrainingLoop:
                 self._checkpoint()  # there is nothing left to hold up: the last one is worth a second wait
             self.writer.finish()
         return self._finish()
+
+    def finish_folder(self) -> None:
+        """Return when all of a run at an address is there. All ranks enter."""
+        with self.clock.inside("sending the run's files"):
+            together(
+                lambda progress: self.folder.finish(),
+                self.comm,
+                limit_seconds=self.config.checkpoint.write_timeout_seconds,
+                round_seconds=self.config.collective_timeout_seconds / 4,
+                tell=self.reporter.message,
+                state="are done",
+                fix="wait longer with --set checkpoint.write_timeout_seconds=N",
+            )
+
+    def _fetched(self, progress: Progress) -> GraphStore:
+        """Return the graph, after what the run has elsewhere is here."""
+        if self.comm.rank == 0 and self.config.resume:
+            try:
+                self.folder.fetch()
+            except UserError as error:
+                if self.supervision.attempt.number == 1:
+                    raise
+                raise TrainingError(str(error)) from error  # the next attempt may find the store again
+        return open_dataset(self.config, progress)
 
     @contextlib.contextmanager
     def _batches(self, shards: Sequence[int]) -> Iterator[BatchSource]:
@@ -341,6 +380,7 @@ class TrainingLoop:
             if self.comm.rank == 0:
                 self.best_model = self._model_bytes(record)
                 replace_file(self.folder.best_model, self.best_model)
+        self.folder.changed()
         self.reporter.evaluation(record)
         if self.supervision.measured is not None:
             self.supervision.measured(record, self._measurements())
@@ -400,18 +440,19 @@ class TrainingLoop:
             self.reporter.message(text)
         if snapshot is None:
             if self.supervision.attempt.number == 1:
-                self.reporter.message(f"nothing to resume in {self.folder.path}; starting from the beginning")
+                self.reporter.message(f"nothing to resume in {self.folder.shown}; starting from the beginning")
             if self.comm.rank == 0:
                 self.metrics.keep_up_to(-1)
                 self.folder.best_model.unlink(missing_ok=True)
+                self.folder.changed()
             self._tell_recovery()
             return
         check_same_run(snapshot.identity, self.config.identity())
         position: dict[str, Any] = snapshot.position
         if position["graph_digest"] != self.store.digest:
             raise UserError(
-                f"the run in {self.folder.path} was trained on another graph ({position['graph']!r} with other content "
-                f"than this {self.store.name!r}); resume with the --dataset that it was started with"
+                f"the run in {self.folder.shown} was trained on another graph ({position['graph']!r} with other "
+                f"content than this {self.store.name!r}); resume with the --dataset that it was started with"
             )
         self.model.load_state_dict(snapshot.model)
         load_moments(self.optimizer.torch_optimizer, snapshot.optimizer)
@@ -430,6 +471,7 @@ class TrainingLoop:
         self.dropped_in_a_row, self.dropped_steps = position["dropped_in_a_row"], position["dropped_steps"]
         # Rank 0 alone reads the run folder; the history decides which evaluation is best so far.
         self.history = self._broadcast_history(self.metrics.keep_up_to(self.step) if self.comm.rank == 0 else [])
+        self.folder.changed()
         self.best = next((r for r in self.history if r.step == position["best_step"]), None)
         if self.supervision.attempt.number > 1:
             self._tell_recovery()
@@ -487,10 +529,11 @@ class TrainingLoop:
             peak_gpu_bytes=peak_gpu_bytes(self.device),
             dropped_steps=self.dropped_steps,
             versions=versions(),
-            run_dir=str(self.folder.path),
+            run_dir=self.folder.shown,
             recoveries=self.supervision.attempt.recoveries,
             steps_repeated=self.supervision.attempt.steps_repeated + self.steps_repeated,
             failed_checkpoints=self.writer.failed,
+            failed_uploads=self.folder.failed,
             history=self.history,
         )
 
@@ -508,12 +551,19 @@ def run_rank(
     workers_here: how many of the world's ranks share this machine's memory. supervision: of an engine that starts
     lost workers again.
     """
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        loop = TrainingLoop(config, communicator, reporter, workers_here=workers_here, supervision=supervision)
+    with (
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        open_run_folder(config, communicator.rank, reporter.message) as folder,
+    ):
+        loop = TrainingLoop(
+            config, communicator, reporter, workers_here=workers_here, supervision=supervision, folder=folder
+        )
         try:
             result = loop.run()
             if communicator.rank == 0:
                 result = _write_result(loop, result)
+            if config.run_address is not None:
+                loop.finish_folder()
         except OSError as error:
             mended_by_users = error.errno in MENDED_BY_USERS
             if error.filename is None and not mended_by_users:
@@ -521,7 +571,7 @@ def run_rank(
             # What a user must mend ends the run; a disk or mount that fails may be another node's after a new start.
             which = "" if error.filename is None else f" ({error.filename})"
             raise (UserError if mended_by_users else TrainingError)(
-                f"a file of run {loop.folder.path} cannot be read or written: {error.strerror or error}{which}; free "
+                f"a file of run {loop.folder.shown} cannot be read or written: {error.strerror or error}{which}; free "
                 "space or fix permissions, then go on with --resume"
             ) from error
         finally:

@@ -46,6 +46,7 @@ class RunResult:
     to collectives by rank 0 over those steps. peak_rss_bytes: of rank 0's process. recoveries: how often lost
     workers were started again, and steps_repeated how many steps were done again for it, since the driver was
     started. failed_checkpoints: checkpoints that could not be written, since the last start.
+    failed_uploads: of a run at an address, how often other files could not be sent at once, since the last start.
     """
 
     best_val_accuracy: float
@@ -67,6 +68,7 @@ class RunResult:
     recoveries: int = 0
     steps_repeated: int = 0
     failed_checkpoints: int = 0
+    failed_uploads: int = 0
     history: list[EvaluationRecord] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,33 +1,56 @@
-"""The folder of a run: who may write there, and where its files are."""
+"""The folder of a run: who may write there, and where its files are. For one at an address see remote_run.py."""
 
 from __future__ import annotations
 
 import os
 import time
 from pathlib import Path
+from typing import Any
 
-from dngd.config import TrainConfig
+from dngd.config import TrainConfig, address_of_run, parse_yaml, read_yaml
 from dngd.errors import UserError
 from dngd.graph import cache_folder
 from dngd.train.checkpoint import check_same_run, replace_file
+from dngd.train.remote_files import RemoteFiles
+
+CONFIG_NAME = "config.yaml"
 
 
 class RunFolder:
-    """Paths of a run's files; see the README for what each holds."""
+    """Paths of a run's files; see the README for what each holds.
 
-    def __init__(self, path: Path) -> None:
+    shown: what messages call the folder. What the methods stand for is to be done where the folder is the working copy
+    of one elsewhere; here there is nothing to do.
+    """
+
+    def __init__(self, path: Path, shown: str | None = None) -> None:
         self.path = path
-        self.config = path / "config.yaml"
+        self.shown = shown or str(path)
+        self.config = path / CONFIG_NAME
         self.metrics = path / "metrics.jsonl"
         self.result = path / "result.json"
         self.best_model = path / "model.safetensors"
         self.checkpoints = path / "checkpoints"
         self.report = path / "report.html"
+        self.failed = 0
+        """How often files could not be sent."""
 
     @property
     def holds_a_run(self) -> bool:
         """Whether a run was begun here."""
         return self.config.exists()
+
+    def fetch(self) -> None:
+        """Bring what the run has elsewhere, before it is gone on with."""
+
+    def changed(self) -> None:
+        """Hear that files other than checkpoints were written or removed."""
+
+    def send_checkpoint(self, path: Path) -> None:
+        """Bring a checkpoint that was written to where it belongs. Raises UserError if that fails."""
+
+    def finish(self) -> None:
+        """Return when all is where it belongs. Raises UserError if that fails."""
 
 
 def spill_folders(config: TrainConfig, folder: RunFolder) -> list[Path]:
@@ -44,25 +67,40 @@ def default_run_dir(config: TrainConfig) -> Path:
     return Path("runs") / f"{Path(config.dataset).stem}-{config.model}-{config.optimizer}-{stamp}"
 
 
-def check_run_folder(config: TrainConfig) -> Path:
-    """Return the path of the run folder, which may not exist yet.
+def saved_fields(run_dir: Path) -> dict[str, Any] | None:
+    """Return the fields of the configuration that a run folder, here or at an address, holds; None without a run."""
+    address = address_of_run(run_dir)
+    if address is None:
+        path = RunFolder(run_dir.expanduser()).config
+        return read_yaml(path) if path.exists() else None
+    files = RemoteFiles(address)
+    content = files.read(CONFIG_NAME)
+    return None if content is None else parse_yaml(content, f"{files.shown}/{CONFIG_NAME}")
 
-    Raises UserError if the folder holds a run and `resume` is off, a run that differs in a field that defines
-    it, or something else.
+
+def check_run_folder(config: TrainConfig) -> Path:
+    """Return the path of the run folder, which may not exist yet, or its address.
+
+    Raises UserError if the folder holds a run and `resume` is off, a run that differs in a field that defines it, or
+    something else, and if nothing can be written to an address.
     """
-    path = (config.run_dir or default_run_dir(config)).expanduser().absolute()
-    folder = RunFolder(path)
     if config.resume and config.run_dir is None:
         raise UserError("--resume needs --run-dir: say which run to go on with")
-    if folder.holds_a_run and not config.resume:
-        raise UserError(f"run folder {path} already holds a run; go on with --resume, or give another --run-dir")
-    if folder.holds_a_run:
-        check_same_run(TrainConfig.from_yaml(folder.config).identity(), config.identity())
-    if path.exists() and not path.is_dir():
-        raise UserError(f"run folder {path} is a file; give another --run-dir")
-    foreign = path.is_dir() and not folder.holds_a_run and any(path.iterdir())
-    if foreign:
-        raise UserError(f"run folder {path} holds files that are no run's; give an empty or new --run-dir")
+    remote = None if config.run_address is None else RemoteFiles(config.run_address)
+    path = config.run_dir or default_run_dir(config)
+    path = path if remote is not None else path.expanduser().absolute()
+    shown = path if remote is None else remote.shown
+    saved = saved_fields(path)
+    if saved is not None and not config.resume:
+        raise UserError(f"run folder {shown} already holds a run; go on with --resume, or give another --run-dir")
+    if saved is not None:
+        check_same_run(TrainConfig(**saved).identity(), config.identity())
+    if remote is None and path.exists() and not path.is_dir():
+        raise UserError(f"run folder {shown} is a file; give another --run-dir")
+    if saved is None and (remote.names() if remote is not None else path.is_dir() and any(path.iterdir())):
+        raise UserError(f"run folder {shown} holds files that are no run's; give an empty or new --run-dir")
+    if remote is not None:
+        remote.check_writable()
     return path
 
 
@@ -72,7 +110,13 @@ def prepare_run_folder(config: TrainConfig) -> TrainConfig:
     Raises UserError, before anything is overwritten, if `check_run_folder` does or it cannot be written.
     """
     path = check_run_folder(config)
-    folder = RunFolder(path)
+    prepared = TrainConfig(**(config.model_dump() | {"run_dir": path}))
+    # On resuming too: workers, epochs and the like may have changed, and the file says what is run.
+    # S is written out: it stays what it was when the run goes on with other workers.
+    kept = TrainConfig(**(prepared.model_dump() | {"resume": False, "num_shards": config.shards}))
+    if prepared.run_address is not None:
+        RemoteFiles(prepared.run_address).write(CONFIG_NAME, kept.to_yaml().encode())
+        return prepared
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".probe-{os.getpid()}"
@@ -80,9 +124,5 @@ def prepare_run_folder(config: TrainConfig) -> TrainConfig:
         probe.unlink()
     except OSError as error:
         raise UserError(f"run folder {path} cannot be written: {error.strerror}; give another --run-dir") from None
-    prepared = TrainConfig(**(config.model_dump() | {"run_dir": path}))
-    # On resuming too: workers, epochs and the like may have changed, and the file says what is run.
-    # S is written out: it stays what it was when the run goes on with other workers.
-    kept = TrainConfig(**(prepared.model_dump() | {"resume": False, "num_shards": config.shards}))
-    replace_file(folder.config, kept.to_yaml().encode())
+    replace_file(RunFolder(path).config, kept.to_yaml().encode())
     return prepared

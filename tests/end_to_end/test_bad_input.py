@@ -60,7 +60,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--use-gpu"], ["--use-gpu", "no CUDA device"]),
         (["--num-workers", "3", "--num-shards", "2"], ["num_workers=3", "num_shards=2"]),
         (["--resume"], ["--resume needs --run-dir"]),
-        (["--run-dir", "s3://bucket/run"], ["run_dir=s3://", "sync_runs.py"]),
+        (["--run-dir", "hdfs://bucket/run"], ["run_dir=hdfs://", "s3://"]),
         (["--config", "missing.yaml"], ["missing.yaml", "cannot be read"]),
         (["--no-such-flag"], ["--no-such-flag"]),
         (["--epochs", "soon"], ["--epochs", "integer"]),

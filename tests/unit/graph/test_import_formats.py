@@ -20,6 +20,7 @@ from dngd.errors import UserError
 from dngd.graph import GraphStore, resolve_dataset
 from dngd.graph.ogb import import_ogb
 from dngd.graph.tables import import_tables
+from tests.helpers.object_store import ObjectStore, object_store
 
 KEEP: dict[str, Any] = {"overwrite": True, "duplicates": "keep", "self_loops": "keep"}
 
@@ -208,40 +209,19 @@ def test_bad_ogb_folders(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """A local S3 server with one bucket; its address."""
-    server_module = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'dngd[dev]'")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "testing-id")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing-secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        import boto3
-
-        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="graphs")
-        yield "graphs"
-    server.stop()
+def bucket() -> Iterator[ObjectStore]:
+    """A local S3 server with one bucket."""
+    with object_store("graphs") as serving:
+        yield serving
 
 
-def upload(folder: Path, bucket: str, prefix: str) -> None:
-    import boto3
-
-    client = boto3.client("s3", region_name="us-east-1")
-    for file in folder.rglob("*"):
-        if file.is_file():
-            client.upload_file(str(file), bucket, f"{prefix}/{file.relative_to(folder)}")
-
-
-def test_a_store_on_s3_opens(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_on_s3_opens(tmp_path: Path, bucket: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DNGD_CACHE_DIR", str(tmp_path / "cache"))
     store = GraphStore.write(
         tmp_path / "store", features=np.eye(5), edge_index=[[0, 1, 2], [1, 2, 3]], labels=[0, 1, 0, 1, 0]
     )
-    upload(store.path, bucket, "small")
-    address = f"s3://{bucket}/small"
+    bucket.upload(store.path, "small")
+    address = f"s3://{bucket.bucket}/small"
     assert GraphStore.open(address).digest == store.digest
     copies = list((tmp_path / "cache").glob("copy-*-v*"))
     assert resolve_dataset(address).digest == store.digest
@@ -252,21 +232,21 @@ def test_a_store_on_s3_opens(tmp_path: Path, bucket: str, monkeypatch: pytest.Mo
     for file in store.path.iterdir():
         data = file.read_bytes()
         (broken / file.name).write_bytes(data[:-9] + b"x" + data[-8:] if file.name == "features.arrow" else data)
-    upload(broken, bucket, "broken")
+    bucket.upload(broken, "broken")
     monkeypatch.setenv("DNGD_CACHE_DIR", str(tmp_path / "other"))
     with pytest.raises(UserError, match=r"features\.arrow"):
-        GraphStore.open(f"s3://{bucket}/broken")
+        GraphStore.open(f"s3://{bucket.bucket}/broken")
     assert not [p for p in (tmp_path / "other").iterdir() if p.is_dir() and not p.name.startswith(".")]
 
 
-def test_tables_on_s3_are_imported(tmp_path: Path, bucket: str) -> None:
+def test_tables_on_s3_are_imported(tmp_path: Path, bucket: ObjectStore) -> None:
     source = tmp_path / "tables"
     source.mkdir()
     pq.write_table(pa.table(GOOD_NODES), source / "nodes.parquet")
     pq.write_table(pa.table(GOOD_EDGES), source / "edges.parquet")
-    upload(source, bucket, "tables")
+    bucket.upload(source, "tables")
     local = import_tables(source, tmp_path / "local")
-    remote = import_tables(f"s3://{bucket}/tables", tmp_path / "remote")
+    remote = import_tables(f"s3://{bucket.bucket}/tables", tmp_path / "remote")
     assert remote.digest == local.digest
     assert list(remote.node_ids) == IDS
     text = (remote.path / "manifest.json").read_text()
@@ -278,12 +258,12 @@ def test_tables_on_s3_are_imported(tmp_path: Path, bucket: str) -> None:
     ("address", "words"),
     [("s3://graphs/nothing", "graphs/nothing"), ("s3://no-such-bucket/store", "no-such-bucket")],
 )
-def test_what_is_not_on_s3(bucket: str, address: str, words: str) -> None:
+def test_what_is_not_on_s3(bucket: ObjectStore, address: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         GraphStore.open(address)
 
 
-def test_an_endpoint_that_nobody_answers(monkeypatch: pytest.MonkeyPatch, bucket: str) -> None:
+def test_an_endpoint_that_nobody_answers(monkeypatch: pytest.MonkeyPatch, bucket: ObjectStore) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="s3://graphs/small") as caught:
         GraphStore.open("s3://graphs/small")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -12,6 +14,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import quote, urlencode
 
 import pytest
 import ray
@@ -368,6 +371,49 @@ def test_values_of_variables_are_in_no_message(server: JobServer, capsys: pytest
     err = capsys.readouterr().err
     assert "got no runtime environment (OSError: cannot install" in err, "the cause, not the traceback's beginning"
     assert "hunter2000" not in err
+
+
+WRITERS: dict[str, Callable[[str], str]] = {
+    "plain": lambda secret: secret,
+    "python": lambda secret: str({"KEY": secret}),
+    "python, another value with quotes": lambda secret: str([secret + "\"'"]),
+    "json": lambda secret: json.dumps({"KEY": secret}),
+    "json, unicode": lambda secret: json.dumps({"KEY": secret}, ensure_ascii=False),
+    "json within json": lambda secret: json.dumps({"error": json.dumps({"KEY": secret})}),
+    "json within python": lambda secret: repr([json.dumps({"KEY": secret})]),
+    "url": lambda secret: "http://host/?key=" + quote(secret),
+    "url, all quoted": lambda secret: "http://host/?key=" + quote(secret, safe=""),
+    "form": lambda secret: urlencode({"key": secret}),
+}
+
+
+@pytest.mark.parametrize("how", WRITERS)
+@pytest.mark.parametrize(
+    "secret",
+    [
+        'pass"word',
+        r"pass\word",
+        "-----BEGIN-----\nMIIEow+/=\n-----END-----\n",
+        'it\'s "both"',
+        "tab\tother",
+        "ünï/cödé+=?",
+    ],
+)
+def test_a_secret_is_found_however_it_is_written(how: str, secret: str) -> None:
+    said = f"cannot install for {WRITERS[how](secret)} here"
+    left = submit_module.redact(said, [secret, "1"])
+    assert left.startswith("cannot install for ")
+    assert left.endswith(" here")
+    assert left.count("***") >= 1
+    for part in re.findall(r"\w{4,}", secret):
+        assert part not in left
+        assert quote(part) not in left
+
+
+def test_a_message_that_is_cut_within_a_secret_of_several_lines() -> None:
+    key = "-----BEGIN-----\nMIIEowIBAAKCAQEA\nq7rX2n0b\n-----END-----"
+    assert "MIIE" not in submit_module.redact("OSError: -----BEGIN-----\nMIIEowIBAAKCAQEA", [key])
+    assert submit_module.redact("yes: 1 of 21 nodes", ["1", "yes"]) == "yes: 1 of 21 nodes", "words stay whole"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,202 @@
+"""Runs at `s3://` and `gs://` addresses: a working folder on this machine, whose files are sent as they are written.
+
+Rank 0 works in a folder of its own disk. Checkpoints are sent by the thread that writes them, the other files by one of
+their own, so that training waits for neither; a store that cannot be reached is told of and tried again with the next
+file, and at the end for a while.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from dngd.config import TrainConfig, address_of_run
+from dngd.errors import UserError
+from dngd.graph import cache_folder
+from dngd.train.checkpoint import STATE_NAME, DamagedError, read_verified
+from dngd.train.remote_files import CHECKPOINTS, RemoteFiles
+from dngd.train.run_folder import CONFIG_NAME, RunFolder
+
+WORKED_ON = ("metrics.jsonl", "result.json", "model.safetensors")
+"""The files of a run that its rank 0 writes, beside checkpoints."""
+
+READ = (CONFIG_NAME, *WORKED_ON)
+"""What evaluation, prediction and reports read of a run."""
+
+SETTLE_SECONDS = 10.0
+FINISH_SECONDS = 60.0
+RETRY_SECONDS = 2.0
+
+
+@contextmanager
+def open_run_folder(config: TrainConfig, rank: int, tell: Callable[[str], None]) -> Iterator[RunFolder]:
+    """Give the folder in which a rank works on a run; that of a run at an address goes when the block ends.
+
+    tell: hears of failures to send.
+    """
+    assert config.run_dir is not None, "the launcher settles the run folder"
+    if config.run_address is None:
+        yield RunFolder(config.run_dir)
+        return
+    files = RemoteFiles(config.run_address)
+    with _working_folder(cache_folder(config.cache_dir) / "runs") as path:
+        if rank != 0:
+            yield RunFolder(path, files.shown)
+            return
+        folder = RemoteRunFolder(path, files, config.checkpoint.keep, tell)
+        try:
+            yield folder
+        finally:
+            folder.close()
+
+
+@contextmanager
+def fetched_run(run: Path) -> Iterator[Path]:
+    """Give a run folder to read from: the run's own, or a copy of what is at its address.
+
+    Raises UserError if the address holds no run.
+    """
+    address = address_of_run(run)
+    if address is None:
+        yield run
+        return
+    files = RemoteFiles(address)
+    with tempfile.TemporaryDirectory(prefix="dngd-run-") as folder:
+        path = Path(folder) / files.name
+        path.mkdir()
+        files.fetch(READ, path)
+        if not RunFolder(path).holds_a_run:
+            raise UserError(f"{files.shown} holds no run (it has no {CONFIG_NAME}); give the --run-dir of a training")
+        for name in files.checkpoints():
+            (RunFolder(path).checkpoints / name).mkdir(parents=True)
+            files.fetch((f"{CHECKPOINTS}/{name}/{STATE_NAME}",), path)
+        try:
+            yield path
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), files.shown)) from None
+
+
+def send_report(run: Path, report: Path) -> None:
+    """Put a report into the run that lies at an address. Raises UserError if that fails."""
+    address = address_of_run(run)
+    if address is not None:
+        RemoteFiles(address).write(report.name, report.read_bytes())
+
+
+class RemoteRunFolder(RunFolder):
+    """The working copy of a run at an address. keep: how many checkpoints stay there. tell: hears of failures."""
+
+    def __init__(self, path: Path, files: RemoteFiles, keep: int, tell: Callable[[str], None]) -> None:
+        super().__init__(path, files.shown)
+        self._files = files
+        self._keep = keep
+        self._tell = tell
+        self._sent: dict[str, tuple[int, int]] = {}
+        self._sending = threading.Lock()
+        self._wanted = threading.Event()
+        self._closed = False
+        self._told = ""
+        self._thread = threading.Thread(target=self._run, name="dngd-run-files", daemon=True)
+        self._thread.start()
+
+    def fetch(self) -> None:
+        """Bring the run's files and its newest checkpoint that is good. Raises UserError if that fails."""
+        self._files.fetch(WORKED_ON, self.path)
+        self._sent = self._state()
+        for name in reversed(self._files.checkpoints()):
+            target = self.checkpoints / name
+            if not self._files.fetch_checkpoint(name, target):
+                continue
+            try:
+                read_verified(target)
+                return
+            except DamagedError:
+                continue  # it stays here, where loading tells of it
+
+    def changed(self) -> None:
+        """Have the files sent soon, by a thread."""
+        self._wanted.set()
+
+    def send_checkpoint(self, path: Path) -> None:
+        """Send a checkpoint. Raises UserError if that fails."""
+        self._files.send_checkpoint(path, self._keep)
+
+    def finish(self) -> None:
+        """Send what is not sent yet, again and again for a minute. Raises UserError if that fails."""
+        deadline = time.monotonic() + FINISH_SECONDS
+        while True:
+            try:
+                self._send()
+                return
+            except UserError as error:
+                if time.monotonic() >= deadline:
+                    raise UserError(f"the run's last files were not sent: {error}; then go on with --resume") from error
+            time.sleep(RETRY_SECONDS)
+
+    def close(self) -> None:
+        """End the thread, after what it is sending."""
+        self._closed = True
+        self._wanted.set()
+        self._thread.join(SETTLE_SECONDS)
+
+    def _run(self) -> None:
+        closed = False
+        while not closed:
+            self._wanted.wait()
+            self._wanted.clear()
+            closed = self._closed
+            try:
+                self._send()
+                self._told = ""
+            except FileNotFoundError:
+                continue  # removed here meanwhile, which is told of with `changed` too
+            except UserError as error:
+                self.failed += 1
+                if self._told != str(error):  # told once, however often it fails
+                    self._told = str(error)
+                    self._tell(f"{error}; training goes on, and the file is sent with the next ones")
+
+    def _send(self) -> None:
+        """Send each file that changed, and remove those that are gone here."""
+        with self._sending:
+            state = self._state()
+            for name, is_now in state.items():
+                if self._sent.get(name) != is_now:
+                    self._files.write(name, (self.path / name).read_bytes())
+                    self._sent[name] = is_now
+            for name in self._sent.keys() - state.keys():
+                self._files.remove(name)
+                del self._sent[name]
+
+    def _state(self) -> dict[str, tuple[int, int]]:
+        paths = [self.path / name for name in WORKED_ON]
+        return {p.name: (p.stat().st_size, p.stat().st_mtime_ns) for p in paths if p.exists()}
+
+
+@contextmanager
+def _working_folder(parent: Path) -> Iterator[Path]:
+    """Give a folder of this process's own, without those that killed processes of this machine left."""
+    host = os.uname().nodename
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for left_over in parent.glob(f"{host}-*-*"):
+            pid = left_over.name.removeprefix(f"{host}-").partition("-")[0]
+            if pid.isdigit() and not psutil.pid_exists(int(pid)):
+                shutil.rmtree(left_over, ignore_errors=True)
+        path = Path(tempfile.mkdtemp(prefix=f"{host}-{os.getpid()}-", dir=parent))
+    except OSError as error:
+        raise UserError(
+            f"{parent} on {host} cannot be written ({error.strerror}); give a folder that can be with --cache-dir"
+        ) from error
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,47 @@
+"""Ranks that set up alone, for longer than a collective may last, on real processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.helpers.ranks import run_ranks
+from tests.multiprocess.together import LIMIT_SECONDS
+
+CASES: dict[str, dict[str, Any]] = {
+    "slow": {"sleep": 1.5 * LIMIT_SECONDS},
+    "user": {"sleep": 0.2, "error": "user"},
+    "other": {"sleep": 0.2, "error": "other"},
+    "late": {"sleep": 2.0, "limit": 1.0},
+    "mutant": {"sleep": 1.5 * LIMIT_SECONDS, "mutant": True},
+}
+
+
+@pytest.fixture(scope="module")
+def met() -> dict[str, list[dict[str, Any]]]:
+    """What ranks 0 and 1 got in each case."""
+    return dict(zip(CASES, run_ranks("tests.multiprocess.together:meet", 2, list(CASES.values()))))
+
+
+def test_a_rank_that_takes_longer_than_a_collective_may(met: dict[str, list[dict[str, Any]]]) -> None:
+    assert [item["result"] for item in met["slow"]] == ["graph of rank 0", "graph of rank 1"]
+    assert all(item["seconds"] > LIMIT_SECONDS for item in met["slow"]), "nobody goes on alone"
+
+
+def test_one_ranks_failure_is_every_ranks(met: dict[str, list[dict[str, Any]]]) -> None:
+    assert [item["error"] for item in met["user"]] == ["UserError: no such graph; give another"] * 2
+    assert [item["error"] for item in met["other"]] == [
+        "TrainingError: rank 1: no such graph; give another",
+        "ValueError: no such graph; give another",
+    ]
+
+
+def test_the_wait_has_a_limit(met: dict[str, list[dict[str, Any]]]) -> None:
+    for item in met["late"]:
+        assert item["error"].startswith("UserError: 1 of 2 workers have the graph; rank 1 is copying: 25 % after 1 s; ")
+        assert "stage_timeout_seconds" in item["error"]
+
+
+def test_mutant_that_waits_in_one_collective_is_caught(met: dict[str, list[dict[str, Any]]]) -> None:
+    assert met["mutant"][0]["error"].startswith("TrainingError: rank 0 of 2: all-reduce of state failed")

@@ -1,0 +1,45 @@
+"""What the ranks of test_together.py do."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from dngd.comm import Communicator, current_communicator
+from dngd.errors import TrainingError, UserError
+from dngd.train.together import Progress, together
+
+LIMIT_SECONDS = 2.5
+"""Of each collective."""
+
+
+def meet(comm: Communicator, argument: dict[str, Any]) -> dict[str, Any]:
+    """Set up with a rank 1 that sleeps, fails or does neither; return what this rank got and was told."""
+    comm.barrier()  # processes start at different times
+    impatient = current_communicator(timeout_seconds=LIMIT_SECONDS)
+    told: list[str] = []
+
+    def work(progress: Progress) -> str:
+        if comm.rank == 1:
+            progress("copying", 1, 4)
+            time.sleep(argument["sleep"])
+            if argument.get("error"):
+                raise {"user": UserError, "other": ValueError}[argument["error"]]("no such graph; give another")
+        return f"graph of rank {comm.rank}"
+
+    began = time.monotonic()
+    try:
+        if argument.get("mutant"):
+            result = work(lambda *_: None)
+            impatient.barrier()
+        else:
+            result = together(
+                work,
+                impatient,
+                limit_seconds=argument.get("limit", 60.0),
+                round_seconds=LIMIT_SECONDS / 4,
+                tell=told.append,
+            )
+    except (UserError, TrainingError, ValueError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"result": result, "seconds": time.monotonic() - began, "told": told}
