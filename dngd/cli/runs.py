@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dngd.cli.common import Json, field_help, out, print_json, size_text
+from dngd.cli.common import Interrupted, Json, field_help, out, print_json, size_text
 from dngd.config import TrainConfig, merge, parse_assignment, read_yaml
-from dngd.errors import UserError
+from dngd.errors import RunInterrupted, UserError
 
 
 def train(
@@ -98,7 +98,10 @@ def train(
         plan = trainer.plan()
         print_json(plan.to_json()) if as_json else _print_plan(plan.to_json(), trainer.config)
         return
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    except RunInterrupted as error:
+        raise Interrupted(str(error)) from None
     if as_json:
         print_json(result.to_json())
     elif not quiet:

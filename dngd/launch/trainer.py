@@ -13,8 +13,10 @@ from dngd.config import TrainConfig
 from dngd.graph import resolve_dataset
 from dngd.report import write_report
 from dngd.train import RunFolder, RunPlan, RunResult, check_run_folder, make_plan, prepare_run_folder, run_rank
+from dngd.train.interrupt import CtrlC
 from dngd.train.plan import check_device, check_fits
 from dngd.train.progress import ConsoleReporter, Reporter, SilentReporter
+from dngd.train.supervision import Supervision
 
 
 class Trainer:
@@ -56,7 +58,8 @@ class Trainer:
         """Train to the end and return the result; the run folder then holds all of it.
 
         Raises UserError for a mistake in the configuration, the data or the folder, before anything is
-        overwritten; TrainingError if training cannot go on.
+        overwritten; TrainingError if training cannot go on; RunInterrupted (a KeyboardInterrupt) after a first Ctrl-C,
+        which lets the step end and writes a checkpoint. A second one stops at once.
         """
         if self._reporter is not None:
             result = self._run(self._reporter)
@@ -72,7 +75,8 @@ class Trainer:
         reporter.message(f"reading {self.config.dataset}")
         self.plan()
         if self.config.engine == "local":
-            return run_rank(prepare_run_folder(self.config), LocalCommunicator(), reporter)
+            supervision = Supervision(stops=CtrlC(reporter.message))
+            return run_rank(prepare_run_folder(self.config), LocalCommunicator(), reporter, supervision=supervision)
         from dngd.launch.ray_train import on_cluster, run_on_ray  # importing Ray takes seconds
 
         with on_cluster(self.config, reporter):

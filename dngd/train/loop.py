@@ -21,7 +21,7 @@ import torch
 from dngd.allocator import keep_freed_memory
 from dngd.comm import Communicator, FlatGradients, StepSums, shards_of_rank
 from dngd.config import TrainConfig
-from dngd.errors import DivergedError, TrainingError, UserError
+from dngd.errors import DivergedError, RunInterrupted, TrainingError, UserError
 from dngd.graph import GraphStore, Split, resolve_dataset
 from dngd.models import GNN, build_model
 from dngd.optim import learning_rate
@@ -136,6 +136,7 @@ class TrainingLoop:
         self.seeds_done = 0.0
         self.dropped_in_a_row = 0
         self.dropped_steps = 0
+        self.checkpointed_step = 0
         self.steps_repeated = 0
         self.best: EvaluationRecord | None = None
         self.best_model: bytes | None = None
@@ -154,11 +155,13 @@ class TrainingLoop:
             keep_freed_memory()
         # Past the last step there is nothing to sample: a finished run that is resumed only reports.
         if self.step < self.plan.total_steps:
-            with self._batches(shards) as source:
+            with self.supervision.stops, self._batches(shards) as source:
                 self.schedule.start(self.step)
                 while self.step < self.plan.total_steps:
-                    self._train_step(source, shards)
+                    stop = self._train_step(source, shards)
                     self._after_step()
+                    if stop and self.step < self.plan.total_steps:
+                        self._interrupt()
         with self.clock.inside("writing the checkpoint"):
             self.writer.finish()
         return self._finish()
@@ -214,7 +217,21 @@ class TrainingLoop:
             on_host=None if placed.cache is None else placed.cache.on_host,
         )
 
-    def _train_step(self, source: BatchSource, shards: Sequence[int]) -> None:
+    def _interrupt(self) -> None:
+        """Leave after a checkpoint of this step, as Ctrl-C asked for. All ranks enter."""
+        if self.checkpointed_step != self.step:
+            self._checkpoint()
+        with self.clock.inside("writing the checkpoint"):
+            self.writer.finish()
+        raise RunInterrupted(
+            f"interrupted after step {self.step} of {self.plan.total_steps}; go on with dngd train --run-dir "
+            f"{self.folder.path} --resume",
+            self.step,
+            str(self.folder.path),
+        )
+
+    def _train_step(self, source: BatchSource, shards: Sequence[int]) -> bool:
+        """Take a step; return whether a rank wants the run to stop after it, which all ranks learn alike."""
         started = time.perf_counter()
         self.clock.at_step(self.step)
         epoch, step_in_epoch = divmod(self.step, self.plan.steps_per_epoch)
@@ -234,6 +251,8 @@ class TrainingLoop:
             torch.manual_seed(derive_seed(self.config.seed, DROPOUT_STREAM, epoch, step_in_epoch, shard))
             num_seeds_here += self._back_propagate(batch, shard, self._unlabelled_weight(epoch))
             source.look_ahead()
+        if self.supervision.stops.wanted:
+            self.gradients.ask_to_stop_()
         with self.clock.phase("reduce"):
             sums = self.gradients.reduce_(self.comm)
         with self.clock.phase("optimizer"):
@@ -245,6 +264,7 @@ class TrainingLoop:
         elapsed = time.perf_counter() - started
         self.train_seconds += elapsed
         self.clock.step_seconds.append(elapsed)
+        return sums.stop
 
     def _unlabelled_weight(self, epoch: int) -> UnlabelledWeight | None:
         """Return what a seed outside the training set brings to the epoch's loss; None without such seeds."""
@@ -371,6 +391,7 @@ class TrainingLoop:
 
     def _checkpoint(self) -> None:
         preconditioner = self.optimizer.preconditioner
+        self.checkpointed_step = self.step
         self.writer.save(
             Snapshot(
                 step=self.step,
@@ -506,6 +527,7 @@ def run_rank(
     workers_here: how many of the world's ranks share this machine's memory. supervision: of an engine that starts
     lost workers again.
     """
+    settle_seconds = SETTLE_SECONDS
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         loop = TrainingLoop(config, communicator, reporter, workers_here=workers_here, supervision=supervision)
         try:
@@ -522,8 +544,12 @@ def run_rank(
                 f"a file of run {loop.folder.path} cannot be read or written: {error.strerror or error}{which}; free "
                 "space or fix permissions, then go on with --resume"
             ) from error
+        except KeyboardInterrupt as error:
+            if not isinstance(error, RunInterrupted):
+                settle_seconds = 0.0  # at once: what was being written is no checkpoint yet
+            raise
         finally:
-            loop.writer.settle(SETTLE_SECONDS)
+            loop.writer.settle(settle_seconds)
     communicator.barrier()
     return result
 

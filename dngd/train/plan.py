@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dngd.comm.gradients import TRAILING
 from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.graph import GraphStore, Split
@@ -171,7 +172,7 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split) -> RunPlan:
         sampler_bytes=0
         if config.constant_full_batch
         else config.samplers * (PROCESS_BYTES + slots_of_sampler(config.prefetch) * (batch.edges + batch.first_rows)),
-        gradient_bytes_per_step=(parameters + 2) * FLOAT_BYTES,
+        gradient_bytes_per_step=(parameters + TRAILING) * FLOAT_BYTES,
         factor_bytes_per_refresh=sum(layer.factors.statistics_sent for layer in layers) if kfac else 0,
         inverse_bytes_per_refresh=sum(layer.factors.inverses_sent for layer in layers)
         if kfac and config.kfac.strategy in ("auto", "share_inverse")
