@@ -121,6 +121,9 @@ class TrainConfig(_Section):
     lr: float | None = Field(None, gt=0, description="peak learning rate; null: 0.1 kfac, 0.01 adam and adamw, 0.1 sgd", json_schema_extra=IDENTITY)
     lr_schedule: Literal["cosine", "constant"] = Field("cosine", description="over all steps of the run", json_schema_extra=IDENTITY)
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up", json_schema_extra=IDENTITY)
+    metric: Literal["accuracy", "macro_f1", "roc_auc", "average_precision"] = Field("accuracy", description="what the best model is chosen by, on validation nodes; the run's files hold it as val_accuracy and test_accuracy", json_schema_extra=IDENTITY)
+    class_weights: Literal["balanced"] | tuple[float, ...] | None = Field(None, description="weights of the classes' losses, one a class; balanced: nodes / (classes · nodes of the class), of the training set; null: all 1", json_schema_extra=IDENTITY)
+    patience: int | None = Field(None, ge=1, description="evaluations in a row without a better validation metric after which the run ends; null: never")
     weight_decay: float = Field(0.0, ge=0, description="decoupled for kfac and adamw, L2 for adam and sgd", json_schema_extra=IDENTITY)
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd", json_schema_extra=IDENTITY)
     kfac: KFACConfig = Field(default_factory=lambda: KFACConfig(), description="natural-gradient settings")
@@ -171,6 +174,16 @@ class TrainConfig(_Section):
                 raise ValueError(f"fanout={value!r} is not a list of whole numbers; write e.g. 15,10,5") from None
         return value
 
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _class_weights_text(cls, value: object) -> object:
+        if isinstance(value, str) and value != "balanced":
+            try:
+                return tuple(float(part) for part in value.split(","))
+            except ValueError:
+                raise ValueError(f"class_weights={value!r} is neither balanced nor a list of numbers; write e.g. 1,2.5,1") from None
+        return value
+
     @field_validator("batch_size", mode="after")
     @classmethod
     def _batch_size_positive(cls, value: int | str) -> int | str:
@@ -191,6 +204,12 @@ class TrainConfig(_Section):
             raise ValueError(f"semi={self.semi} needs all neighbours but fanout={self.fanouts} draws some; leave --fanout out, or give -1 for every layer, or --semi none")
         if self.optimizer == "kfac" and self.semi != "none" and self.fisher == "empirical" and self.kfac.variant != "paper":
             raise ValueError(f"semi={self.semi} weighs its seeds unequally, which the empirical Fisher cannot do; leave kfac.fisher away, or use --set kfac.fisher=monte_carlo")
+        if isinstance(self.class_weights, tuple) and not all(0 < weight < float("inf") for weight in self.class_weights):
+            raise ValueError(f"class_weights={self.class_weights} has an entry that is no number above 0")
+        if self.class_weights is not None and self.semi != "none":
+            raise ValueError(f"class_weights and semi={self.semi} both weigh the seeds; leave one out")
+        if self.class_weights is not None and self.optimizer == "kfac" and self.fisher == "empirical":
+            raise ValueError("class_weights weigh the seeds unequally, which the empirical Fisher cannot do; leave kfac.fisher away, or use --set kfac.fisher=monte_carlo")
         if not self.use_gpu and self.feature_placement in ("device", "pinned"):
             raise ValueError(f"feature_placement={self.feature_placement} is about a GPU but use_gpu is off; add --use-gpu, or use --feature-placement auto")
         if self.feature_cache_bytes and (not self.use_gpu or self.feature_placement == "device"):
@@ -275,6 +294,10 @@ class TrainConfig(_Section):
         flat["kfac.fisher"] = self.fisher
         if self.semi == "none":
             flat.pop("semi_gamma")
+        # Fields that came later: a run that leaves them alone is the run that it was before.
+        for name, usual in (("metric", "accuracy"), ("class_weights", None)):
+            if flat[name] == usual:
+                flat.pop(name)
         if self.optimizer != "kfac":
             flat = {key: value for key, value in flat.items() if not key.startswith("kfac.")}
         return flat

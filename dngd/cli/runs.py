@@ -45,6 +45,14 @@ def train(
     epochs: Annotated[int | None, typer.Option(help=field_help("epochs"))] = None,
     max_steps: Annotated[int | None, typer.Option(help=field_help("max_steps"))] = None,
     optimizer: Annotated[str | None, typer.Option(help=field_help("optimizer") + " (kfac, adam, adamw or sgd)")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help=field_help("metric") + " (accuracy, macro_f1, roc_auc or average_precision)"),
+    ] = None,
+    class_weights: Annotated[
+        str | None, typer.Option(help="balanced, or one weight a class: 1,2.5,1 [default: all 1]")
+    ] = None,
+    patience: Annotated[int | None, typer.Option(help=field_help("patience"))] = None,
     lr: Annotated[float | None, typer.Option(help=field_help("lr"))] = None,
     lr_schedule: Annotated[str | None, typer.Option(help=field_help("lr_schedule") + " (cosine or constant)")] = None,
     warmup_steps: Annotated[int | None, typer.Option(help=field_help("warmup_steps"))] = None,
@@ -137,10 +145,11 @@ def evaluate(
         print_json(scores)
         return
     table = Table(title=f"{run}: model of step {scores['step']}")
-    for column in ("nodes", "accuracy", "loss"):
+    metric = scores["metric"]
+    for column in ("nodes", metric, "loss"):
         table.add_column(column)
     for part in ("train", "val", "test"):
-        table.add_row(part, f"{scores[part]['accuracy']:.4f}", f"{scores[part]['loss']:.4f}")
+        table.add_row(part, f"{scores[part][metric]:.4f}", f"{scores[part]['loss']:.4f}")
     out.print(table)
 
 
@@ -212,8 +221,9 @@ def doctor(as_json: Json = False) -> None:
 
 def _print_result(result: dict[str, Any]) -> None:
     table = Table(title="Result", show_header=False)
-    table.add_row("best validation accuracy", f"{result['best_val_accuracy']:.4f}")
-    table.add_row("test accuracy there", f"{result['test_accuracy']:.4f}")
+    metric = result["metric"].replace("_", " ")
+    table.add_row(f"best validation {metric}", f"{result['best_val_accuracy']:.4f}")
+    table.add_row(f"test {metric} there", f"{result['test_accuracy']:.4f}")
     table.add_row(
         "training time",
         f"{result['train_seconds']:.1f} s, of which to the best {result['seconds_to_best_val']:.1f} s",

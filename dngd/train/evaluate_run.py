@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dngd.train.evaluation import EvaluationProgress
+from dngd.train.objective import make_objective
 from dngd.train.trained_model import evaluator_of, load_trained, open_graph
 
 
@@ -18,7 +19,8 @@ def evaluate_run(
     dataset: str | None = None,
     progress: EvaluationProgress | None = None,
 ) -> dict[str, Any]:
-    """Return {"step", "train", "val", "test"}: loss and accuracy of a run's best model on all neighbours.
+    """Return {"step", "metric", "train", "val", "test"}: the loss and, under its name, the run's metric of its best
+    model on all neighbours.
 
     data_root: where the data set is now, if not where the run had it. dataset: another graph to evaluate on, or where
     the run's is now; the run's split is taken there. progress: see EvaluationProgress.
@@ -29,7 +31,9 @@ def evaluate_run(
     store = open_graph(trained, dataset, data_root)
     split = store.split(trained.config.split, trained.config.seed)
     parts = {"train": split.train, "val": split.val, "test": split.test}
-    evaluator = evaluator_of(trained, store, torch.cat(list(parts.values())), progress)
+    objective = make_objective(trained.config, store, split)
+    evaluator = evaluator_of(trained, store, torch.cat(list(parts.values())), progress, objective)
     found = evaluator.scores_of(trained.model, parts)
-    scores = {name: {"accuracy": score.accuracy, "loss": score.loss} for name, score in found.items()}
-    return {"step": trained.step} | scores
+    metric = trained.config.metric
+    scores = {name: {metric: score.accuracy, "loss": score.loss} for name, score in found.items()}
+    return {"step": trained.step, "metric": metric} | scores

@@ -32,7 +32,7 @@ from dngd.train.checkpoint_writer import CheckpointSchedule, CheckpointWriter
 from dngd.train.evaluation import ExactEvaluator
 from dngd.train.feeder import CudaCopyStream, DeviceFeeder
 from dngd.train.full_batch import FullBatches
-from dngd.train.losses import UnlabelledWeight, shard_loss, unlabelled_share, unlabelled_weight
+from dngd.train.losses import UnlabelledWeight, unlabelled_share, unlabelled_weight
 from dngd.train.metrics import (
     EvaluationRecord,
     MetricsLog,
@@ -41,6 +41,7 @@ from dngd.train.metrics import (
     peak_rss_bytes,
     versions,
 )
+from dngd.train.objective import make_objective
 from dngd.train.optimizers import build_optimizer, load_moments, moments, set_learning_rate
 from dngd.train.page_lock import CudaHostRegistration, PageLockedMemory
 from dngd.train.placement import choose_placement, free_gpu_bytes, place_features
@@ -83,6 +84,7 @@ class TrainingLoop:
         left_out = sum(self.split.dropped_unlabelled.values())
         if left_out:
             reporter.message(f"{left_out} nodes of split {config.split} have no label and are left out")
+        self.objective = make_objective(config, self.store, self.split)
         self.plan = make_plan(config, self.store, self.split)
         check_fits(self.plan, config, workers_here, is_worker=True)
         free = free_gpu_bytes(self.device) if self.device.type == "cuda" else 0
@@ -111,9 +113,11 @@ class TrainingLoop:
             features=self.features,
             folders=spill_folders(config, self.folder),
             memory_bytes=config.eval_memory_bytes,
+            objective=self.objective,
+            metric=config.metric,
         )
         self.evaluator.check(self.model, torch.cat([self.split.val, self.split.test]))
-        self.optimizer = build_optimizer(config, self.model, communicator)
+        self.optimizer = build_optimizer(config, self.model, communicator, self.objective.kind)
         self.gradients = FlatGradients(self.model.parameters())
         self.checkpoints = CheckpointFolder(self.folder.checkpoints, communicator, keep=config.checkpoint.keep)
         self.writer = CheckpointWriter(
@@ -125,7 +129,7 @@ class TrainingLoop:
             written=self.supervision.checkpointed,
         )
         self.schedule = _checkpoint_schedule(config, communicator)
-        self.metrics = MetricsLog(self.folder.metrics)
+        self.metrics = MetricsLog(self.folder.metrics, config.metric)
         if self.optimizer.preconditioner is not None:
             self.optimizer.preconditioner.inside = self.clock.inside
 
@@ -154,17 +158,27 @@ class TrainingLoop:
             # Not before: what setting up takes and frees, for graphs of millions of nodes, is never wanted again.
             keep_freed_memory()
         # Past the last step there is nothing to sample: a finished run that is resumed only reports.
-        if self.step < self.plan.total_steps:
+        if not self._is_over():
             with self.supervision.stops, self._batches(shards) as source:
                 self.schedule.start(self.step)
-                while self.step < self.plan.total_steps:
+                while not self._is_over():
                     stop = self._train_step(source, shards)
                     self._after_step()
-                    if stop and self.step < self.plan.total_steps:
+                    if stop and not self._is_over():
                         self._interrupt()
         with self.clock.inside("writing the checkpoint"):
             self.writer.finish()
         return self._finish()
+
+    def _is_over(self) -> bool:
+        """Whether all steps are taken, or too many evaluations in a row were no better than the best; alike on all
+        ranks, which have the same history."""
+        return self.step >= self.plan.total_steps or self._has_stalled()
+
+    def _has_stalled(self) -> bool:
+        if self.config.patience is None or self.best is None:
+            return False
+        return sum(record.step > self.best.step for record in self.history) >= self.config.patience
 
     @contextlib.contextmanager
     def _batches(self, shards: Sequence[int]) -> Iterator[BatchSource]:
@@ -288,7 +302,7 @@ class TrainingLoop:
             return 0.0
         with self.clock.phase("forward"):
             logits = self.model(self.features, batch.propagations, batch.first_aggregation)
-            loss = shard_loss(logits, batch.labels, unlabelled)
+            loss = self.objective.shard_loss(logits, batch.labels, unlabelled)
         with self.clock.phase("observe"):
             self.optimizer.observe(logits, weights=loss.weights, key=shard)
         with self.clock.phase("backward"):
@@ -305,7 +319,10 @@ class TrainingLoop:
             self.dropped_in_a_row += 1
             self.dropped_steps += 1
             self.reporter.message(f"step {self.step}: a gradient is not finite; all ranks dropped the step")
-        self.seeds_done += sums.num_seeds if self.config.semi == "none" else self.store.num_nodes
+        if self.objective.class_weights is not None:  # the divisor is no number of seeds then
+            self.seeds_done += self.split.train.numel() / self.plan.steps_per_epoch
+        else:
+            self.seeds_done += sums.num_seeds if self.config.semi == "none" else self.store.num_nodes
         if self.dropped_in_a_row >= self.config.max_dropped_steps:
             raise DivergedError(
                 f"{self.dropped_in_a_row} steps in a row had non-finite gradients (up to step {self.step}); use a "
@@ -323,6 +340,12 @@ class TrainingLoop:
                 self._evaluate()
         if epoch_ended:
             self.epoch_loss = self.epoch_seeds = 0.0
+        if self._has_stalled() and not ended:
+            ended = True
+            self.reporter.message(
+                f"stopped early after step {self.step}: {self.config.patience} evaluations in a row without a better "
+                f"validation {self.config.metric}"
+            )
         if self.schedule.is_due(self.step, epoch_ended=epoch_ended) or ended:
             started = time.perf_counter()
             with self.clock.phase("checkpoint"):
@@ -384,9 +407,10 @@ class TrainingLoop:
 
     def _model_bytes(self, record: EvaluationRecord) -> bytes:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-        data: bytes = safetensors.torch.save(
-            tensors, {"step": str(record.step), "val_accuracy": repr(record.val_accuracy)}
-        )
+        said = {"step": str(record.step), "val_accuracy": repr(record.val_accuracy)}
+        if self.store.is_multilabel:
+            said["labels"] = "several"
+        data: bytes = safetensors.torch.save(tensors, said)
         return data
 
     def _checkpoint(self) -> None:
@@ -490,6 +514,7 @@ class TrainingLoop:
         seconds_here = sum(self.clock.step_seconds)
         sent = self.comm.bytes_sent
         return RunResult(
+            metric=self.config.metric,
             best_val_accuracy=self.best.val_accuracy,
             test_accuracy=self.best.test_accuracy,
             train_seconds=self.train_seconds,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dngd.comm import Communicator
 from dngd.config import TrainConfig
-from dngd.optim import FactorLayout, KFACPreconditioner, NaturalGradient
+from dngd.optim import FactorLayout, KFACPreconditioner, LossKind, NaturalGradient
 
 
 class StepOptimizer(Protocol):
@@ -69,8 +69,10 @@ class SecondOrder:
         )
 
 
-def build_optimizer(config: TrainConfig, model: nn.Module, communicator: Communicator) -> StepOptimizer:
-    """Return the configured optimizer over a model's parameters."""
+def build_optimizer(
+    config: TrainConfig, model: nn.Module, communicator: Communicator, loss: LossKind = "cross_entropy"
+) -> StepOptimizer:
+    """Return the configured optimizer over a model's parameters. loss: whose Fisher is measured."""
     lr, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "kfac":
         kfac = config.kfac
@@ -81,6 +83,7 @@ def build_optimizer(config: TrainConfig, model: nn.Module, communicator: Communi
                 update=kfac.update,
                 method=kfac.method,
                 fisher=config.fisher,
+                loss=loss,
                 variant=kfac.variant,
                 momentum=kfac.momentum,
                 weight_decay=decay,

@@ -18,6 +18,7 @@ from dngd.sampling import steps_per_epoch
 from dngd.sampling.pipeline import slots_of_sampler
 from dngd.train.evaluation_plan import LayerShape, block_rows, evaluation_bytes
 from dngd.train.memory import available_memory, private_memory
+from dngd.train.objective import make_objective
 from dngd.train.optimizers import factor_layout
 from dngd.train.placement import choose_placement, free_gpu_bytes, table_bytes
 
@@ -122,8 +123,10 @@ def batch_size_of(config: TrainConfig, num_train: int) -> int:
 def make_plan(config: TrainConfig, store: GraphStore, split: Split) -> RunPlan:
     """Return the plan of a run.
 
-    Raises UserError for a batch larger than the training set, or a semi-supervised loss without unlabelled nodes.
+    Raises UserError for a batch larger than the training set, a semi-supervised loss without unlabelled nodes, or a
+    loss that the graph's labels do not allow.
     """
+    make_objective(config, store, split)
     num_train = int(split.train.numel())
     batch_size = batch_size_of(config, num_train)
     per_epoch = steps_per_epoch(num_train, config.shards, batch_size)

@@ -19,13 +19,15 @@ from dngd.models import GNN, MODELS, build_model
 from dngd.train.batch import PropagationBuilder
 from dngd.train.checkpoint import PREFIX
 from dngd.train.evaluation import EvaluationProgress, ExactEvaluator
+from dngd.train.objective import Objective
 from dngd.train.placement import free_gpu_bytes, table_bytes
 from dngd.train.run_folder import RunFolder, spill_folders
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A run's best model. step: when it was evaluated. num_features, num_classes: what it takes and gives."""
+    """A run's best model. step: when it was evaluated. num_features, num_classes: what it takes and gives.
+    is_multilabel: whether its outputs are of several labels a node."""
 
     folder: RunFolder
     config: TrainConfig
@@ -33,6 +35,7 @@ class TrainedModel:
     step: int
     num_features: int
     num_classes: int
+    is_multilabel: bool = False
 
 
 def load_trained(run: Path) -> TrainedModel:
@@ -49,7 +52,8 @@ def load_trained(run: Path) -> TrainedModel:
     try:
         weights = safetensors.torch.load_file(folder.best_model)
         with safe_open(folder.best_model, framework="pt") as file:
-            step = int((file.metadata() or {})["step"])
+            said = file.metadata() or {}
+            step = int(said["step"])
         in_rows = weights["layers.0.linear.weight"].shape[1]
         num_classes = weights[f"layers.{config.num_layers - 1}.linear.weight"].shape[0]
         num_features = in_rows // (2 if MODELS[config.model].aggregation == "mean" else 1)
@@ -65,7 +69,7 @@ def load_trained(run: Path) -> TrainedModel:
     except (SafetensorError, KeyError, IndexError, ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder.best_model} cannot be loaded into the run's model: {reason}") from None
-    return TrainedModel(folder, config, model, step, num_features, num_classes)
+    return TrainedModel(folder, config, model, step, num_features, num_classes, said.get("labels") == "several")
 
 
 def open_graph(trained: TrainedModel, dataset: str | None = None, data_root: Path | None = None) -> GraphStore:
@@ -87,6 +91,12 @@ def open_graph(trained: TrainedModel, dataset: str | None = None, data_root: Pat
             f"graph {store.name} has {store.num_features} features a node but the model of run {trained.folder.path} "
             f"was trained on {trained.num_features}; give a graph with the same features"
         )
+    if store.is_multilabel != trained.is_multilabel and bool(store.labelled.any()):
+        kinds = {True: "several labels a node", False: "one label a node"}
+        raise UserError(
+            f"graph {store.name} has {kinds[store.is_multilabel]} but the model of run {trained.folder.path} was "
+            f"trained on {kinds[trained.is_multilabel]}; give a graph with the same labels"
+        )
     if store.num_classes > trained.num_classes:
         raise UserError(
             f"graph {store.name} has {store.num_classes} classes but the model of run {trained.folder.path} knows "
@@ -96,11 +106,16 @@ def open_graph(trained: TrainedModel, dataset: str | None = None, data_root: Pat
 
 
 def evaluator_of(
-    trained: TrainedModel, store: GraphStore, nodes: Tensor | None, progress: EvaluationProgress | None = None
+    trained: TrainedModel,
+    store: GraphStore,
+    nodes: Tensor | None,
+    progress: EvaluationProgress | None = None,
+    objective: Objective | None = None,
 ) -> ExactEvaluator:
     """Return what evaluates the model once in this process: on a GPU if the run used one and there is one here.
 
-    nodes: those that it will be asked for, None for all. Raises UserError if there is no room for its tables.
+    nodes: those that it will be asked for, None for all. objective: of scores. Raises UserError if there is no room
+    for its tables.
     """
     config, model = trained.config, trained.model
     device = torch.device("cuda" if config.use_gpu and torch.cuda.is_available() else "cpu")
@@ -116,6 +131,8 @@ def evaluator_of(
         memory_bytes=config.eval_memory_bytes,
         keeps_first=False,
         progress=progress,
+        objective=objective,
+        metric=config.metric,
     )
     evaluator.check(model, nodes)
     return evaluator

@@ -49,7 +49,7 @@ def wait_for_lines(process: subprocess.Popen[str], path: Path, count: int, secon
 
 def test_ctrl_c_ends_the_step_and_leaves_a_resumable_run(store: GraphStore, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    # A sampler process, which a terminal's Ctrl-C reaches as well. Neither steps nor minutes make a checkpoint due: the one that is there is Ctrl-C's.
+    # A sampler process, which a terminal's Ctrl-C reaches as well. No other checkpoint is due than Ctrl-C's.
     options = ["--engine", "local", "--num-samplers", "1"]
     options += ["--set", "checkpoint.period_steps=1000000", "--set", "eval_period=1"]
     process = started(arguments(store, run, *options, "--epochs", str(LONG)))
