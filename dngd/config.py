@@ -107,7 +107,7 @@ class TrainConfig(_Section):
     data_root: Path | None = Field(None, description="folder of data sets; null: $DNGD_DATA_ROOT")
     cache_dir: Path | None = Field(None, description="folder of converted stores; null: $DNGD_CACHE_DIR or ~/.cache/dngd")
     split: str = Field("masks", description="masks | masks:K | public | complete | random:TRAIN/VAL/TEST", json_schema_extra=IDENTITY)
-    model: Literal["gcn", "sage"] = Field("gcn", description="layer kind", json_schema_extra=IDENTITY)
+    model: Literal["gcn", "sage", "custom"] = Field("gcn", description="layer kind; custom: a module given to dngd.Trainer", json_schema_extra=IDENTITY)
     hidden: int = Field(256, ge=1, description="width of the hidden layers", json_schema_extra=IDENTITY)
     num_layers: int = Field(3, ge=1, le=16, description="number of graph layers", json_schema_extra=IDENTITY)
     fanout: tuple[int, ...] | None = Field(None, description="neighbours drawn per layer, input side first, -1 for all; null: 15,10,5 cut or repeated to num_layers, or with batch_size full all", json_schema_extra=IDENTITY)
@@ -117,7 +117,7 @@ class TrainConfig(_Section):
     semi_gamma: float = Field(1.0, gt=0, allow_inf_nan=False, description="γ of λ_u, a number above 0; larger keeps the others out longer", json_schema_extra=IDENTITY)
     epochs: int = Field(10, ge=1, description="passes over the training nodes; another number on resuming also bends a cosine schedule and λ_u")
     max_steps: int | None = Field(None, ge=1, description="stop after this many steps")
-    optimizer: Literal["kfac", "adam", "adamw", "sgd"] = Field("kfac", description="kfac: natural gradient", json_schema_extra=IDENTITY)
+    optimizer: Literal["kfac", "adam", "adamw", "sgd", "custom"] = Field("kfac", description="kfac: natural gradient; custom: one given to dngd.Trainer, which brings its rates and weight decay", json_schema_extra=IDENTITY)
     lr: float | None = Field(None, gt=0, description="peak learning rate; null: 0.1 kfac, 0.01 adam and adamw, 0.1 sgd", json_schema_extra=IDENTITY)
     lr_schedule: Literal["cosine", "constant"] = Field("cosine", description="over all steps of the run", json_schema_extra=IDENTITY)
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up", json_schema_extra=IDENTITY)
@@ -137,6 +137,7 @@ class TrainConfig(_Section):
     num_samplers: int | None = Field(None, ge=0, le=64, description="sampler processes a worker; 0: a thread of the training process; null: 0 on a CPU, 1 with use_gpu")
     prefetch: int = Field(2, ge=1, le=64, description="batches that each sampler may be ahead")
     keep_memory: bool = Field(True, description="on a CPU: memory that a step frees stays with the process for the next one, instead of going back to the system; faster, and the process keeps the most that it ever used")
+    loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field((), description="where evaluations and step losses go beside metrics.jsonl and metrics.csv: tensorboard, mlflow, wandb, each an extra of dngd")
     eval_period: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
     eval_rows: int = Field(65536, ge=1, description="most rows worked on at a time in exact evaluation; a smaller block may be chosen for the caches' sake")
     eval_memory_bytes: int | None = Field(None, ge=0, description="memory that a machine may hold exact evaluation's tables in, bytes; what goes beyond lies in unnamed files below cache_dir or the run folder; null: half of what is available")
@@ -210,6 +211,8 @@ class TrainConfig(_Section):
             raise ValueError(f"class_weights and semi={self.semi} both weigh the seeds; leave one out")
         if self.class_weights is not None and self.optimizer == "kfac" and self.fisher == "empirical":
             raise ValueError("class_weights weigh the seeds unequally, which the empirical Fisher cannot do; leave kfac.fisher away, or use --set kfac.fisher=monte_carlo")
+        if self.optimizer == "custom" and (self.lr is not None or self.weight_decay):
+            raise ValueError("optimizer=custom brings its own learning rate and weight decay; leave lr and weight_decay out, and set them where the optimizer is made")
         if not self.use_gpu and self.feature_placement in ("device", "pinned"):
             raise ValueError(f"feature_placement={self.feature_placement} is about a GPU but use_gpu is off; add --use-gpu, or use --feature-placement auto")
         if self.feature_cache_bytes and (not self.use_gpu or self.feature_placement == "device"):
@@ -272,12 +275,12 @@ class TrainConfig(_Section):
 
     @property
     def learning_rate(self) -> float:
-        """The peak learning rate in use."""
+        """The peak learning rate in use; of a custom optimizer, what its own rates are multiplied by."""
         if self.lr is not None:
             return self.lr
         if self.optimizer == "kfac" and self.kfac.update == "adam_eigenbasis":
             return 0.01
-        return {"kfac": 0.1, "adam": 0.01, "adamw": 0.01, "sgd": 0.1}[self.optimizer]
+        return {"kfac": 0.1, "adam": 0.01, "adamw": 0.01, "sgd": 0.1, "custom": 1.0}[self.optimizer]
 
     @property
     def data_root_in_use(self) -> Path | None:

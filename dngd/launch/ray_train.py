@@ -36,6 +36,7 @@ from dngd.launch.watch import Watch
 from dngd.train import EvaluationRecord, RunResult, run_rank
 from dngd.train.heartbeat import Beat, Heartbeat
 from dngd.train.interrupt import NobodyStops
+from dngd.train.parts import RunParts
 from dngd.train.progress import Reporter, StepRecord, event
 from dngd.train.supervision import Attempt, Supervision
 
@@ -77,8 +78,8 @@ def on_cluster(config: TrainConfig, reporter: Reporter) -> Iterator[None]:
             ray.shutdown()
 
 
-def run_on_ray(config: TrainConfig, reporter: Reporter) -> RunResult:
-    """Train on the connected cluster and return rank 0's result.
+def run_on_ray(config: TrainConfig, reporter: Reporter, parts: RunParts | None = None) -> RunResult:
+    """Train on the connected cluster and return rank 0's result. parts: pickled to the workers.
 
     Raises UserError for what a worker refuses, TrainingError for a run that workers were lost of too often.
     """
@@ -89,7 +90,7 @@ def run_on_ray(config: TrainConfig, reporter: Reporter) -> RunResult:
     trainer = _InterruptibleTrainer(
         watch,
         _worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "channel": channel},
+        train_loop_config={"config": config.model_dump(mode="json"), "channel": channel, "parts": parts},
         scaling_config=_scaling(config),
         run_config=ray.train.RunConfig(
             name="ray",
@@ -249,6 +250,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
                 reporter,
                 workers_here=context.get_local_world_size(),
                 supervision=supervision,
+                parts=loop_config["parts"],
             )
         except RunInterrupted as error:
             told = {"message": str(error), "step": error.step, "run_dir": error.run_dir}

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dngd.comm import Communicator
 from dngd.errors import UserError
@@ -41,6 +42,22 @@ from dngd.train.tables import Rows, Table, TableSpace
 
 EvaluationProgress = Callable[[int, int], None]
 """Called with this rank's work done and its work in all; a unit is an edge aggregated, or a row made, in one layer."""
+
+
+class Evaluator(Protocol):
+    """What evaluates a model on all neighbours: ExactEvaluator, or ModuleEvaluator for modules of one's own."""
+
+    def check(self, model: Any, nodes: Tensor | None) -> None:
+        """Raise UserError if there is no room for what it needs. All ranks enter."""
+
+    def predictions(self, model: Any, nodes: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (ids, outputs) of this rank's part of the nodes, ascending; to be read to its end."""
+
+    def scores(self, model: Any, split: Split) -> dict[str, Scores]:
+        """Return the scores on "val" and "test" nodes, alike on all ranks."""
+
+    def scores_of(self, model: Any, parts: Mapping[str, Tensor]) -> dict[str, Scores]:
+        """Return each part's scores, alike on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +183,7 @@ class ExactEvaluator:
             for layer, shape, work in zip(model.graph_layers(), plan.shapes, plan.work.layers)
         ]
         done = 0
-        with _evaluating(model), contextlib.ExitStack() as stack:
+        with evaluating(model), contextlib.ExitStack() as stack:
             self._make_room_for_first(layers, plan)
             source, tables = self._input(layers[0], plan, stack)
             for i, (layer, work) in enumerate(zip(layers, plan.work.layers)):
@@ -299,7 +316,7 @@ class _Tables:
 
 
 @contextlib.contextmanager
-def _evaluating(model: GNN) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Hold the model in evaluation mode while the block runs."""
     was_training = model.training
     model.eval()

@@ -18,6 +18,7 @@ from dngd.graph import GraphStore
 from dngd.graph.manifest import dngd_version
 from dngd.train.evaluation import EvaluationProgress
 from dngd.train.new_file import new_file
+from dngd.train.parts import RunParts
 from dngd.train.trained_model import TrainedModel, evaluator_of, load_trained, open_graph, trained_on
 
 NODES = ("all", "train", "val", "test", "unlabelled")
@@ -56,6 +57,7 @@ def predict_run(
     probabilities: bool = False,
     overwrite: bool = False,
     progress: EvaluationProgress | None = None,
+    parts: RunParts | None = None,
 ) -> Predictions:
     """Write the classes that a run's best model gives nodes, from all their neighbours, to a Parquet file.
 
@@ -67,12 +69,13 @@ def predict_run(
 
     nodes: all, train, val, test (of the run's split, taken in the graph), or unlabelled. data_root: where the run's
     data set is now. dataset: another graph with the same features, or where the run's is now. overwrite: replace a
-    file. progress: see EvaluationProgress. The file appears when it is whole; it is written a row group at a time.
+    file. progress: see EvaluationProgress. parts: with the module of a run that had one of its own.
+    The file appears when it is whole; it is written a row group at a time.
     Raises UserError for what `evaluate_run` does, a path that cannot be written, and nodes that the graph has not.
     """
     out = out.expanduser()
     _check_out(out, overwrite)
-    trained = load_trained(run)
+    trained = load_trained(run, parts)
     store = open_graph(trained, dataset, data_root)
     chosen = _chosen(trained, store, nodes)
     names = _class_names(trained, store, dataset)
@@ -102,6 +105,44 @@ def predict_run(
         graph_digest=store.digest,
         columns=tuple(schema.names),
     )
+
+
+def probabilities_of_run(
+    run: Path,
+    nodes: Tensor | None = None,
+    *,
+    data_root: Path | None = None,
+    dataset: str | None = None,
+    parts: RunParts | None = None,
+) -> Tensor:
+    """Return the probabilities that a run's best model gives nodes, from all their neighbours: float32 [n, C].
+
+    nodes: int64 [n], distinct, in any order; None for all. The others as in `predict_run`. Raises UserError for what
+    `evaluate_run` does, and for nodes that the graph has not.
+    """
+    trained = load_trained(run, parts)
+    store = open_graph(trained, dataset, data_root)
+    if nodes is not None and not _are_nodes(nodes, store.num_nodes):
+        raise UserError(
+            f"nodes must be distinct int64 numbers of nodes, 0 to {store.num_nodes - 1}, in one dimension; map ids to "
+            f"numbers with the store's node_ids"
+        )
+    evaluator = evaluator_of(trained, store, nodes)
+    row_of = torch.full((store.num_nodes,), -1)
+    wanted = torch.arange(store.num_nodes) if nodes is None else nodes
+    row_of[wanted] = torch.arange(wanted.numel())
+    out = torch.empty(wanted.numel(), trained.num_classes)
+    for ids, logits in evaluator.predictions(trained.model, nodes):
+        shares = logits.float().sigmoid() if trained.is_multilabel else logits.float().softmax(dim=1)
+        out[row_of[ids]] = shares.cpu()
+    return out
+
+
+def _are_nodes(nodes: Tensor, num_nodes: int) -> bool:
+    if nodes.dim() != 1 or nodes.dtype != torch.int64:
+        return False
+    inside = bool(((nodes >= 0) & (nodes < num_nodes)).all())
+    return inside and int(torch.bincount(nodes, minlength=1).max()) <= 1
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
