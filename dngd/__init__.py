@@ -9,17 +9,40 @@ from dngd.sampling.dgl_import import install_import_hook
 
 if TYPE_CHECKING:
     from dngd.config import TrainConfig
-    from dngd.errors import TrainingError, UserError
+    from dngd.errors import RunInterrupted, TrainingError, UserError
     from dngd.graph import GraphStore
     from dngd.launch import Trainer
-    from dngd.train import RunResult
+    from dngd.models import GraphBatch, GraphShape, LayerEdges, PyGStack
+    from dngd.train import Callback, RunResult, RunState
 
 __version__ = "0.1.0"
-__all__ = ["GraphStore", "RunResult", "TrainConfig", "Trainer", "TrainingError", "UserError", "__version__"]
+__all__ = [
+    "Callback",
+    "GraphBatch",
+    "GraphShape",
+    "GraphStore",
+    "LayerEdges",
+    "PyGStack",
+    "RunInterrupted",
+    "RunResult",
+    "RunState",
+    "TrainConfig",
+    "Trainer",
+    "TrainingError",
+    "UserError",
+    "__version__",
+]
 
 _HOMES = {
+    "Callback": "dngd.train",
+    "GraphBatch": "dngd.models",
+    "GraphShape": "dngd.models",
     "GraphStore": "dngd.graph",
+    "LayerEdges": "dngd.models",
+    "PyGStack": "dngd.models",
+    "RunInterrupted": "dngd.errors",
     "RunResult": "dngd.train",
+    "RunState": "dngd.train",
     "TrainConfig": "dngd.config",
     "Trainer": "dngd.launch",
     "TrainingError": "dngd.errors",

@@ -111,7 +111,7 @@ class TrainConfig(_Section):
     stage_dir: Path | None = Field(None, description="folder on each node's own disk where stores on s3:// or gs:// are kept, and a store folder (on a shared file system, say) is copied too, once a node; null: cache_dir, and a store folder is opened where it lies")
     stage_timeout_seconds: float = Field(3600.0, gt=0, description="limit for all nodes to have the graph, copied or converted, seconds")
     split: str = Field("masks", description="masks | masks:K | public | complete | random:TRAIN/VAL/TEST", json_schema_extra=IDENTITY)
-    model: Literal["gcn", "sage"] = Field("gcn", description="layer kind", json_schema_extra=IDENTITY)
+    model: Literal["gcn", "sage", "custom"] = Field("gcn", description="layer kind; custom: a module given to dngd.Trainer", json_schema_extra=IDENTITY)
     hidden: int = Field(256, ge=1, description="width of the hidden layers", json_schema_extra=IDENTITY)
     num_layers: int = Field(3, ge=1, le=16, description="number of graph layers", json_schema_extra=IDENTITY)
     fanout: tuple[int, ...] | None = Field(None, description="neighbours drawn per layer, input side first, -1 for all; null: 15,10,5 cut or repeated to num_layers, or with batch_size full all", json_schema_extra=IDENTITY)
@@ -121,10 +121,13 @@ class TrainConfig(_Section):
     semi_gamma: float = Field(1.0, gt=0, allow_inf_nan=False, description="γ of λ_u, a number above 0; larger keeps the others out longer", json_schema_extra=IDENTITY)
     epochs: int = Field(10, ge=1, description="passes over the training nodes; another number on resuming also bends a cosine schedule and λ_u")
     max_steps: int | None = Field(None, ge=1, description="stop after this many steps")
-    optimizer: Literal["kfac", "adam", "adamw", "sgd"] = Field("kfac", description="kfac: natural gradient", json_schema_extra=IDENTITY)
+    optimizer: Literal["kfac", "adam", "adamw", "sgd", "custom"] = Field("kfac", description="kfac: natural gradient; custom: one given to dngd.Trainer, which brings its rates and weight decay", json_schema_extra=IDENTITY)
     lr: float | None = Field(None, gt=0, description="peak learning rate; null: 0.1 kfac, 0.01 adam and adamw, 0.1 sgd", json_schema_extra=IDENTITY)
     lr_schedule: Literal["cosine", "constant"] = Field("cosine", description="over all steps of the run", json_schema_extra=IDENTITY)
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up", json_schema_extra=IDENTITY)
+    metric: Literal["accuracy", "macro_f1", "roc_auc", "average_precision"] = Field("accuracy", description="what the best model is chosen by, on validation nodes; the run's files hold it as val_accuracy and test_accuracy", json_schema_extra=IDENTITY)
+    class_weights: Literal["balanced"] | tuple[float, ...] | None = Field(None, description="weights of the classes' losses, one a class; balanced: nodes / (classes · nodes of the class), of the training set; null: all 1", json_schema_extra=IDENTITY)
+    patience: int | None = Field(None, ge=1, description="evaluations in a row without a better validation metric after which the run ends; null: never")
     weight_decay: float = Field(0.0, ge=0, description="decoupled for kfac and adamw, L2 for adam and sgd", json_schema_extra=IDENTITY)
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd", json_schema_extra=IDENTITY)
     kfac: KFACConfig = Field(default_factory=lambda: KFACConfig(), description="natural-gradient settings")
@@ -138,6 +141,7 @@ class TrainConfig(_Section):
     num_samplers: int | None = Field(None, ge=0, le=64, description="sampler processes a worker; 0: a thread of the training process; null: 0 on a CPU, 1 with use_gpu")
     prefetch: int = Field(2, ge=1, le=64, description="batches that each sampler may be ahead")
     keep_memory: bool = Field(True, description="on a CPU: memory that a step frees stays with the process for the next one, instead of going back to the system; faster, and the process keeps the most that it ever used")
+    loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field((), description="where evaluations and step losses go beside metrics.jsonl and metrics.csv: tensorboard, mlflow, wandb, each an extra of dngd")
     eval_period: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
     eval_rows: int = Field(65536, ge=1, description="most rows worked on at a time in exact evaluation; a smaller block may be chosen for the caches' sake")
     eval_memory_bytes: int | None = Field(None, ge=0, description="memory that a machine may hold exact evaluation's tables in, bytes; what goes beyond lies in unnamed files below cache_dir or the run folder; null: half of what is available")
@@ -182,6 +186,16 @@ class TrainConfig(_Section):
                 raise ValueError(f"fanout={value!r} is not a list of whole numbers; write e.g. 15,10,5") from None
         return value
 
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _class_weights_text(cls, value: object) -> object:
+        if isinstance(value, str) and value != "balanced":
+            try:
+                return tuple(float(part) for part in value.split(","))
+            except ValueError:
+                raise ValueError(f"class_weights={value!r} is neither balanced nor a list of numbers; write e.g. 1,2.5,1") from None
+        return value
+
     @field_validator("batch_size", mode="after")
     @classmethod
     def _batch_size_positive(cls, value: int | str) -> int | str:
@@ -202,6 +216,14 @@ class TrainConfig(_Section):
             raise ValueError(f"semi={self.semi} needs all neighbours but fanout={self.fanouts} draws some; leave --fanout out, or give -1 for every layer, or --semi none")
         if self.optimizer == "kfac" and self.semi != "none" and self.fisher == "empirical" and self.kfac.variant != "paper":
             raise ValueError(f"semi={self.semi} weighs its seeds unequally, which the empirical Fisher cannot do; leave kfac.fisher away, or use --set kfac.fisher=monte_carlo")
+        if isinstance(self.class_weights, tuple) and not all(0 < weight < float("inf") for weight in self.class_weights):
+            raise ValueError(f"class_weights={self.class_weights} has an entry that is no number above 0")
+        if self.class_weights is not None and self.semi != "none":
+            raise ValueError(f"class_weights and semi={self.semi} both weigh the seeds; leave one out")
+        if self.class_weights is not None and self.optimizer == "kfac" and self.fisher == "empirical":
+            raise ValueError("class_weights weigh the seeds unequally, which the empirical Fisher cannot do; leave kfac.fisher away, or use --set kfac.fisher=monte_carlo")
+        if self.optimizer == "custom" and (self.lr is not None or self.weight_decay):
+            raise ValueError("optimizer=custom brings its own learning rate and weight decay; leave lr and weight_decay out, and set them where the optimizer is made")
         if not self.use_gpu and self.feature_placement in ("device", "pinned"):
             raise ValueError(f"feature_placement={self.feature_placement} is about a GPU but use_gpu is off; add --use-gpu, or use --feature-placement auto")
         if self.feature_cache_bytes and (not self.use_gpu or self.feature_placement == "device"):
@@ -275,12 +297,12 @@ class TrainConfig(_Section):
 
     @property
     def learning_rate(self) -> float:
-        """The peak learning rate in use."""
+        """The peak learning rate in use; of a custom optimizer, what its own rates are multiplied by."""
         if self.lr is not None:
             return self.lr
         if self.optimizer == "kfac" and self.kfac.update == "adam_eigenbasis":
             return 0.01
-        return {"kfac": 0.1, "adam": 0.01, "adamw": 0.01, "sgd": 0.1}[self.optimizer]
+        return {"kfac": 0.1, "adam": 0.01, "adamw": 0.01, "sgd": 0.1, "custom": 1.0}[self.optimizer]
 
     @property
     def data_root_in_use(self) -> Path | None:
@@ -297,6 +319,10 @@ class TrainConfig(_Section):
         flat["kfac.fisher"] = self.fisher
         if self.semi == "none":
             flat.pop("semi_gamma")
+        # Fields that came later: a run that leaves them alone is the run that it was before.
+        for name, usual in (("metric", "accuracy"), ("class_weights", None)):
+            if flat[name] == usual:
+                flat.pop(name)
         if self.optimizer != "kfac":
             flat = {key: value for key, value in flat.items() if not key.startswith("kfac.")}
         return flat

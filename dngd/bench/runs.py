@@ -17,7 +17,7 @@ from dngd.config import TrainConfig
 from dngd.optim import learning_rate
 from dngd.sampling import BatchCoordinates, MiniBatch, SamplerPipeline
 from dngd.train.batch import DeviceBatch
-from dngd.train.evaluation import Scores
+from dngd.train.scoring import Scores
 
 SETTLE_SECONDS = 0.03
 SETTLE_LIMIT_SECONDS = 60.0

@@ -18,6 +18,10 @@ out = Console()
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else there.")]
 
 
+class Interrupted(Exception):
+    """Ctrl-C, with a sentence of its own: the parser would make a bare exit code of a KeyboardInterrupt."""
+
+
 def field_help(name: str) -> str:
     """Return a configuration field's description with its default, for --help."""
     field = TrainConfig.model_fields[name]

@@ -1,6 +1,6 @@
 """The command line's root: the commands together, and what errors become.
 
-Exit codes: 0 done; 1 training failed; 2 a mistake that the user can mend, told in one sentence.
+Exit codes: 0 done; 1 training failed; 2 a mistake that the user can mend, told in one sentence; 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import typer
 
 from dngd import __version__
 from dngd.cli.bench import bench_app
-from dngd.cli.common import out
+from dngd.cli.common import Interrupted, out
 from dngd.cli.data import data_app
 from dngd.cli.runs import doctor, evaluate, predict, report, train
 from dngd.cli.submit import SETTINGS as SUBMIT_SETTINGS
@@ -71,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not (sentence := _sentence(error)):
             sys.exit(2)  # no command at all: the help is on the screen already
         _fail(f"{sentence} (see dngd --help)", 2)
+    except Interrupted as error:
+        _fail(str(error), INTERRUPTED)
     except (KeyboardInterrupt, typer.Abort):
         _fail(RESUME_HINT, INTERRUPTED)
     except MemoryError as error:

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dngd.cli.common import Json, field_help, out, print_json, size_text
+from dngd.cli.common import Interrupted, Json, field_help, out, print_json, size_text
 from dngd.config import TrainConfig, address_of_run, merge, parse_assignment, read_yaml
-from dngd.errors import UserError
+from dngd.errors import RunInterrupted, UserError
 
 
 def train(
@@ -47,6 +47,14 @@ def train(
     epochs: Annotated[int | None, typer.Option(help=field_help("epochs"))] = None,
     max_steps: Annotated[int | None, typer.Option(help=field_help("max_steps"))] = None,
     optimizer: Annotated[str | None, typer.Option(help=field_help("optimizer") + " (kfac, adam, adamw or sgd)")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help=field_help("metric") + " (accuracy, macro_f1, roc_auc or average_precision)"),
+    ] = None,
+    class_weights: Annotated[
+        str | None, typer.Option(help="balanced, or one weight a class: 1,2.5,1 [default: all 1]")
+    ] = None,
+    patience: Annotated[int | None, typer.Option(help=field_help("patience"))] = None,
     lr: Annotated[float | None, typer.Option(help=field_help("lr"))] = None,
     lr_schedule: Annotated[str | None, typer.Option(help=field_help("lr_schedule") + " (cosine or constant)")] = None,
     warmup_steps: Annotated[int | None, typer.Option(help=field_help("warmup_steps"))] = None,
@@ -100,7 +108,10 @@ def train(
         plan = trainer.plan()
         print_json(plan.to_json()) if as_json else _print_plan(plan.to_json(), trainer.config)
         return
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    except RunInterrupted as error:
+        raise Interrupted(str(error)) from None
     if as_json:
         print_json(result.to_json())
     elif not quiet:
@@ -136,10 +147,11 @@ def evaluate(
         print_json(scores)
         return
     table = Table(title=f"{address_of_run(run) or run}: model of step {scores['step']}")
-    for column in ("nodes", "accuracy", "loss"):
+    metric = scores["metric"]
+    for column in ("nodes", metric, "loss"):
         table.add_column(column)
     for part in ("train", "val", "test"):
-        table.add_row(part, f"{scores[part]['accuracy']:.4f}", f"{scores[part]['loss']:.4f}")
+        table.add_row(part, f"{scores[part][metric]:.4f}", f"{scores[part]['loss']:.4f}")
     out.print(table)
 
 
@@ -214,8 +226,9 @@ def doctor(as_json: Json = False) -> None:
 
 def _print_result(result: dict[str, Any]) -> None:
     table = Table(title="Result", show_header=False)
-    table.add_row("best validation accuracy", f"{result['best_val_accuracy']:.4f}")
-    table.add_row("test accuracy there", f"{result['test_accuracy']:.4f}")
+    metric = result["metric"].replace("_", " ")
+    table.add_row(f"best validation {metric}", f"{result['best_val_accuracy']:.4f}")
+    table.add_row(f"test {metric} there", f"{result['test_accuracy']:.4f}")
     table.add_row(
         "training time",
         f"{result['train_seconds']:.1f} s, of which to the best {result['seconds_to_best_val']:.1f} s",

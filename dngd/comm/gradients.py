@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from dngd.comm.communicator import Communicator
 
+TRAILING = 3
+"""Numbers behind the gradients: wishes to stop, loss sum, divisor."""
+
 
 class FlatGradients:
-    """Every parameter's `.grad` as a view of one buffer, followed by the step's loss sum and divisor.
+    """Every parameter's `.grad` as a view of one buffer, followed by a wish to stop, the step's loss sum and divisor.
 
     The backward pass of each shard's **summed** loss `Σ_s w_s ℓ_s` accumulates into the views; one bucketed
     all-reduce then yields the globally summed loss's gradient, and division by the globally summed divisor (the
@@ -23,7 +26,7 @@ class FlatGradients:
         self._parameters = list(parameters)
         size = sum(p.numel() for p in self._parameters)
         first = self._parameters[0]
-        self._flat = torch.zeros(size + 2, dtype=first.dtype, device=first.device)
+        self._flat = torch.zeros(size + TRAILING, dtype=first.dtype, device=first.device)
         offset = 0
         for parameter in self._parameters:
             parameter.grad = self._flat[offset : offset + parameter.numel()].view_as(parameter)
@@ -38,21 +41,27 @@ class FlatGradients:
         self._flat[-2] += loss_sum.detach()
         self._flat[-1] += num_seeds
 
+    def ask_to_stop_(self) -> None:
+        """Let all ranks learn from this step's reduction that the run is to stop after it."""
+        self._flat[-3] += 1
+
     def reduce_(self, communicator: Communicator) -> StepSums:
         """Sum over ranks, then divide the gradients by the divisor. All ranks enter; all get the same bits."""
         communicator.all_reduce(self._flat, "gradient").wait()
         # One host synchronisation a step: the sums and the verdict on finiteness travel together.
         verdict = torch.isfinite(self._flat).all().to(self._flat.dtype)
-        loss_sum, count, finite = torch.stack([self._flat[-2], self._flat[-1], verdict]).tolist()
+        stop, loss_sum, count, finite = torch.cat([self._flat[-TRAILING:], verdict[None]]).tolist()
         if count > 0:
-            self._flat[:-2] /= count
-        return StepSums(loss_sum, count, bool(finite) and math.isfinite(count))
+            self._flat[:-TRAILING] /= count
+        return StepSums(loss_sum, count, bool(finite) and math.isfinite(count), stop=stop > 0)
 
 
 class StepSums:
-    """What a step's reduction tells every rank alike: summed loss, number of seeds (divisor), all values finite."""
+    """What a step's reduction tells every rank alike: summed loss, number of seeds (divisor), all values finite, and
+    whether a rank wants the run to stop."""
 
-    def __init__(self, loss_sum: float, num_seeds: float, finite: bool) -> None:
+    def __init__(self, loss_sum: float, num_seeds: float, finite: bool, *, stop: bool = False) -> None:
         self.loss_sum = loss_sum
         self.num_seeds = num_seeds
         self.finite = finite
+        self.stop = stop

@@ -31,7 +31,8 @@ MASK_FORMS = {"train": ("train_mask",), "val": ("val_mask", "valid_mask"), "test
 class GraphArrays:
     """One homogeneous graph, as tensors on any device.
 
-    source, destination: integer [E]. features: [N, F] or None. labels: [N], [N, 1] or None. edge_weight: [E] or None.
+    source, destination: integer [E]. features: [N, F] or None. labels: [N], [N, 1], [N, classes] of 0 and 1, or None.
+    edge_weight: [E] or None.
     masks: {train | val | test: [N], or [N, splits] or [splits, N]}. node_ids: integer [N] or None.
     """
 

@@ -45,6 +45,15 @@ def write_columns(path: Path, columns: Mapping[str, Any]) -> FileEntry:
     return _describe(path, types, len(arrays[0]))
 
 
+def write_labels(path: Path, labels: Array) -> FileEntry:
+    """Write labels, int64 [num_nodes] or int8 [num_nodes, num_classes]; fsync; return the file's entry."""
+    if labels.ndim == 1:
+        return write_columns(path, {"labels": labels})
+    with ColumnWriter(path, "labels", f"int8[{labels.shape[1]}]", len(labels)) as writer:
+        writer.append(labels)
+        return writer.finish()
+
+
 class ColumnWriter:
     """Writes a file of one column, in blocks of consecutive rows; memory holds one block.
 
@@ -54,7 +63,7 @@ class ColumnWriter:
     """
 
     def __init__(self, path: Path, column: str, type_name: str, num_rows: int | None = None) -> None:
-        """type_name: int64 | float32 | uint8, or float32[WIDTH] | float16[WIDTH] | bfloat16[WIDTH]."""
+        """type_name: int64 | float32 | uint8, or float32[WIDTH] | float16[WIDTH] | bfloat16[WIDTH] | int8[WIDTH]."""
         self._path, self._column, self._type_name, self._num_rows = path, column, type_name, num_rows
         self._type = _parse_type(type_name)
         assert self._type.dtype is not None, f"{type_name} has no fixed width"
@@ -231,6 +240,7 @@ _NUMBERS: dict[str, Any] = {
     "float16": np.float16,
     "bfloat16": np.uint16,
     "uint8": np.uint8,
+    "int8": np.int8,
 }
 _STRINGS: dict[str, Any] = {"string": pa.string(), "large_string": pa.large_string()}
 

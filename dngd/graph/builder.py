@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from dngd.errors import UserError
 from dngd.graph import manifest as m
-from dngd.graph.arrow_files import write_columns
+from dngd.graph.arrow_files import write_columns, write_labels
 from dngd.graph.canonical import (
     Duplicates,
     FeatureType,
@@ -196,18 +196,20 @@ class StoreBuilder:
         if features is not None and num_features:
             path = folder / m.FEATURES
             files[m.FEATURES] = write_features(path, features, num_nodes, self._feature_dtype, self._progress)
-        files[m.LABELS] = write_columns(folder / m.LABELS, {"labels": classes})
+        files[m.LABELS] = write_labels(folder / m.LABELS, classes)
         if split_masks:
             files[m.SPLITS] = write_columns(folder / m.SPLITS, _mask_columns(split_masks))
         if names is not None:
             files[m.NODE_IDS] = write_columns(folder / m.NODE_IDS, {"node_ids": names})
-        num_labelled = int(np.count_nonzero(classes >= 0))
+        num_labelled = int(np.count_nonzero((classes if classes.ndim == 1 else classes[:, 0]) >= 0))
+        version = m.PLAIN_VERSION if classes.ndim == 1 else m.FORMAT_VERSION
         mask_splits = {mask: 0 if v.ndim == 1 else len(v) for mask, v in split_masks.items()}
         del classes, split_masks, names, labels, masks, node_ids
         topology = edges.write()
         self._edges = None
         files.update(topology.files)
         manifest = m.Manifest(
+            format_version=version,
             name=self._name,
             num_nodes=num_nodes,
             num_edges=topology.num_edges,

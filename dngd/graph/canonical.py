@@ -120,10 +120,11 @@ def edge_weights(values: Any, num_entries: int, first_edge: int = 0) -> Float32A
     return array
 
 
-def canonical_labels(values: Any, num_nodes: int, num_classes: int | None) -> tuple[Int64Array, int]:
-    """Return (labels int64 [num_nodes] with -1 for unlabelled, number of classes).
+def canonical_labels(values: Any, num_nodes: int, num_classes: int | None) -> tuple[Array, int]:
+    """Return (labels, number of classes): int64 [num_nodes] with -1 for unlabelled, or of several labels a node int8
+    [num_nodes, num_classes] of 0 and 1 with rows of -1.
 
-    values None: no node is labelled. num_classes None: the largest label + 1.
+    values None: no node is labelled. num_classes None: the largest label + 1, or the width.
     """
     if num_classes is not None and num_classes < 0:
         raise UserError(f"num_classes={num_classes} is negative; give the number of classes, or leave it out")
@@ -133,10 +134,7 @@ def canonical_labels(values: Any, num_nodes: int, num_classes: int | None) -> tu
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim == 2:
-        raise UserError(
-            f"labels have shape {array.shape}, which is multi-label (or one-hot) and not supported yet; give "
-            "one class number for each node: of one-hot rows, labels.argmax(1)"
-        )
+        return _label_rows(array, num_nodes, num_classes)
     if array.shape != (num_nodes,):
         raise UserError(f"labels have shape {array.shape} but the graph has {num_nodes} nodes; give one a node")
     if array.dtype.kind == "f" and np.isfinite(array).all() and (array == np.trunc(array)).all():
@@ -156,6 +154,36 @@ def canonical_labels(values: Any, num_nodes: int, num_classes: int | None) -> tu
             "num_classes"
         )
     return array.astype(np.int64, copy=False), classes
+
+
+def _label_rows(array: Array, num_nodes: int, num_classes: int | None) -> tuple[Array, int]:
+    """Return the rows of several labels a node; NaN stands for -1."""
+    if array.shape[0] != num_nodes or array.shape[1] == 0:
+        raise UserError(f"labels have shape {array.shape} but the graph has {num_nodes} nodes; give one row a node")
+    if num_classes not in (None, array.shape[1]):
+        raise UserError(f"labels have {array.shape[1]} columns but num_classes={num_classes}; leave num_classes out")
+    if array.dtype.kind == "f":
+        array = np.where(np.isnan(array), -1, array)
+    if array.dtype.kind not in "biuf" or (array.dtype.kind != "b" and not np.isin(array, (-1, 0, 1)).all()):
+        raise UserError(
+            f"labels have shape {array.shape} and values other than 0 and 1; give a row of 0 and 1 a node, one column "
+            "a class (-1 throughout for unlabelled nodes), or one class number a node"
+        )
+    rows = array.astype(np.int8)
+    unknown = (rows < 0).sum(axis=1)
+    partly = np.flatnonzero((unknown > 0) & (unknown < rows.shape[1]))
+    if len(partly):
+        raise UserError(
+            f"the labels of node {partly[0]} are partly -1 ({len(partly)} such nodes); give 0 or 1 for every class, or "
+            "-1 throughout for an unlabelled node"
+        )
+    known = rows[unknown == 0]
+    if len(known) and rows.shape[1] > 1 and (known.sum(axis=1) == 1).all():
+        raise UserError(
+            f"labels have shape {array.shape} and exactly one 1 in every row: these are one-hot rows of single labels; "
+            "give labels.argmax(1)"
+        )
+    return rows, rows.shape[1]
 
 
 def canonical_masks(masks: Mapping[str, Any] | None, num_nodes: int) -> dict[str, npt.NDArray[np.bool_]]:

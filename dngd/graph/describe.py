@@ -15,12 +15,16 @@ _BLOCK_EDGES = 1 << 24
 def describe(store: GraphStore) -> dict[str, Any]:
     """Return counts, degrees, homophily, classes, masks, bytes and provenance, ready for JSON.
 
-    homophily: share of the edges between labelled nodes that join equal labels; None without such edges.
+    homophily: share of the edges between labelled nodes that join equal labels; None without such edges, and of
+    several labels a node. class_counts: labelled nodes of each class, which of several labels a node overlap.
     Reads the topology and labels, not the features.
     """
     degrees = store.in_degrees()
     labels = store.labels
-    counts = torch.bincount(labels[labels >= 0], minlength=store.num_classes)
+    if store.is_multilabel:
+        counts = (labels == 1).sum(dim=0)
+    else:
+        counts = torch.bincount(labels[labels >= 0], minlength=store.num_classes)
     return {
         "name": store.name,
         "path": str(store.path),
@@ -30,6 +34,7 @@ def describe(store: GraphStore) -> dict[str, Any]:
         "feature_dtype": store.manifest.feature_dtype,
         "num_classes": store.num_classes,
         "num_labelled": store.manifest.num_labelled,
+        "multilabel": store.is_multilabel,
         "directed": store.manifest.directed,
         "edge_weights": store.edge_weight is not None,
         "node_ids": store.manifest.node_id_type,
@@ -71,6 +76,8 @@ def _partition(info: PartitionInfo) -> dict[str, Any]:
 
 def _homophily(store: GraphStore) -> float | None:
     equal = known = 0
+    if store.is_multilabel:
+        return None
     for start in range(0, store.num_edges, _BLOCK_EDGES):
         end = min(start + _BLOCK_EDGES, store.num_edges)
         # The destination of entry e is the last node whose run starts at or before e.

@@ -53,7 +53,8 @@ def recorded(source_format: str, options: ImportOptions) -> dict[str, Any]:
 def check_training_nodes(masks: Mapping[str, Any] | None, labels: npt.NDArray[Any] | None, what: str) -> None:
     """Raise UserError if a graph brings a split by which nothing can be trained.
 
-    masks: {part: bool (nodes,) or (splits, nodes)}. labels: [nodes], below 0 unlabelled; None: not known.
+    masks: {part: bool (nodes,) or (splits, nodes)}. labels: [nodes] or [nodes, classes], below 0
+    unlabelled; None: not known.
     """
     if not masks:
         return
@@ -63,7 +64,8 @@ def check_training_nodes(masks: Mapping[str, Any] | None, labels: npt.NDArray[An
         raise UserError(
             f"{what} gives a split without training nodes; mark some nodes as train, or leave the split out"
         )
-    if labels is not None and not (chosen & (labels >= 0)).any():
+    labelled = None if labels is None else (labels if labels.ndim == 1 else labels[:, 0]) >= 0
+    if labelled is not None and not (chosen & labelled).any():
         raise UserError(
             f"{what} gives {int(chosen.sum())} training nodes but none of them has a label; label them, or leave the "
             "split out"

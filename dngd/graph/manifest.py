@@ -19,8 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dngd.errors import UserError
 
-FORMAT_VERSION = 2
-"""2 adds feature tables of 16-bit floats, the users' node ids and partitions to version 1, which is read as before."""
+FORMAT_VERSION = 3
+"""2 adds feature tables of 16-bit floats, the users' node ids and partitions to version 1, which is read as before; 3
+adds several labels a node. Stores without these are written as version 2, which earlier releases read too."""
+PLAIN_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 INDPTR = "indptr.arrow"
@@ -102,7 +104,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["dngd-graph"] = "dngd-graph"
-    format_version: int = FORMAT_VERSION
+    format_version: int = PLAIN_VERSION
     name: str = Field(min_length=1)
     num_nodes: int = Field(gt=0)
     num_edges: int = Field(ge=0, description="stored entries: an undirected edge counts twice")
@@ -135,7 +137,7 @@ class Manifest(BaseModel):
         expected: dict[str, tuple[int, dict[str, str]]] = {
             INDPTR: (self.num_nodes + 1, {"indptr": "int64"}),
             INDICES: (self.num_edges, {"indices": "int64"}),
-            LABELS: (self.num_nodes, {"labels": "int64"}),
+            LABELS: (self.num_nodes, {"labels": self._stored_type(LABELS, "labels", self._label_types())}),
         }
         if EDGE_WEIGHT in self.files:
             expected[EDGE_WEIGHT] = (self.num_edges, {"edge_weight": "float32"})
@@ -151,6 +153,16 @@ class Manifest(BaseModel):
         for parts in self.partitions:
             expected[partition_file(int(parts))] = (self.num_nodes, {"part": "int32"})
         return expected
+
+    @property
+    def is_multilabel(self) -> bool:
+        """Whether a node has a row of 0 and 1, one entry a class, instead of one class."""
+        entry = self.files.get(LABELS)
+        return entry is not None and entry.columns.get("labels", "").startswith("int8[")
+
+    def _label_types(self) -> list[str]:
+        is_later = self.format_version > PLAIN_VERSION
+        return ["int64", f"int8[{self.num_classes}]"] if is_later and self.num_classes else ["int64"]
 
     @property
     def feature_dtype(self) -> str:

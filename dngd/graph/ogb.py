@@ -61,7 +61,7 @@ _KNOWN = (
     _Facts("ogbn-papers100M", 111_059_956, False, 172, "time"),
 )
 _FOREIGN = {
-    "ogbn-proteins": "its nodes have 112 labels each, and multi-label classification is not supported yet",
+    "ogbn-proteins": "its features are of edges, and dngd trains on features of nodes",
     "ogbn-mag": "it has several types of nodes, and heterogeneous graphs are not supported",
 }
 
@@ -74,8 +74,8 @@ def import_ogb(
     source: a folder with raw/ and split/, or a name such as ogbn-products, which is downloaded once through the `ogb`
         package into download_dir (default: the cache folder) and kept there.
     options: see `ImportOptions`; add_reverse: default as OGB has it.
-    Raises UserError if files are missing, damaged or do not fit together, the set is not one graph with one class a
-    node, or it cannot be downloaded. Nothing is left behind then but the download.
+    Raises UserError if files are missing, damaged or do not fit together, the set is not one graph with node
+    features, or it cannot be downloaded. Nothing is left behind then but the download.
     """
     check_options(out, options, weighted=False)
     folder = Path(source).expanduser()
@@ -134,7 +134,7 @@ class _CsvFiles:
     def labels(self, num_nodes: int) -> Array:
         path = self._raw / "node-label.csv.gz"
         table = _csv(path)
-        return _one_label(np.concatenate(list(_rows(table, len(table.schemas()[0].names)))), path)
+        return _labels(np.concatenate(list(_rows(table, len(table.schemas()[0].names)))))
 
     def edges(self) -> Iterator[tuple[Array, Array]]:
         table = _csv(self._raw / "edge.csv.gz")
@@ -175,7 +175,7 @@ class _NpzFiles:
         with NpzMembers(path) as members:
             if "node_label" not in members.names:
                 raise UserError(f"{path} lacks node_label; it is not OGB's file: fetch it again")
-            return _one_label(members.read("node_label"), path)
+            return _labels(members.read("node_label"))
 
     def edges(self) -> Iterator[tuple[Array, Array]]:
         check_edge_index(self._data, "edge_index")
@@ -223,11 +223,9 @@ def _one_graph(counts: Array, raw: Path) -> int:
     return int(counts.reshape(-1)[0])
 
 
-def _one_label(labels: Array, path: Path) -> Array:
-    """Return labels as numbers [nodes], NaN (unlabelled) as -1."""
-    if labels.ndim == 2 and labels.shape[1] > 1:
-        raise UserError(f"{path} gives {labels.shape[1]} labels a node; multi-label graphs are not supported yet")
-    labels = labels.reshape(-1)
+def _labels(labels: Array) -> Array:
+    """Return labels as numbers [nodes], of several a node [nodes, classes]; NaN (unlabelled) as -1."""
+    labels = labels if labels.ndim == 2 and labels.shape[1] > 1 else labels.reshape(-1)
     return np.where(np.isnan(labels), -1, labels) if labels.dtype.kind == "f" else labels
 
 

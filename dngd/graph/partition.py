@@ -198,7 +198,7 @@ def _with(manifest: m.Manifest, parts: int, entry: m.FileEntry | None, info: m.P
         files[m.partition_file(parts)] = entry
     return manifest.model_copy(
         update={
-            "format_version": m.FORMAT_VERSION,
+            "format_version": max(manifest.format_version, m.PLAIN_VERSION),
             "files": files,
             "partitions": dict(sorted(infos.items(), key=lambda item: int(item[0]))),
         }

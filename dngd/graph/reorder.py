@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dngd.errors import UserError
 from dngd.graph import manifest as m
-from dngd.graph.arrow_files import ColumnWriter, write_columns
+from dngd.graph.arrow_files import ColumnWriter, write_columns, write_labels
 from dngd.graph.balance import BLOCK_EDGES, Array, Int64Array, node_blocks
 from dngd.graph.builder import Progress
 from dngd.graph.filesystems import is_remote
@@ -96,7 +96,7 @@ def reorder_store(
             provenance = provenance.model_copy(update={"options": {**provenance.options, "order": order}})
         manifest = store.manifest.model_copy(
             update={
-                "format_version": m.FORMAT_VERSION,
+                "format_version": max(store.manifest.format_version, m.PLAIN_VERSION),
                 "name": name or store.name,
                 "files": {
                     file: files[file]
@@ -186,7 +186,7 @@ def _write_nodes(store: GraphStore, old: Int64Array, folder: Path, progress: Pro
     files: dict[str, m.FileEntry] = {}
     if store.num_features:
         files[m.FEATURES] = _write_features(store, old, folder / m.FEATURES, progress)
-    files[m.LABELS] = write_columns(folder / m.LABELS, {"labels": store.labels.numpy()[old]})
+    files[m.LABELS] = write_labels(folder / m.LABELS, store.labels.numpy()[old])
     masks: dict[str, Array] = {}
     for mask, splits in store.manifest.masks.items():
         values = store.split_masks[mask].view(torch.uint8).numpy().reshape(-1, store.num_nodes)

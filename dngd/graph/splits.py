@@ -88,13 +88,14 @@ def _parse_fractions(spec: str, text: str) -> tuple[float, float, float]:
 def make_split(spec: str, *, labels: Tensor, masks: Mapping[str, Tensor], graph: str, seed: int = 0) -> Split:
     """Return the split that `spec` names.
 
-    labels: int64 [nodes], -1 unlabelled. masks: {part: bool (nodes,) or (splits, nodes)}. graph: its name,
-    for messages. seed: of `random`, which draws from the labelled nodes; the same on every machine and numpy.
+    labels: int64 [nodes], or int8 [nodes, classes], -1 unlabelled. masks: {part: bool (nodes,) or (splits,
+    nodes)}. graph: its name, for messages. seed: of `random`, which draws from the labelled nodes; the same on every
+    machine and numpy.
     `complete`: all but the last 1,000 nodes train, the next 500 validate, the last 500 test (Chen 2018).
     Raises UserError if the graph has no such split, parts overlap, or a part is empty.
     """
     parsed = parse_split(spec)
-    labelled = labels >= 0
+    labelled = (labels if labels.ndim == 1 else labels[:, 0]) >= 0
     if not bool(labelled.any()):
         raise UserError(
             f"graph {graph} has no labelled node, so that no split can be made of it; import it with labels"

@@ -46,7 +46,8 @@ class GraphStore:
         edge_weight: float32 [num_edges], in the order of indices, or None.
         features: float32, float16 or bfloat16 [num_nodes, num_features]; num_features is 0 for a graph of structure
             only.
-        labels: int64 [num_nodes], -1 for unlabelled nodes.
+        labels: int64 [num_nodes], -1 for unlabelled nodes; of several labels a node (is_multilabel) int8 [num_nodes,
+            num_classes] of 0 and 1, -1 throughout for unlabelled nodes.
     """
 
     def __init__(self, path: Path, manifest: Manifest, columns: Mapping[str, Any]) -> None:
@@ -134,7 +135,8 @@ class GraphStore:
 
         features: (nodes, width) numbers; None with num_nodes for structure only. feature_dtype: how they are stored,
             float32, float16 or bfloat16.
-        labels: (nodes,) class numbers from 0, -1 unlabelled; None: none labelled.
+        labels: (nodes,) class numbers from 0, -1 unlabelled; several labels a node: (nodes, classes) of 0 and 1, rows
+            of -1 unlabelled; None: none labelled.
         edge_index: (2, entries), row 0 -> row 1, any order; or indptr (nodes + 1,), indices (entries,), the
             in-neighbours of each node. edge_weight: (entries,), in the order of the entries.
         name: default the folder's name. num_classes: default the largest label + 1.
@@ -198,6 +200,16 @@ class GraphStore:
     def num_classes(self) -> int:
         """Number of classes; 0 when no node is labelled."""
         return self.manifest.num_classes
+
+    @property
+    def is_multilabel(self) -> bool:
+        """Whether a node has several labels: a row of 0 and 1."""
+        return self.manifest.is_multilabel
+
+    @property
+    def labelled(self) -> Tensor:
+        """Which nodes have labels, bool [num_nodes]."""
+        return (self.labels[:, 0] if self.is_multilabel else self.labels) >= 0
 
     @property
     def nbytes(self) -> int:

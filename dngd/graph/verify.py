@@ -81,7 +81,9 @@ def _check_values(folder: Path) -> list[str]:
         report(m.INDPTR, f"falls at node {int((degrees < 0).nonzero()[0])}")
     _check_indices(store, report)
     labels = store.labels
-    if int(labels.min()) < -1 or int(labels.max()) >= store.num_classes:
+    if store.is_multilabel:
+        _check_label_rows(store, report)
+    elif int(labels.min()) < -1 or int(labels.max()) >= store.num_classes:
         report(
             m.LABELS,
             f"has labels from {int(labels.min())} to {int(labels.max())}, not -1 to {store.num_classes - 1}",
@@ -105,6 +107,16 @@ def _check_values(folder: Path) -> list[str]:
         except UserError as error:
             problems.append(str(error))
     return problems
+
+
+def _check_label_rows(store: GraphStore, report: Callable[[str, str], None]) -> None:
+    rows = store.labels
+    if int(rows.min()) < -1 or int(rows.max()) > 1:
+        report(m.LABELS, f"has labels from {int(rows.min())} to {int(rows.max())}, not 0, 1, or -1")
+    elif not torch.equal((rows >= 0).all(dim=1), (rows >= 0).any(dim=1)):
+        report(m.LABELS, "has rows that are partly -1")
+    elif int(store.labelled.sum()) != store.manifest.num_labelled:
+        report(m.LABELS, f"has {int(store.labelled.sum())} labelled nodes, not {store.manifest.num_labelled}")
 
 
 def _check_partition(store: GraphStore, parts: int, report: Callable[[str, str], None]) -> None:

@@ -53,6 +53,8 @@ class RunChannel:
         self._waiting_since: float | None = now()
         self._controller: Any = None
         self._verdict: dict[str, str] | None = None
+        self._stop_wanted = False
+        self._interruption: dict[str, Any] | None = None
 
     # Progress, from rank 0 to the driver.
 
@@ -109,11 +111,24 @@ class RunChannel:
             self._failures_in_a_row = 0
             self._last_error = ""
 
-    def beat(self, beat: dict[str, Any]) -> None:
-        """Keep a heartbeat; those of earlier attempts are late and ignored."""
+    def ask_to_stop(self) -> None:
+        """Keep that the driver wants the run to end after a step."""
+        self._stop_wanted = True
+
+    def interrupted(self, interruption: dict[str, Any]) -> None:
+        """Keep where the run stopped because it was asked to: message, step and run_dir of RunInterrupted."""
+        self._interruption = interruption
+
+    def interruption(self) -> dict[str, Any] | None:
+        """Return where the run stopped because it was asked to; None if it did not."""
+        return self._interruption
+
+    def beat(self, beat: dict[str, Any]) -> bool:
+        """Keep a heartbeat, and return whether the run is to stop; beats of earlier attempts are late and ignored."""
         if beat["attempt"] == self._attempt and self._waiting_since is None:
             self._beats[beat["rank"]] = (self._now(), beat)
             self._reached_step = max(self._reached_step, beat["step"])
+        return self._stop_wanted
 
     def left(self, beat: dict[str, Any]) -> None:
         """Forget a rank that has done its part: it may be silent from now on."""

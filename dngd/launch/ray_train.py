@@ -8,12 +8,16 @@ rank calls equally often.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from types import FrameType
 from typing import Any
 
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -25,13 +29,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dngd.comm import Communicator, current_communicator
 from dngd.config import TrainConfig
-from dngd.errors import DivergedError, TrainingError, UserError
+from dngd.errors import DivergedError, RunInterrupted, TrainingError, UserError
 from dngd.launch.channel import RunChannel
 from dngd.launch.cluster import connect, wait_for_resources
 from dngd.launch.gauges import Gauges
 from dngd.launch.watch import Watch
 from dngd.train import EvaluationRecord, RunResult, run_rank
 from dngd.train.heartbeat import Beat, Heartbeat
+from dngd.train.interrupt import NobodyStops
+from dngd.train.parts import RunParts
 from dngd.train.progress import Reporter, StepRecord, event
 from dngd.train.supervision import Attempt, Supervision
 
@@ -73,13 +79,13 @@ def on_cluster(config: TrainConfig, reporter: Reporter) -> Iterator[None]:
             ray.shutdown()
 
 
-def run_on_ray(config: TrainConfig, reporter: Reporter) -> RunResult:
-    """Train on the connected cluster and return rank 0's result.
+def run_on_ray(config: TrainConfig, reporter: Reporter, parts: RunParts | None = None) -> RunResult:
+    """Train on the connected cluster and return rank 0's result. parts: pickled to the workers.
 
     Raises UserError for what a worker refuses, TrainingError for a run that workers were lost of too often.
     """
     with _ray_folder(config) as folder:
-        return _run_on_ray(config, reporter, folder)
+        return _run_on_ray(config, reporter, parts, folder)
 
 
 @contextmanager
@@ -92,12 +98,14 @@ def _ray_folder(config: TrainConfig) -> Iterator[str]:
         yield folder
 
 
-def _run_on_ray(config: TrainConfig, reporter: Reporter, folder: str) -> RunResult:
+def _run_on_ray(config: TrainConfig, reporter: Reporter, parts: RunParts | None, folder: str) -> RunResult:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     channel = ray.remote(RunChannel).options(num_cpus=0, scheduling_strategy=here).remote(config.ray.max_failures)
-    trainer = ray.train.torch.TorchTrainer(
+    watch = Watch(channel, config, reporter)
+    trainer = _InterruptibleTrainer(
+        watch,
         _worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "channel": channel},
+        train_loop_config={"config": config.model_dump(mode="json"), "channel": channel, "parts": parts},
         scaling_config=_scaling(config),
         run_config=ray.train.RunConfig(
             name="ray",
@@ -109,7 +117,7 @@ def _run_on_ray(config: TrainConfig, reporter: Reporter, folder: str) -> RunResu
             backend=config.collective_backend, timeout_s=int(config.collective_timeout_seconds)
         ),
     )
-    with Watch(channel, config, reporter):
+    with watch, _own_ctrl_c():
         reporter.message(f"starting {config.num_workers} workers")
         try:
             trainer.fit()
@@ -118,12 +126,66 @@ def _run_on_ray(config: TrainConfig, reporter: Reporter, folder: str) -> RunResu
         except Exception as error:  # Ray wraps what a worker raised in classes of its own
             raise _given_up(channel) or _cause(error) from error
     result = ray.get(channel.result.remote(), timeout=ANSWER_SECONDS)
+    if result is None and (interruption := ray.get(channel.interruption.remote(), timeout=ANSWER_SECONDS)):
+        raise RunInterrupted(**interruption)
     if result is None:
         raise _given_up(channel) or TrainingError(
             "the workers ended without a result; see the worker logs of `ray logs`"
         )
     result["history"] = [EvaluationRecord(**item) for item in result["history"]]
     return RunResult(**result)
+
+
+@contextmanager
+def _own_ctrl_c() -> Iterator[None]:
+    """Give Ctrl-C back to what had it before: Ray, and the below, keep it."""
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if is_main_thread:
+            signal.signal(signal.SIGINT, before)
+
+
+class _InterruptibleTrainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
+    """A first Ctrl-C lets the workers end a step and write a checkpoint; a second one is Ray's, which aborts them."""
+
+    def __init__(self, watch: Watch, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._watch = watch
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        before = signal.getsignal(signal.SIGINT)
+        super()._register_sigint_handler(controller)
+        abort = signal.getsignal(signal.SIGINT)
+        if before == signal.SIG_IGN or not callable(abort):
+            return
+        asked = False
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            nonlocal asked
+            if asked or self._watch.gave_up:
+                abort(number, frame)
+            asked = True
+            self._watch.ask_to_stop()
+
+        signal.signal(signal.SIGINT, handle)
+
+
+class _ChannelStops(NobodyStops):
+    """What the channel answers to heartbeats: whether the run is to stop. They come from the heartbeat's thread."""
+
+    def __init__(self, channel: Any) -> None:
+        self._channel = channel
+        self._answer: Any = None
+
+    def beat(self, beat: Beat) -> None:
+        """Send a heartbeat, and take the answer to the one before."""
+        before, self._answer = self._answer, self._channel.beat.remote(asdict(beat))
+        if before is not None and ray.wait([before], timeout=0)[0]:
+            with contextlib.suppress(ray.exceptions.RayError):
+                self.wanted = self.wanted or ray.get(before)
 
 
 def _scaling(config: TrainConfig) -> Any:
@@ -183,9 +245,10 @@ def _worker(loop_config: dict[str, Any]) -> None:
         supervision.resumed = lambda step, repeated: channel.resumed.remote(attempt.number, step, repeated)
         supervision.checkpointed = lambda step: channel.checkpointed.remote(step)
     supervision.measured = _measured(Gauges(config.run_name) if communicator.rank == 0 else None)
+    supervision.stops = stops = _ChannelStops(channel)
     heartbeat = Heartbeat(
         supervision.clock,
-        lambda beat: channel.beat.remote(asdict(beat)),
+        stops.beat,
         attempt=attempt.number,
         rank=communicator.rank,
         world_size=communicator.world_size,
@@ -201,7 +264,13 @@ def _worker(loop_config: dict[str, Any]) -> None:
                 reporter,
                 workers_here=context.get_local_world_size(),
                 supervision=supervision,
+                parts=loop_config["parts"],
             )
+        except RunInterrupted as error:
+            told = {"message": str(error), "step": error.step, "run_dir": error.run_dir}
+            ray.get(channel.interrupted.remote(told), timeout=ANSWER_SECONDS)
+            ray.get(channel.left.remote(asdict(heartbeat.now())), timeout=ANSWER_SECONDS)
+            return
         except Exception as error:
             _tell_failure(channel, heartbeat.now(), error)
             raise

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from torch import Tensor, nn
 
 from dngd.comm import LocalCommunicator
 from dngd.config import TrainConfig
+from dngd.errors import UserError
 from dngd.report import write_report
 from dngd.train import RunFolder, RunPlan, RunResult, check_run_folder, make_plan, prepare_run_folder, run_rank
+from dngd.train.callbacks import Callback
+from dngd.train.evaluate_run import evaluate_run
+from dngd.train.interrupt import CtrlC
+from dngd.train.loggers import check_loggers
+from dngd.train.objective import CustomLoss
+from dngd.train.parts import ModuleFactory, OptimizerFactory, RunParts
 from dngd.train.plan import check_device, check_fits
+from dngd.train.predict import probabilities_of_run
 from dngd.train.progress import ConsoleReporter, Reporter, SilentReporter
 from dngd.train.remote_run import fetched_run, send_report
+from dngd.train.scoring import CustomMetric
+from dngd.train.supervision import Supervision
 from dngd.train.together import StageMessages, open_dataset
+from dngd.train.trained_model import load_trained
 
 
 class Trainer:
-    """Trains what a TrainConfig describes.
+    """Trains what a TrainConfig describes, with a module, optimizer, loss, metric and callbacks of one's own if wanted.
 
     ::
 
@@ -28,13 +41,41 @@ class Trainer:
         result = dngd.Trainer(dngd.TrainConfig(dataset="products-mini", engine="local")).fit()
         print(result.test_accuracy, result.run_dir)
 
-    config: the run. reporter: hears of the progress; None shows a progress bar on a terminal's standard
-    error and log lines elsewhere. quiet: shows nothing.
+    config: the run.
+    module: a torch.nn.Module over GraphBatch (see there, and PyGStack for PyG's layers), or a function of a GraphShape
+        that returns one; its weights are then drawn from the run's seed. A module that is given is copied: `fit`
+        leaves it as it is, `best_model` returns the trained one. The configuration's num_layers is the number of its
+        graph layers; hidden and dropout are not used.
+    optimizer: a function of the module that returns a torch optimizer. Its groups' rates are the peaks that
+        lr_schedule and warmup_steps bend; gradients are those of the mean loss, summed over workers.
+    loss: a function (outputs [n, C], labels) -> each seed's loss [n], in place of cross-entropy. With optimizer kfac
+        the Fisher is then the empirical one, which must be asked for.
+    metric: a function (outputs [n, C], labels) -> a number, larger is better, of all validation (or test) nodes at
+        once, in place of the configuration's metric.
+    callbacks: see Callback.
+    reporter: hears of the progress; None shows a progress bar on a terminal's standard error and log lines elsewhere.
+    quiet: shows nothing.
+
+    With engine ray all of these are pickled to the workers. Raises UserError for parts that do not fit the
+    configuration.
     """
 
-    def __init__(self, config: TrainConfig, *, reporter: Reporter | None = None, quiet: bool = False) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        module: nn.Module | ModuleFactory | None = None,
+        optimizer: OptimizerFactory | None = None,
+        loss: CustomLoss | None = None,
+        metric: CustomMetric | None = None,
+        callbacks: Sequence[Callback] = (),
+        reporter: Reporter | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self._parts = RunParts(module, optimizer, loss, metric, tuple(callbacks))
+        self.config = self._parts.complete(config)
         self._reporter = SilentReporter() if quiet and reporter is None else reporter
+        self._run_dir = config.run_dir
 
     def plan(self, tell: Callable[[str], None] | None = None) -> RunPlan:
         """Return what the run will need, without starting it.
@@ -44,10 +85,11 @@ class Trainer:
         """
         config = self.config
         check_run_folder(config)
+        check_loggers(config.loggers)
         if config.engine == "local":
             check_device(config)
         store = open_dataset(config, StageMessages(tell or (lambda text: None)))
-        plan = make_plan(config, store, store.split(config.split, config.seed))
+        plan = make_plan(config, store, store.split(config.split, config.seed), self._parts.own_module(config, store))
         # On a cluster the workers check their own nodes; a local Ray puts them all on this machine.
         elsewhere = config.engine == "ray" and bool(config.ray.address or os.environ.get("RAY_ADDRESS"))
         if not elsewhere:
@@ -58,7 +100,8 @@ class Trainer:
         """Train to the end and return the result; the run folder then holds all of it.
 
         Raises UserError for a mistake in the configuration, the data or the folder, before anything is
-        overwritten; TrainingError if training cannot go on.
+        overwritten; TrainingError if training cannot go on; RunInterrupted (a KeyboardInterrupt) after a first Ctrl-C,
+        which lets the step end and writes a checkpoint. A second one stops at once.
         """
         if self._reporter is not None:
             result = self._run(self._reporter)
@@ -72,13 +115,61 @@ class Trainer:
             send_report(run, write_report([path], RunFolder(path).report))
         return result
 
+    def resume(self) -> RunResult:
+        """Go on from the run folder's newest good checkpoint, and return the result, as `fit` does.
+
+        The run is the last one of this Trainer, or the one in config.run_dir. Raises UserError without either, and for
+        a run with other settings or another module.
+        """
+        self.config = TrainConfig(**(self.config.model_dump() | {"run_dir": self._run_folder(), "resume": True}))
+        return self.fit()
+
+    def evaluate(self, dataset: str | None = None) -> dict[str, Any]:
+        """Return {"step", "metric", "train", "val", "test"}: loss and metric of the run's best model, each part's as
+        {"loss": ..., metric: ...}, on all neighbours.
+
+        dataset: another graph, or where the run's is now. Raises UserError if there is no run with a model.
+        """
+        return evaluate_run(self._run_folder(), data_root=self.config.data_root, dataset=dataset, parts=self._parts)
+
+    def predict(self, nodes: Tensor | None = None, dataset: str | None = None) -> Tensor:
+        """Return what the run's best model gives nodes, on all neighbours: probabilities float32 [n, C].
+
+        nodes: int64 [n], distinct; None for all. Rows are in the order of nodes. Of several labels a node each column
+        is a probability by itself. dataset: another graph with the same features. Raises UserError if there is no run
+        with a model, or no such node. `dngd predict`, or dngd.train.predict_run, writes a file instead.
+        """
+        return probabilities_of_run(
+            self._run_folder(), nodes, data_root=self.config.data_root, dataset=dataset, parts=self._parts
+        )
+
+    def best_model(self) -> nn.Module:
+        """Return the module with the weights of the best evaluation, on the CPU and in evaluation mode.
+
+        Raises UserError if there is no run with a model.
+        """
+        with fetched_run(self._run_folder()) as folder:
+            return load_trained(folder, self._parts).model.eval()
+
+    def _run_folder(self) -> Path:
+        if self._run_dir is None:
+            raise UserError("there is no run yet: call fit() first, or name its folder with TrainConfig(run_dir=...)")
+        return self._run_dir
+
     def _run(self, reporter: Reporter) -> RunResult:
         # Bad input is refused before a folder is made or a worker started.
         reporter.message(f"reading {self.config.dataset}")
         self.plan(reporter.message)
         if self.config.engine == "local":
-            return run_rank(prepare_run_folder(self.config), LocalCommunicator(), reporter)
+            config = self._prepared()
+            supervision = Supervision(stops=CtrlC(reporter.message))
+            return run_rank(config, LocalCommunicator(), reporter, supervision=supervision, parts=self._parts)
         from dngd.launch.ray_train import on_cluster, run_on_ray  # importing Ray takes seconds
 
         with on_cluster(self.config, reporter):
-            return run_on_ray(prepare_run_folder(self.config), reporter)
+            return run_on_ray(self._prepared(), reporter, self._parts)
+
+    def _prepared(self) -> TrainConfig:
+        config = prepare_run_folder(self.config)
+        self._run_dir = config.run_dir
+        return config

@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dngd.config import TrainConfig
 from dngd.train.heartbeat import FlightRecord
+from dngd.train.interrupt import TOLD
 from dngd.train.progress import Reporter, deliver
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,14 @@ class Watch:
         self._killing: set[tuple[int, int]] = set()
         self._noticed = False
         self._failed = False
+        self._stop_wanted = False
+        self.gave_up = False
+        """Whether this watch itself sent the SIGINT that ends the run."""
         self._is_main_thread = threading.current_thread() is threading.main_thread()
+
+    def ask_to_stop(self) -> None:
+        """Let the run end after a step, as soon as this can be told; may be called in a signal's handler."""
+        self._stop_wanted = True
 
     def __enter__(self) -> Watch:
         self._thread.start()
@@ -62,8 +70,12 @@ class Watch:
 
     def _run(self) -> None:
         looked = time.monotonic()
+        told = False
         while not self._stop.wait(RELAY_SECONDS):
             self._quietly(self._relay)
+            if self._stop_wanted and not told:
+                told = True
+                self._quietly(self._tell_stop)
             if time.monotonic() - looked >= LOOK_SECONDS:
                 looked = time.monotonic()
                 self._quietly(self._kill_stalled)
@@ -84,6 +96,10 @@ class Watch:
     def _relay(self) -> None:
         for item in ray.get(self._channel.drain.remote(), timeout=ANSWER_SECONDS):
             deliver(self._reporter, item)
+
+    def _tell_stop(self) -> None:
+        self._channel.ask_to_stop.remote()
+        self._reporter.message(TOLD)
 
     def _kill_stalled(self) -> None:
         limit = self._config.ray.stall_timeout_seconds
@@ -138,6 +154,7 @@ class Watch:
         if controller is not None:
             ray.kill(controller)
         elif self._is_main_thread:
+            self.gave_up = True
             os.kill(os.getpid(), signal.SIGINT)  # on which Ray aborts the controller
         else:
             # In a thread of somebody's program Ray does not see the signal, and the program would.

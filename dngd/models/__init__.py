@@ -1,6 +1,7 @@
 """Graph neural networks as small modules over layer graphs."""
 
 from dngd.models.gnn import GNN, MODELS, build_model
+from dngd.models.graph_batch import GraphBatch, GraphShape, LayerEdges, LayerwiseModule
 from dngd.models.layers import GCNLayer, GraphLayer, SAGELayer
 from dngd.models.message_passing import (
     Aggregation,
@@ -9,14 +10,20 @@ from dngd.models.message_passing import (
     inverse_sqrt_degrees,
     mean_coefficients,
 )
+from dngd.models.pyg_stack import PyGStack
 
 __all__ = [
     "Aggregation",
     "GCNLayer",
     "GNN",
+    "GraphBatch",
     "GraphLayer",
+    "GraphShape",
+    "LayerEdges",
+    "LayerwiseModule",
     "MODELS",
     "Propagation",
+    "PyGStack",
     "SAGELayer",
     "build_model",
     "gcn_coefficients",

@@ -3,7 +3,7 @@
 Import from here: `from dngd.optim import KFACPreconditioner, NaturalGradient`.
 """
 
-from dngd.curvature import FactorLayout
+from dngd.curvature import FactorLayout, LossKind
 from dngd.optim.footprint import Footprint, inverse_bytes_held, layer_footprint
 from dngd.optim.natural_gradient import NaturalGradient
 from dngd.optim.preconditioner import KFACPreconditioner
@@ -15,6 +15,7 @@ __all__ = [
     "Footprint",
     "KFACPreconditioner",
     "LevenbergMarquardt",
+    "LossKind",
     "NaturalGradient",
     "Period",
     "Schedule",

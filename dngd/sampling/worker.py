@@ -8,6 +8,7 @@ canonical one (see sampler).
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -19,6 +20,8 @@ PARENT_POLL_SECONDS = 1.0
 
 def main(argv: list[str]) -> int:
     parent = os.getppid()
+    # A terminal's Ctrl-C reaches this process too, but when to stop is the parent's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, args=(parent,), daemon=True).start()
     requests, replies = (socket.socket(fileno=int(number)) for number in argv)
 

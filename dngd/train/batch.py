@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dngd.graph import GraphStore
 from dngd.models import Aggregation, Propagation
+from dngd.models.graph_batch import GraphBatch
 from dngd.models.message_passing import LayerGraphLike
 from dngd.sampling import BatchCoordinates, MiniBatch
 from dngd.sampling.cached_rows import CachedRows
@@ -27,13 +28,15 @@ class DeviceBatch:
 
     seeds: int64 [n], global ids. labels: int64 [m], of the first m seeds; m = n but for semi-supervised losses.
     propagations: one a layer. first_aggregation: [num_dst, in_rows], the first layer's aggregated rows where they are
-    kept from step to step; there is no propagation of the first layer then.
+    kept from step to step; there is no propagation of the first layer then. graph: of a module of one's own, in place
+    of propagations.
     """
 
     seeds: Tensor
     labels: Tensor
     propagations: tuple[Propagation, ...]
     first_aggregation: Tensor | None = None
+    graph: GraphBatch | None = None
 
     def device_tensors(self) -> Iterator[Tensor]:
         """Yield all that lies on the device."""
@@ -43,6 +46,8 @@ class DeviceBatch:
             yield from (t for t in (p.edge_coefficients, p.self_coefficients, p.destinations) if t is not None)
         if self.first_aggregation is not None:
             yield self.first_aggregation
+        if self.graph is not None:
+            yield from self.graph.tensors()
 
 
 class BatchSource(Protocol):
@@ -53,6 +58,13 @@ class BatchSource(Protocol):
 
     def look_ahead(self) -> None:
         """Hear that all work on the batch handed out last has been given to the device: time for the next one."""
+
+
+class BatchBuilder(Protocol):
+    """Puts mini-batches on the device."""
+
+    def batch(self, mini_batch: MiniBatch, move: Move | None = None) -> DeviceBatch:
+        """Return a sampled mini-batch there. move: how tensors get there; by default in the current stream."""
 
 
 class PropagationBuilder:
@@ -135,7 +147,7 @@ class BatchPipeline(Protocol):
 class SampledBatches:
     """A pipeline's mini-batches with their operators. clock: gets the time waited, and that spent on operators."""
 
-    def __init__(self, pipeline: BatchPipeline, builder: PropagationBuilder, clock: StepClock) -> None:
+    def __init__(self, pipeline: BatchPipeline, builder: BatchBuilder, clock: StepClock) -> None:
         self._pipeline = pipeline
         self._builder = builder
         self._clock = clock

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from dngd.train.evaluation import EvaluationProgress
+from dngd.train.objective import make_objective
+from dngd.train.parts import RunParts
 from dngd.train.remote_run import fetched_run
 from dngd.train.trained_model import evaluator_of, load_trained, open_graph
 
@@ -18,20 +20,27 @@ def evaluate_run(
     data_root: Path | None = None,
     dataset: str | None = None,
     progress: EvaluationProgress | None = None,
+    parts: RunParts | None = None,
 ) -> dict[str, Any]:
-    """Return {"step", "train", "val", "test"}: loss and accuracy of a run's best model on all neighbours.
+    """Return {"step", "metric", "train", "val", "test"}: the loss and, under its name, the run's metric of its best
+    model on all neighbours.
 
     run: its folder or address. data_root: where the data set is now, if not where the run had it. dataset: another
     graph to evaluate on, or where the run's is now; the run's split is taken there. progress: see EvaluationProgress.
+    parts: what the program that trained added to the configuration.
     Raises UserError if the folder holds no run, no evaluated model yet, or a file that cannot be read, and if the graph
     is not to be found, does not fit the model, or has no such split.
     """
+    parts = parts or RunParts()
     with fetched_run(run) as folder:
-        trained = load_trained(folder)
+        trained = load_trained(folder, parts)
         store = open_graph(trained, dataset, data_root)
         split = store.split(trained.config.split, trained.config.seed)
-        parts = {"train": split.train, "val": split.val, "test": split.test}
-        evaluator = evaluator_of(trained, store, torch.cat(list(parts.values())), progress)
-        found = evaluator.scores_of(trained.model, parts)
-    scores = {name: {"accuracy": score.accuracy, "loss": score.loss} for name, score in found.items()}
-    return {"step": trained.step} | scores
+        sets = {"train": split.train, "val": split.val, "test": split.test}
+        objective = make_objective(trained.config, store, split, parts.loss)
+        chosen = parts.metric_of(trained.config)
+        evaluator = evaluator_of(trained, store, torch.cat(list(sets.values())), progress, objective, chosen)
+        found = evaluator.scores_of(trained.model, sets)
+    metric = parts.metric_name(trained.config)
+    scores = {name: {metric: score.accuracy, "loss": score.loss} for name, score in found.items()}
+    return {"step": trained.step, "metric": metric} | scores

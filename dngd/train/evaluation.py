@@ -9,14 +9,15 @@ Which order a layer takes, and for which nodes, is dngd.train.evaluation_plan's;
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dngd.comm import Communicator
 from dngd.errors import UserError
@@ -35,18 +36,28 @@ from dngd.train.evaluation_plan import (
 )
 from dngd.train.layer_arithmetic import LayerArithmetic, LayerSource
 from dngd.train.neighbour_sums import NeighbourSums, in_degrees_of
+from dngd.train.objective import Objective
+from dngd.train.scoring import CustomMetric, Metric, Scores, Tally, scores_of_tallies
 from dngd.train.tables import Rows, Table, TableSpace
 
 EvaluationProgress = Callable[[int, int], None]
 """Called with this rank's work done and its work in all; a unit is an edge aggregated, or a row made, in one layer."""
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Mean cross-entropy and accuracy of one set of nodes."""
+class Evaluator(Protocol):
+    """What evaluates a model on all neighbours: ExactEvaluator, or ModuleEvaluator for modules of one's own."""
 
-    loss: float
-    accuracy: float
+    def check(self, model: Any, nodes: Tensor | None) -> None:
+        """Raise UserError if there is no room for what it needs. All ranks enter."""
+
+    def predictions(self, model: Any, nodes: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (ids, outputs) of this rank's part of the nodes, ascending; to be read to its end."""
+
+    def scores(self, model: Any, split: Split) -> dict[str, Scores]:
+        """Return the scores on "val" and "test" nodes, alike on all ranks."""
+
+    def scores_of(self, model: Any, parts: Mapping[str, Tensor]) -> dict[str, Scores]:
+        """Return each part's scores, alike on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,7 @@ class ExactEvaluator:
     16-bit floats it is widened before anything is added. folders: where tables may lie on disk. memory_bytes: most
     bytes of tables that the ranks of this machine hold in memory, None for half of what is available.
     keeps_first: keep the first layer's aggregated rows, which never change, for the next call, in a table as well.
+    objective, metric: of scores.
     All ranks of the communicator must call alike. Logits depend on the number of ranks by their rounding at most.
     """
 
@@ -85,12 +97,16 @@ class ExactEvaluator:
         memory_bytes: int | None = None,
         keeps_first: bool = True,
         progress: EvaluationProgress | None = None,
+        objective: Objective | None = None,
+        metric: Metric | CustomMetric = "accuracy",
     ) -> None:
         self._store = store
         self._comm = communicator
         self._device = device
         self._features = features
         self._keeps_first = keeps_first
+        self._objective = objective or Objective()
+        self._metric = metric
         self._report = progress or (lambda done, total: None)
         self._block = block_rows(store.num_nodes, rows, on_gpu=device.type == "cuda")
         self._neighbours = NeighbourSums(store, builder.operators.aggregation, builder.operators.norm)
@@ -132,21 +148,15 @@ class ExactEvaluator:
 
     def scores_of(self, model: GNN, parts: Mapping[str, Tensor]) -> dict[str, Scores]:
         """Return each part's scores, alike on all ranks. parts: name -> labelled nodes, int64 [n], n > 0, distinct."""
-        member = torch.zeros(len(parts), self._store.num_nodes, dtype=torch.bool)
-        for k, nodes in enumerate(parts.values()):
-            member[k, nodes] = True
-        sums = torch.zeros(len(parts), 2, dtype=torch.float64)
-        for ids, logits in self.predictions(model, member.any(dim=0).nonzero()[:, 0]):
-            labels = self._store.labels[ids]
-            for k in range(len(parts)):
-                chosen = member[k, ids].nonzero()[:, 0]
-                sums[k] += _summed(logits[chosen.to(logits.device)], labels[chosen].to(logits.device))
-        sums = sums.to(self._device)
-        self._comm.all_reduce(sums.view(-1), "evaluation").wait()
-        return {
-            name: Scores(loss=loss / nodes.numel(), accuracy=right / nodes.numel())
-            for (name, nodes), (loss, right) in zip(parts.items(), sums.tolist())
-        }
+        return score_parts(
+            partial(self.predictions, model),
+            parts,
+            self._store,
+            self._objective,
+            self._metric,
+            self._comm,
+            self._device,
+        )
 
     def _plan_for(self, model: GNN, nodes: Tensor | None) -> _Plan:
         """Return the plan for ascending nodes; the last one's is kept."""
@@ -173,7 +183,7 @@ class ExactEvaluator:
             for layer, shape, work in zip(model.graph_layers(), plan.shapes, plan.work.layers)
         ]
         done = 0
-        with _evaluating(model), contextlib.ExitStack() as stack:
+        with evaluating(model), contextlib.ExitStack() as stack:
             self._make_room_for_first(layers, plan)
             source, tables = self._input(layers[0], plan, stack)
             for i, (layer, work) in enumerate(zip(layers, plan.work.layers)):
@@ -248,6 +258,31 @@ class ExactEvaluator:
         return int(degrees.sum()) + degrees.numel()
 
 
+def score_parts(
+    predictions: Callable[[Tensor], Iterable[tuple[Tensor, Tensor]]],
+    parts: Mapping[str, Tensor],
+    store: GraphStore,
+    objective: Objective,
+    metric: Metric | CustomMetric,
+    communicator: Communicator,
+    device: torch.device,
+) -> dict[str, Scores]:
+    """Return each part's scores, alike on all ranks, which all enter.
+
+    predictions: given ascending nodes, yields (ids, logits) of this rank's. parts: name -> labelled nodes, distinct.
+    """
+    member = torch.zeros(len(parts), store.num_nodes, dtype=torch.bool)
+    for k, nodes in enumerate(parts.values()):
+        member[k, nodes] = True
+    tallies = [Tally(objective, metric, store.num_classes) for _ in parts]
+    for ids, logits in predictions(member.any(dim=0).nonzero()[:, 0]):
+        labels = store.labels[ids]
+        for k, tally in enumerate(tallies):
+            chosen = member[k, ids].nonzero()[:, 0]
+            tally.add(logits[chosen.to(logits.device)], labels[chosen].to(logits.device))
+    return dict(zip(parts, scores_of_tallies(tallies, objective, metric, communicator, device)))
+
+
 @dataclass
 class _KeptRows:
     """The first layer's aggregated rows of this rank's part, which begins at number `begin` of the layer's rows."""
@@ -281,7 +316,7 @@ class _Tables:
 
 
 @contextlib.contextmanager
-def _evaluating(model: GNN) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Hold the model in evaluation mode while the block runs."""
     was_training = model.training
     model.eval()
@@ -293,10 +328,3 @@ def _evaluating(model: GNN) -> Iterator[None]:
 
 def _are_same(first: Tensor | None, second: Tensor | None) -> bool:
     return first is second or (first is not None and second is not None and torch.equal(first, second))
-
-
-def _summed(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return (summed cross-entropy, number right), float64 [2]."""
-    loss = F.cross_entropy(logits.double(), labels, reduction="sum")
-    right = (logits.argmax(dim=1) == labels).sum()
-    return torch.stack([loss, right.double()]).cpu()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dngd.sampling import BatchCoordinates, MiniBatch
-from dngd.train.batch import BatchPipeline, DeviceBatch, PropagationBuilder
+from dngd.train.batch import BatchBuilder, BatchPipeline, DeviceBatch
 from dngd.train.metrics import StepClock
 
 
@@ -96,9 +96,7 @@ class DeviceFeeder:
     copies. An error that the pipeline raises in place of a batch ahead comes when that batch is asked for.
     """
 
-    def __init__(
-        self, pipeline: BatchPipeline, builder: PropagationBuilder, clock: StepClock, copies: CopyStream
-    ) -> None:
+    def __init__(self, pipeline: BatchPipeline, builder: BatchBuilder, clock: StepClock, copies: CopyStream) -> None:
         self._pipeline = pipeline
         self._builder = builder
         self._clock = clock

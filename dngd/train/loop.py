@@ -17,22 +17,25 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch import nn
 
 from dngd.allocator import keep_freed_memory
 from dngd.comm import Communicator, FlatGradients, StepSums, shards_of_rank
 from dngd.config import TrainConfig
-from dngd.errors import DivergedError, TrainingError, UserError
+from dngd.errors import DivergedError, RunInterrupted, TrainingError, UserError
 from dngd.graph import GraphStore, Progress, Split
-from dngd.models import GNN, build_model
+from dngd.models import GNN
+from dngd.models.graph_batch import GraphShape
 from dngd.optim import learning_rate
 from dngd.sampling import SamplerPipeline, derive_seed
 from dngd.train.batch import BatchSource, DeviceBatch, PropagationBuilder, SampledBatches
+from dngd.train.callbacks import Callbacks, RunState
 from dngd.train.checkpoint import CheckpointFolder, Snapshot, check_same_run, replace_file
 from dngd.train.checkpoint_writer import CheckpointSchedule, CheckpointWriter
-from dngd.train.evaluation import ExactEvaluator
 from dngd.train.feeder import CudaCopyStream, DeviceFeeder
 from dngd.train.full_batch import FullBatches
-from dngd.train.losses import UnlabelledWeight, shard_loss, unlabelled_share, unlabelled_weight
+from dngd.train.loggers import make_loggers
+from dngd.train.losses import UnlabelledWeight, unlabelled_share, unlabelled_weight
 from dngd.train.metrics import (
     EvaluationRecord,
     MetricsLog,
@@ -41,8 +44,11 @@ from dngd.train.metrics import (
     peak_rss_bytes,
     versions,
 )
-from dngd.train.optimizers import build_optimizer, load_moments, moments, set_learning_rate
+from dngd.train.module_batches import ModuleBatchBuilder, ModuleFullBatches
+from dngd.train.objective import make_objective
+from dngd.train.optimizers import build_optimizer, load_moments, moments, set_learning_rate, wrap_optimizer
 from dngd.train.page_lock import CudaHostRegistration, PageLockedMemory
+from dngd.train.parts import RunParts, check_outputs, make_module
 from dngd.train.placement import choose_placement, free_gpu_bytes, place_features
 from dngd.train.plan import check_device, check_fits, make_plan
 from dngd.train.progress import Reporter, StepRecord
@@ -50,6 +56,7 @@ from dngd.train.remote_run import open_run_folder
 from dngd.train.run_folder import RunFolder, spill_folders
 from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
 from dngd.train.supervision import Supervision
+from dngd.train.surroundings import load_weights, make_surroundings
 from dngd.train.together import open_dataset, together
 
 REPORT_PERIOD_SECONDS = 0.25
@@ -72,12 +79,15 @@ class TrainingLoop:
         workers_here: int = 1,
         supervision: Supervision | None = None,
         folder: RunFolder | None = None,
+        parts: RunParts | None = None,
     ) -> None:
         assert config.run_dir is not None, "the launcher settles the run folder"
         self.config = config
         self.comm = communicator
         self.reporter = reporter
         self.supervision = supervision or Supervision()
+        self.parts = parts or RunParts()
+        self.metric_name = self.parts.metric_name(config)
         self.clock = self.supervision.clock
         self.folder = folder or RunFolder(config.run_dir)
         self.device = _device(config)
@@ -92,38 +102,39 @@ class TrainingLoop:
         left_out = sum(self.split.dropped_unlabelled.values())
         if left_out:
             reporter.message(f"{left_out} nodes of split {config.split} have no label and are left out")
-        self.plan = make_plan(config, self.store, self.split)
+        self.objective = make_objective(config, self.store, self.split, self.parts.loss)
+        torch.manual_seed(derive_seed(config.seed, WEIGHTS_STREAM))
+        self.model: nn.Module = make_module(
+            config, self.parts, GraphShape(self.store.num_features, self.store.num_classes)
+        )
+        self.plan = make_plan(config, self.store, self.split, None if isinstance(self.model, GNN) else self.model)
         check_fits(self.plan, config, workers_here, is_worker=True)
         free = free_gpu_bytes(self.device) if self.device.type == "cuda" else 0
         placement = choose_placement(config, self.plan.feature_bytes, free, self.plan.gpu_bytes)
 
-        torch.manual_seed(derive_seed(config.seed, WEIGHTS_STREAM))
-        self.model: GNN = build_model(
-            config.model,
-            in_features=self.store.num_features,
-            hidden=config.hidden,
-            out_features=self.store.num_classes,
-            num_layers=config.num_layers,
-            dropout=config.dropout,
-        ).to(self.device)
+        self.model.to(self.device)
         self.placed = place_features(self.store, placement, self.device, sampled=not config.constant_full_batch)
         if self.placed.note:
             reporter.message(self.placed.note)
         self.features = self.placed.table
-        self.builder = PropagationBuilder(self.store, self.model.aggregation, self.device, self.placed.cache)
-        self.evaluator = ExactEvaluator(
+        self.builder, self.evaluator = make_surroundings(
+            config,
             self.store,
-            self.builder,
+            self.model,
             communicator,
-            rows=config.eval_rows,
             device=self.device,
             features=self.features,
+            cache=self.placed.cache,
             folders=spill_folders(config, self.folder),
-            memory_bytes=config.eval_memory_bytes,
+            objective=self.objective,
+            metric=self.parts.metric_of(config),
         )
         self.evaluator.check(self.model, torch.cat([self.split.val, self.split.test]))
-        self.optimizer = build_optimizer(config, self.model, communicator)
-        self.gradients = FlatGradients(self.model.parameters())
+        if self.parts.optimizer is None:
+            self.optimizer = build_optimizer(config, self.model, communicator, self.objective.kind)
+        else:
+            self.optimizer = wrap_optimizer(self.parts.optimizer(self.model))
+        self.gradients = FlatGradients(p for p in self.model.parameters() if p.requires_grad)
         self.checkpoints = CheckpointFolder(
             self.folder.checkpoints,
             communicator,
@@ -140,7 +151,7 @@ class TrainingLoop:
             written=self.supervision.checkpointed,
         )
         self.schedule = _checkpoint_schedule(config, communicator)
-        self.metrics = MetricsLog(self.folder.metrics)
+        self.metrics = MetricsLog(self.folder.metrics, self.metric_name)
         if self.optimizer.preconditioner is not None:
             self.optimizer.preconditioner.inside = self.clock.inside
 
@@ -151,11 +162,23 @@ class TrainingLoop:
         self.seeds_done = 0.0
         self.dropped_in_a_row = 0
         self.dropped_steps = 0
+        self.checkpointed_step = 0
         self.steps_repeated = 0
         self.best: EvaluationRecord | None = None
         self.best_model: bytes | None = None
         self.history: list[EvaluationRecord] = []
         self._reported = (time.monotonic(), 0.0)
+        self.asked_to_end = False
+        self.state = RunState(
+            config,
+            self.folder.path,
+            self.model,
+            self.optimizer.torch_optimizer,
+            self.metric_name,
+            self.plan.total_steps,
+        )
+        chosen = [*make_loggers(config.loggers), *self.parts.callbacks] if communicator.rank == 0 else []
+        self.callbacks = Callbacks(chosen, reporter.message)
 
     def run(self) -> RunResult:
         """Train to the end and return the result; rank 0 has written the run folder by then."""
@@ -167,13 +190,17 @@ class TrainingLoop:
         if self.config.keep_memory and self.device.type == "cpu":
             # Not before: what setting up takes and frees, for graphs of millions of nodes, is never wanted again.
             keep_freed_memory()
+        self.state.step, self.state.history = self.step, self.history
+        self.callbacks.start(self.state)
         # Past the last step there is nothing to sample: a finished run that is resumed only reports.
-        if self.step < self.plan.total_steps:
-            with self._batches(shards) as source:
+        if not self._is_over():
+            with self.supervision.stops, self._batches(shards) as source:
                 self.schedule.start(self.step)
-                while self.step < self.plan.total_steps:
-                    self._train_step(source, shards)
+                while not self._is_over():
+                    stop = self._train_step(source, shards)
                     self._after_step()
+                    if stop and not self._is_over():
+                        self._interrupt()
         with self.clock.inside("writing the checkpoint"):
             if self.writer.left_out_step == self.step:
                 self._checkpoint()  # there is nothing left to hold up: the last one is worth a second wait
@@ -204,10 +231,34 @@ class TrainingLoop:
                 raise TrainingError(str(error)) from error  # the next attempt may find the store again
         return open_dataset(self.config, progress)
 
+    def _is_over(self) -> bool:
+        """Whether all steps are taken, or too many evaluations in a row were no better than the best; alike on all
+        ranks, which have the same history; or a callback wants it."""
+        return self.step >= self.plan.total_steps or self.asked_to_end or self._has_stalled()
+
+    def _has_stalled(self) -> bool:
+        if self.config.patience is None or self.best is None:
+            return False
+        return sum(record.step > self.best.step for record in self.history) >= self.config.patience
+
     @contextlib.contextmanager
     def _batches(self, shards: Sequence[int]) -> Iterator[BatchSource]:
         config = self.config
+        if config.constant_full_batch and isinstance(self.builder, ModuleBatchBuilder):
+            yield ModuleFullBatches(
+                self.store,
+                self.builder,
+                self.split.train,
+                with_unlabelled=config.semi != "none",
+                shards=shards,
+                num_shards=config.shards,
+                num_layers=config.num_layers,
+                device=self.device,
+            )
+            return
         if config.constant_full_batch:
+            assert isinstance(self.model, GNN)
+            assert isinstance(self.builder, PropagationBuilder)
             started = time.perf_counter()
             full = FullBatches(
                 self.store,
@@ -250,12 +301,28 @@ class TrainingLoop:
             start=divmod(self.step, self.plan.steps_per_epoch),
             timeout_seconds=config.collective_timeout_seconds,
             # On a GPU that holds the table, the first rows are taken there.
-            aggregation=self.model.aggregation if placed.on_host else None,
+            aggregation=self.model.aggregation if placed.on_host and isinstance(self.model, GNN) else None,
             on_mapped=None if locked is None else locked.add,
-            on_host=None if placed.cache is None else placed.cache.on_host,
+            on_host=None if placed.cache is None or not isinstance(self.model, GNN) else placed.cache.on_host,
         )
 
-    def _train_step(self, source: BatchSource, shards: Sequence[int]) -> None:
+    def _interrupt(self) -> None:
+        """Leave after a checkpoint of this step, as Ctrl-C asked for. All ranks enter."""
+        if self.checkpointed_step != self.step or self.writer.left_out_step == self.step:
+            self._checkpoint()
+        with self.clock.inside("writing the checkpoint"):
+            self.writer.finish()
+        if self.config.run_address is not None:
+            self.finish_folder()
+        raise RunInterrupted(
+            f"interrupted after step {self.step} of {self.plan.total_steps}; go on with dngd train --run-dir "
+            f"{self.folder.shown} --resume",
+            self.step,
+            self.folder.shown,
+        )
+
+    def _train_step(self, source: BatchSource, shards: Sequence[int]) -> bool:
+        """Take a step; return whether a rank wants the run to stop after it, which all ranks learn alike."""
         started = time.perf_counter()
         self.clock.at_step(self.step)
         epoch, step_in_epoch = divmod(self.step, self.plan.steps_per_epoch)
@@ -275,6 +342,8 @@ class TrainingLoop:
             torch.manual_seed(derive_seed(self.config.seed, DROPOUT_STREAM, epoch, step_in_epoch, shard))
             num_seeds_here += self._back_propagate(batch, shard, self._unlabelled_weight(epoch))
             source.look_ahead()
+        if self.supervision.stops.wanted:
+            self.gradients.ask_to_stop_()
         with self.clock.phase("reduce"):
             sums = self.gradients.reduce_(self.comm)
         with self.clock.phase("optimizer"):
@@ -286,6 +355,7 @@ class TrainingLoop:
         elapsed = time.perf_counter() - started
         self.train_seconds += elapsed
         self.clock.step_seconds.append(elapsed)
+        return sums.stop
 
     def _unlabelled_weight(self, epoch: int) -> UnlabelledWeight | None:
         """Return what a seed outside the training set brings to the epoch's loss; None without such seeds."""
@@ -308,8 +378,12 @@ class TrainingLoop:
         if batch.seeds.numel() == 0:
             return 0.0
         with self.clock.phase("forward"):
-            logits = self.model(self.features, batch.propagations, batch.first_aggregation)
-            loss = shard_loss(logits, batch.labels, unlabelled)
+            if batch.graph is None:
+                logits = self.model(self.features, batch.propagations, batch.first_aggregation)
+            else:
+                logits = self.model(batch.graph)
+                check_outputs(logits, batch.seeds.numel(), self.store.num_classes)
+            loss = self.objective.shard_loss(logits, batch.labels, unlabelled)
         with self.clock.phase("observe"):
             self.optimizer.observe(logits, weights=loss.weights, key=shard)
         with self.clock.phase("backward"):
@@ -318,6 +392,7 @@ class TrainingLoop:
         return loss.divisor
 
     def _account(self, sums: StepSums) -> None:
+        self.state.loss = sums.loss_sum / sums.num_seeds if sums.num_seeds else float("nan")
         if sums.finite:
             self.dropped_in_a_row = 0
             self.epoch_loss += sums.loss_sum
@@ -326,7 +401,10 @@ class TrainingLoop:
             self.dropped_in_a_row += 1
             self.dropped_steps += 1
             self.reporter.message(f"step {self.step}: a gradient is not finite; all ranks dropped the step")
-        self.seeds_done += sums.num_seeds if self.config.semi == "none" else self.store.num_nodes
+        if self.objective.class_weights is not None:  # the divisor is no number of seeds then
+            self.seeds_done += self.split.train.numel() / self.plan.steps_per_epoch
+        else:
+            self.seeds_done += sums.num_seeds if self.config.semi == "none" else self.store.num_nodes
         if self.dropped_in_a_row >= self.config.max_dropped_steps:
             raise DivergedError(
                 f"{self.dropped_in_a_row} steps in a row had non-finite gradients (up to step {self.step}); use a "
@@ -339,11 +417,22 @@ class TrainingLoop:
         ended = self.step == self.plan.total_steps
         epoch_ended = self.step % per_epoch == 0
         self._report_step()
+        self.state.step, self.state.learning_rate = (
+            self.step,
+            self.optimizer.torch_optimizer.param_groups[0].get("lr", 0.0),
+        )
+        self.callbacks.step(self.state)
         if ended or (epoch_ended and (self.step // per_epoch) % self.config.eval_period == 0):
             with self.clock.inside("evaluation"):
                 self._evaluate()
         if epoch_ended:
             self.epoch_loss = self.epoch_seeds = 0.0
+        if self._is_over() and not ended:
+            ended = True
+            why = f"{self.config.patience} evaluations in a row without a better validation {self.metric_name}"
+            self.reporter.message(
+                f"stopped early after step {self.step}: {'a callback asked for it' if self.asked_to_end else why}"
+            )
         if self.schedule.is_due(self.step, epoch_ended=epoch_ended) or ended:
             started = time.perf_counter()
             with self.clock.phase("checkpoint"):
@@ -362,6 +451,7 @@ class TrainingLoop:
         self.reporter.step(StepRecord(self.step, self.plan.total_steps, epoch, mean_loss, rate))
 
     def _evaluate(self) -> None:
+        self._share_buffers()
         scores = self.evaluator.scores(self.model, self.split)
         record = EvaluationRecord(
             epoch=self.step / self.plan.steps_per_epoch,
@@ -382,8 +472,18 @@ class TrainingLoop:
                 replace_file(self.folder.best_model, self.best_model)
         self.folder.changed()
         self.reporter.evaluation(record)
+        wish = self.callbacks.evaluation(self.state, record)
+        if self.parts.callbacks:  # known to all ranks alike, and the only ones that may want it
+            answer = b"end" if wish else b"go on"
+            self.asked_to_end |= self.comm.broadcast_bytes(answer if self.comm.rank == 0 else None) == b"end"
         if self.supervision.measured is not None:
             self.supervision.measured(record, self._measurements())
+
+    def _share_buffers(self) -> None:
+        """Give all ranks rank 0's buffers of a module (running means of a BatchNorm, say). All ranks enter."""
+        if self.comm.world_size > 1:
+            for buffer in self.model.buffers():
+                self.comm.broadcast(buffer.view(-1), 0, "state").wait()
 
     def _measurements(self) -> dict[str, float]:
         """Return step phases in ms, bytes, staleness and factor health by name, of this rank; health at rank 0."""
@@ -406,13 +506,17 @@ class TrainingLoop:
 
     def _model_bytes(self, record: EvaluationRecord) -> bytes:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-        data: bytes = safetensors.torch.save(
-            tensors, {"step": str(record.step), "val_accuracy": repr(record.val_accuracy)}
-        )
+        said = {"step": str(record.step), "val_accuracy": repr(record.val_accuracy)}
+        if self.config.model == "custom":
+            said |= {"num_features": str(self.store.num_features), "num_classes": str(self.store.num_classes)}
+        if self.store.is_multilabel:
+            said["labels"] = "several"
+        data: bytes = safetensors.torch.save(tensors, said)
         return data
 
     def _checkpoint(self) -> None:
         preconditioner = self.optimizer.preconditioner
+        self.checkpointed_step = self.step
         self.writer.save(
             Snapshot(
                 step=self.step,
@@ -454,7 +558,7 @@ class TrainingLoop:
                 f"the run in {self.folder.shown} was trained on another graph ({position['graph']!r} with other "
                 f"content than this {self.store.name!r}); resume with the --dataset that it was started with"
             )
-        self.model.load_state_dict(snapshot.model)
+        load_weights(self.model, snapshot.model, f"the checkpoint of step {snapshot.step} in {self.folder.shown}")
         load_moments(self.optimizer.torch_optimizer, snapshot.optimizer)
         if self.optimizer.preconditioner is not None:
             self.optimizer.preconditioner.load_state_dict(*snapshot.rank_curvatures)
@@ -513,6 +617,7 @@ class TrainingLoop:
         seconds_here = sum(self.clock.step_seconds)
         sent = self.comm.bytes_sent
         return RunResult(
+            metric=self.metric_name,
             best_val_accuracy=self.best.val_accuracy,
             test_accuracy=self.best.test_accuracy,
             train_seconds=self.train_seconds,
@@ -545,19 +650,28 @@ def run_rank(
     *,
     workers_here: int = 1,
     supervision: Supervision | None = None,
+    parts: RunParts | None = None,
 ) -> RunResult:
     """Run one rank to the end; rank 0 writes result.json. The caller's random state is left as it was.
 
     workers_here: how many of the world's ranks share this machine's memory. supervision: of an engine that starts
-    lost workers again.
+    lost workers again. parts: what a program adds to the configuration.
     """
+    settle_seconds = SETTLE_SECONDS
     with (
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
         open_run_folder(config, communicator.rank, reporter.message) as folder,
     ):
         loop = TrainingLoop(
-            config, communicator, reporter, workers_here=workers_here, supervision=supervision, folder=folder
+            config,
+            communicator,
+            reporter,
+            workers_here=workers_here,
+            supervision=supervision,
+            folder=folder,
+            parts=parts,
         )
+        result: RunResult | None = None
         try:
             result = loop.run()
             if communicator.rank == 0:
@@ -574,8 +688,13 @@ def run_rank(
                 f"a file of run {loop.folder.shown} cannot be read or written: {error.strerror or error}{which}; free "
                 "space or fix permissions, then go on with --resume"
             ) from error
+        except KeyboardInterrupt as error:
+            if not isinstance(error, RunInterrupted):
+                settle_seconds = 0.0  # at once: what was being written is no checkpoint yet
+            raise
         finally:
-            loop.writer.settle(SETTLE_SECONDS)
+            loop.callbacks.end(loop.state, result)
+            loop.writer.settle(settle_seconds)
     communicator.barrier()
     return result
 

@@ -26,7 +26,10 @@ VERSIONED = ("torch", "dgl", "ray", "pyarrow", "torch-geometric", "numpy")
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """One line of metrics.jsonl. train_seconds is cumulative and excludes evaluation."""
+    """One line of metrics.jsonl. train_seconds is cumulative and excludes evaluation.
+
+    val_accuracy and test_accuracy are the run's metric, which a line names where it is not accuracy.
+    """
 
     epoch: float
     step: int
@@ -41,7 +44,8 @@ class EvaluationRecord:
 class RunResult:
     """What `result.json` holds and `Trainer.fit` returns.
 
-    test_accuracy: at the best validation accuracy. seconds in train_seconds exclude evaluation.
+    metric: what best_val_accuracy and test_accuracy are. test_accuracy: at the best validation accuracy. seconds
+    in train_seconds exclude evaluation.
     step_ms, phase_ms: of the steps that this process ran (since the last start). bytes: payload handed
     to collectives by rank 0 over those steps. peak_rss_bytes: of rank 0's process. recoveries: how often lost
     workers were started again, and steps_repeated how many steps were done again for it, since the driver was
@@ -69,6 +73,7 @@ class RunResult:
     steps_repeated: int = 0
     failed_checkpoints: int = 0
     failed_uploads: int = 0
+    metric: str = "accuracy"
     history: list[EvaluationRecord] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -79,28 +84,30 @@ class RunResult:
 
 
 class MetricsLog:
-    """RUN/metrics.jsonl: one line an evaluation."""
+    """RUN/metrics.jsonl: one line an evaluation. metric: what its accuracies are."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, metric: str = "accuracy") -> None:
         self._path = path
+        self._metric = metric
 
     def append(self, record: EvaluationRecord) -> None:
         """Add a line."""
         with open(self._path, "a") as file:
-            file.write(_line(record))
+            file.write(self._line(record))
 
     def keep_up_to(self, step: int) -> list[EvaluationRecord]:
         """Drop lines after a step (a resumed run writes them again) and return the others."""
         records = [record for record in read_metrics(self._path) if record.step <= step]
-        lines = "".join(_line(record) for record in records)
+        lines = "".join(self._line(record) for record in records)
         replace_file(self._path, lines.encode())
         return records
 
-
-def _line(record: EvaluationRecord) -> str:
-    # JSON has no NaN: an epoch without a single kept step has a null train_loss.
-    values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(record).items()}
-    return json.dumps(values) + "\n"
+    def _line(self, record: EvaluationRecord) -> str:
+        # JSON has no NaN: an epoch without a single kept step has a null train_loss.
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(record).items()}
+        if self._metric != "accuracy":
+            values["metric"] = self._metric
+        return json.dumps(values) + "\n"
 
 
 def read_metrics(path: Path) -> list[EvaluationRecord]:
@@ -111,6 +118,7 @@ def read_metrics(path: Path) -> list[EvaluationRecord]:
     for line in path.read_text().splitlines():
         try:
             read: dict[str, Any] = json.loads(line)
+            read.pop("metric", None)
             values: dict[str, Any] = {k: math.nan if v is None else v for k, v in read.items()}
             records.append(EvaluationRecord(**values))
         except (json.JSONDecodeError, TypeError, AttributeError):

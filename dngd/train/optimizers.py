@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 from dngd.comm import Communicator
 from dngd.config import TrainConfig
-from dngd.optim import FactorLayout, KFACPreconditioner, NaturalGradient
+from dngd.errors import UserError
+from dngd.optim import FactorLayout, KFACPreconditioner, LossKind, NaturalGradient
+
+OWN_RATE = "own_lr"
+"""Where the groups of a custom optimizer keep the rate that they were made with."""
 
 
 class StepOptimizer(Protocol):
@@ -69,8 +73,10 @@ class SecondOrder:
         )
 
 
-def build_optimizer(config: TrainConfig, model: nn.Module, communicator: Communicator) -> StepOptimizer:
-    """Return the configured optimizer over a model's parameters."""
+def build_optimizer(
+    config: TrainConfig, model: nn.Module, communicator: Communicator, loss: LossKind = "cross_entropy"
+) -> StepOptimizer:
+    """Return the configured optimizer over a model's parameters. loss: whose Fisher is measured."""
     lr, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "kfac":
         kfac = config.kfac
@@ -81,6 +87,7 @@ def build_optimizer(config: TrainConfig, model: nn.Module, communicator: Communi
                 update=kfac.update,
                 method=kfac.method,
                 fisher=config.fisher,
+                loss=loss,
                 variant=kfac.variant,
                 momentum=kfac.momentum,
                 weight_decay=decay,
@@ -126,17 +133,45 @@ def factor_layout(config: TrainConfig) -> FactorLayout:
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the rate of every parameter group."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get(OWN_RATE, 1.0)
+
+
+def wrap_optimizer(optimizer: object) -> FirstOrder:
+    """Return an optimizer of one's own for the loop; its groups' rates are what the schedule multiplies.
+
+    Raises UserError if it is no torch optimizer, or a NaturalGradient, whose settings are the configuration's.
+    """
+    if isinstance(optimizer, NaturalGradient):
+        raise UserError(
+            "NaturalGradient is the configuration's optimizer=kfac, which also reduces its statistics over workers; "
+            "leave optimizer= out and set the fields of kfac"
+        )
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(
+            f"the optimizer's factory returned a {type(optimizer).__name__}; return a torch.optim.Optimizer over the "
+            "module's parameters"
+        )
+    for group in optimizer.param_groups:
+        group[OWN_RATE] = float(group.get("lr", 1.0))
+    return FirstOrder(optimizer)
 
 
 def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's per-parameter tensors as "INDEX.KEY" (Adam's step counts included)."""
+    """Return the optimizer's per-parameter tensors as "INDEX.KEY" (Adam's step counts included).
+
+    Raises UserError for state that is no tensor.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     out = {}
     for i, parameter in enumerate(parameters):
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 out[f"{i}.{key}"] = value
+            elif value is not None:
+                raise UserError(
+                    f"{type(optimizer).__name__} keeps {key} as a {type(value).__name__}, and checkpoints hold "
+                    "tensors; use an optimizer whose state is tensors, as torch's are"
+                )
     return out
 
 

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
+from dngd.comm.gradients import TRAILING
 from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.graph import GraphStore, Split
@@ -17,6 +19,7 @@ from dngd.sampling import steps_per_epoch
 from dngd.sampling.pipeline import slots_of_sampler
 from dngd.train.evaluation_plan import LayerShape, block_rows, evaluation_bytes
 from dngd.train.memory import available_memory, private_memory
+from dngd.train.objective import make_objective
 from dngd.train.optimizers import factor_layout
 from dngd.train.placement import choose_placement, free_gpu_bytes, table_bytes
 
@@ -118,11 +121,13 @@ def batch_size_of(config: TrainConfig, num_train: int) -> int:
     return config.batch_size
 
 
-def make_plan(config: TrainConfig, store: GraphStore, split: Split) -> RunPlan:
-    """Return the plan of a run.
+def make_plan(config: TrainConfig, store: GraphStore, split: Split, module: nn.Module | None = None) -> RunPlan:
+    """Return the plan of a run. module: of one's own, whose activations are taken for those of `hidden` wide layers.
 
-    Raises UserError for a batch larger than the training set, or a semi-supervised loss without unlabelled nodes.
+    Raises UserError for a batch larger than the training set, a semi-supervised loss without unlabelled nodes, or a
+    loss that the graph's labels do not allow.
     """
+    make_objective(config, store, split)
     num_train = int(split.train.numel())
     batch_size = batch_size_of(config, num_train)
     per_epoch = steps_per_epoch(num_train, config.shards, batch_size)
@@ -136,12 +141,14 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split) -> RunPlan:
         batch_size += math.ceil(num_others / config.shards)
     total = per_epoch * config.epochs
     widths = [store.num_features] + [config.hidden] * (config.num_layers - 1) + [store.num_classes]
-    fan_in = 2 if MODELS[config.model].aggregation == "mean" else 1
+    fan_in = 2 if config.model != "custom" and MODELS[config.model].aggregation == "mean" else 1
     layers = tuple(_layer_plan(config, i, a, b, fan_in) for i, (a, b) in enumerate(zip(widths, widths[1:])))
-    parameters = sum(layer.parameters for layer in layers)
-    copies = {"kfac": 1, "sgd": 1, "adam": 2, "adamw": 2}[config.optimizer]
-    statistics = sum(layer.factors.statistics for layer in layers)
     batch = _batch_bytes(config, store, layers, batch_size)
+    if module is not None:
+        layers = _module_layers(config, module)
+    parameters = sum(layer.parameters for layer in layers) if module is None else _num_parameters(module)
+    copies = {"kfac": 1, "sgd": 1, "adam": 2, "adamw": 2, "custom": 2}[config.optimizer]
+    statistics = sum(layer.factors.statistics for layer in layers)
     kfac = config.optimizer == "kfac"
     ranks = config.num_workers if config.engine == "ray" else 1
     shapes = [LayerShape(a, b, fan_in) for a, b in zip(widths, widths[1:])]
@@ -171,7 +178,7 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split) -> RunPlan:
         sampler_bytes=0
         if config.constant_full_batch
         else config.samplers * (PROCESS_BYTES + slots_of_sampler(config.prefetch) * (batch.edges + batch.first_rows)),
-        gradient_bytes_per_step=(parameters + 2) * FLOAT_BYTES,
+        gradient_bytes_per_step=(parameters + TRAILING) * FLOAT_BYTES,
         factor_bytes_per_refresh=sum(layer.factors.statistics_sent for layer in layers) if kfac else 0,
         inverse_bytes_per_refresh=sum(layer.factors.inverses_sent for layer in layers)
         if kfac and config.kfac.strategy in ("auto", "share_inverse")
@@ -180,6 +187,25 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split) -> RunPlan:
         if kfac and config.kfac.strategy == "share_gradient"
         else 0,
     )
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _module_layers(config: TrainConfig, module: nn.Module) -> tuple[LayerPlan, ...]:
+    """Return a plan for each weight matrix of a module, [d_out, d_in], as if it were a layer with a bias."""
+    eigenbasis = config.kfac.method == "ekfac" or config.kfac.update == "adam_eigenbasis"
+    layout, kfac = factor_layout(config), config.kfac
+    plans = []
+    for name, weight in module.named_parameters():
+        if weight.requires_grad and weight.dim() == 2:
+            d_out, d_a = weight.shape[0], weight.shape[1] + 1
+            footprint = layer_footprint(
+                d_a, d_out, (), layout, kfac.inverse_precision, eigenbasis=eigenbasis, factor_wire=kfac.factor_wire
+            )
+            plans.append(LayerPlan(name.removesuffix(".weight"), d_a, d_out, footprint))
+    return tuple(plans)
 
 
 def _layer_plan(config: TrainConfig, index: int, width_in: int, width_out: int, fan_in: int) -> LayerPlan:

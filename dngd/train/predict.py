@@ -18,6 +18,7 @@ from dngd.graph import GraphStore
 from dngd.graph.manifest import dngd_version
 from dngd.train.evaluation import EvaluationProgress
 from dngd.train.new_file import new_file
+from dngd.train.parts import RunParts
 from dngd.train.remote_run import fetched_run
 from dngd.train.trained_model import TrainedModel, evaluator_of, load_trained, open_graph, trained_on
 
@@ -57,24 +58,26 @@ def predict_run(
     probabilities: bool = False,
     overwrite: bool = False,
     progress: EvaluationProgress | None = None,
+    parts: RunParts | None = None,
 ) -> Predictions:
     """Write the classes that a run's best model gives nodes, from all their neighbours, to a Parquet file.
 
     Columns: node_id, as the user gave it (int64 or string); class, int64; class_name where the graph that the run was
     trained on kept names of its labels; probability, float32, of that class; with probabilities=True, probabilities,
-    the list of all classes'. Rows are in the order of the graph's nodes. The file's metadata (dngd.run, dngd.step,
-    dngd.model, dngd.graph, dngd.graph_digest, dngd.nodes, dngd.version) say what made it.
+    the list of all classes'. Of several labels a node: node_id, classes (the list of those with a probability above
+    1/2), and, as before, probabilities. Rows are in the order of the graph's nodes. The file's metadata (dngd.run,
+    dngd.step, dngd.model, dngd.graph, dngd.graph_digest, dngd.nodes, dngd.version) say what made it.
 
     run: its folder or address. nodes: all, train, val, test (of the run's split, taken in the graph), or unlabelled.
     data_root: where the run's data set is now. dataset: another graph with the same features, or where the run's is
-    now. overwrite: replace a file. progress: see EvaluationProgress. The file appears when it is whole; it is written
-    a row group at a time.
+    now. overwrite: replace a file. progress: see EvaluationProgress. parts: with the module of a run that had one of
+    its own. The file appears when it is whole; it is written a row group at a time.
     Raises UserError for what `evaluate_run` does, a path that cannot be written, and nodes that the graph has not.
     """
     out = out.expanduser()
     _check_out(out, overwrite)
     with fetched_run(run) as folder:
-        trained = load_trained(folder)
+        trained = load_trained(folder, parts)
         return _predict(trained, out, nodes, data_root, dataset, probabilities, overwrite, progress)
 
 
@@ -119,6 +122,45 @@ def _predict(
     )
 
 
+def probabilities_of_run(
+    run: Path,
+    nodes: Tensor | None = None,
+    *,
+    data_root: Path | None = None,
+    dataset: str | None = None,
+    parts: RunParts | None = None,
+) -> Tensor:
+    """Return the probabilities that a run's best model gives nodes, from all their neighbours: float32 [n, C].
+
+    nodes: int64 [n], distinct, in any order; None for all. The others as in `predict_run`. Raises UserError for what
+    `evaluate_run` does, and for nodes that the graph has not.
+    """
+    with fetched_run(run) as folder:
+        trained = load_trained(folder, parts)
+    store = open_graph(trained, dataset, data_root)
+    if nodes is not None and not _are_nodes(nodes, store.num_nodes):
+        raise UserError(
+            f"nodes must be distinct int64 numbers of nodes, 0 to {store.num_nodes - 1}, in one dimension; map ids to "
+            f"numbers with the store's node_ids"
+        )
+    evaluator = evaluator_of(trained, store, nodes)
+    row_of = torch.full((store.num_nodes,), -1)
+    wanted = torch.arange(store.num_nodes) if nodes is None else nodes
+    row_of[wanted] = torch.arange(wanted.numel())
+    out = torch.empty(wanted.numel(), trained.num_classes)
+    for ids, logits in evaluator.predictions(trained.model, nodes):
+        shares = logits.float().sigmoid() if trained.is_multilabel else logits.float().softmax(dim=1)
+        out[row_of[ids]] = shares.cpu()
+    return out
+
+
+def _are_nodes(nodes: Tensor, num_nodes: int) -> bool:
+    if nodes.dim() != 1 or nodes.dtype != torch.int64:
+        return False
+    inside = bool(((nodes >= 0) & (nodes < num_nodes)).all())
+    return inside and int(torch.bincount(nodes, minlength=1).max()) <= 1
+
+
 def _check_out(out: Path, overwrite: bool) -> None:
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; give the path of a file, such as {out / 'predictions.parquet'}")
@@ -141,7 +183,7 @@ def _chosen(trained: TrainedModel, store: GraphStore, nodes: str) -> Tensor | No
     if nodes == "all":
         return None
     if nodes == "unlabelled":
-        found = (store.labels < 0).nonzero()[:, 0]
+        found = (~store.labelled).nonzero()[:, 0]
         if found.numel() == 0:
             raise UserError(f"graph {store.name} has no unlabelled nodes; use another --nodes, such as all")
         return found
@@ -152,7 +194,7 @@ def _chosen(trained: TrainedModel, store: GraphStore, nodes: str) -> Tensor | No
 def _class_names(trained: TrainedModel, store: GraphStore, dataset: str | None) -> pa.Array | None:
     """Return the names of the classes, string [num_classes], where the graph has those that the model learnt."""
     names = store.manifest.provenance.options.get("label_names")
-    if not isinstance(names, list) or len(names) != trained.num_classes:
+    if trained.is_multilabel or not isinstance(names, list) or len(names) != trained.num_classes:
         return None
     # Another graph's names may stand in another order.
     if dataset is not None and trained_on(trained) != store.digest:
@@ -167,13 +209,14 @@ def _run_name(trained: TrainedModel) -> str:
 def _schema(
     trained: TrainedModel, store: GraphStore, nodes: str, *, with_names: bool, probabilities: bool
 ) -> pa.Schema:
-    fields = [
-        pa.field("node_id", store.ids_of(0, 1).type, nullable=False),
-        pa.field("class", pa.int64(), nullable=False),
-    ]
-    if with_names:
-        fields.append(pa.field("class_name", pa.string(), nullable=False))
-    fields.append(pa.field("probability", pa.float32(), nullable=False))
+    fields = [pa.field("node_id", store.ids_of(0, 1).type, nullable=False)]
+    if trained.is_multilabel:
+        fields.append(pa.field("classes", pa.list_(pa.field("item", pa.int64(), nullable=False)), nullable=False))
+    else:
+        fields.append(pa.field("class", pa.int64(), nullable=False))
+        if with_names:
+            fields.append(pa.field("class_name", pa.string(), nullable=False))
+        fields.append(pa.field("probability", pa.float32(), nullable=False))
     if probabilities:
         item = pa.field("item", pa.float32(), nullable=False)
         fields.append(pa.field("probabilities", pa.list_(item), nullable=False))
@@ -205,7 +248,8 @@ def _batches(
 
 def _batch(ids: Tensor, logits: Tensor, store: GraphStore, schema: pa.Schema, names: pa.Array | None) -> pa.RecordBatch:
     """Return the rows of nodes ids, ascending, from logits [n, num_classes]."""
-    shares = logits.softmax(dim=1)
+    is_multilabel = "classes" in schema.names
+    shares = logits.sigmoid() if is_multilabel else logits.softmax(dim=1)
     bad = ~shares.isfinite().all(dim=1)
     if bool(bad.any()):
         first = int(ids[bad][0])
@@ -213,12 +257,16 @@ def _batch(ids: Tensor, logits: Tensor, store: GraphStore, schema: pa.Schema, na
             f"node {store.ids_of(first, first + 1)[0]} of {store.name} gets no finite prediction; check the graph's "
             "features with dngd data verify, and the run's model with dngd evaluate"
         )
-    classes = logits.argmax(dim=1)
-    columns: dict[str, Any] = {
-        "node_id": _ids(store, ids),
-        "class": pa.array(classes.numpy()),
-        "probability": pa.array(shares.gather(1, classes[:, None])[:, 0].numpy()),
-    }
+    columns: dict[str, Any] = {"node_id": _ids(store, ids)}
+    if is_multilabel:
+        found = logits > 0
+        ends = torch.cat([torch.zeros(1, dtype=torch.int64), found.sum(dim=1).cumsum(0)]).to(torch.int32)
+        values = found.nonzero()[:, 1].numpy()
+        columns["classes"] = pa.ListArray.from_arrays(ends.numpy(), values, type=schema.field("classes").type)
+    else:
+        classes = logits.argmax(dim=1)
+        columns["class"] = pa.array(classes.numpy())
+        columns["probability"] = pa.array(shares.gather(1, classes[:, None])[:, 0].numpy())
     if names is not None:
         columns["class_name"] = names.take(columns["class"])
     if "probabilities" in schema.names:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from dngd.train.interrupt import NobodyStops, StopRequests
 from dngd.train.metrics import EvaluationRecord, StepClock
 
 
@@ -36,11 +37,12 @@ class Supervision:
 
     resumed(step, steps_repeated): where the rank goes on. checkpointed(step): a checkpoint is safe (rank 0).
     measured(record, measurements): an evaluation, with step phases in ms, bytes, staleness and factor health by
-    name; all ranks call it equally often.
+    name; all ranks call it equally often. stops: asks this rank to let the run end after a step; all ranks then do.
     """
 
     attempt: Attempt = field(default_factory=Attempt)
     clock: StepClock = field(default_factory=StepClock)
     resumed: Callable[[int, int], None] = _ignore
     checkpointed: Callable[[int], None] = _ignore
+    stops: StopRequests = field(default_factory=NobodyStops)
     measured: Callable[[EvaluationRecord, dict[str, float]], None] | None = None

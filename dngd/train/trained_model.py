@@ -9,36 +9,43 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from dngd.comm import LocalCommunicator
 from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.graph import GraphStore, resolve_dataset
-from dngd.models import GNN, MODELS, build_model
-from dngd.train.batch import PropagationBuilder
+from dngd.models import MODELS
+from dngd.models.graph_batch import GraphShape
 from dngd.train.checkpoint import PREFIX
-from dngd.train.evaluation import EvaluationProgress, ExactEvaluator
+from dngd.train.evaluation import EvaluationProgress, Evaluator
+from dngd.train.objective import Objective
+from dngd.train.parts import RunParts, make_module
 from dngd.train.placement import free_gpu_bytes, table_bytes
 from dngd.train.run_folder import RunFolder, spill_folders
+from dngd.train.scoring import CustomMetric, Metric
+from dngd.train.surroundings import load_weights, make_surroundings
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A run's best model. step: when it was evaluated. num_features, num_classes: what it takes and gives."""
+    """A run's best model. step: when it was evaluated. num_features, num_classes: what it takes and gives.
+    is_multilabel: whether its outputs are of several labels a node."""
 
     folder: RunFolder
     config: TrainConfig
-    model: GNN
+    model: nn.Module
     step: int
     num_features: int
     num_classes: int
+    is_multilabel: bool = False
 
 
-def load_trained(run: Path) -> TrainedModel:
+def load_trained(run: Path, parts: RunParts | None = None) -> TrainedModel:
     """Return the best model of a run folder. The graph is not needed: the widths are the weights'.
 
-    Raises UserError if the folder holds no run, no evaluated model yet, or a file that cannot be read.
+    parts: with the module of a run that had one of its own. Raises UserError if the folder holds no run, no evaluated
+    model yet, or a file that cannot be read.
     """
     folder = RunFolder(run.expanduser())
     if not folder.holds_a_run:
@@ -46,26 +53,35 @@ def load_trained(run: Path) -> TrainedModel:
     if not folder.best_model.exists():
         raise UserError(f"run {run} has no model yet: it ended before its first evaluation; go on with --resume")
     config = TrainConfig.from_yaml(folder.config)
+    parts = parts or RunParts()
+    if config.model == "custom" and parts.module is None:
+        raise UserError(
+            f"run {run} trained a module of one's own, which its folder does not hold; from Python: "
+            f"dngd.Trainer(config, module=...).evaluate(), or .predict()"
+        )
     try:
         weights = safetensors.torch.load_file(folder.best_model)
         with safe_open(folder.best_model, framework="pt") as file:
-            step = int((file.metadata() or {})["step"])
-        in_rows = weights["layers.0.linear.weight"].shape[1]
-        num_classes = weights[f"layers.{config.num_layers - 1}.linear.weight"].shape[0]
-        num_features = in_rows // (2 if MODELS[config.model].aggregation == "mean" else 1)
-        model = build_model(
-            config.model,
-            in_features=num_features,
-            hidden=config.hidden,
-            out_features=num_classes,
-            num_layers=config.num_layers,
-            dropout=config.dropout,
-        )
+            said = file.metadata() or {}
+            step = int(said["step"])
+        if config.model == "custom":
+            num_features, num_classes = int(said["num_features"]), int(said["num_classes"])
+        else:
+            in_rows = weights["layers.0.linear.weight"].shape[1]
+            num_classes = weights[f"layers.{config.num_layers - 1}.linear.weight"].shape[0]
+            num_features = in_rows // (2 if MODELS[config.model].aggregation == "mean" else 1)
+        shape = GraphShape(num_features, num_classes)
+        with torch.random.fork_rng(devices=[]):
+            model = make_module(config, parts if config.model == "custom" else RunParts(), shape)
+        if config.model == "custom":
+            load_weights(model, weights, str(folder.best_model))
         model.load_state_dict(weights)
+    except UserError:
+        raise
     except (SafetensorError, KeyError, IndexError, ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder.best_model} cannot be loaded into the run's model: {reason}") from None
-    return TrainedModel(folder, config, model, step, num_features, num_classes)
+    return TrainedModel(folder, config, model, step, num_features, num_classes, said.get("labels") == "several")
 
 
 def open_graph(trained: TrainedModel, dataset: str | None = None, data_root: Path | None = None) -> GraphStore:
@@ -87,6 +103,12 @@ def open_graph(trained: TrainedModel, dataset: str | None = None, data_root: Pat
             f"graph {store.name} has {store.num_features} features a node but the model of run {trained.folder.path} "
             f"was trained on {trained.num_features}; give a graph with the same features"
         )
+    if store.is_multilabel != trained.is_multilabel and bool(store.labelled.any()):
+        kinds = {True: "several labels a node", False: "one label a node"}
+        raise UserError(
+            f"graph {store.name} has {kinds[store.is_multilabel]} but the model of run {trained.folder.path} was "
+            f"trained on {kinds[trained.is_multilabel]}; give a graph with the same labels"
+        )
     if store.num_classes > trained.num_classes:
         raise UserError(
             f"graph {store.name} has {store.num_classes} classes but the model of run {trained.folder.path} knows "
@@ -96,26 +118,33 @@ def open_graph(trained: TrainedModel, dataset: str | None = None, data_root: Pat
 
 
 def evaluator_of(
-    trained: TrainedModel, store: GraphStore, nodes: Tensor | None, progress: EvaluationProgress | None = None
-) -> ExactEvaluator:
+    trained: TrainedModel,
+    store: GraphStore,
+    nodes: Tensor | None,
+    progress: EvaluationProgress | None = None,
+    objective: Objective | None = None,
+    metric: Metric | CustomMetric = "accuracy",
+) -> Evaluator:
     """Return what evaluates the model once in this process: on a GPU if the run used one and there is one here.
 
-    nodes: those that it will be asked for, None for all. Raises UserError if there is no room for its tables.
+    nodes: those that it will be asked for, None for all. objective, metric: of scores. Raises UserError if there is no
+    room for its tables.
     """
     config, model = trained.config, trained.model
     device = torch.device("cuda" if config.use_gpu and torch.cuda.is_available() else "cpu")
     model.to(device)
-    evaluator = ExactEvaluator(
+    _, evaluator = make_surroundings(
+        config,
         store,
-        PropagationBuilder(store, model.aggregation, device),
+        model,
         LocalCommunicator(),
-        rows=config.eval_rows,
         device=device,
         features=_placed(store.features, device),
         folders=spill_folders(config, trained.folder),
-        memory_bytes=config.eval_memory_bytes,
         keeps_first=False,
         progress=progress,
+        objective=objective,
+        metric=metric,
     )
     evaluator.check(model, nodes)
     return evaluator

@@ -140,7 +140,7 @@ def write_npz(path: Path, **changes: object) -> Path:
         ({"y": np.array([0, 1, -2, 1], dtype=np.int16)}, ["-2"]),
         ({"edge_index": np.array([[0, 9], [1, 0]], dtype=np.int32)}, ["9"]),
         ({"x": np.ones((3, 3), dtype=np.float32)}, ["3", "4"]),
-        ({"y": np.zeros((4, 2), dtype=np.uint8)}, ["multi-label"]),
+        ({"y": np.full((4, 2), 2, dtype=np.uint8)}, ["values other than 0 and 1"]),
     ],
 )
 def test_bad_graphs(

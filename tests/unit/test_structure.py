@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "doctor": {"sampling"},
     "bench": {"train", "optim", "allocator", "sampling", "models", "graph", "comm", "config"},
     "cli": {"launch", "train", "graph", "config", "report", "doctor", "bench", "sampling", ""},
-    "": {"launch", "train", "graph", "config", "sampling"},
+    "": {"launch", "train", "graph", "config", "sampling", "models"},
 }
 """Part -> the parts that it may import; dngd.errors is open to all, "" is the package's own __init__."""
 

@@ -95,7 +95,7 @@ def test_bytes_are_the_plans_of_dngd() -> None:
     traffic = traffic_of(config, num_features=100, num_classes=47)
     # Three layers of SAGE: rows [self, neighbour, 1].
     parameters = 201 * 256 + 513 * 256 + 513 * 47
-    assert traffic.gradient_bytes == 4 * (parameters + 2)
+    assert traffic.gradient_bytes == 4 * (parameters + 3)
     assert [layer.name for layer in traffic.layers] == ["layers.0.linear", "layers.1.linear", "layers.2.linear"]
     # Blocks of 256 and 257 cost what they do by themselves.
     assert traffic.layers[1].costs == {"A": 256.0**3 + 257.0**3, "G": 256.0**3}

@@ -76,7 +76,7 @@ def without(*keys: str) -> Any:
         (lambda a: {**a, "x_indptr": a["x_indptr"][::-1].copy()}, "do not fit together"),
         (lambda a: {**a, "x_shape": np.array([20])}, "do not fit together"),
         (lambda a: {**a, "num_nodes": np.int64(21)}, "20 rows but the graph has 21"),
-        (lambda a: {**a, "y": np.zeros((20, 4), dtype=np.uint8)}, "multi-label"),
+        (lambda a: {**a, "y": np.eye(4, dtype=np.uint8)[np.arange(20) % 4]}, "one-hot"),
     ],
 )
 def test_bad_npz(npz_arrays: dict[str, Any], tmp_path: Path, change: Any, message: str) -> None:

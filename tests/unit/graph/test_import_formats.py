@@ -200,7 +200,7 @@ def test_bad_ogb_folders(tmp_path: Path) -> None:
     (tmp_path / "set/raw/num-edge-list.csv.gz").write_bytes(gzip.compress(b"5\n"))
     with pytest.raises(UserError, match="2 edges but says 5"):
         import_ogb(tmp_path / "set", tmp_path / "store")
-    with pytest.raises(UserError, match="multi-label"):
+    with pytest.raises(UserError, match="features are of edges"):
         import_ogb("ogbn-proteins", tmp_path / "store")
     assert not (tmp_path / "store").exists()
 

@@ -152,7 +152,7 @@ EDGES = torch.tensor([[0, 1], [1, 0]])
         (Data(x=torch.ones(2, 1)), "no edge_index"),
         (Data(x=torch.ones(2, 1), edge_index=EDGES + 5), "edge 0 .* joins 5 -> 6"),
         (Data(x=torch.tensor([[1.0], [float("inf")]]), edge_index=EDGES), "node 1 column 0"),
-        (Data(x=torch.ones(2, 1), y=torch.zeros(2, 3), edge_index=EDGES), "multi-label"),
+        (Data(x=torch.ones(2, 1), y=torch.eye(2), edge_index=EDGES), "one-hot"),
         (Data(x=torch.ones(2, 1), edge_index=EDGES, train_mask=torch.zeros(2).bool()), "without training nodes"),
         (Data(x=torch.ones(2, 1), edge_index=EDGES, edge_weight=torch.ones(3)), "weight"),
         (HeteroData(), "several types"),

@@ -206,7 +206,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"edge_weight": np.ones(3)}, "one number for each"),
     ({"labels": np.full(30, 4)}, "label 4 of node 0 is out of range"),
     ({"labels": np.full(30, -2)}, "label -2 of node 0 is out of range"),
-    ({"labels": np.zeros((30, 4))}, "multi-label"),
+    ({"labels": np.full((30, 4), 0.5)}, "values other than 0 and 1"),
     ({"labels": np.zeros(29, dtype=int)}, "give one a node"),
     ({"labels": np.full(30, 0.5)}, "whole numbers"),
     ({"masks": {"train": np.ones(29, dtype=bool)}}, "train mask has shape"),

@@ -1,0 +1,112 @@
+"""What a module of one's own gets of a mini-batch: input rows and one set of edges a layer, input side first.
+
+Row numbers are local: the destinations of a layer are the first rows of its sources, and the sources of a layer are
+the destinations of the one before. So a module keeps `num_dst` rows a layer, and its last ones are the seeds::
+
+    class Mean(torch.nn.Module):
+        def forward(self, batch: dngd.GraphBatch) -> Tensor:
+            h = batch.x
+            for linear, edges in zip(self.linears, batch.layers):
+                h = linear(edges.mean(h) + h[: edges.num_dst])
+            return h
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GraphShape:
+    """What a module must fit: width of the features, and number of outputs (classes, or labels of a node)."""
+
+    num_features: int
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class LayerEdges:
+    """One layer's edges, from source rows to destination rows.
+
+    edge_index: int64 [2, E] as PyG's: row 0 sources (0 to num_src - 1), row 1 destinations (0 to num_dst - 1),
+        ascending. Sampled, where there is a fanout.
+    num_src, num_dst: rows; the destinations are the first num_dst sources.
+    degrees: int64 [num_src], in-degrees in the whole graph. totals: float32 [num_src], summed weights of the in-edges
+        there; the degrees of a graph without weights.
+    edge_weight: float32 [E], None of a graph without weights.
+    """
+
+    edge_index: Tensor
+    num_src: int
+    num_dst: int
+    degrees: Tensor
+    totals: Tensor
+    edge_weight: Tensor | None = None
+
+    def mean(self, rows: Tensor) -> Tensor:
+        """Return the mean of each destination's sources (weighted by edge_weight), [num_dst, d], from rows
+        [num_src, d]; zeros without edges."""
+        source, destination = self.edge_index
+        weight = rows.new_ones(source.numel()) if self.edge_weight is None else self.edge_weight.to(rows)
+        sums = rows.new_zeros(self.num_dst, rows.shape[1]).index_add_(0, destination, rows[source] * weight[:, None])
+        counts = rows.new_zeros(self.num_dst).index_add_(0, destination, weight)
+        return sums / torch.where(counts == 0, 1.0, counts)[:, None]
+
+    def gcn(self) -> tuple[Tensor, Tensor]:
+        """Return GCN's edges, self loops added, and their coefficients: ([2, E + num_dst], float32 [E + num_dst]).
+
+        `c_uv = (deg_v / k_v) · w_uv · d_u^(-1/2) · d_v^(-1/2)` and `c_vv = 1 / d_v`, with d = 1 + totals of the whole
+        graph and k_v the sampled neighbours: unbiased for `D^(-1/2)(A + I)D^(-1/2)`. For convolutions that take edge
+        weights as they are, such as GCNConv(normalize=False).
+        """
+        source, destination = self.edge_index
+        norm = (self.totals + 1.0).rsqrt()
+        sampled = torch.bincount(destination, minlength=self.num_dst).clamp_min(1)
+        scale = norm[: self.num_dst] * self.degrees[: self.num_dst] / sampled
+        coefficients = norm[source] * scale[destination]
+        if self.edge_weight is not None:
+            coefficients = coefficients * self.edge_weight
+        own = torch.arange(self.num_dst, device=source.device)
+        edges = torch.cat([self.edge_index, own.expand(2, -1)], dim=1)
+        return edges, torch.cat([coefficients, norm[: self.num_dst].square()])
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all tensors."""
+        yield from (self.edge_index, self.degrees, self.totals)
+        if self.edge_weight is not None:
+            yield self.edge_weight
+
+
+@dataclass(frozen=True)
+class GraphBatch:
+    """A mini-batch, or a whole graph's batch, for a module.
+
+    x: [num_inputs, F] features of the input nodes, float32 of 16-bit tables. layers: one a layer, input side first.
+    nodes: int64 [num_inputs], global ids of x's rows. seeds: int64 [n], global ids of the outputs' rows, the first n of
+    `nodes`.
+    """
+
+    x: Tensor
+    layers: tuple[LayerEdges, ...]
+    nodes: Tensor
+    seeds: Tensor
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all tensors that lie on the device."""
+        yield self.x
+        for layer in self.layers:
+            yield from layer.tensors()
+
+
+@runtime_checkable
+class LayerwiseModule(Protocol):
+    """A module that can be evaluated layer by layer: exactly, and each node once a layer."""
+
+    def forward_layer(self, index: int, x: Tensor, edges: LayerEdges) -> Tensor:
+        """Return layer `index`'s output with whatever follows it (activation, say), [num_dst, d], from its source rows
+        [num_src, d_in]; the last layer's are the outputs, [num_dst, C]."""

@@ -1,0 +1,93 @@
+"""Callbacks: a program's own code at a few points of a run.
+
+They are called in rank 0's process, where the model is, in the order given. One that fails is told of and left out
+from then on: a run is worth more than what watches it. A UserError ends the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dngd.config import TrainConfig
+from dngd.errors import UserError
+from dngd.train.metrics import EvaluationRecord, RunResult
+
+
+@dataclass
+class RunState:
+    """What callbacks see of a run; to be read.
+
+    step: number of steps done, of total_steps. loss: mean loss of the last step's seeds. learning_rate: of the last
+    step. metric: name of what the evaluations' accuracies are. history: evaluations so far, those before a resumption
+    included. model is in training mode between steps.
+    """
+
+    config: TrainConfig
+    run_dir: Path
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    metric: str
+    total_steps: int
+    step: int = 0
+    loss: float = float("nan")
+    learning_rate: float = float("nan")
+    history: list[EvaluationRecord] = field(default_factory=list)
+
+
+class Callback:
+    """Override what is of interest. With engine ray a callback is pickled to the workers before `on_start`."""
+
+    def on_start(self, run: RunState) -> None:
+        """Training begins, or goes on from run.step: after a resumption, or when lost workers were started again."""
+
+    def on_step(self, run: RunState) -> None:
+        """A step has ended."""
+
+    def on_evaluation(self, run: RunState, record: EvaluationRecord) -> bool | None:
+        """An evaluation has ended. Return True to end the run here, as after its last step."""
+
+    def on_end(self, run: RunState, result: RunResult | None) -> None:
+        """The run has ended with a result, or with None: interrupted, or by an error."""
+
+
+class Callbacks:
+    """Calls a run's callbacks. tell: gets a sentence about one that failed."""
+
+    def __init__(self, callbacks: Sequence[Callback], tell: Callable[[str], None]) -> None:
+        self._callbacks = list(callbacks)
+        self._tell = tell
+
+    def start(self, run: RunState) -> None:
+        """Call on_start."""
+        for callback in list(self._callbacks):
+            self._call(callback, lambda c: c.on_start(run))
+
+    def step(self, run: RunState) -> None:
+        """Call on_step."""
+        for callback in list(self._callbacks):
+            self._call(callback, lambda c: c.on_step(run))
+
+    def evaluation(self, run: RunState, record: EvaluationRecord) -> bool:
+        """Call on_evaluation; return whether one of them wants the run to end."""
+        return any([self._call(callback, lambda c: c.on_evaluation(run, record)) for callback in list(self._callbacks)])
+
+    def end(self, run: RunState, result: RunResult | None) -> None:
+        """Call on_end."""
+        for callback in list(self._callbacks):
+            self._call(callback, lambda c: c.on_end(run, result))
+
+    def _call(self, callback: Callback, hook: Callable[[Callback], bool | None]) -> bool:
+        try:
+            return bool(hook(callback))
+        except UserError:
+            raise
+        except Exception as error:
+            self._callbacks.remove(callback)
+            name = type(callback).__name__
+            self._tell(f"callback {name} failed ({type(error).__name__}: {error}); the run goes on without it")
+            return False

@@ -1,0 +1,122 @@
+"""What a program adds to a configuration: a module, an optimizer, a loss, a metric, callbacks of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from dngd.config import TrainConfig
+from dngd.errors import UserError
+from dngd.graph import GraphStore
+from dngd.models import build_model
+from dngd.models.graph_batch import GraphShape
+from dngd.train.callbacks import Callback
+from dngd.train.objective import CustomLoss
+from dngd.train.scoring import CustomMetric, Metric
+
+ModuleFactory = Callable[[GraphShape], nn.Module]
+OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """See Trainer. All of it is pickled where workers of Ray run it."""
+
+    module: nn.Module | ModuleFactory | None = None
+    optimizer: OptimizerFactory | None = None
+    loss: CustomLoss | None = None
+    metric: CustomMetric | None = None
+    callbacks: tuple[Callback, ...] = ()
+
+    def own_module(self, config: TrainConfig, store: GraphStore) -> nn.Module | None:
+        """Return the program's module for a graph, None without one. torch's random stream stays as it is."""
+        if self.module is None:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            return make_module(config, self, GraphShape(store.num_features, store.num_classes))
+
+    def metric_of(self, config: TrainConfig) -> Metric | CustomMetric:
+        """Return what the best model is chosen by."""
+        return config.metric if self.metric is None else self.metric
+
+    def metric_name(self, config: TrainConfig) -> str:
+        """Return its name in the run's files."""
+        if self.metric is None:
+            return config.metric
+        return str(getattr(self.metric, "__name__", type(self.metric).__name__))
+
+    def complete(self, config: TrainConfig) -> TrainConfig:
+        """Return the configuration that says what is the program's own.
+
+        Raises UserError for a configuration that wants a part which is not there, or the other way round.
+        """
+        changes = {}
+        if self.module is not None:
+            changes["model"] = "custom"
+        elif config.model == "custom":
+            raise UserError(
+                "model=custom is a module of one's own, which a configuration does not hold; give it to "
+                "dngd.Trainer(config, module=...), or use gcn or sage"
+            )
+        if self.optimizer is not None:
+            changes["optimizer"] = "custom"
+        elif config.optimizer == "custom":
+            raise UserError(
+                "optimizer=custom is one of one's own, which a configuration does not hold; give it to "
+                "dngd.Trainer(config, optimizer=...), or use kfac, adam, adamw or sgd"
+            )
+        complete = TrainConfig(**(config.model_dump() | changes)) if changes else config
+        if self.loss is not None and complete.optimizer == "kfac" and complete.fisher != "empirical":
+            raise UserError(
+                f"the {complete.fisher} Fisher is that of the built-in loss, not of one's own; use "
+                "kfac.fisher=empirical, which takes the gradients of any loss, or a first-order optimizer"
+            )
+        if self.loss is not None and complete.semi != "none":
+            raise UserError(f"semi={complete.semi} has a loss of its own; leave loss= out, or use semi=none")
+        return complete
+
+
+def make_module(config: TrainConfig, parts: RunParts, shape: GraphShape) -> nn.Module:
+    """Return the run's model, its weights from torch's current random stream.
+
+    A module that was given is copied, with the weights that it has. Raises UserError if a factory makes something else
+    than a module, or one without parameters or with parameters that are not there yet.
+    """
+    if parts.module is None:
+        return build_model(
+            config.model,
+            in_features=shape.num_features,
+            hidden=config.hidden,
+            out_features=shape.num_classes,
+            num_layers=config.num_layers,
+            dropout=config.dropout,
+        )
+    given = parts.module
+    module = copy.deepcopy(given) if isinstance(given, nn.Module) else given(shape)
+    if not isinstance(module, nn.Module):
+        raise UserError(f"the module's factory returned a {type(module).__name__}; return a torch.nn.Module")
+    parameters = dict(module.named_parameters())
+    lazy = [name for name, parameter in parameters.items() if is_lazy(parameter)]
+    if lazy:
+        raise UserError(
+            f"parameter {lazy[0]} of the module has no size before a first batch; give its layer the width of its "
+            f"input (the features': {shape.num_features})"
+        )
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise UserError("the module has no trainable parameter; return one that has")
+    return module
+
+
+def check_outputs(outputs: object, num_seeds: int, num_classes: int) -> None:
+    """Raise UserError unless a module's outputs are [num_seeds, num_classes]."""
+    shape = list(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+    if shape != [num_seeds, num_classes]:
+        raise UserError(
+            f"the module returned {shape} for {num_seeds} seeds of a graph with {num_classes} classes; return "
+            f"[{num_seeds}, {num_classes}], the rows of the last layer's destinations"
+        )

@@ -1,0 +1,361 @@
+"""dngd.Trainer with a module, optimizer, loss, metric and callbacks of one's own."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_geometric.nn import GATConv, GCNConv, SAGEConv
+
+import dngd
+from dngd.comm import LocalCommunicator
+from dngd.errors import UserError
+from dngd.graph import GraphStore
+from dngd.models import GNN, build_model
+from dngd.models.activation import relu_dropout
+from dngd.train.module_batches import ModuleBatchBuilder
+from dngd.train.module_evaluation import ModuleEvaluator
+from tests.end_to_end.test_local_runs import config
+from tests.helpers.exact_evaluation import dense_forward
+from tests.helpers.ray_cluster import Cluster
+from tests.helpers.thread_world import run_threads
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+
+
+class Twin(nn.Module):
+    """What dngd's GCN or GraphSAGE computes, written for GraphBatch; the same weights from the same random stream."""
+
+    def __init__(self, kind: str, shape: dngd.GraphShape, hidden: int = 24) -> None:
+        super().__init__()
+        self.kind = kind
+        made = build_model(
+            kind,
+            in_features=shape.num_features,
+            hidden=hidden,
+            out_features=shape.num_classes,
+            num_layers=2,
+            dropout=0.0,
+        )
+        self.linears = nn.ModuleList(layer.linear for layer in made.graph_layers())
+
+    def forward(self, batch: dngd.GraphBatch) -> Tensor:
+        hidden = batch.x
+        for index, (linear, edges) in enumerate(zip(self.linears, batch.layers)):
+            hidden = linear(self.rows(hidden, edges))
+            if index + 1 < len(self.linears):
+                hidden = relu_dropout(hidden, 0.5, self.training)
+        return hidden
+
+    def rows(self, hidden: Tensor, edges: dngd.LayerEdges) -> Tensor:
+        if self.kind == "sage":
+            return torch.cat([hidden[: edges.num_dst], edges.mean(hidden)], dim=1)
+        (source, destination), coefficients = edges.gcn()
+        out = hidden.new_zeros(edges.num_dst, hidden.shape[1])
+        return out.index_add_(0, destination, hidden[source] * coefficients[:, None])
+
+
+class LayerwiseTwin(Twin):
+    def forward_layer(self, index: int, x: Tensor, edges: dngd.LayerEdges) -> Tensor:
+        out: Tensor = self.linears[index](self.rows(x, edges))
+        return out if index == 1 else relu_dropout(out, 0.5, self.training)
+
+
+def trainer(store: GraphStore, run: Path, parts: dict[str, Any], **changes: Any) -> dngd.Trainer:
+    return dngd.Trainer(config(store, run, **changes), quiet=True, **parts)
+
+
+@pytest.mark.parametrize("changes", [{}, {"batch_size": "full", "fanout": None}, {"num_workers": 2, "batch_size": 20}])
+@pytest.mark.parametrize("kind", ["gcn", "sage"])
+def test_a_module_trains_as_the_built_in_model_does(
+    store: GraphStore, tmp_path: Path, kind: str, changes: dict[str, Any]
+) -> None:
+    """Same samples, same weights, same dropout: the same losses, sampled and full batch, in one shard and in two."""
+    fields = {"epochs": 2, "optimizer": "sgd", "lr": 0.1, **changes}
+    built_in = trainer(store, tmp_path / "a", {}, model=kind, **fields).fit()
+    own = trainer(store, tmp_path / "b", {"module": lambda shape: LayerwiseTwin(kind, shape)}, **fields).fit()
+    for one, other in zip(built_in.history, own.history, strict=True):
+        assert other.train_loss == pytest.approx(one.train_loss, rel=1e-4)
+        assert other.val_loss == pytest.approx(one.val_loss, rel=1e-4)
+        assert other.val_accuracy == pytest.approx(one.val_accuracy, abs=0.01)
+
+
+def test_kfac_of_a_module_is_that_of_the_built_in_model(store: GraphStore, tmp_path: Path) -> None:
+    fields = {"epochs": 2, "kfac": {"max_rows": None}, "model": "gcn", "dropout": 0.5}
+    built_in = trainer(store, tmp_path / "a", {}, **fields).fit()
+    own = trainer(store, tmp_path / "b", {"module": lambda shape: Twin("gcn", shape)}, **fields).fit()
+    losses = [[record.train_loss for record in result.history] for result in (built_in, own)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_both_ways_of_evaluating_agree(store: GraphStore, world: int) -> None:
+    shape = dngd.GraphShape(store.num_features, store.num_classes)
+    plain, layerwise = Twin("gcn", shape), LayerwiseTwin("gcn", shape)
+    layerwise.load_state_dict(plain.state_dict())
+    nodes = torch.arange(0, store.num_nodes, 3)
+
+    def outputs(module: nn.Module, communicator: Any) -> dict[int, Tensor]:
+        builder = ModuleBatchBuilder(store, store.features, CPU)
+        made = ModuleEvaluator(store, builder, communicator, num_layers=2, rows=70, device=CPU, features=store.features)
+        return {int(v): row for ids, rows in made.predictions(module, nodes) for v, row in zip(ids, rows)}
+
+    found = {}
+    for part in run_threads(world, lambda comm: outputs(layerwise, comm)):
+        found |= part
+    whole = outputs(plain, LocalCommunicator())
+    assert sorted(found) == nodes.tolist() == sorted(whole)
+    assert torch.allclose(torch.stack([found[v] for v in whole]), torch.stack(list(whole.values())), atol=1e-5)
+
+
+def convolutions(kind: str, shape: dngd.GraphShape) -> list[nn.Module]:
+    if kind == "gat":
+        return [GATConv(shape.num_features, 8, heads=2), GATConv(16, shape.num_classes)]
+    if kind == "gcn":
+        return [GCNConv(shape.num_features, 16, normalize=False), GCNConv(16, shape.num_classes, normalize=False)]
+    return [SAGEConv(shape.num_features, 16), SAGEConv(16, shape.num_classes)]
+
+
+@pytest.mark.parametrize("kind", ["gcn", "sage", "gat"])
+def test_layers_of_pyg(store: GraphStore, tmp_path: Path, kind: str) -> None:
+    made = trainer(
+        store, tmp_path / "run", {"module": lambda shape: dngd.PyGStack(convolutions(kind, shape))}, epochs=4
+    )
+    result = made.fit()
+    majority = float(torch.bincount(store.labels).max()) / store.num_nodes
+    assert result.best_val_accuracy > majority + 0.1
+    assert made.evaluate()["test"]["accuracy"] == pytest.approx(result.test_accuracy)
+
+
+def test_pygs_gcn_computes_dngds(store: GraphStore) -> None:
+    """The whole graph's coefficients: a stack of GCNConv gives the logits of dngd's GCN with the same weights."""
+    ours: GNN = build_model("gcn", in_features=16, hidden=16, out_features=5, num_layers=2, dropout=0.0)
+    stack = dngd.PyGStack(convolutions("gcn", dngd.GraphShape(16, 5)), dropout=0.0).eval()
+    for conv, layer in zip(stack.convs, ours.graph_layers()):
+        conv.lin.weight.data.copy_(layer.linear.weight.data)
+        conv.bias.data.copy_(layer.linear.bias.data.normal_())
+    batch = ModuleBatchBuilder(store, store.features, CPU).whole(torch.arange(store.num_nodes), 2)
+    assert torch.allclose(stack(batch), dense_forward(store, ours).float(), atol=1e-4)
+
+
+def test_resuming_a_module_is_bitwise(store: GraphStore, tmp_path: Path) -> None:
+    parts = {"module": lambda shape: Twin("sage", shape)}
+    whole = trainer(store, tmp_path / "whole", parts, epochs=3).fit()
+    first = trainer(store, tmp_path / "parts", parts, epochs=3, max_steps=5, checkpoint={"period_steps": 5})
+    first.fit()
+    first.config = first.config.model_copy(update={"max_steps": None})
+    resumed = first.resume()
+    assert resumed.history[-1].val_loss == whole.history[-1].val_loss
+    assert resumed.steps == whole.steps
+
+
+def test_prediction_evaluation_and_the_best_module(store: GraphStore, tmp_path: Path) -> None:
+    given = Twin("gcn", dngd.GraphShape(store.num_features, store.num_classes))
+    before = {name: tensor.clone() for name, tensor in given.state_dict().items()}
+    made = trainer(store, tmp_path / "run", {"module": given}, epochs=3)
+    result = made.fit()
+    assert all(torch.equal(before[name], tensor) for name, tensor in given.state_dict().items())
+    split = store.split("masks")
+    shares = made.predict(split.test)
+    assert float((shares.argmax(dim=1) == store.labels[split.test]).float().mean()) == pytest.approx(
+        result.test_accuracy
+    )
+    turned = split.test.flip(0)
+    assert torch.allclose(made.predict(turned), shares.flip(0), atol=1e-6)
+    best = made.best_model()
+    assert isinstance(best, Twin)
+    batch = ModuleBatchBuilder(store, store.features, CPU).whole(split.test, 2)
+    assert torch.allclose(best(batch).softmax(dim=1), shares, atol=1e-5)
+
+
+def test_a_built_in_model_predicts_too(store: GraphStore, tmp_path: Path) -> None:
+    made = trainer(store, tmp_path / "run", {}, epochs=1)
+    result = made.fit()
+    shares = made.predict()
+    test = store.split("masks").test
+    right = (shares[test].argmax(dim=1) == store.labels[test]).float().mean()
+    assert float(right) == pytest.approx(result.test_accuracy)
+    assert isinstance(made.best_model(), GNN)
+
+
+def focal(outputs: Tensor, labels: Tensor) -> Tensor:
+    loss = F.cross_entropy(outputs, labels, reduction="none")
+    return (1 - torch.exp(-loss)).square() * loss
+
+
+def top_two(outputs: Tensor, labels: Tensor) -> float:
+    return float((outputs.topk(2).indices == labels[:, None]).any(dim=1).float().mean())
+
+
+class Recorder(dngd.Callback):
+    def __init__(self, last: int | None = None) -> None:
+        self.calls: list[Any] = []
+        self.last = last
+
+    def on_start(self, run: dngd.RunState) -> None:
+        self.calls.append(("start", run.step))
+
+    def on_step(self, run: dngd.RunState) -> None:
+        assert math.isfinite(run.loss)
+        self.calls.append(("step", run.step))
+
+    def on_evaluation(self, run: dngd.RunState, record: Any) -> bool | None:
+        self.calls.append(("evaluation", record.step))
+        return len(run.history) == self.last
+
+    def on_end(self, run: dngd.RunState, result: dngd.RunResult | None) -> None:
+        self.calls.append(("end", None if result is None else result.steps))
+
+
+def test_optimizer_loss_metric_and_callbacks(store: GraphStore, tmp_path: Path) -> None:
+    recorder = Recorder(last=2)
+    rates: list[float] = []
+
+    class Rates(dngd.Callback):
+        def on_step(self, run: dngd.RunState) -> None:
+            rates.append(run.optimizer.param_groups[0]["lr"])
+
+    parts = {
+        "optimizer": lambda module: torch.optim.RMSprop(module.parameters(), lr=3e-3),
+        "loss": focal,
+        "metric": top_two,
+        "callbacks": [recorder, Rates()],
+    }
+    result = trainer(store, tmp_path / "run", parts, epochs=9, lr_schedule="constant", warmup_steps=2).fit()
+    assert result.metric == "top_two"
+    assert len(result.history) == 2
+    per_epoch = result.steps // 2
+    steps = [("step", k) for k in range(1, per_epoch + 1)]
+    assert recorder.calls[: per_epoch + 2] == [("start", 0), *steps, ("evaluation", per_epoch)]
+    assert recorder.calls[-1] == ("end", result.steps)
+    assert rates[0] == pytest.approx(1.5e-3)
+    assert rates[-1] == pytest.approx(3e-3)
+    made = dngd.Trainer(config(store, tmp_path / "run"), quiet=True, **parts)
+    assert made.evaluate()["val"]["top_two"] == pytest.approx(result.best_val_accuracy)
+    assert result.best_val_accuracy > result.history[0].val_accuracy - 1e-9
+
+
+def test_a_callback_that_fails_is_left_out(store: GraphStore, tmp_path: Path) -> None:
+    class Broken(dngd.Callback):
+        def on_step(self, run: dngd.RunState) -> None:
+            raise OSError("no network")
+
+    told: list[str] = []
+
+    class Listener:
+        def step(self, record: Any) -> None: ...
+
+        def evaluation(self, record: Any) -> None: ...
+
+        def message(self, text: str) -> None:
+            told.append(text)
+
+    recorder = Recorder()
+    made = dngd.Trainer(config(store, tmp_path / "run", epochs=1), callbacks=[Broken(), recorder], reporter=Listener())
+    result = made.fit()
+    assert [text for text in told if "Broken failed (OSError: no network)" in text] == [
+        "callback Broken failed (OSError: no network); the run goes on without it"
+    ]
+    assert recorder.calls.count(("step", result.steps)) == 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "changes", "message"),
+    [
+        ({}, {"model": "custom"}, r"dngd\.Trainer\(config, module="),
+        ({}, {"optimizer": "custom"}, r"dngd\.Trainer\(config, optimizer="),
+        ({"module": lambda shape: 3}, {}, "returned a int; return a torch.nn.Module"),
+        ({"module": lambda shape: nn.ReLU()}, {}, "no trainable parameter"),
+        (
+            {"module": lambda shape: dngd.PyGStack([SAGEConv(-1, 5)])},
+            {"num_layers": 1, "fanout": (3,)},
+            "no size before",
+        ),
+        ({"module": lambda shape: dngd.PyGStack([GCNConv(16, 5)])}, {}, "normalize=False"),
+        ({"module": lambda shape: Twin("gcn", dngd.GraphShape(16, 4))}, {}, r"returned \[40, 4\] for 40 seeds"),
+        ({"optimizer": lambda module: 3}, {}, "return a torch.optim.Optimizer"),
+        (
+            {"optimizer": lambda module: torch.optim.Adam(module.parameters())},
+            {"lr": 0.1},
+            "leave lr and weight_decay out",
+        ),
+        ({"loss": focal}, {}, "kfac.fisher=empirical"),
+        ({"loss": F.cross_entropy}, {"optimizer": "adam"}, "return one number a seed"),
+    ],
+)
+def test_parts_that_do_not_fit(
+    store: GraphStore, tmp_path: Path, parts: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        trainer(store, tmp_path / "run", parts, **changes).fit()
+
+
+def test_another_module_does_not_resume(store: GraphStore, tmp_path: Path) -> None:
+    trainer(store, tmp_path / "run", {"module": lambda shape: Twin("gcn", shape)}, epochs=1).fit()
+    other = trainer(store, tmp_path / "run", {"module": lambda shape: Twin("gcn", shape, hidden=8)}, epochs=2)
+    with pytest.raises(UserError, match=r"linears\.0\.bias is \[24\] there and \[8\] in this model"):
+        other.resume()
+    with pytest.raises(UserError, match="another model"):
+        other.predict()
+    with pytest.raises(UserError, match="module of one's own"):
+        dngd.Trainer(config(store, tmp_path / "run", model="gcn")).evaluate()
+
+
+PROGRAM = """
+import json, sys
+import torch, dngd
+from torch_geometric.nn import SAGEConv
+
+class Names(dngd.Callback):
+    def on_start(self, run):
+        (run.run_dir / "names.txt").write_text(type(run.model).__name__)
+
+def module(shape):
+    return dngd.PyGStack([SAGEConv(shape.num_features, 16), SAGEConv(16, shape.num_classes)])
+
+def error(outputs, labels):
+    return -float((outputs.argmax(dim=1) != labels).float().mean())
+
+fields = json.loads(sys.argv[1])
+made = dngd.Trainer(dngd.TrainConfig(**fields), module=module, metric=error, callbacks=[Names()], quiet=True)
+result = made.fit()
+print(json.dumps({"losses": [r.train_loss for r in result.history], "test": made.evaluate()["test"]["error"],
+                  "result": result.test_accuracy}))
+"""
+
+
+@pytest.mark.slow
+def test_parts_reach_the_workers_of_ray(store: GraphStore, tmp_path: Path, cluster: Cluster) -> None:
+    """Pickled from a program's own main module; the same curve as in one process."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    found = {}
+    for engine in ("ray", "local"):
+        fields = config(store, tmp_path / engine, engine=engine, num_workers=2, batch_size=20, epochs=2)
+        given = fields.model_dump(mode="json")
+        given["kfac"]["factor_wire"] = "float32"
+        given["ray"]["address"] = cluster.gcs_address
+        done = subprocess.run(
+            [sys.executable, str(program), json.dumps(given)],
+            env=cluster.environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+        found[engine] = json.loads(done.stdout.strip().splitlines()[-1])
+        assert (tmp_path / engine / "names.txt").read_text() == "PyGStack"
+    assert found["ray"]["losses"] == pytest.approx(found["local"]["losses"], rel=1e-4)
+    for values in found.values():
+        assert values["test"] == pytest.approx(values["result"], abs=1e-6)
