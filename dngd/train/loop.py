@@ -25,14 +25,14 @@ from dngd.errors import DivergedError, TrainingError, UserError
 from dngd.graph import GraphStore, Split, resolve_dataset
 from dngd.models import GNN, build_model
 from dngd.optim import learning_rate
-from dngd.sampling import SamplerPipeline, derive_seed
+from dngd.sampling import SamplerPipeline, UnlabelledSeeds, derive_seed
 from dngd.train.batch import BatchSource, DeviceBatch, PropagationBuilder, SampledBatches
 from dngd.train.checkpoint import CheckpointFolder, Snapshot, check_same_run, replace_file
 from dngd.train.checkpoint_writer import CheckpointSchedule, CheckpointWriter
 from dngd.train.evaluation import ExactEvaluator
 from dngd.train.feeder import CudaCopyStream, DeviceFeeder
-from dngd.train.full_batch import FullBatches
-from dngd.train.losses import UnlabelledWeight, shard_loss, unlabelled_share, unlabelled_weight
+from dngd.train.full_batch import FullBatches, outside
+from dngd.train.losses import UnlabelledWeight, shard_loss
 from dngd.train.metrics import (
     EvaluationRecord,
     MetricsLog,
@@ -47,6 +47,7 @@ from dngd.train.placement import choose_placement, free_gpu_bytes, place_feature
 from dngd.train.plan import check_device, check_fits, make_plan
 from dngd.train.progress import Reporter, StepRecord
 from dngd.train.run_folder import RunFolder, spill_folders
+from dngd.train.semi import SemiSupervision
 from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
 from dngd.train.supervision import Supervision
 
@@ -85,6 +86,7 @@ class TrainingLoop:
             reporter.message(f"{left_out} nodes of split {config.split} have no label and are left out")
         self.plan = make_plan(config, self.store, self.split)
         check_fits(self.plan, config, workers_here, is_worker=True)
+        self.semi = self._semi_supervision()
         free = free_gpu_bytes(self.device) if self.device.type == "cuda" else 0
         placement = choose_placement(config, self.plan.feature_bytes, free, self.plan.gpu_bytes)
 
@@ -202,7 +204,7 @@ class TrainingLoop:
             config.fanouts,
             config.seed,
             config.shards,
-            self.plan.batch_size,
+            self.plan.labelled,
             shards,
             num_samplers=config.samplers,
             prefetch=config.prefetch,
@@ -212,7 +214,17 @@ class TrainingLoop:
             aggregation=self.model.aggregation if placed.on_host else None,
             on_mapped=None if locked is None else locked.add,
             on_host=None if placed.cache is None else placed.cache.on_host,
+            unlabelled=None if self.semi is None else self._unlabelled_seeds(),
         )
+
+    def _semi_supervision(self) -> SemiSupervision | None:
+        num_labelled = self.split.train.numel()
+        others = self.store.num_nodes - num_labelled
+        return SemiSupervision.of(self.config, num_labelled, others, self.plan.labelled, self.plan.unlabelled)
+
+    def _unlabelled_seeds(self) -> UnlabelledSeeds:
+        others = outside(self.split.train, self.store.num_nodes)
+        return UnlabelledSeeds(others, self.config.seed, self.config.shards, self.plan.unlabelled)
 
     def _train_step(self, source: BatchSource, shards: Sequence[int]) -> None:
         started = time.perf_counter()
@@ -232,43 +244,31 @@ class TrainingLoop:
         for shard in shards:
             batch = source.batch(epoch, step_in_epoch, shard)
             torch.manual_seed(derive_seed(self.config.seed, DROPOUT_STREAM, epoch, step_in_epoch, shard))
-            num_seeds_here += self._back_propagate(batch, shard, self._unlabelled_weight(epoch))
+            unlabelled = None if self.semi is None else self.semi.weight(epoch, step_in_epoch)
+            num_seeds_here += self._back_propagate(batch, shard, unlabelled)
             source.look_ahead()
         with self.clock.phase("reduce"):
             sums = self.gradients.reduce_(self.comm)
         with self.clock.phase("optimizer"):
             self.optimizer.step(
-                num_seeds_here=num_seeds_here, finite=sums.finite, factor_samples=self._factor_samples(epoch)
+                num_seeds_here=num_seeds_here,
+                finite=sums.finite,
+                factor_samples=None if self.semi is None else self.semi.factor_samples(epoch, step_in_epoch),
             )
-        self._account(sums)
+        self._account(sums, step_in_epoch)
         self.step += 1
         elapsed = time.perf_counter() - started
         self.train_seconds += elapsed
         self.clock.step_seconds.append(elapsed)
-
-    def _unlabelled_weight(self, epoch: int) -> UnlabelledWeight | None:
-        """Return what a seed outside the training set brings to the epoch's loss; None without such seeds."""
-        if self.config.semi == "none":
-            return None
-        share = unlabelled_share(epoch, self.config.epochs, self.config.semi_gamma)
-        num_labelled = self.split.train.numel()
-        return unlabelled_weight(self.config.semi, share, num_labelled, self.store.num_nodes - num_labelled)
-
-    def _factor_samples(self, epoch: int) -> float | None:
-        """Return the paper's n of its factors, `n_l + λ_u·n_u`; None where it is the number of seeds."""
-        if self.config.semi == "none":
-            return None
-        share = unlabelled_share(epoch, self.config.epochs, self.config.semi_gamma)
-        num_labelled = self.split.train.numel()
-        return num_labelled + share * (self.store.num_nodes - num_labelled)
 
     def _back_propagate(self, batch: DeviceBatch, shard: int, unlabelled: UnlabelledWeight | None) -> float:
         """Add a shard's summed-loss gradients to the flat buffer; return its share of the divisor."""
         if batch.seeds.numel() == 0:
             return 0.0
         with self.clock.phase("forward"):
+            soft_labels = None if self.semi is None else self.semi.soft_labels(self.model, self.features, batch)
             logits = self.model(self.features, batch.propagations, batch.first_aggregation)
-            loss = shard_loss(logits, batch.labels, unlabelled)
+            loss = shard_loss(logits, batch.labels, unlabelled, soft_labels)
         with self.clock.phase("observe"):
             self.optimizer.observe(logits, weights=loss.weights, key=shard)
         with self.clock.phase("backward"):
@@ -276,7 +276,7 @@ class TrainingLoop:
         self.gradients.add_loss_(loss.loss_sum, loss.divisor)
         return loss.divisor
 
-    def _account(self, sums: StepSums) -> None:
+    def _account(self, sums: StepSums, step_in_epoch: int) -> None:
         if sums.finite:
             self.dropped_in_a_row = 0
             self.epoch_loss += sums.loss_sum
@@ -285,7 +285,7 @@ class TrainingLoop:
             self.dropped_in_a_row += 1
             self.dropped_steps += 1
             self.reporter.message(f"step {self.step}: a gradient is not finite; all ranks dropped the step")
-        self.seeds_done += sums.num_seeds if self.config.semi == "none" else self.store.num_nodes
+        self.seeds_done += sums.num_seeds if self.semi is None else self.semi.num_seeds(step_in_epoch)
         if self.dropped_in_a_row >= self.config.max_dropped_steps:
             raise DivergedError(
                 f"{self.dropped_in_a_row} steps in a row had non-finite gradients (up to step {self.step}); use a "
