@@ -10,8 +10,8 @@ arXiv 2008.09624, with c = 1), and `r = n_u/n_l` unlabelled nodes a labelled one
     two_means   1             λ_u·m_l/m_u        m_l            mean(labelled) + λ_u·mean(unlabelled)
     pooled      1             λ_u·r·m_l/m_u      (1 + λ_u·r)m_l (mean(labelled) + λ_u·r·mean(unlabelled)) / (1 + λ_u·r)
 
-In full batch m_l = n_l and m_u = n_u: `pooled` is then (Σ labelled + λ_u·Σ unlabelled) / (n_l + λ_u·n_u). With any share
-of unlabelled seeds in a mini-batch both losses estimate what they are in full batch.
+In full batch m_l = n_l and m_u = n_u: `pooled` is then (Σ labelled + λ_u·Σ unlabelled) / (n_l + λ_u·n_u). With any
+share of unlabelled seeds in a mini-batch both losses estimate what they are in full batch.
 
 An unlabelled seed's label is its own arg-max in the step's own pass (`argmax`, the paper's), or what the model without
 dropout predicts before the step, sharpened: `p^(1/τ) / Σ p^(1/τ)` (`soft`); both are constants to the gradient.

@@ -45,10 +45,11 @@ class LayerPlan:
 class RunPlan:
     """Estimates, in bytes a worker unless said otherwise; upper bounds where sampling makes them vary.
 
-    mode: whether steps are "sampled" or a "constant full batch". batch_size: most seeds of a shard, of
-    which at most unlabelled are outside the training set (of a semi-supervised loss). full_batch_bytes: what a constant full batch keeps from step to step, its
-    shards' layer graphs and first aggregations. feature_bytes: the feature table, part of store_bytes.
-    evaluation_table_bytes: exact evaluation's tables, one copy a machine; they go to disk where memory is short.
+    mode: whether steps are "sampled" or a "constant full batch". batch_size: most seeds of a shard, of which at most
+    unlabelled are outside the training set (of a semi-supervised loss). full_batch_bytes: what a constant full batch
+    keeps from step to step, its shards' layer graphs and first aggregations. feature_bytes: the feature table, part of
+    store_bytes. evaluation_table_bytes: exact evaluation's tables, one copy a machine; they go to disk where memory is
+    short.
     """
 
     mode: str
@@ -102,8 +103,8 @@ class RunPlan:
 
 
 def batch_size_of(config: TrainConfig, num_train: int) -> int:
-    """Return the training nodes a shard and step: the configured number (without its unlabelled seeds), or for "full" all
-    of them over the shards.
+    """Return the training nodes a shard and step: the configured number without its unlabelled seeds, or for "full"
+    all of them over the shards.
 
     Raises UserError for a global batch larger than the training set, or for more shards than it has nodes.
     """

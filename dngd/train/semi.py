@@ -1,6 +1,6 @@
 """The semi-supervised part of a run: how many unlabelled seeds a step has, and what they weigh.
 
-All numbers follow from the configuration, the split and (epoch, step): every rank knows the whole step's without asking.
+All numbers follow from the configuration, the split and (epoch, step): every rank knows the whole step's by itself.
 """
 
 from __future__ import annotations
