@@ -37,9 +37,9 @@ QUICK_EPOCHS = 5
 class PaperOptions:
     """What to run.
 
-    parts: of PARTS. num_seeds: seeds 0, 1, ... of what is reported. grid_seeds: how many of them choose. rounds: turns of
-    each optimizer in "seconds". processes: that train at a time. quick: a smoke run of a few epochs, one recipe a row;
-    its figures mean nothing. folder: keeps finished trainings.
+    parts: of PARTS. num_seeds: seeds 0, 1, ... of what is reported. grid_seeds: how many of them choose. rounds: turns
+    of each optimizer in "seconds". processes: that train at a time. quick: a smoke run of a few epochs, one recipe a
+    row; its figures mean nothing. folder: keeps finished trainings.
     """
 
     datasets: Sequence[str] = DATASETS

@@ -25,14 +25,14 @@ def training_key(graph_digest: str, split: str, recipe: Recipe, seed: int) -> st
 
 
 class Finished:
-    """Outcomes by training_key, one JSON line each in FOLDER/trainings.jsonl; folder None: in memory alone.
+    """`outcomes` by training_key, one JSON line each in FOLDER/trainings.jsonl; folder None: in memory alone.
 
     Raises UserError for a folder that cannot be made or a file that cannot be read.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self._path = None if folder is None else folder / _FILE
-        self._outcomes: dict[str, Outcome] = {}
+        self.outcomes: dict[str, Outcome] = {}
         if folder is None or self._path is None:
             return
         try:
@@ -43,17 +43,13 @@ class Finished:
         for line in lines:
             try:
                 data: Mapping[str, Any] = json.loads(line)
-                self._outcomes[data["key"]] = Outcome(**data["outcome"])
+                self.outcomes[data["key"]] = Outcome(**data["outcome"])
             except (ValueError, TypeError, KeyError):
                 continue  # the line that a killed run left half written: that training is done again
 
-    def get(self, key: str) -> Outcome | None:
-        """Return an outcome, None if the training was not finished."""
-        return self._outcomes.get(key)
-
     def put(self, key: str, outcome: Outcome) -> None:
         """Keep an outcome. Raises UserError if the file cannot be written."""
-        self._outcomes[key] = outcome
+        self.outcomes[key] = outcome
         if self._path is None:
             return
         try:

@@ -34,10 +34,10 @@ class PaperGraph:
 
     @classmethod
     def make(cls, store: GraphStore, split: Split, features: Features) -> PaperGraph:
-        """Return a store's graph with a split and features as they are, or with rows that sum to 1."""
+        """Return a store's graph with a split and features as they are, or with rows that sum to 1 at most (as PyG)."""
         table = store.features.float()
         if features == "row":
-            table = table / table.sum(dim=1, keepdim=True).clamp_min(1e-12)
+            table = table / table.sum(dim=1, keepdim=True).clamp_min(1.0)
         model = build_model("gcn", in_features=table.shape[1], hidden=1, out_features=1, num_layers=2, dropout=0.0)
         builder = PropagationBuilder(store, model.aggregation, table.device)
         batch = FullBatches(

@@ -38,7 +38,7 @@ class Recipe:
     the optimizer, as in the paper's code, and weight decay is added behind it. momentum: of sgd. damping: λ; of "dngd"
     a share of A's trace, and damping_g a share of G's. period: steps between two refreshes. semi: the weight λ_u of the
     other nodes in the last epoch, 0 for none; gamma: of its schedule; temperature: of soft labels, None: the arg-max.
-    features: "row" divides a node's features by their sum, as the paper does; "raw" leaves them.
+    features: "row" divides a node's features by their sum (if that is above 1), as the paper does; "raw" leaves them.
     """
 
     optimizer: Optimizer

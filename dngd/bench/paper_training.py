@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from dngd.bench.paper_graph import PaperGraph
 from dngd.bench.paper_recipes import Recipe
-from dngd.curvature import FactorLayout
 from dngd.models import GNN
-from dngd.optim import KFACPreconditioner, learning_rate
+from dngd.optim import FactorLayout, KFACPreconditioner, learning_rate
 from dngd.sampling import derive_seed
 from dngd.train.losses import shard_loss, sharpened, unlabelled_share, unlabelled_weight
 from dngd.train.optimizers import set_learning_rate

@@ -67,13 +67,12 @@ class Workforce:
             for i, recipe in enumerate(recipes)
             for seed in seeds
         }
-        missing = {key: at for at, key in asked.items() if self._finished.get(key) is None}
+        missing = {key: at for at, key in asked.items() if key not in self._finished.outcomes}
         self._progress.advance(len(asked) - len(missing), f"{place.dataset} {place.split}")
         for key, outcome in self._done(place, [(key, recipes[i], seed) for key, (i, seed) in missing.items()]):
             self._finished.put(key, outcome)
             self._progress.advance(1, f"{place.dataset} {place.split}")
-        kept = {at: self._finished.get(key) for at, key in asked.items()}
-        return [[outcome for seed in seeds if (outcome := kept[i, seed]) is not None] for i in range(len(recipes))]
+        return [[self._finished.outcomes[asked[i, seed]] for seed in seeds] for i in range(len(recipes))]
 
     def _done(self, place: Place, work: Sequence[tuple[str, Recipe, int]]) -> Iterator[tuple[str, Outcome]]:
         if self._pool is None:
