@@ -117,8 +117,12 @@ class TrainConfig(_Section):
     fanout: tuple[int, ...] | None = Field(None, description="neighbours drawn per layer, input side first, -1 for all; null: 15,10,5 cut or repeated to num_layers, or with batch_size full all", json_schema_extra=IDENTITY)
     dropout: float = Field(0.5, ge=0, lt=1, description="between layers", json_schema_extra=IDENTITY)
     batch_size: int | Literal["full"] = Field(1024, description="seeds a shard and step; full: all training nodes in one step, all neighbours unless fanout says otherwise", json_schema_extra=IDENTITY)
-    semi: Literal["none", "two_means", "pooled"] = Field("none", description="loss of the nodes outside the training set, full batch only, their own arg-max as label, weight λ_u = (epoch/epochs)^semi_gamma; two_means: mean(labelled) + λ_u·mean(others); pooled: one weighted mean", json_schema_extra=IDENTITY)
+    semi: Literal["none", "two_means", "pooled"] = Field("none", description="loss of the nodes outside the training set, their own prediction as label, weight λ_u = semi_weight·(epoch/epochs)^semi_gamma; two_means: mean(labelled) + λ_u·mean(others); pooled: one weighted mean", json_schema_extra=IDENTITY)
     semi_gamma: float = Field(1.0, gt=0, allow_inf_nan=False, description="γ of λ_u, a number above 0; larger keeps the others out longer", json_schema_extra=IDENTITY)
+    semi_weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="λ_u in the last epoch", json_schema_extra=IDENTITY)
+    semi_labels: Literal["argmax", "soft"] = Field("argmax", description="their labels; argmax: of the step's own pass, as in arXiv 2008.09624; soft: p^(1/semi_temperature), normalised, of the prediction p without dropout before the step", json_schema_extra=IDENTITY)
+    semi_temperature: float = Field(0.5, gt=0, le=1, description="of soft labels; 1 leaves the prediction as it is, towards 0 it becomes the arg-max", json_schema_extra=IDENTITY)
+    semi_share: float = Field(0.5, gt=0, lt=1, description="share of batch_size that is drawn from the nodes outside the training set; batch_size full takes all of them in each step", json_schema_extra=IDENTITY)
     epochs: int = Field(10, ge=1, description="passes over the training nodes; another number on resuming also bends a cosine schedule and λ_u")
     max_steps: int | None = Field(None, ge=1, description="stop after this many steps")
     optimizer: Literal["kfac", "adam", "adamw", "sgd", "custom"] = Field("kfac", description="kfac: natural gradient; custom: one given to dngd.Trainer, which brings its rates and weight decay", json_schema_extra=IDENTITY)
@@ -210,10 +214,8 @@ class TrainConfig(_Section):
                 raise ValueError(f"fanout={self.fanout} has {len(self.fanout)} entries but num_layers={self.num_layers}; give one per layer, input side first")
             if any(entry == 0 or entry < -1 for entry in self.fanout):
                 raise ValueError(f"fanout={self.fanout} has an entry that is neither positive nor -1 (all neighbours)")
-        if self.semi != "none" and self.batch_size != "full":
-            raise ValueError(f"semi={self.semi} needs every node in each step but batch_size={self.batch_size}; use --batch-size full, or --semi none")
-        if self.semi != "none" and not self.constant_full_batch:
-            raise ValueError(f"semi={self.semi} needs all neighbours but fanout={self.fanouts} draws some; leave --fanout out, or give -1 for every layer, or --semi none")
+        if self.semi != "none" and self.batch_size != "full" and not 0 < self.unlabelled_of(self.batch_size) < self.batch_size:
+            raise ValueError(f"semi_share={self.semi_share} of batch_size={self.batch_size} leaves a shard without a labelled or without an unlabelled seed; use a larger --batch-size, or another --set semi_share=X")
         if self.optimizer == "kfac" and self.semi != "none" and self.fisher == "empirical" and self.kfac.variant != "paper":
             raise ValueError(f"semi={self.semi} weighs its seeds unequally, which the empirical Fisher cannot do; leave kfac.fisher away, or use --set kfac.fisher=monte_carlo")
         if isinstance(self.class_weights, tuple) and not all(0 < weight < float("inf") for weight in self.class_weights):
@@ -250,6 +252,10 @@ class TrainConfig(_Section):
     def constant_full_batch(self) -> bool:
         """Whether every step is the same: all training nodes as seeds, all neighbours, so that nothing is sampled."""
         return self.batch_size == "full" and all(entry == -1 for entry in self.fanouts)
+
+    def unlabelled_of(self, batch_size: int) -> int:
+        """Return how many of a mini-batch's seeds are nodes outside the training set."""
+        return 0 if self.semi == "none" else round(self.semi_share * batch_size)
 
     @property
     def shards(self) -> int:
@@ -317,8 +323,7 @@ class TrainConfig(_Section):
         flat = _flat_identity(self)
         flat |= {"fanout": list(self.fanouts), "num_shards": self.shards, "lr": self.learning_rate}
         flat["kfac.fisher"] = self.fisher
-        if self.semi == "none":
-            flat.pop("semi_gamma")
+        flat = {key: value for key, value in flat.items() if self._has_effect(key)}
         # Fields that came later: a run that leaves them alone is the run that it was before.
         for name, usual in (("metric", "accuracy"), ("class_weights", None)):
             if flat[name] == usual:
@@ -326,6 +331,13 @@ class TrainConfig(_Section):
         if self.optimizer != "kfac":
             flat = {key: value for key, value in flat.items() if not key.startswith("kfac.")}
         return flat
+
+    def _has_effect(self, key: str) -> bool:
+        """Whether a field of the semi-supervised loss is in use; True for all others."""
+        if not key.startswith("semi_"):
+            return True
+        is_used = {"semi_temperature": self.semi_labels == "soft", "semi_share": self.batch_size != "full"}
+        return self.semi != "none" and is_used.get(key, True)
 
     def to_yaml(self) -> str:
         """Return the configuration as YAML that `from_yaml` reads back."""

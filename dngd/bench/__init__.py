@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dngd.bench.comm import CommOptions, run_comm_bench
     from dngd.bench.competitors import Setting, make_settings
     from dngd.bench.graphs import PRODUCTS_SHAPED, open_graph
+    from dngd.bench.paper import PaperOptions, run_paper_bench
     from dngd.bench.pipeline import PipelineOptions, run_pipeline_bench
     from dngd.bench.progress import BenchProgress, progress_for
     from dngd.bench.scale import ScaleOptions, run_scale_bench
@@ -23,6 +24,7 @@ _HOME = {
     "BenchProgress": "progress",
     "CommOptions": "comm",
     "PRODUCTS_SHAPED": "graphs",
+    "PaperOptions": "paper",
     "PipelineOptions": "pipeline",
     "ScaleOptions": "scale",
     "Setting": "competitors",
@@ -32,6 +34,7 @@ _HOME = {
     "progress_for": "progress",
     "run_accuracy_bench": "accuracy",
     "run_comm_bench": "comm",
+    "run_paper_bench": "paper",
     "run_pipeline_bench": "pipeline",
     "run_scale_bench": "scale",
     "run_step_bench": "step",
@@ -42,6 +45,7 @@ __all__ = [
     "AccuracyOptions",
     "BenchProgress",
     "CommOptions",
+    "PaperOptions",
     "PipelineOptions",
     "ScaleOptions",
     "Setting",
@@ -51,6 +55,7 @@ __all__ = [
     "progress_for",
     "run_accuracy_bench",
     "run_comm_bench",
+    "run_paper_bench",
     "run_pipeline_bench",
     "run_scale_bench",
     "run_step_bench",

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from dngd.cli.bench_network import bench_comm, bench_scale
+from dngd.cli.bench_paper import bench_paper
 from dngd.cli.common import Json, bench_fields, check_output, field_help, out, print_json
 from dngd.config import TrainConfig, merge, parse_assignment
 
@@ -18,6 +19,7 @@ bench_app = typer.Typer(
     no_args_is_help=True,
 )
 bench_app.command("comm")(bench_comm)
+bench_app.command("paper")(bench_paper)
 bench_app.command("scale")(bench_scale)
 
 

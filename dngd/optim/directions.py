@@ -22,7 +22,9 @@ from dngd.optim.layers import CurvatureLayer
 class Directions:
     """Makes every layer's direction `(G + λ_G I)⁻¹ ∇W (A + λ_A I)⁻¹` from the inverses in use.
 
-    on_timed: told each layer's seconds. strict: whether a layer whose rows K-FAC never saw is an error, not a warning.
+    on_timed: told each layer's seconds. unit_scale: whether a direction is multiplied by λ_A·λ_G, so that its part in
+    eigenvalues far below the damping is the gradient's. strict: whether a layer whose rows K-FAC never saw is an error,
+    not a warning.
     """
 
     def __init__(
@@ -34,8 +36,10 @@ class Directions:
         communicator: Communicator,
         on_timed: Callable[[str, float], None],
         *,
+        unit_scale: bool,
         strict: bool,
     ) -> None:
+        self._unit_scale = unit_scale
         self._method: Method = method
         self._layers = layers
         self._states = states
@@ -94,6 +98,8 @@ class Directions:
         else:
             scales = None if self._eigenvalues is None else self._eigenvalues.scales(layer.name)
             out = precondition_in_eigenbasis(working, a, g, scales, *state.damping)
+        if self._unit_scale:
+            out = out * (state.damping[0] * state.damping[1])
         # Sums over it round by its layout, which does not travel.
         return out.to(gradient.dtype).contiguous()
 

@@ -70,6 +70,8 @@ class KFACPreconditioner:
     dense_steps: this many first steps are all factor steps, and inverses are renewed from powers of two on.
     inverse_delay: steps between the launch of a refresh and its adoption by all ranks; 0 waits at once.
     change_threshold: a factor whose relative change since its inversion is at most this is not inverted again.
+    unit_scale: multiply each layer's direction by λ_A·λ_G, `(I + G/λ_G)⁻¹ ∇W (I + A/λ_A)⁻¹`: it shortens the gradient
+        where the curvature is high, lengthens it nowhere, and its learning rate means what the gradient's means.
     kl_clip: κ > 0 bounds η²Σ⟨v, ∇⟩, twice the step's predicted KL, by scaling all layers alike; norm_constraint:
         c > 0 bounds the step's length η‖v‖; both need lr.
     weight_sharing: "expand" or "reduce"; see dngd.optim.capture.WeightSharing, and `observe`.
@@ -119,6 +121,7 @@ class KFACPreconditioner:
         dense_steps: int = 20,
         inverse_delay: int = 0,
         change_threshold: float = 0.0,
+        unit_scale: bool = False,
         kl_clip: Schedule | None = None,
         norm_constraint: Schedule | None = None,
         lr: Schedule | None = None,
@@ -224,6 +227,7 @@ class KFACPreconditioner:
             self.eigenvalues,
             self.communicator,
             self._planner.record_preconditioning,
+            unit_scale=unit_scale,
             strict=strict,
         )
         self.capture.start_step(0, self.schedule.is_factor_step(0))

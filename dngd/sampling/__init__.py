@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dngd.sampling.pipeline import SamplerPipeline
     from dngd.sampling.sampler import NeighborSampler
     from dngd.sampling.schedule import (
+        UnlabelledSeeds,
         derive_seed,
         epoch_permutation,
         shard_seeds,
@@ -27,6 +28,7 @@ _HOME = {
     "LayerGraph": "minibatch",
     "MiniBatch": "minibatch",
     "SamplerPipeline": "pipeline",
+    "UnlabelledSeeds": "schedule",
     "NeighborSampler": "sampler",
     "derive_seed": "schedule",
     "epoch_permutation": "schedule",
@@ -44,6 +46,7 @@ __all__ = [
     "NeighborSampler",
     "PartStatus",
     "SamplerPipeline",
+    "UnlabelledSeeds",
     "derive_seed",
     "dgl_parts",
     "epoch_permutation",

@@ -72,6 +72,7 @@ class MiniBatch:
     """A shard's part of one step.
 
     seeds: int64 [n], global ids, distinct; n may be 0. layers[-1].dst_nodes are the seeds, in this order.
+    num_labelled: how many of them, the first ones, are training nodes; None: all.
     first_rows: float32 [layers[0].num_dst, width], the rows that enter the first layer's `nn.Linear`, where the
     pipeline was asked for them (SamplerPipeline's aggregation). first_operator: the input layer's, from the table of
     all nodes, where first_rows lacks the part of the nodes whose features a device keeps (SamplerPipeline's on_host):
@@ -84,6 +85,7 @@ class MiniBatch:
     coordinates: BatchCoordinates
     first_rows: Tensor | None = None
     first_operator: Propagation | None = None
+    num_labelled: int | None = None
 
     @property
     def num_edges(self) -> int:

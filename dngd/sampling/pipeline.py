@@ -26,7 +26,7 @@ from dngd.sampling.minibatch import BatchCoordinates, Drawn, LayerGraph, MiniBat
 from dngd.sampling.operators import FirstRows, first_rows_of, node_norm
 from dngd.sampling.process import SamplerProcess
 from dngd.sampling.sampler import NeighborSampler, check_fanouts
-from dngd.sampling.schedule import epoch_permutation, sampling_seed, shard_bounds, steps_per_epoch
+from dngd.sampling.schedule import UnlabelledSeeds, epoch_permutation, sampling_seed, shard_bounds, steps_per_epoch
 from dngd.sampling.topology import HasTopology, SharedTopology, open_store
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class SamplerPipeline:
     on_host: bool [N], where a device keeps the feature rows of the other nodes: first rows come without their part, and
         with the operator to add it (MiniBatch.first_operator).
     random_reads: whether to tell the system that features are read here and there (see dngd.graph.advice).
+    unlabelled: further seeds of each shard, behind those of train_nodes; distinct from them.
 
     Raises UserError for arguments that cannot be; iterating raises TrainingError, which names the batch, when
     a child fails, dies or is silent. After an error and after close() the pipeline is finished.
@@ -85,6 +86,7 @@ class SamplerPipeline:
         on_mapped: Callable[[Tensor], None] | None = None,
         on_host: Tensor | None = None,
         random_reads: bool = False,
+        unlabelled: UnlabelledSeeds | None = None,
     ) -> None:
         graph = open_store(store) if isinstance(store, str | Path) else store
         fanouts = check_fanouts(fanouts)
@@ -105,6 +107,7 @@ class SamplerPipeline:
             raise UserError(f"start={tuple(start)} is not in this run; an epoch has {self.steps_per_epoch} steps")
         self._train_nodes = train_nodes
         self._run_seed = run_seed
+        self._unlabelled = unlabelled
         self._num_shards = num_shards
         self._batch_size = batch_size
         self._shards = tuple(shards)
@@ -223,7 +226,10 @@ class SamplerPipeline:
             self._order = (at.epoch, epoch_permutation(self._train_nodes, self._run_seed, at.epoch))
         bounds = shard_bounds(self._train_nodes.shape[0], at.step, self._num_shards, self._batch_size)
         seeds = self._order[1][bounds[at.shard] : bounds[at.shard + 1]]
-        return MiniBatch(seeds=seeds, layers=(), coordinates=at)
+        if self._unlabelled is None:
+            return MiniBatch(seeds=seeds, layers=(), coordinates=at)
+        others = self._unlabelled.of(at.epoch, at.step, at.shard)
+        return MiniBatch(torch.cat([seeds, others]), layers=(), coordinates=at, num_labelled=seeds.shape[0])
 
     def _rng_seed(self, at: BatchCoordinates) -> int:
         return sampling_seed(self._run_seed, at.epoch, at.step, at.shard)

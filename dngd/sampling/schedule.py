@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_SAMPLING, _PERMUTATION = 1, 2
+_SAMPLING, _PERMUTATION, _UNLABELLED = 1, 2, 3
 
 
 def derive_seed(run_seed: int, *words: int) -> int:
@@ -36,9 +36,13 @@ def sampling_seed(run_seed: int, epoch: int, step: int, shard: int) -> int:
 
 def epoch_permutation(train_nodes: Tensor, run_seed: int, epoch: int) -> Tensor:
     """Return train_nodes in the epoch's order: int64 [n]; depends on the order of train_nodes too."""
+    return _permuted(train_nodes, derive_seed(run_seed, _PERMUTATION, epoch))
+
+
+def _permuted(nodes: Tensor, seed: int) -> Tensor:
     # RandomState's streams are frozen (NEP 19); torch.randperm and numpy's newer Generator may change.
-    generator = np.random.RandomState(derive_seed(run_seed, _PERMUTATION, epoch))
-    return train_nodes[torch.from_numpy(generator.permutation(train_nodes.shape[0]))]
+    generator = np.random.RandomState(seed)
+    return nodes[torch.from_numpy(generator.permutation(nodes.shape[0]))]
 
 
 def steps_per_epoch(num_train: int, num_shards: int, batch_size: int) -> int:
@@ -70,3 +74,29 @@ def shard_seeds(
     order = epoch_permutation(train_nodes, run_seed, epoch)
     bounds = shard_bounds(train_nodes.shape[0], step, num_shards, batch_size)
     return [order[first:last] for first, last in pairwise(bounds)]
+
+
+class UnlabelledSeeds:
+    """The nodes outside the training set that are seeds of each shard beside its labelled ones.
+
+    nodes: int64 [n_u], distinct. per_shard: how many a shard gets. An epoch's steps take them in rounds, each in a
+    random order of its own and without repetition; a round ends where fewer than a step's are left. A graph with fewer
+    of them than a step wants gives all to each step, divided as evenly as can be.
+    """
+
+    def __init__(self, nodes: Tensor, run_seed: int, num_shards: int, per_shard: int) -> None:
+        self._nodes = nodes
+        self._run_seed = run_seed
+        self._num_shards = num_shards
+        self._per_shard = per_shard
+        self._steps_per_round = max(1, nodes.shape[0] // (num_shards * per_shard))
+        self._order: tuple[tuple[int, int], Tensor] | None = None
+
+    def of(self, epoch: int, step: int, shard: int) -> Tensor:
+        """Return a shard's: int64 [≤ per_shard], a function of (run seed, epoch, step within it, shard)."""
+        number, step_in_round = divmod(step, self._steps_per_round)
+        if self._order is None or self._order[0] != (epoch, number):
+            seed = derive_seed(self._run_seed, _UNLABELLED, epoch, number)
+            self._order = ((epoch, number), _permuted(self._nodes, seed))
+        bounds = shard_bounds(self._nodes.shape[0], step_in_round, self._num_shards, self._per_shard)
+        return self._order[1][bounds[shard] : bounds[shard + 1]]

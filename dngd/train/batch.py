@@ -96,7 +96,7 @@ class PropagationBuilder:
         rows = mini_batch.first_rows
         operators = self.operators
         propagations = operators.of_layers(mini_batch.layers) if rows is None else operators.behind(mini_batch.layers)
-        labels = self._store.labels[mini_batch.seeds]
+        labels = self._store.labels[mini_batch.seeds[: mini_batch.num_labelled]]
         return DeviceBatch(
             mini_batch.seeds,
             move(labels),

@@ -17,7 +17,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dngd.allocator import keep_freed_memory
 from dngd.comm import Communicator, FlatGradients, StepSums, shards_of_rank
@@ -27,15 +27,15 @@ from dngd.graph import GraphStore, Progress, Split
 from dngd.models import GNN
 from dngd.models.graph_batch import GraphShape
 from dngd.optim import learning_rate
-from dngd.sampling import SamplerPipeline, derive_seed
+from dngd.sampling import SamplerPipeline, UnlabelledSeeds, derive_seed
 from dngd.train.batch import BatchSource, DeviceBatch, PropagationBuilder, SampledBatches
 from dngd.train.callbacks import Callbacks, RunState
 from dngd.train.checkpoint import CheckpointFolder, Snapshot, check_same_run, replace_file
 from dngd.train.checkpoint_writer import CheckpointSchedule, CheckpointWriter
 from dngd.train.feeder import CudaCopyStream, DeviceFeeder
-from dngd.train.full_batch import FullBatches
+from dngd.train.full_batch import FullBatches, outside
 from dngd.train.loggers import make_loggers
-from dngd.train.losses import UnlabelledWeight, unlabelled_share, unlabelled_weight
+from dngd.train.losses import UnlabelledWeight
 from dngd.train.metrics import (
     EvaluationRecord,
     MetricsLog,
@@ -54,6 +54,7 @@ from dngd.train.plan import check_device, check_fits, make_plan
 from dngd.train.progress import Reporter, StepRecord
 from dngd.train.remote_run import open_run_folder
 from dngd.train.run_folder import RunFolder, spill_folders
+from dngd.train.semi import SemiSupervision
 from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
 from dngd.train.supervision import Supervision
 from dngd.train.surroundings import load_weights, make_surroundings
@@ -109,6 +110,7 @@ class TrainingLoop:
         )
         self.plan = make_plan(config, self.store, self.split, None if isinstance(self.model, GNN) else self.model)
         check_fits(self.plan, config, workers_here, is_worker=True)
+        self.semi = self._semi_supervision()
         free = free_gpu_bytes(self.device) if self.device.type == "cuda" else 0
         placement = choose_placement(config, self.plan.feature_bytes, free, self.plan.gpu_bytes)
 
@@ -294,7 +296,7 @@ class TrainingLoop:
             config.fanouts,
             config.seed,
             config.shards,
-            self.plan.batch_size,
+            self.plan.labelled,
             shards,
             num_samplers=config.samplers,
             prefetch=config.prefetch,
@@ -304,7 +306,17 @@ class TrainingLoop:
             aggregation=self.model.aggregation if placed.on_host and isinstance(self.model, GNN) else None,
             on_mapped=None if locked is None else locked.add,
             on_host=None if placed.cache is None or not isinstance(self.model, GNN) else placed.cache.on_host,
+            unlabelled=None if self.semi is None else self._unlabelled_seeds(),
         )
+
+    def _semi_supervision(self) -> SemiSupervision | None:
+        num_labelled = self.split.train.numel()
+        others = self.store.num_nodes - num_labelled
+        return SemiSupervision.of(self.config, num_labelled, others, self.plan.labelled, self.plan.unlabelled)
+
+    def _unlabelled_seeds(self) -> UnlabelledSeeds:
+        others = outside(self.split.train, self.store.num_nodes)
+        return UnlabelledSeeds(others, self.config.seed, self.config.shards, self.plan.unlabelled)
 
     def _interrupt(self) -> None:
         """Leave after a checkpoint of this step, as Ctrl-C asked for. All ranks enter."""
@@ -340,7 +352,8 @@ class TrainingLoop:
         for shard in shards:
             batch = source.batch(epoch, step_in_epoch, shard)
             torch.manual_seed(derive_seed(self.config.seed, DROPOUT_STREAM, epoch, step_in_epoch, shard))
-            num_seeds_here += self._back_propagate(batch, shard, self._unlabelled_weight(epoch))
+            unlabelled = None if self.semi is None else self.semi.weight(epoch, step_in_epoch)
+            num_seeds_here += self._back_propagate(batch, shard, unlabelled)
             source.look_ahead()
         if self.supervision.stops.wanted:
             self.gradients.ask_to_stop_()
@@ -348,42 +361,25 @@ class TrainingLoop:
             sums = self.gradients.reduce_(self.comm)
         with self.clock.phase("optimizer"):
             self.optimizer.step(
-                num_seeds_here=num_seeds_here, finite=sums.finite, factor_samples=self._factor_samples(epoch)
+                num_seeds_here=num_seeds_here,
+                finite=sums.finite,
+                factor_samples=None if self.semi is None else self.semi.factor_samples(epoch, step_in_epoch),
             )
-        self._account(sums)
+        self._account(sums, step_in_epoch)
         self.step += 1
         elapsed = time.perf_counter() - started
         self.train_seconds += elapsed
         self.clock.step_seconds.append(elapsed)
         return sums.stop
 
-    def _unlabelled_weight(self, epoch: int) -> UnlabelledWeight | None:
-        """Return what a seed outside the training set brings to the epoch's loss; None without such seeds."""
-        if self.config.semi == "none":
-            return None
-        share = unlabelled_share(epoch, self.config.epochs, self.config.semi_gamma)
-        num_labelled = self.split.train.numel()
-        return unlabelled_weight(self.config.semi, share, num_labelled, self.store.num_nodes - num_labelled)
-
-    def _factor_samples(self, epoch: int) -> float | None:
-        """Return the paper's n of its factors, `n_l + λ_u·n_u`; None where it is the number of seeds."""
-        if self.config.semi == "none":
-            return None
-        share = unlabelled_share(epoch, self.config.epochs, self.config.semi_gamma)
-        num_labelled = self.split.train.numel()
-        return num_labelled + share * (self.store.num_nodes - num_labelled)
-
     def _back_propagate(self, batch: DeviceBatch, shard: int, unlabelled: UnlabelledWeight | None) -> float:
         """Add a shard's summed-loss gradients to the flat buffer; return its share of the divisor."""
         if batch.seeds.numel() == 0:
             return 0.0
         with self.clock.phase("forward"):
-            if batch.graph is None:
-                logits = self.model(self.features, batch.propagations, batch.first_aggregation)
-            else:
-                logits = self.model(batch.graph)
-                check_outputs(logits, batch.seeds.numel(), self.store.num_classes)
-            loss = self.objective.shard_loss(logits, batch.labels, unlabelled)
+            soft_labels = None if self.semi is None else self.semi.soft_labels(self.model, batch, self._outputs)
+            logits = self._outputs(batch)
+            loss = self.objective.shard_loss(logits, batch.labels, unlabelled, soft_labels)
         with self.clock.phase("observe"):
             self.optimizer.observe(logits, weights=loss.weights, key=shard)
         with self.clock.phase("backward"):
@@ -391,7 +387,16 @@ class TrainingLoop:
         self.gradients.add_loss_(loss.loss_sum, loss.divisor)
         return loss.divisor
 
-    def _account(self, sums: StepSums) -> None:
+    def _outputs(self, batch: DeviceBatch) -> Tensor:
+        """Return the model's outputs for a batch's seeds, [n, C]."""
+        if batch.graph is None:
+            logits: Tensor = self.model(self.features, batch.propagations, batch.first_aggregation)
+            return logits
+        outputs: Tensor = self.model(batch.graph)
+        check_outputs(outputs, batch.seeds.numel(), self.store.num_classes)
+        return outputs
+
+    def _account(self, sums: StepSums, step_in_epoch: int) -> None:
         self.state.loss = sums.loss_sum / sums.num_seeds if sums.num_seeds else float("nan")
         if sums.finite:
             self.dropped_in_a_row = 0
@@ -404,7 +409,7 @@ class TrainingLoop:
         if self.objective.class_weights is not None:  # the divisor is no number of seeds then
             self.seeds_done += self.split.train.numel() / self.plan.steps_per_epoch
         else:
-            self.seeds_done += sums.num_seeds if self.config.semi == "none" else self.store.num_nodes
+            self.seeds_done += sums.num_seeds if self.semi is None else self.semi.num_seeds(step_in_epoch)
         if self.dropped_in_a_row >= self.config.max_dropped_steps:
             raise DivergedError(
                 f"{self.dropped_in_a_row} steps in a row had non-finite gradients (up to step {self.step}); use a "

@@ -58,10 +58,16 @@ class Objective:
             return losses, torch.ones_like(losses)
         return losses, self.class_weights.to(losses)[labels]
 
-    def shard_loss(self, outputs: Tensor, labels: Tensor, unlabelled: UnlabelledWeight | None) -> ShardLoss:
+    def shard_loss(
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        unlabelled: UnlabelledWeight | None,
+        soft_labels: Tensor | None = None,
+    ) -> ShardLoss:
         """Return a shard's part of the step's loss; see dngd.train.losses."""
         if unlabelled is not None or not (self.is_multilabel or self.custom or self.class_weights is not None):
-            return shard_loss(outputs, labels, unlabelled)
+            return shard_loss(outputs, labels, unlabelled, soft_labels)
         losses, weights = self.losses(outputs, labels)
         if self.class_weights is None:
             return ShardLoss(losses.sum(), float(len(losses)), None)

@@ -48,14 +48,16 @@ class LayerPlan:
 class RunPlan:
     """Estimates, in bytes a worker unless said otherwise; upper bounds where sampling makes them vary.
 
-    mode: whether steps are "sampled" or a "constant full batch". batch_size: most seeds of a shard, the unlabelled
-    ones of a semi-supervised loss included. full_batch_bytes: what a constant full batch keeps from step to step, its
-    shards' layer graphs and first aggregations. feature_bytes: the feature table, part of store_bytes.
-    evaluation_table_bytes: exact evaluation's tables, one copy a machine; they go to disk where memory is short.
+    mode: whether steps are "sampled" or a "constant full batch". batch_size: most seeds of a shard, of which at most
+    unlabelled are outside the training set (of a semi-supervised loss). full_batch_bytes: what a constant full batch
+    keeps from step to step, its shards' layer graphs and first aggregations. feature_bytes: the feature table, part of
+    store_bytes. evaluation_table_bytes: exact evaluation's tables, one copy a machine; they go to disk where memory is
+    short.
     """
 
     mode: str
     batch_size: int
+    unlabelled: int
     steps_per_epoch: int
     total_steps: int
     layers: tuple[LayerPlan, ...]
@@ -73,6 +75,11 @@ class RunPlan:
     factor_bytes_per_refresh: int
     inverse_bytes_per_refresh: int
     preconditioned_bytes_per_step: int
+
+    @property
+    def labelled(self) -> int:
+        """Most training nodes of a shard and step."""
+        return self.batch_size - self.unlabelled
 
     @property
     def worker_bytes(self) -> int:
@@ -99,7 +106,8 @@ class RunPlan:
 
 
 def batch_size_of(config: TrainConfig, num_train: int) -> int:
-    """Return the training nodes a shard and step: the configured number, or for "full" all of them over the shards.
+    """Return the training nodes a shard and step: the configured number without its unlabelled seeds, or for "full"
+    all of them over the shards.
 
     Raises UserError for a global batch larger than the training set, or for more shards than it has nodes.
     """
@@ -111,14 +119,16 @@ def batch_size_of(config: TrainConfig, num_train: int) -> int:
             )
         return math.ceil(num_train / config.shards)
     assert isinstance(config.batch_size, int)
-    if config.batch_size * config.shards > num_train:
-        largest = num_train // config.shards
+    labelled = config.batch_size - config.unlabelled_of(config.batch_size)
+    if labelled * config.shards > num_train:
+        share = 1.0 if config.semi == "none" else 1 - config.semi_share
+        largest = math.floor(num_train // config.shards / share)
         fix = f"use --batch-size {largest} or less, or --batch-size full" if largest else "use fewer shards"
+        kind = "seeds (shards x batch_size)" if config.semi == "none" else "labelled seeds (shards x their share)"
         raise UserError(
-            f"a step of {config.shards} x {config.batch_size} seeds (shards x batch_size) is larger than the training "
-            f"set of {num_train} nodes; {fix}"
+            f"a step of {config.shards} x {labelled} {kind} is larger than the training set of {num_train} nodes; {fix}"
         )
-    return config.batch_size
+    return labelled
 
 
 def make_plan(config: TrainConfig, store: GraphStore, split: Split, module: nn.Module | None = None) -> RunPlan:
@@ -129,8 +139,9 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split, module: nn.M
     """
     make_objective(config, store, split)
     num_train = int(split.train.numel())
-    batch_size = batch_size_of(config, num_train)
-    per_epoch = steps_per_epoch(num_train, config.shards, batch_size)
+    labelled = batch_size_of(config, num_train)
+    per_epoch = steps_per_epoch(num_train, config.shards, labelled)
+    unlabelled = 0
     if config.semi != "none":
         num_others = store.num_nodes - num_train
         if num_others == 0:
@@ -138,7 +149,10 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split, module: nn.M
                 f"semi={config.semi} is about nodes outside the training set, but split {config.split} trains on all "
                 f"{num_train} nodes of {store.name}; use --semi none, or a --split that leaves nodes out"
             )
-        batch_size += math.ceil(num_others / config.shards)
+        unlabelled = math.ceil(num_others / config.shards)
+        if config.batch_size != "full":
+            unlabelled = min(unlabelled, config.unlabelled_of(config.batch_size))
+    batch_size = labelled + unlabelled
     total = per_epoch * config.epochs
     widths = [store.num_features] + [config.hidden] * (config.num_layers - 1) + [store.num_classes]
     fan_in = 2 if config.model != "custom" and MODELS[config.model].aggregation == "mean" else 1
@@ -157,6 +171,7 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split, module: nn.M
     return RunPlan(
         mode="constant full batch" if config.constant_full_batch else "sampled",
         batch_size=batch_size,
+        unlabelled=unlabelled,
         steps_per_epoch=per_epoch,
         total_steps=min(total, config.max_steps or total),
         layers=layers,

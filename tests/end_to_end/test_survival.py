@@ -118,7 +118,8 @@ def test_a_killed_driver_is_gone_on_with(cluster: Cluster, store: GraphStore, tm
     again = config.model_copy(update={"resume": True})
     code, said = survival.finish(survival.start(cluster, again, stop, tmp_path), 300)
     assert code == 0, said
-    assert f"resumed from step {3 * per_epoch} of {6 * per_epoch}" in said
+    # The last checkpoint may have been on its way to the disk still.
+    assert any(f"resumed from step {epoch * per_epoch} of {6 * per_epoch}" in said for epoch in (2, 3)), said
     survival.assert_same_run(tmp_path / "run", tmp_path / "straight")
 
 

@@ -285,7 +285,7 @@ def test_real_processes(store: GraphStore) -> None:
     result = run_pipeline_bench(options(store, rows=("training", "memory"), processes=(1,), rounds=1))
     assert {c["processes"] for c in result["rows"]["training"]["comparison"]} == {1, None}
     memory = result["rows"]["memory"]
-    assert [of["processes"] for of in memory["counts"]] == [2, 4, 6]
+    assert [of["processes"] for of in memory["counts"]] == [1, 2, 3], "a worker draws in a thread of its own"
     for of in memory["added"]:
         parts = of["model_gradients_and_optimizer"] + of["batch_buffers"] + of["beyond_model_and_buffers"]
         assert parts == of["total"] > 0

@@ -833,3 +833,27 @@ def test_float64_models_keep_full_precision() -> None:
     pre.step(num_samples=N)
     assert pre.states["0"].inverses["A"].tensors[0].dtype == F64
     pre.close()
+
+
+@pytest.mark.parametrize("mode", ["relative", "tikhonov"])
+def test_unit_scale_multiplies_by_both_dampings(mode: Any) -> None:
+    """`λ_A λ_G (G + λ_G I)⁻¹ ∇W (A + λ_A I)⁻¹`: with damping far above the factors, the gradient itself."""
+    directions = {}
+    for unit_scale in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        pre = KFACPreconditioner(model, damping=0.5, damping_mode=mode, unit_scale=unit_scale)
+        nn.functional.cross_entropy(model(torch.randn(20, 4)), torch.randint(3, (20,))).backward()
+        pre.step(num_samples=20)
+        assert model.weight.grad is not None
+        directions[unit_scale] = model.weight.grad
+        lambda_a, lambda_g = next(iter(pre.states.values())).damping
+    assert torch.allclose(directions[True], directions[False] * lambda_a * lambda_g, rtol=1e-5)
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    pre = KFACPreconditioner(model, damping=1e8, damping_mode=mode, unit_scale=True)
+    nn.functional.cross_entropy(model(torch.randn(20, 4)), torch.randint(3, (20,))).backward()
+    assert model.weight.grad is not None
+    gradient = model.weight.grad.clone()
+    pre.step(num_samples=20)
+    assert torch.allclose(model.weight.grad, gradient, rtol=1e-3)

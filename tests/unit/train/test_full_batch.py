@@ -184,8 +184,6 @@ def test_resume_equals_never_having_stopped(store: GraphStore, tmp_path: Path, o
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"semi": "two_means", "batch_size": 50}, ["semi=two_means", "batch_size=50", "--batch-size full"]),
-        ({"semi": "pooled", "fanout": (5, 5)}, ["semi=pooled", "fanout=(5, 5)", "leave --fanout out"]),
         ({"semi": "three_means"}, ["semi='three_means'", "two_means"]),
         ({"semi_gamma": 0}, ["semi_gamma=0", "greater than 0", "γ"]),
         ({"semi_gamma": float("inf")}, ["semi_gamma=inf", "finite"]),

@@ -115,9 +115,9 @@ def test_one_non_finite_step_changes_nothing(
     weights: list[torch.Tensor] = []
     account = TrainingLoop._account
 
-    def recording(self: TrainingLoop, sums: Any) -> None:
+    def recording(self: TrainingLoop, sums: Any, step_in_epoch: int) -> None:
         weights.append(torch.cat([p.detach().flatten().clone() for p in self.model.parameters()]))
-        account(self, sums)
+        account(self, sums, step_in_epoch)
 
     monkeypatch.setattr(TrainingLoop, "_account", recording)
     made = run(config(store, tmp_path / "run", optimizer=optimizer))

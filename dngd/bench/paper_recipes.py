@@ -1,0 +1,148 @@
+"""What `dngd bench paper` trains: recipes, the rows of its table, and the grids that validation chooses from.
+
+The paper's table is that of Izadi et al. 2020 (arXiv 2008.09624): a 2-layer GCN of width 16, each node's features
+divided by their sum, dropout .5 between the layers, 200 epochs, 10 seeds, test accuracy at the lowest validation loss.
+Its figures are the best cells of its sweeps; here validation accuracy chooses.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+Optimizer = Literal["adam", "sgd"]
+Factors = Literal["paper", "dngd"]
+Features = Literal["row", "raw"]
+
+DATASETS = ("cora", "citeseer", "pubmed")
+SPLITS = ("public", "complete")
+PAPER: dict[tuple[str, str], tuple[float, float]] = {
+    ("cora", "public"): (82.84, 0.87),
+    ("citeseer", "public"): (74.28, 0.67),
+    ("pubmed", "public"): (80.06, 0.34),
+    ("cora", "complete"): (90.16, 0.59),
+    ("citeseer", "complete"): (80.52, 0.14),
+    ("pubmed", "complete"): (89.36, 0.57),
+}
+"""(data set, split) -> the paper's best test accuracy and its standard deviation over 10 runs, in per cent."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train.
+
+    factors: None for none, "paper" for those of the paper's code, "dngd" for this project's (Monte-Carlo Fisher,
+    damping relative to the traces, unit scale; see dngd.optim.KFACPreconditioner). The preconditioned gradient goes to
+    the optimizer, as in the paper's code, and weight decay is added behind it. momentum: of sgd. damping: λ; of "dngd"
+    a share of A's trace, and damping_g a share of G's. period: steps between two refreshes. semi: the weight λ_u of the
+    other nodes in the last epoch, 0 for none; gamma: of its schedule; temperature: of soft labels, None: the arg-max.
+    features: "row" divides a node's features by their sum (if that is above 1), as the paper does; "raw" leaves them.
+    """
+
+    optimizer: Optimizer
+    lr: float
+    factors: Factors | None = None
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    schedule: Literal["constant", "cosine"] = "constant"
+    damping: float = 0.01
+    damping_g: float = 0.1
+    period: int = 50
+    semi: float = 0.0
+    gamma: float = 1.0
+    temperature: float | None = None
+    hidden: int = 16
+    num_layers: int = 2
+    dropout: float = 0.5
+    features: Features = "row"
+    epochs: int = 200
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as plain data."""
+        return asdict(self)
+
+
+Grid = Sequence[Recipe]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table. grid: of a (data set, split), given the recipe that its base row chose there (None without
+    one): what validation chooses from. base: that row's name."""
+
+    name: str
+    group: str
+    grid: Callable[[str, str, Recipe | None], Grid]
+    base: str | None = None
+
+
+def variations(recipe: Recipe, **choices: Sequence[Any]) -> list[Recipe]:
+    """Return the recipe with each combination of choices."""
+    return [replace(recipe, **dict(zip(choices, values))) for values in itertools.product(*choices.values())]
+
+
+def _plain(recipe: Recipe, **choices: Sequence[Any]) -> Callable[[str, str, Recipe | None], Grid]:
+    return lambda dataset, split, base: variations(recipe, **choices)
+
+
+def _with_gamma(dataset: str, split: str, base: Recipe | None) -> Grid:
+    assert base is not None
+    return variations(replace(base, semi=1.0), gamma=(1.0, 3.0, 6.0))
+
+
+ADAM = Recipe("adam", 0.01, weight_decay=5e-4)
+SGD = Recipe("sgd", 0.1)
+OWN = {"factors": "dngd"}
+
+_PLAIN_ROWS = (
+    Row("Adam", "table", _plain(ADAM, lr=(0.005, 0.01, 0.03), weight_decay=(5e-4, 2e-3))),
+    Row("SGD", "table", _plain(SGD, lr=(0.1, 1.0, 4.0), weight_decay=(0.0, 5e-4))),
+    Row(
+        "Adam + K-FAC, paper's factors",
+        "table",
+        _plain(replace(ADAM, factors="paper"), lr=(0.01,), damping=(1e-3, 1e-2, 1e-1, 1.0)),
+    ),
+    Row(
+        "SGD + K-FAC, paper's factors",
+        "table",
+        _plain(replace(SGD, factors="paper"), lr=(0.01, 0.1), damping=(1e-3, 1e-2, 1e-1)),
+    ),
+    Row(
+        "Adam + K-FAC",
+        "table",
+        _plain(replace(ADAM, factors="dngd"), lr=(0.01, 0.03), damping=(3e-3, 3e-2, 3e-1)),
+    ),
+    Row(
+        "SGD + K-FAC",
+        "table",
+        _plain(replace(SGD, factors="dngd", weight_decay=5e-4), lr=(1.0, 4.0), damping=(3e-3, 3e-2, 3e-1)),
+    ),
+)
+
+
+SHARPENED = {"semi": 1.0, "temperature": 0.5}
+"""Soft labels p²/Σp²."""
+
+
+def _tuned_narrow(dataset: str, split: str, base: Recipe | None) -> Grid:
+    return _tuned(dataset, split, 16, 2)
+
+
+def _tuned_free(dataset: str, split: str, base: Recipe | None) -> Grid:
+    return _tuned(dataset, split, 256, 2)
+
+
+def _tuned(dataset: str, split: str, hidden: int, num_layers: int) -> list[Recipe]:
+    size: dict[str, Any] = {"hidden": hidden, "num_layers": num_layers}
+    recipe = replace(ADAM, factors="dngd", **size)
+    return variations(recipe, lr=(0.01,))
+
+
+ROWS: tuple[Row, ...] = (
+    *_PLAIN_ROWS,
+    *(Row(f"{row.name}, semi-supervised", "table", _with_gamma, row.name) for row in _PLAIN_ROWS),
+    Row("K-FAC, tuned, hidden 16", "tuned", _tuned_narrow),
+    Row("K-FAC, tuned, any width", "tuned", _tuned_free),
+)

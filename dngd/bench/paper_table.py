@@ -1,0 +1,66 @@
+"""What `dngd bench paper` found, as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+_NAMES = {"cora": "Cora", "citeseer": "CiteSeer", "pubmed": "PubMed"}
+
+
+def print_paper(result: Mapping[str, Any], console: Console) -> None:
+    """Print the accuracies beside the paper's, and the seconds."""
+    if result["cells"]:
+        _print_accuracies(result, console)
+    if result["seconds"] is not None:
+        _print_seconds(result["seconds"], console)
+    if result["config"]["quick"]:
+        console.print("A quick run: it shows that all parts work, its figures mean nothing.", highlight=False)
+
+
+def _print_accuracies(result: Mapping[str, Any], console: Console) -> None:
+    cells = result["cells"]
+    seeds = len(result["config"]["seeds"])
+    table = Table(title=f"Test accuracy, %, {seeds} seeds, hyperparameters chosen on validation", box=SIMPLE)
+    table.add_column("")
+    for cell in cells:
+        table.add_column(f"{_NAMES[cell['dataset']]} {cell['split']}", justify="right")
+    table.add_row("the paper's best", *(_figure(cell["paper"]) for cell in cells))
+    table.add_section()
+    group = cells[0]["rows"][0]["group"]
+    for i, row in enumerate(cells[0]["rows"]):
+        if row["group"] != group:
+            table.add_section()
+            group = row["group"]
+        found = [cell["rows"][i] for cell in cells]
+        table.add_row(row["name"], *(_marked(of) for of in found))
+    console.print(table)
+    console.print("Bold: above the paper's best. ± is the standard deviation over the seeds.", highlight=False)
+
+
+def _figure(spread: Mapping[str, float]) -> str:
+    return f"{spread['mean']:.2f} ± {spread['std']:.2f}"
+
+
+def _marked(row: Mapping[str, Any]) -> str:
+    text = _figure(row["test_accuracy"])
+    return f"[bold]{text}[/bold]" if row["passes_the_paper"] else text
+
+
+def _print_seconds(seconds: Mapping[str, Any], console: Console) -> None:
+    table = Table(
+        title=f"Seconds of {seconds['epochs']} epochs with their evaluations, median of {seconds['rounds']} (ratio to "
+        "the same optimizer without K-FAC)",
+        box=SIMPLE,
+    )
+    table.add_column("")
+    datasets = seconds["datasets"]
+    for dataset in datasets:
+        table.add_column(_NAMES[dataset], justify="right")
+    for name in next(iter(datasets.values())):
+        table.add_row(name, *(f"{of[name]['median']:.2f} ({of[name]['over_plain']:.2f})" for of in datasets.values()))
+    console.print(table)
