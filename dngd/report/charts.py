@@ -90,7 +90,7 @@ def curves(
         x_title=by,
         y_axis=axis,
         y_format=_percent_tick if share else tick,
-        guide=target,
+        guides=[] if target is None else [target],
     )
     return chart, "; ".join(notes)
 

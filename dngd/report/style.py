@@ -79,6 +79,9 @@ color:var(--soft);font-size:13px}
 .legend li{overflow-wrap:anywhere}
 .legend.runs{margin-bottom:12px;color:var(--ink);font-size:14px}
 figcaption .legend,.note{margin:0 0 6px;color:var(--soft);font-size:13px}
+.legend-card{margin-bottom:16px;padding:10px 18px}
+.legend-card .legend{color:var(--ink)}
+.remarks{margin:12px 0 0;padding-left:20px;color:var(--warn);font-size:14px}
 .warning{margin:0 0 16px;padding:10px 14px;border-radius:8px;background:var(--warn-ground);color:var(--warn)}
 .badge{display:inline-block;padding:0 8px;border-radius:9px;background:var(--warn-ground);color:var(--warn);
 font-size:12px;font-weight:600;line-height:18px;vertical-align:2px}
@@ -124,6 +127,7 @@ svg.key.wide{width:32px}
 .axis{stroke:var(--soft);stroke-width:1}
 .guide{stroke:var(--ink);stroke-width:1;stroke-dasharray:1 4;stroke-linecap:round}
 .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
+.band{stroke:none;opacity:.16}
 .dashed{stroke-dasharray:5 5;stroke-width:1.7}
 .line.plain{stroke:var(--soft)}
 .dot{stroke:var(--card);stroke-width:1}
@@ -146,16 +150,27 @@ h1{font-size:25px}
 """
 
 
+_OF_CHARTS = (".chart", ".grid{", ".axis", ".guide", ".line", ".dot", ".band", ".dashed", ".ring", ".target")
+
+
 def style_sheet() -> str:
     """Return the page's CSS: light, and dark where the reader's system asks for it."""
     names = [name for name in _LIGHT if name[0] in "co" and name[1:].isdigit()]
     colours = "".join(
-        f".line.{name},.ring.{name}{{stroke:var(--{name})}}.dot.{name},.fill.{name}{{fill:var(--{name})}}\n"
+        f".line.{name},.ring.{name}{{stroke:var(--{name})}}.dot.{name},.fill.{name},.band.{name}{{fill:var(--{name})}}\n"
         for name in names
     )
     light = f":root{{color-scheme:light dark;{_variables(_LIGHT)}}}\n"
     dark = f"@media(prefers-color-scheme:dark){{:root{{{_variables(_DARK)}}}}}\n"
     return light + dark + _RULES.lstrip() + colours
+
+
+def picture_style() -> str:
+    """Return the CSS of a chart in a file of its own: the page's colours and rules of charts, light and dark."""
+    rules = "\n".join(
+        line for line in style_sheet().splitlines() if line.startswith((":root", "@media(prefers", *_OF_CHARTS))
+    )
+    return f'{rules}\nsvg{{font:13px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif}}'
 
 
 def _variables(palette: dict[str, str]) -> str:

@@ -132,10 +132,12 @@ class Page(HTMLParser):
         for tag, attrs in self.tags:
             assert not {"src", "href", "xlink:href", "action", "style"} & set(attrs), (tag, attrs)
             assert not [name for name in attrs if name.startswith("on")], (tag, attrs)
-            for name in ("d", "x", "y", "cx", "cy", "x1", "x2", "y1", "y2", "width", "height", "points"):
+            for name in ("d", "x", "y", "cx", "cy", "x1", "x2", "y1", "y2", "width", "height"):
                 assert "nan" not in attrs.get(name, ""), (tag, attrs)
                 assert "inf" not in attrs.get(name, ""), (tag, attrs)
                 if name != "d" and tag != "meta" and name in attrs:
                     assert math.isfinite(float(attrs[name])), (tag, attrs)
+            for pair in attrs.get("points", "").split():
+                assert all(math.isfinite(float(part)) for part in pair.split(",")), (tag, attrs)
         for forbidden in ("http:", "https:", "url(", "@import", "javascript:"):
             assert forbidden not in self.markup, forbidden

@@ -145,7 +145,7 @@ def test_the_file_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dngd.report.page.os.replace", fail)
+        patch.setattr("dngd.report.document.os.replace", fail)
         with pytest.raises(UserError, match="No space left"):
             write_report([run], out)
     assert out.read_text() == "the old page"
