@@ -2,10 +2,11 @@
 
 1. Lengths. Every lineage (optimizer, learning rate, schedule, batch size) is trained with the first seed for
    `first_epochs` and for twice as long, whatever it showed. It is then trained for twice as long again, anew with its
-   schedule stretched, for as long as the last doubling gained at least `tolerance` and one more gain of that size
-   would bring it within `slack` of the best of its family: the budget is where validation stops improving, setting by
-   setting. Shorter cosine schedules stay in the grid, since they may reach a target sooner; a constant rate's shorter
-   training is the beginning of its longer one, which takes its place.
+   schedule stretched, for as long as the last doubling gained at least `tolerance` and as much from each doubling that
+   is left up to `max_epochs` would bring it within `slack` of the best of its family: the budget is where validation
+   stops improving, setting by setting, and a rate that is too low for short trainings is followed to long ones. Shorter
+   cosine schedules stay in the grid, since they may reach a target sooner; a constant rate's shorter training is the
+   beginning of its longer one, which takes its place.
 2. Seeds. All settings are compared on the first seed; the leaders are trained with the second and compared on both;
    the leaders of those go on to all seeds, in turns with K-FAC. A leader is one of the first `keep` in any of three
    respects: best accuracy, fewest seconds to the primary target, fewest to just below the best. Targets are those of
@@ -19,6 +20,7 @@ are steps times the median pace of the optimizer at that batch size, so that the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -63,19 +65,20 @@ def find_lengths(grid: Grid, lineages: Sequence[Lineage], protocol: Protocol, tr
             _take(grid, member, curve)
         epochs *= 2
         if not is_first:
-            racing = still_racing(grid, racing, protocol)
-            if epochs > protocol.max_epochs:
+            left = int(math.log2(protocol.max_epochs / epochs)) + 1 if has_next else 1
+            racing = still_racing(grid, racing, protocol, left)
+            if not has_next:
                 grid.capped |= set(racing)
 
 
-def still_racing(grid: Grid, racing: Sequence[Lineage], protocol: Protocol) -> list[Lineage]:
-    """Return the lineages that another doubling may bring to the best of all, or beyond it."""
+def still_racing(grid: Grid, racing: Sequence[Lineage], protocol: Protocol, left: int) -> list[Lineage]:
+    """Return the lineages that `left` further doublings may bring to the best of all, or beyond it."""
     lead = max(max(bests) for bests in grid.bests.values())
     out = []
     for lineage in racing:
         before, now = grid.bests[lineage][-2:]
         gain = now - before
-        if gain >= protocol.tolerance and now + gain >= lead - protocol.slack:
+        if gain >= protocol.tolerance and now + left * gain >= lead - protocol.slack:
             out.append(lineage)
     return out
 

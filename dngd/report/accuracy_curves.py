@@ -71,7 +71,7 @@ def panel_chart(panel: Mapping[str, Any], unit: Unit, place: Place | None = None
     words = "training seconds" if unit == "seconds" else "steps"
     names = ", ".join(one.label for one in shown)
     top = max([*heights, *panel["targets"]])
-    axis = linear_axis([low, top], bounds=(0.0, 1.0))
+    axis = linear_axis([low, top], bounds=(0.0, 1.0), count=9)
     return line_chart(
         lines,
         label=f"Line chart of {metric_words(panel)} against {words}, {panel['name']}: {names}",

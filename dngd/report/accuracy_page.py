@@ -23,7 +23,7 @@ from dngd.report.text import NOTHING, duration, escape, integer, number, percent
 
 WORDS = ("primary", "secondary")
 _COLUMNS = 3
-_GAP, _HEAD, _TOP = 20, 44, 46
+_GAP, _HEAD = 20, 44
 
 
 def write_accuracy_page(result: Mapping[str, Any], out: Path) -> Path:
@@ -55,17 +55,12 @@ def render_picture(result: Mapping[str, Any]) -> str:
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     cell = HEIGHT + _HEAD + _GAP
-    width, height = columns * (WIDTH + _GAP) + _GAP, _TOP + rows * cell
-    groups = list(dict.fromkeys(one.group for panel in panels for one in shown_settings(panel)))
+    width = columns * (WIDTH + _GAP) + _GAP
     colours = {one.group: one.colour for panel in panels for one in shown_settings(panel)}
-    parts, x = [], float(_GAP)
-    for group in groups:
-        name = {SUBJECT: "K-FAC, one setting", BASELINE: "Adam and AdamW, tuned"}.get(group, f"{group}, tuned")
-        parts.append(f'<path class="line {colours[group]}" d="M{x:g} 24h30"/>')
-        parts.append(f'<text class="strong" x="{x + 38:g}" y="29">{escape(name)}</text>')
-        x += 70 + 8.2 * len(name)
+    parts, above = _legend(colours, width)
+    height = above + rows * cell
     for at, panel in enumerate(panels):
-        left, top = _GAP + (at % columns) * (WIDTH + _GAP), _TOP + (at // columns) * cell
+        left, top = _GAP + (at % columns) * (WIDTH + _GAP), above + (at // columns) * cell
         title, ratio = shorten(panel["name"], 40), _ratio_words(panel)
         parts.append(f'<text class="strong title" x="{left + 4}" y="{top + 16}">{escape(title)}</text>')
         parts.append(f'<text class="label" x="{left + 4}" y="{top + 35}">{escape(ratio)}</text>')
@@ -79,6 +74,20 @@ def render_picture(result: Mapping[str, Any]) -> str:
     )
 
 
+def _legend(colours: Mapping[str, str], width: float) -> tuple[list[str], float]:
+    """Return the picture's legend, in as many rows as it takes, and its height. colours: by group."""
+    parts, x, y = [], float(_GAP), 24.0
+    for group, colour in colours.items():
+        name = {SUBJECT: "K-FAC, one setting", BASELINE: "Adam and AdamW, tuned"}.get(group, f"{group}, tuned")
+        length = 46 + 8.2 * len(name)
+        if x > _GAP and x + length > width:
+            x, y = float(_GAP), y + 24
+        parts.append(f'<path class="line {colour}" d="M{x:g} {y:g}h30"/>')
+        parts.append(f'<text class="strong" x="{x + 38:g}" y="{y + 5:g}">{escape(name)}</text>')
+        x += length + 24
+    return parts, y + 22
+
+
 def _ratio_words(panel: Mapping[str, Any]) -> str:
     """Return in how many times K-FAC's seconds the baseline reaches each target."""
     words = []
@@ -87,17 +96,17 @@ def _ratio_words(panel: Mapping[str, Any]) -> str:
         if mine is None or theirs is None:
             continue
         if mine["seconds"] is None:
-            words.append(f"{word} target: K-FAC never")
+            words.append(f"{word}: K-FAC never")
         elif mine["seconds_ratio"] is not None:
-            words.append(f"{word} target: Adam takes {number(mine['seconds_ratio'])}×")
-    return "; ".join(words)
+            words.append(f"{word}: {mine['seconds_ratio']:.2f}×")
+    return f"Adam's seconds over K-FAC's, {', '.join(words)}" if words else ""
 
 
 def _header(result: Mapping[str, Any]) -> str:
     config, machine = result["config"], result["machine"]
     caption = (
-        f"protocol {config['protocol']} · {len(config['seeds'])} seeds · hidden {config['hidden']} · {machine['cpu']}, "
-        f"{machine['threads']} threads"
+        f"protocol {config['protocol']} · seeds {', '.join(map(str, config['seeds']))} · hidden {config['hidden']} · "
+        f"{machine['cpu']}, torch threads: {machine['threads']}"
     )
     return (
         '<header><p class="eyebrow">dngd bench accuracy</p><h1>Time to accuracy</h1>'
@@ -112,9 +121,9 @@ def _cards(result: Mapping[str, Any]) -> str:
     for word, of in zip(WORDS, result["summary"]):
         ratio = of["seconds_ratio"]
         if ratio is not None:
-            worst = "never reached" if ratio["worst"] == 0 else f"{number(ratio['worst'])}×"
+            worst = "never reached" if ratio["worst"] == 0 else f"{ratio['worst']:.2f}×"
             cards.append(
-                (f"Adam's time over K-FAC's, {word} target", f"{number(ratio['median'])}×", f"median; worst {worst}")
+                (f"Adam's time over K-FAC's, {word} target", f"{ratio['median']:.2f}×", f"median; worst {worst}")
             )
     first = result["summary"][0]
     for word, key in (("Best validation", "best_difference"), ("Test at best", "test_difference")):
@@ -205,7 +214,7 @@ def _spread(value: Mapping[str, float | None]) -> str:
 def _ratio(value: float | None, *, dense: bool) -> str:
     if value is None:
         return NOTHING
-    text = "never" if value == 0 else number(value)
+    text = "never" if value == 0 else f"{value:.2f}"
     mark = "" if dense else " *"
     return f"<strong>{text}</strong>{mark}" if value > 1 else f"{text}{mark}"
 

@@ -21,6 +21,7 @@ from dngd.launch import follow as follow_module
 from dngd.launch import submit as submit_module
 from tests.helpers.job_server import JobServer, job_server
 
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JobServer]:
     """A job server without authentication, and limits short enough for tests."""
