@@ -19,7 +19,7 @@ SHAPES = ("circle", "square", "diamond", "triangle")
 WINDOW = 0.12
 """Of the metric, below the primary target: the part of the vertical axis that is drawn."""
 BEYOND = 1.2
-"""The horizontal axis ends this far beyond the last of K-FAC's and the baseline's times to the secondary target."""
+"""The horizontal axis ends so many times the baseline's least time to the last target, or after K-FAC's run."""
 
 
 @dataclass(frozen=True)
@@ -90,18 +90,17 @@ def metric_words(panel: Mapping[str, Any]) -> str:
 
 
 def _end(panel: Mapping[str, Any], shown: Sequence[Shown], unit: Unit) -> float:
-    """Return where the horizontal axis ends: all of K-FAC's run, and the others as far as they are compared."""
-    key = "seconds" if unit == "seconds" else "steps"
-    ends = [0.0]
-    for one in shown:
-        setting = panel["settings"][one.label]
-        whole = float(setting["mean_curve"][unit][-1])
-        if one.group == SUBJECT:
-            ends.append(whole)
-        elif one.group == BASELINE or BASELINE not in {other.group for other in shown}:
-            reached = [target[key] for target in setting["targets"] if target[key] is not None]
-            ends.append(min(whole, BEYOND * max(reached)) if reached else whole)
-    return max(ends) or max(float(panel["settings"][one.label]["mean_curve"][unit][-1]) for one in shown)
+    """Return where the horizontal axis ends: after all of K-FAC's run, and the baseline's least times to the targets.
+
+    Where there is neither, after the longest run.
+    """
+    wholes = {one: float(panel["settings"][one.label]["mean_curve"][unit][-1]) for one in shown}
+    ends = [whole for one, whole in wholes.items() if one.group == SUBJECT]
+    for compared in panel["comparison"]:
+        least = compared["groups"].get(BASELINE, {}).get("seconds" if unit == "seconds" else "steps")
+        if least is not None:
+            ends.append(BEYOND * float(least))
+    return max(ends or wholes.values())
 
 
 def _low(panel: Mapping[str, Any]) -> float:

@@ -16,6 +16,7 @@ NUM_COLOURS = 8
 PHASES = {
     "sample_wait": ("sample wait", "c5"),
     "forward": ("forward", "c2"),
+    "observe": ("draw the Fisher's labels", "c4"),
     "backward": ("backward", "c0"),
     "reduce": ("reduce gradients", "c3"),
     "optimizer.commit": ("optimizer: commit factors", "o1"),

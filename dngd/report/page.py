@@ -19,6 +19,7 @@ from dngd.report.charts import (
     sent_bytes,
 )
 from dngd.report.document import card, card_list, document, section, write_file
+from dngd.report.health import health_section
 from dngd.report.run_files import RunFiles, read_runs
 from dngd.report.summary import Summary, common_target, dataset_name, first_at, same_task, summarise
 from dngd.report.svg import guide_key, line_key
@@ -55,6 +56,7 @@ def render(runs: Sequence[RunFiles]) -> str:
         section("Comparison", card(comparison_table(summaries, target))) if several else "",
         section("Learning", _learning(summaries, target)),
         section("Cost of a step", _cost(runs)),
+        section("Factor health", health_section(runs)),
         section("Configuration", card(configuration_tables(runs))),
         section("Environment", card(environment_table(runs))),
     ]

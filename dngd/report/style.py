@@ -72,6 +72,7 @@ header p.caption{margin:0;color:var(--soft);overflow-wrap:anywhere}
 .cards dd.by{font-size:13px;line-height:1.4;font-weight:400;color:var(--soft);overflow-wrap:anywhere}
 .card{padding:16px 18px;min-width:0}
 .grid2{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:16px}
+.card.spaced{margin-top:16px}
 .grid2.uneven{align-items:start}
 figure{margin:0}
 .legend{display:flex;flex-wrap:wrap;gap:2px 16px;margin:0;padding:0;list-style:none;
@@ -94,7 +95,7 @@ tbody tr:last-child>*{border-bottom:0}
 th:first-child{padding-left:2px}
 thead th{color:var(--soft);font-weight:500;font-size:13px;vertical-align:bottom}
 tbody th{font-weight:500;min-width:150px;overflow-wrap:anywhere}
-th .run{display:inline-block;min-width:84px;overflow-wrap:anywhere}
+th .run{display:inline-block;min-width:104px;overflow-wrap:anywhere}
 tbody th .run{display:inline}
 .runs-table tbody th{min-width:210px}
 .keyed{display:flex;align-items:baseline}

@@ -21,6 +21,9 @@ _MOST_TOOLTIPS = 100
 _CHARACTER = 7.3
 """Width of a character of the charts' text, generously."""
 
+_WIDEST_CHARACTER = 8.4
+"""The same in a narrow window, where the text is larger."""
+
 SHAPES = ("circle", "square", "diamond", "triangle")
 
 
@@ -127,7 +130,7 @@ def stacked_bars(
         parts.append(_text(x, bottom + 17, x_format(value * unit), anchor))
     for row, bar in enumerate(bars):
         y = 8 + _ROW * row
-        room = int((width - len(bar.text) * _CHARACTER - 16) / _CHARACTER)
+        room = int(width / _WIDEST_CHARACTER) - len(bar.text) - 2
         parts.append(_text(left, y + 12, shorten(bar.label, room), css="strong"))
         parts.append(_text(left + width, y + 12, bar.text, "end"))
         parts.append(_bar(bar, left, y + 18, width / unit / (in_units.high - in_units.low)))

@@ -9,8 +9,11 @@ from typing import Any
 from dngd.report.charts import BYTES, PHASES, phase_parts, phase_words, run_style, sent_bytes
 from dngd.report.run_files import RunFiles
 from dngd.report.summary import Summary, first_at
-from dngd.report.svg import line_key, square_key
+from dngd.report.svg import line_key, shorten, square_key
 from dngd.report.text import NOTHING, byte_size, duration, escape, integer, milliseconds, number, percent
+
+_LONGEST_NAME = 44
+"""Characters of a run's name in a table's head; the comparison's rows, charts' tooltips and legends have it whole."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], label: str, css: str = "numeric") -> str:
@@ -51,7 +54,7 @@ def comparison_table(summaries: Sequence[Summary], target: float | None) -> str:
     ]
     cells = [_marked(values, form, better) for _, values, form, better in columns]
     rows = [
-        [f"{run_key(index)}{_name(s.run)}{state(s.run)}<small>{escape(s.caption)}</small>", *own]
+        [f"{run_key(index)}{_whole_name(s.run)}{state(s.run)}<small>{escape(s.caption)}</small>", *own]
         for index, (s, own) in enumerate(zip(summaries, zip(*cells)))
     ]
     head = ["run", *(escape(name) for name, *_ in columns)]
@@ -191,8 +194,12 @@ def _marked(values: Sequence[float | None], form: Callable[[float | None], str],
     ]
 
 
-def _name(run: RunFiles) -> str:
+def _whole_name(run: RunFiles) -> str:
     return f'<span class="run">{escape(run.name)}</span>'
+
+
+def _name(run: RunFiles) -> str:
+    return f'<span class="run">{escape(shorten(run.name, _LONGEST_NAME))}</span>'
 
 
 def _code(text: str) -> str:

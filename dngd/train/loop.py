@@ -32,6 +32,7 @@ from dngd.train.checkpoint_writer import CheckpointSchedule, CheckpointWriter
 from dngd.train.evaluation import ExactEvaluator
 from dngd.train.feeder import CudaCopyStream, DeviceFeeder
 from dngd.train.full_batch import FullBatches
+from dngd.train.health_log import HealthLog
 from dngd.train.losses import UnlabelledWeight, shard_loss, unlabelled_share, unlabelled_weight
 from dngd.train.metrics import (
     EvaluationRecord,
@@ -126,6 +127,7 @@ class TrainingLoop:
         )
         self.schedule = _checkpoint_schedule(config, communicator)
         self.metrics = MetricsLog(self.folder.metrics)
+        self.health = HealthLog(self.folder.health)
         if self.optimizer.preconditioner is not None:
             self.optimizer.preconditioner.inside = self.clock.inside
 
@@ -334,6 +336,8 @@ class TrainingLoop:
         self.history.append(record)
         if self.comm.rank == 0:
             self.metrics.append(record)
+            if self.optimizer.preconditioner is not None:
+                self.health.append(self.step, self.optimizer.preconditioner.health())
         if self.best is None or record.val_accuracy > self.best.val_accuracy:
             self.best = record
             if self.comm.rank == 0:
@@ -401,6 +405,7 @@ class TrainingLoop:
                 self.reporter.message(f"nothing to resume in {self.folder.path}; starting from the beginning")
             if self.comm.rank == 0:
                 self.metrics.keep_up_to(-1)
+                self.health.keep_up_to(-1)
                 self.folder.best_model.unlink(missing_ok=True)
             self._tell_recovery()
             return
@@ -416,6 +421,7 @@ class TrainingLoop:
         if self.optimizer.preconditioner is not None:
             self.optimizer.preconditioner.load_state_dict(*snapshot.rank_curvatures)
         if self.comm.rank == 0:
+            self.health.keep_up_to(snapshot.step)
             # What a later step left there belongs to a time line that is given up.
             self.folder.best_model.unlink(missing_ok=True)
             self.best_model = snapshot.best_model

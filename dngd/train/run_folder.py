@@ -19,6 +19,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
+        self.health = path / "health.jsonl"
         self.result = path / "result.json"
         self.best_model = path / "model.safetensors"
         self.checkpoints = path / "checkpoints"

@@ -67,12 +67,31 @@ def result(steps: int = 30) -> dict[str, Any]:
     }
 
 
+def health(steps: tuple[int, ...] = (10, 20, 30)) -> list[dict[str, Any]]:
+    """Factor health of two layers; the first evaluation of the second comes before its first inverse."""
+    measures = {"a_condition": 30.0, "g_condition": 3.0, "a_damping_share": 0.75, "g_damping_share": 0.5}
+    measures |= {"scale": 0.25, "escalations": 2.0, "failed_inversions": 1.0, "reused_inversions": 0.0}
+    measures |= {"dropped_steps": 0.0, "non_finite_statistics": 4.0}
+    unknown = dict.fromkeys(("a_condition", "g_condition", "a_damping_share", "g_damping_share"))
+    return [
+        {
+            "step": step,
+            "layers": {
+                "layers.0": measures | {"staleness": float(step % 7)},
+                "layers.1": measures | ({"staleness": -1.0} | unknown if step == 10 else {"staleness": 5.0}),
+            },
+        }
+        for step in steps
+    ]
+
+
 def write_run(
     path: Path,
     *,
     config: dict[str, Any] | None = None,
     records: list[dict[str, float]] | None = None,
     outcome: dict[str, Any] | None = None,
+    health: list[dict[str, Any]] | None = None,
 ) -> Path:
     """Write a finished run of three evaluations where nothing else is given; outcome {}: no result.json."""
     path.mkdir(parents=True)
@@ -80,6 +99,8 @@ def write_run(
     records = [record(10, 0.5), record(20, 0.75), record(30, 0.8125)] if records is None else records
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
+    if health is not None:
+        (path / "health.jsonl").write_text("".join(json.dumps(line) + "\n" for line in health))
     outcome = result() if outcome is None else outcome
     if outcome:
         (path / "result.json").write_text(json.dumps(outcome))
