@@ -15,14 +15,14 @@ from typing import Any
 
 from dngd.allocator import keep_freed_memory
 from dngd.bench.competitors import Setting, make_settings, parse_rates
-from dngd.bench.curves import SMOOTHING, TARGET_MARGIN, Curve, mean_curve, smoothed
+from dngd.bench.curves import LEAST_EVALUATIONS, SMOOTHING, TARGET_MARGIN, Curve, mean_curve, smoothed
 from dngd.bench.heat import Track, open_track, run_heat
 from dngd.bench.machine import describe_machine, torch_threads
 from dngd.bench.optimizers import BASELINE
 from dngd.bench.progress import BenchProgress
 from dngd.bench.protocol import Lineage, Member, Protocol, borders_of, choose_protocol, family_of, lineages_of
 from dngd.bench.runs import RunRecord
-from dngd.bench.search import Grid, search
+from dngd.bench.search import SEARCH_EVALUATIONS, SEARCH_SMOOTHING, Grid, search
 from dngd.bench.step import describe_config, describe_graph
 from dngd.bench.training_file import TrainingFile, key_of
 from dngd.bench.verdict import aggregate, best_label, judge, remarks
@@ -96,8 +96,8 @@ class _Panel:
             self.track_of[seed] = open_track(own, options.metric, options.scale)
         return self.track_of[seed]
 
-    def heat(self, settings: Sequence[Setting], seed: int) -> list[RunRecord]:
-        """Return a heat's records, from the file where it was run before."""
+    def heat(self, settings: Sequence[Setting], seed: int, density: int) -> list[RunRecord]:
+        """Return a heat's records, from the file where it was run before. density: of evaluations."""
         track, options = self.track(seed), self.plan.options
         description = {
             "version": RECORD_VERSION,
@@ -105,6 +105,7 @@ class _Panel:
             "metric": track.metric,
             "seed": seed,
             "eval_steps": options.eval_steps,
+            "density": density,
             "prefetch": track.config.prefetch,
             "threads": options.threads,
             "settings": {s.label: track.own_config(s).identity() | _length(track, s) for s in settings},
@@ -112,7 +113,7 @@ class _Panel:
         key = key_of(description)
         records = self.plan.file.get(key)
         if records is None:
-            records = run_heat(track, settings, options.eval_steps, self._advance)
+            records = run_heat(track, settings, options.eval_steps, density, self._advance)
             self.plan.file.add(key, {"panel": self.title, "seed": seed}, records)
         else:
             for setting in settings:
@@ -126,7 +127,7 @@ class _Panel:
         """Train members, each alone; see dngd.bench.search."""
         settings = [member.setting(self.config) for member in members]
         self.begin(f"search, seed {seed}", settings, [seed])
-        return [self.heat([setting], seed)[0].curve for setting in settings]
+        return [self.heat([setting], seed, SEARCH_EVALUATIONS)[0].curve for setting in settings]
 
     def begin(self, text: str, settings: Sequence[Setting], seeds: Sequence[int]) -> None:
         """Start the progress bar of a part of the work."""
@@ -233,7 +234,7 @@ def _run_panel(panel: _Panel) -> dict[str, Any]:
             settings.append(setting)
             borders[setting.label] = borders_of(member, lineages, is_capped=member.lineage in grid.capped)
     panel.begin("finals", settings, plan.seeds)
-    runs = [run for seed in plan.seeds for run in panel.heat(settings, seed)]
+    runs = [run for seed in plan.seeds for run in panel.heat(settings, seed, LEAST_EVALUATIONS)]
     track = panel.track(plan.seeds[0])
     first_order = {setting.group for setting in settings if setting.optimizer != SUBJECT}
     judged = judge(settings, runs, plan.options.targets, sorted(first_order))
@@ -268,7 +269,7 @@ def _describe_search(grid: Grid, finalists: Sequence[Member], base: TrainConfig)
     """Return what became of each setting of a grid: trained with how many seeds, and its best validation on them."""
     settings = []
     for member, curves in grid.curves.items():
-        best = max(smoothed(mean_curve(curves)).accuracy)
+        best = max(smoothed(mean_curve(curves), SEARCH_SMOOTHING).accuracy)
         setting = member.setting(base)
         settings.append({"label": setting.label, "seeds": len(curves), "best": best, "final": member in finalists})
     return {"settings": settings, "steps": sum(c.steps[-1] for curves in grid.curves.values() for c in curves)}

@@ -88,14 +88,16 @@ def open_track(config: TrainConfig, metric: str = "auto", scale: float = 1.0) ->
     return Track(config, store, split, chosen, model, builder, Scorer(evaluator, store, split, chosen))
 
 
-def run_heat(track: Track, settings: Sequence[Setting], every: int | None, advance: Advance) -> list[RunRecord]:
+def run_heat(
+    track: Track, settings: Sequence[Setting], every: int | None, density: int, advance: Advance
+) -> list[RunRecord]:
     """Train all settings in turns; return the finished runs' records, in the settings' order.
 
-    every: steps between evaluations; None: as evaluation_steps has it.
+    every, density: as of evaluation_steps.
     """
     full = _full_batch(track) if track.config.constant_full_batch else None
     _warm_up(track, settings, full)
-    points = [evaluation_steps(track.total_steps(setting), every) for setting in settings]
+    points = [evaluation_steps(track.total_steps(setting), every, density) for setting in settings]
     evaluated = [set(own) for own in points]
     with ExitStack() as stack:
         runs: list[Run] = []

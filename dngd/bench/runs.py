@@ -177,18 +177,18 @@ class Run:
         self.learner.close()
 
 
-def evaluation_steps(total_steps: int, every: int | None = None) -> list[int]:
+def evaluation_steps(total_steps: int, every: int | None = None, density: int = LEAST_EVALUATIONS) -> list[int]:
     """Return the steps after which runs are evaluated, the last one always among them.
 
-    every: at each of its multiples; None: after each of the first steps, then ever further apart, `max(1, step // 20)`,
-    so that each target has 20 evaluations before it unless it is reached in fewer steps, however long a run is.
-    The points are the same for every run, up to its own end.
+    every: at each of its multiples; None: after each of the first steps, then ever further apart, `max(1, step //
+    density)`, so that each target has `density` evaluations before it unless it is reached in fewer steps, however long
+    a run is. The points are the same for every run, up to its own end.
     """
     if every is not None:
         return sorted({*range(every, total_steps + 1, every), total_steps})
     points, step = [], 0
     while step < total_steps:
-        step = min(total_steps, step + max(1, step // LEAST_EVALUATIONS))
+        step = min(total_steps, step + max(1, step // density))
         points.append(step)
     return points
 

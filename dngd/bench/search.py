@@ -32,6 +32,11 @@ from dngd.bench.protocol import Lineage, Member, Protocol
 Train = Callable[[Sequence[Member], int], list[Curve]]
 """Trains members with a seed, each alone, and returns their validation curves."""
 
+SEARCH_EVALUATIONS = 10
+"""Evaluations before a target: half of what the finals have, since exact evaluation takes longer than training."""
+SEARCH_SMOOTHING = 1
+"""Neighbours on each side of a smoothed value: about the finals' share of the steps so far."""
+
 NEAR_BEST = 0.001
 """The third respect's target lies this far below the best, which as a rule one setting alone reaches."""
 
@@ -100,7 +105,7 @@ def leaders(curves: Mapping[Member, Sequence[Curve]], keep: int, grid: Grid) -> 
     curves: one a seed, the same seeds for all.
     """
     paces = median_paces(grid)
-    means = {member: smoothed(mean_curve(own)) for member, own in curves.items()}
+    means = {member: smoothed(mean_curve(own), SEARCH_SMOOTHING) for member, own in curves.items()}
     primary, best = default_targets(list(means.values()))
     by_accuracy = sorted(means, key=lambda member: -max(means[member].accuracy))
     chosen = set(by_accuracy[:keep])
@@ -130,7 +135,7 @@ def _take(grid: Grid, member: Member, curve: Curve) -> None:
     """Note a first seed's training, and the best validation by its length."""
     lineage = member.lineage
     bests = grid.bests.setdefault(lineage, [])
-    smooth = smoothed(curve)
+    smooth = smoothed(curve, SEARCH_SMOOTHING)
     if lineage.schedule == "constant":
         for shorter in [other for other in grid.curves if other.lineage == lineage]:
             del grid.curves[shorter]
