@@ -86,6 +86,8 @@ class _Panel:
     plan: _Plan
     config: TrainConfig
     title: str
+    place: str = ""
+    """Which of how many panels, for the progress bar."""
     track_of: dict[int, Track] = field(default_factory=dict)
 
     def track(self, seed: int) -> Track:
@@ -121,7 +123,7 @@ class _Panel:
         return records
 
     def _advance(self, steps: int, label: str) -> None:
-        self.plan.progress.advance(steps, label)
+        self.plan.progress.advance(steps, f"{self.place} {self.title}: {label}")
 
     def train(self, members: Sequence[Member], seed: int) -> list[Curve]:
         """Train members, each alone; see dngd.bench.search."""
@@ -133,7 +135,7 @@ class _Panel:
         """Start the progress bar of a part of the work."""
         total = sum(self.track(seeds[0]).total_steps(setting) for setting in settings) * len(seeds)
         if settings:
-            self.plan.progress.begin(total, f"{self.title}: {text}")
+            self.plan.progress.begin(total, f"{self.place} {self.title}: {text}")
 
 
 def run_accuracy_bench(options: AccuracyOptions, progress: BenchProgress | None = None) -> dict[str, Any]:
@@ -146,7 +148,8 @@ def run_accuracy_bench(options: AccuracyOptions, progress: BenchProgress | None 
     results = []
     with torch_threads(options.threads):
         machine = describe_machine(keeps_memory=keep_freed_memory())
-        for panel in panels:
+        for number, panel in enumerate(panels, 1):
+            panel.place = f"{number}/{len(panels)}"
             results.append(_run_panel(panel))
             panel.track_of.clear()
     subject = SUBJECT if SUBJECT in options.optimizers else None

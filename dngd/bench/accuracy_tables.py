@@ -98,8 +98,13 @@ def _sentence(target: float, group: str, of: Mapping[str, Any]) -> str:
         return f"To {target:.4f}: {group} in {of['seconds']:.2f} s and {of['steps']:.0f} steps; {BASELINE} has no time."
     return (
         f"To {target:.4f}: {group} in {of['seconds']:.2f} s and {of['steps']:.0f} steps; {BASELINE}'s best setting "
-        f"takes {of['seconds_ratio']:.2f} times as many seconds, {_times(of['steps_ratio'])} as many steps."
+        f"takes {of['seconds_ratio']:.2f} times as many seconds{_seeds(of)}, {_times(of['steps_ratio'])} as many steps."
     )
+
+
+def _seeds(of: Mapping[str, Any]) -> str:
+    ratios = of["seconds_ratios_of_seeds"]
+    return f" ({min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} seeds)" if ratios else ""
 
 
 def _times(ratio: float | None) -> str:

@@ -43,13 +43,33 @@ def judge(
         groups.setdefault(setting.group, {})[setting.label] = means[setting.label]
     chosen = default_targets(list(groups[BASELINE].values())) if targets is None else targets
     comparison = compare_groups(groups, chosen, BASELINE, first_order)
+    by_seed = {label: {run.data["seed"]: smoothed(run.curve) for run in own} for label, own in of_setting.items()}
     for compared in comparison:
+        _add_seed_ratios(compared["groups"], by_seed, compared["target"])
         _add_busy_seconds(compared["groups"], {label: _busy(own) for label, own in of_setting.items()})
     return {
         "targets": list(chosen),
         "comparison": comparison,
         "settings": {s.label: _summary(s, of_setting[s.label], means[s.label], chosen) for s in settings},
     }
+
+
+def _add_seed_ratios(
+    groups: dict[str, dict[str, Any]], by_seed: Mapping[str, Mapping[int, Curve]], target: float
+) -> None:
+    """Add to each group the baseline's seconds over its own, seed by seed, between their quickest settings.
+
+    The settings are those of the mean curves. A seed where one of the two never reaches the target has no ratio.
+    """
+    base: str | None = groups.get(BASELINE, {}).get("seconds_setting")
+    for found in groups.values():
+        label, ratios = found["seconds_setting"], []
+        if base is not None and label is not None:
+            for seed, curve in by_seed[label].items():
+                mine, theirs = first_reach(curve, target), first_reach(by_seed[base][seed], target)
+                if mine is not None and theirs is not None and mine.seconds > 0:
+                    ratios.append(theirs.seconds / mine.seconds)
+        found["seconds_ratios_of_seeds"] = ratios
 
 
 def _busy(runs: Sequence[RunRecord]) -> Curve:

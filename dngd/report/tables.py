@@ -126,11 +126,11 @@ def configuration_tables(runs: Sequence[RunFiles]) -> str:
 
 
 def environment_table(runs: Sequence[RunFiles]) -> str:
-    """Return versions and peak memory, one column a run."""
-    names = list(dict.fromkeys(name for run in runs for name in run.texts("versions")))
+    """Return the machine, versions and peak memory, one column a run."""
+    names = list(dict.fromkeys(name for run in runs for name in _environment(run)))
     columns = [
         [
-            *(run.texts("versions").get(name, NOTHING) for name in names),
+            *(_environment(run).get(name, NOTHING) for name in names),
             byte_size(run.number("peak_rss_bytes")),
             byte_size(run.number("peak_gpu_bytes")) if run.number("peak_gpu_bytes") else "none used",
         ]
@@ -141,7 +141,11 @@ def environment_table(runs: Sequence[RunFiles]) -> str:
     labels = [*names, "peak memory, rank 0", "peak GPU memory, rank 0"]
     rows = [[escape(label), *(escape(column[row]) for column in columns)] for row, label in enumerate(labels)]
     head = ["", *map(_name, runs)] if len(runs) > 1 else []
-    return table(head, rows, "Versions and memory", css="plain")
+    return table(head, rows, "Machine, versions and memory", css="plain")
+
+
+def _environment(run: RunFiles) -> dict[str, str]:
+    return run.texts("machine") | run.texts("versions")
 
 
 def setting(config: dict[str, Any], key: str) -> str:

@@ -38,6 +38,7 @@ from dngd.train.metrics import (
     EvaluationRecord,
     MetricsLog,
     RunResult,
+    machine,
     peak_gpu_bytes,
     peak_rss_bytes,
     versions,
@@ -495,6 +496,7 @@ class TrainingLoop:
             recoveries=self.supervision.attempt.recoveries,
             steps_repeated=self.supervision.attempt.steps_repeated + self.steps_repeated,
             failed_checkpoints=self.writer.failed,
+            machine=machine(self.device),
             history=self.history,
         )
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import resource
 import sys
@@ -45,7 +46,7 @@ class RunResult:
     step_ms, phase_ms: of the steps that this process ran (since the last start). bytes: payload handed
     to collectives by rank 0 over those steps. peak_rss_bytes: of rank 0's process. recoveries: how often lost
     workers were started again, and steps_repeated how many steps were done again for it, since the driver was
-    started. failed_checkpoints: checkpoints that could not be written, since the last start.
+    started. failed_checkpoints: checkpoints that could not be written, since the last start. machine: rank 0's.
     """
 
     best_val_accuracy: float
@@ -67,6 +68,7 @@ class RunResult:
     recoveries: int = 0
     steps_repeated: int = 0
     failed_checkpoints: int = 0
+    machine: dict[str, str] = field(default_factory=dict)
     history: list[EvaluationRecord] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -192,6 +194,33 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             out[package] = "not installed"
     return out
+
+
+def cpu_name() -> str:
+    """Return the processor's name, or what kind it is where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def usable_cpus() -> int:
+    """Return the number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Return what rank 0 ran on, as words for people."""
+    on_gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return {
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "cpus": str(usable_cpus()),
+        "torch threads": str(torch.get_num_threads()),
+        **on_gpu,
+    }
 
 
 def peak_rss_bytes() -> int:

@@ -41,6 +41,7 @@ def test_evaluations_are_dense_at_first_and_a_twentieth_apart_later() -> None:
     assert points[-1] == 1000
     assert all(after - before <= max(1, before / 20) for before, after in zip(points, points[1:]))
     assert len(points) < 120
+    assert len(evaluation_steps(1000, density=10)) < 0.6 * len(points)
     assert evaluation_steps(400) == [point for point in points if point < 400] + [400], "the same for every length"
 
 

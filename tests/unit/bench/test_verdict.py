@@ -65,6 +65,18 @@ def test_targets_are_the_baselines_and_ratios_are_over_the_subject() -> None:
     assert own["test_at_best"]["mean"] == pytest.approx(own["best"]["mean"] - 0.1)
 
 
+def test_ratios_are_told_seed_by_seed() -> None:
+    """The second seed's K-FAC is as slow as Adam, the third's never gets there."""
+    runs = []
+    for seed, (pace, best) in enumerate(((1.0, 0.8), (2.0, 0.8), (1.0, 0.7))):
+        runs.append(run(KFAC.label, best, pace, seed=seed))
+        runs.append(run(ADAM.label, 0.8, 2.0, seed=seed))
+    judged = judge([KFAC, ADAM], runs, [0.75], ["adam"])
+    (compared,) = judged["comparison"]
+    assert compared["groups"]["kfac"]["seconds_ratios_of_seeds"] == pytest.approx([2.0, 1.0])
+    assert compared["groups"]["adam"]["seconds_ratios_of_seeds"] == pytest.approx([1.0, 1.0, 1.0])
+
+
 def test_waits_for_a_processor_are_told_and_taken_off() -> None:
     found = panel(kfac=run(KFAC.label, 0.8, 1.0, reached_at=24, idle=0.5))
     own = found["comparison"][0]["groups"]["kfac"]

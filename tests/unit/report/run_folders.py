@@ -62,6 +62,7 @@ def result(steps: int = 30) -> dict[str, Any]:
         "peak_rss_bytes": 3 * 1024**3,
         "peak_gpu_bytes": 0,
         "dropped_steps": 0,
+        "machine": {"cpu": "a processor", "cpus": "2", "torch threads": "1"},
         "versions": {"python": "3.11.7", "torch": "2.13.0"},
         "run_dir": "run",
     }

@@ -22,7 +22,18 @@ def page_of(*runs: Path) -> Page:
 
 def test_a_finished_run(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run"))
-    for words in ("81.25%", "80.25%", "15 s", "4,321", "kfac.damping", "0.01", "2.13.0", "3 GiB", "7 KiB"):
+    for words in (
+        "81.25%",
+        "80.25%",
+        "15 s",
+        "4,321",
+        "kfac.damping",
+        "0.01",
+        "2.13.0",
+        "3 GiB",
+        "7 KiB",
+        "a processor",
+    ):
         assert words in page.text, words
     assert "unfinished" not in page.text
     charts = page.all("svg", "chart")
