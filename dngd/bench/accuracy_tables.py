@@ -104,7 +104,10 @@ def _sentence(target: float, group: str, of: Mapping[str, Any]) -> str:
 
 def _seeds(of: Mapping[str, Any]) -> str:
     ratios = of["seconds_ratios_of_seeds"]
-    return f" ({min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} seeds)" if ratios else ""
+    if not ratios:
+        return ""
+    each = f"{ratios[0]:.2f}" if len(ratios) == 1 else f"{min(ratios):.2f} to {max(ratios):.2f}"
+    return f" (seed by seed {each}, where both get there: {len(ratios)})"
 
 
 def _times(ratio: float | None) -> str:
