@@ -1,269 +1,311 @@
-"""`dngd bench accuracy`: seconds and steps to a validation accuracy, optimizer by optimizer, taken in turns.
+"""`dngd bench accuracy`: seconds and steps to a validation accuracy, tuned baselines against K-FAC's one setting.
 
-All settings of one data set and seed train side by side in short turns of steps, in an order that rotates, each
-with its own model (equal at the start), optimizer and sampler process; every one sees the same batches. The clock
-runs while a setting has its turn, waits for its sampler included; exact evaluation (all neighbours, all at the same
-steps) and the samplers' start are off it. Before a turn the samplers have drawn all they may, so that none works in
-another setting's time: `prefetch` batches a turn cost no wait, for all settings alike.
+A panel is a graph and a model. With protocol `full` or `quick` each baseline is searched over its grid
+(dngd.bench.search). Its finalists, K-FAC's shipped setting and its variants are then trained with every seed, in turns
+(dngd.bench.heat); only those runs' times and accuracies are reported. With protocol `given` exactly the settings of
+the command are trained, in turns, without a search.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dngd.allocator import keep_freed_memory
-from dngd.bench.competitors import Setting, make_settings
-from dngd.bench.curves import Curve, compare_groups, default_targets, first_reach, mean_curve, spread
-from dngd.bench.graphs import open_graph
-from dngd.bench.learner import Batch, Learner, initial_model
+from dngd.bench.competitors import Setting, make_settings, parse_rates
+from dngd.bench.curves import LEAST_EVALUATIONS, SMOOTHING, TARGET_MARGIN, Curve, mean_curve, smoothed
+from dngd.bench.heat import Track, open_track, run_heat
 from dngd.bench.machine import describe_machine, torch_threads
 from dngd.bench.optimizers import BASELINE
 from dngd.bench.progress import BenchProgress
-from dngd.bench.runs import FullFeed, Run, RunRecord, SampledFeed, evaluation_steps, slices
+from dngd.bench.protocol import Lineage, Member, Protocol, borders_of, choose_protocol, family_of, lineages_of
+from dngd.bench.runs import RunRecord
+from dngd.bench.search import SEARCH_EVALUATIONS, SEARCH_SMOOTHING, Grid, search
 from dngd.bench.step import describe_config, describe_graph
-from dngd.bench.timing import turn_order
-from dngd.comm import LocalCommunicator
+from dngd.bench.training_file import TrainingFile, key_of
+from dngd.bench.verdict import aggregate, best_label, judge, remarks
 from dngd.config import TrainConfig
 from dngd.errors import UserError
-from dngd.graph import GraphStore, Split
-from dngd.models import GNN
-from dngd.sampling import BatchCoordinates, SamplerPipeline, steps_per_epoch
-from dngd.train.batch import PropagationBuilder
-from dngd.train.evaluation import ExactEvaluator
-from dngd.train.full_batch import FullBatches
-from dngd.train.plan import batch_size_of
 
-LEAST_EVALUATIONS = 20
-LONGEST_TURN = 50
-WARMUP_STEPS = 2
+SUBJECT = "kfac"
+GIVEN = "given"
+GIVEN_SEEDS = (0, 1, 2)
+RECORD_VERSION = 1
+"""Of what a heat does; a change of it makes finished trainings of an --out folder void."""
 
 
 @dataclass(frozen=True)
 class AccuracyOptions:
     """What to compare.
 
-    config: everything that the settings share; its dataset, seed, optimizer and learning rate do not matter.
-    rates: "adam=1e-3,3e-3;kfac=0.1". variants: "name:kfac.key=value,...;...". eval_steps: steps between evaluations;
-    None: 20 evaluations a run. targets: validation accuracies; None: the best of Adam, and 0.005 below.
+    config: everything that the settings share; its dataset, seed, optimizer and learning rate do not matter, its
+    epochs are K-FAC's (all settings' with protocol given). datasets: (name or path, split). models: (kind, number of
+    layers). protocol: full, quick or given. seeds, first_epochs, max_epochs: None for the protocol's. rates:
+    "adam=1e-3,3e-3;kfac=0.1". variants: "name:kfac.key=value,...;...". eval_steps: steps between evaluations; None:
+    ever further apart (dngd.bench.runs.evaluation_steps). targets: None for the best of Adam less 0.005, and the best.
+    folder: keeps finished trainings; None: nothing is kept. scale: of the graph products-shaped.
     """
 
     config: TrainConfig
-    datasets: Sequence[str]
-    optimizers: Sequence[str] = ("kfac", "adam")
-    seeds: Sequence[int] = (0, 1, 2)
+    datasets: Sequence[tuple[str, str]]
+    models: Sequence[tuple[str, int]]
+    optimizers: Sequence[str] = ("kfac", "adam", "adamw", "sgd")
+    protocol: str = "full"
+    seeds: Sequence[int] | None = None
+    first_epochs: int | None = None
+    max_epochs: int | None = None
     rates: str | None = None
     variants: str | None = None
     eval_steps: int | None = None
     targets: Sequence[float] | None = None
+    metric: str = "auto"
+    scale: float = 1.0
     threads: int | None = None
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
-class _Work:
-    """One data set and seed, ready to be trained on."""
+class _Plan:
+    """Options, checked. settings: trained as they are; searched: optimizers whose best is looked for."""
 
+    options: AccuracyOptions
+    protocol: Protocol | None
+    seeds: tuple[int, ...]
+    settings: tuple[Setting, ...]
+    searched: tuple[str, ...]
+    file: TrainingFile
+    progress: BenchProgress
+
+
+@dataclass
+class _Panel:
+    """One graph and model at work; `track` is that of one seed at a time, since it holds tables of the graph's size."""
+
+    plan: _Plan
     config: TrainConfig
-    store: GraphStore
-    split: Split
-    batch_size: int
-    per_epoch: int
-    total_steps: int
+    title: str
+    place: str = ""
+    """Which of how many panels, for the progress bar."""
+    track_of: dict[int, Track] = field(default_factory=dict)
+
+    def track(self, seed: int) -> Track:
+        if seed not in self.track_of:
+            self.track_of.clear()
+            options = self.plan.options
+            own = self.config.model_copy(update={"seed": seed})
+            self.track_of[seed] = open_track(own, options.metric, options.scale)
+        return self.track_of[seed]
+
+    def heat(self, settings: Sequence[Setting], seed: int, density: int) -> list[RunRecord]:
+        """Return a heat's records, from the file where it was run before. density: of evaluations."""
+        track, options = self.track(seed), self.plan.options
+        description = {
+            "version": RECORD_VERSION,
+            "graph": track.store.digest,
+            "metric": track.metric,
+            "seed": seed,
+            "eval_steps": options.eval_steps,
+            "density": density,
+            "prefetch": track.config.prefetch,
+            "threads": options.threads,
+            "settings": {s.label: track.own_config(s).identity() | _length(track, s) for s in settings},
+        }
+        key = key_of(description)
+        records = self.plan.file.get(key)
+        if records is None:
+            records = run_heat(track, settings, options.eval_steps, density, self._advance)
+            self.plan.file.add(key, {"panel": self.title, "seed": seed}, records)
+        else:
+            for setting in settings:
+                self._advance(track.total_steps(setting), setting.label)
+        return records
+
+    def _advance(self, steps: int, label: str) -> None:
+        self.plan.progress.advance(steps, f"{self.place} {self.title}: {label}")
+
+    def train(self, members: Sequence[Member], seed: int) -> list[Curve]:
+        """Train members, each alone; see dngd.bench.search."""
+        settings = [member.setting(self.config) for member in members]
+        self.begin(f"search, seed {seed}", settings, [seed])
+        return [self.heat([setting], seed, SEARCH_EVALUATIONS)[0].curve for setting in settings]
+
+    def begin(self, text: str, settings: Sequence[Setting], seeds: Sequence[int]) -> None:
+        """Start the progress bar of a part of the work."""
+        total = sum(self.track(seeds[0]).total_steps(setting) for setting in settings) * len(seeds)
+        if settings:
+            self.plan.progress.begin(total, f"{self.place} {self.title}: {text}")
 
 
 def run_accuracy_bench(options: AccuracyOptions, progress: BenchProgress | None = None) -> dict[str, Any]:
-    """Train every setting on every data set and return curves, targets and comparisons as plain data.
+    """Train on every graph and model and return curves, targets and comparisons as plain data.
 
     Raises UserError for options that cannot be, before anything is trained.
     """
-    progress = progress or BenchProgress()
-    settings = make_settings(options.config, options.optimizers, options.rates, options.variants)
-    if options.targets is None and all(setting.group != BASELINE for setting in settings):
-        raise UserError(
-            f"targets come from {BASELINE}'s best accuracy, which takes no part; give --targets, or add {BASELINE}"
-        )
-    if not options.datasets:
-        raise UserError("no data set is named; give --datasets, e.g. --datasets products-mini")
-    works = {name: [_prepare(options, name, seed) for seed in options.seeds] for name in options.datasets}
-    every = {name: _eval_steps(options, work[0].total_steps) for name, work in works.items()}
-    datasets = {}
+    plan = _plan(options, progress or BenchProgress())
+    panels = _panels(plan)
+    results = []
     with torch_threads(options.threads):
         machine = describe_machine(keeps_memory=keep_freed_memory())
-        total = sum(work.total_steps for name in works for work in works[name]) * len(settings)
-        progress.begin(total, "starting")
-        for name, of_seeds in works.items():
-            runs = [run for work in of_seeds for run in _train(work, settings, every[name], progress)]
-            datasets[name] = {
-                "graph": describe_graph(of_seeds[0].store, of_seeds[0].split),
-                "batch_size": of_seeds[0].batch_size,
-                "steps_per_epoch": of_seeds[0].per_epoch,
-                "total_steps": of_seeds[0].total_steps,
-                "eval_steps": every[name],
-                **_summary(settings, runs, options.targets),
-            }
-    shared = {k: v for k, v in describe_config(options.config).items() if k not in ("dataset", "seed")}
-    schedule = {
-        k: getattr(options.config, k) for k in ("epochs", "max_steps", "lr_schedule", "warmup_steps", "prefetch")
-    }
+        for number, panel in enumerate(panels, 1):
+            panel.place = f"{number}/{len(panels)}"
+            results.append(_run_panel(panel))
+            panel.track_of.clear()
+    subject = SUBJECT if SUBJECT in options.optimizers else None
     return {
         "benchmark": "accuracy",
         "machine": machine,
-        "config": shared | schedule | {"seeds": list(options.seeds), "datasets": list(options.datasets)},
-        "datasets": datasets,
+        "config": _described(plan),
+        "trainings_from_file": plan.file.found,
+        "panels": results,
+        "summary": None if subject is None else aggregate(results, subject),
     }
 
 
-def _prepare(options: AccuracyOptions, dataset: str, seed: int) -> _Work:
-    config = options.config.model_copy(update={"dataset": dataset, "seed": seed})
-    store = open_graph(dataset, config.data_root_in_use, config.cache_dir)
-    split = store.split(config.split, seed)
-    batch_size = batch_size_of(config, int(split.train.numel()))
-    per_epoch = steps_per_epoch(int(split.train.numel()), 1, batch_size)
-    total = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
-    return _Work(config, store, split, batch_size, per_epoch, total)
-
-
-def _eval_steps(options: AccuracyOptions, total_steps: int) -> int:
-    every = options.eval_steps
-    if every is None:
-        return max(1, total_steps // LEAST_EVALUATIONS)
-    if not 1 <= every <= total_steps:
-        raise UserError(f"eval_steps={every} is out of range; a run has {total_steps} steps: give 1 to {total_steps}")
-    return every
-
-
-def _train(work: _Work, settings: Sequence[Setting], every: int, progress: BenchProgress) -> list[RunRecord]:
-    """Train all settings of one data set and seed in turns; return the finished runs' records."""
-    store, config = work.store, work.config
-    model = initial_model(config, store)
-    builder = PropagationBuilder(store, model.aggregation, store.labels.device)
-    evaluator = ExactEvaluator(
-        store, builder, LocalCommunicator(), rows=config.eval_rows, device=store.labels.device, features=store.features
-    )
-    full = _full_batch(work, model, builder) if config.constant_full_batch else None
-    _warm_up(work, settings, model, builder, full)
-    points = set(evaluation_steps(work.total_steps, every))
-    with ExitStack() as stack:
-        runs: list[Run] = []
-        for setting in settings:
-            own = setting.config(config, config.seed)
-            feed = full or SampledFeed(_pipeline(work, num_samplers=1))
-            learner = Learner(setting.optimizer, own, setting.lr, model, store.features, builder)
-            runs.append(Run(setting, own, learner, feed, work.per_epoch))
-            stack.callback(runs[-1].close)
-
-        def evaluate(run: Run) -> None:
-            run.evaluate(lambda learner: evaluator.scores(learner.model, work.split))
-
-        for run in runs:
-            evaluate(run)
-            run.feed.start()
-        for number, last_step in enumerate(slices(sorted(points), LONGEST_TURN)):
-            for place in turn_order(number, len(runs), len(runs)):
-                run = runs[place]
-                taken = last_step - run.step
-                run.advance(last_step)
-                run.feed.settle()
-                if last_step in points:
-                    evaluate(run)
-                progress.advance(taken, f"{store.name} seed {config.seed} {run.setting.label}")
-        return [run.record() for run in runs]
-
-
-def _pipeline(work: _Work, num_samplers: int) -> SamplerPipeline:
-    config = work.config
-    return SamplerPipeline(
-        work.store,
-        work.split.train,
-        config.fanouts,
-        config.seed,
-        1,
-        work.batch_size,
-        [0],
-        num_samplers=num_samplers,
-        # Without a process of its own sampling must not go on while a step is timed.
-        prefetch=config.prefetch if num_samplers else 0,
-        timeout_seconds=config.collective_timeout_seconds,
-    )
-
-
-def _full_batch(work: _Work, model: GNN, builder: PropagationBuilder) -> FullFeed:
-    batches = FullBatches(
-        work.store,
-        builder,
-        model,
-        work.store.features,
-        work.split.train,
-        with_unlabelled=False,
-        shards=[0],
-        num_shards=1,
-        rows=work.config.eval_rows,
-    )
-    return FullFeed(batches.batch(0, 0, 0))
-
-
-def _warm_up(
-    work: _Work, settings: Sequence[Setting], model: GNN, builder: PropagationBuilder, full: FullFeed | None
-) -> None:
-    """Take two steps of each setting on throw-away copies: the first run would pay for what is set up but once."""
-    if full is not None:
-        batches = [full.next(BatchCoordinates(0, 0, 0))] * WARMUP_STEPS
+def _plan(options: AccuracyOptions, progress: BenchProgress) -> _Plan:
+    if not options.datasets:
+        raise UserError("no data set is named; give --datasets, e.g. --datasets products-mini")
+    settings = make_settings(options.config, options.optimizers, options.rates, options.variants)
+    file = TrainingFile(options.folder)
+    if options.protocol == GIVEN:
+        seeds = GIVEN_SEEDS if options.seeds is None else tuple(options.seeds)
+        plan = _Plan(options, None, seeds, tuple(settings), (), file, progress)
     else:
-        with _pipeline(work, num_samplers=0) as pipeline:
-            drawn = [next(pipeline) for _ in range(WARMUP_STEPS)]
-        batches = [Batch(mini_batch, mini_batch.coordinates) for mini_batch in drawn]
-    for setting in settings:
-        own = setting.config(work.config, work.config.seed)
-        learner = Learner(setting.optimizer, own, setting.lr, model, work.store.features, builder)
-        for batch in batches:
-            learner.step(batch, setting.lr, alone=True)
-        learner.close()
-
-
-def _summary(settings: Sequence[Setting], runs: Sequence[RunRecord], targets: Sequence[float] | None) -> dict[str, Any]:
-    """Return a data set's settings, targets and comparison."""
-    of_setting = {s.label: [run for run in runs if run.label == s.label] for s in settings}
-    means = {label: mean_curve([run.curve for run in own]) for label, own in of_setting.items()}
-    groups: dict[str, dict[str, Curve]] = {}
-    for setting in settings:
-        groups.setdefault(setting.group, {})[setting.label] = means[setting.label]
-    if targets is None:
-        targets = default_targets(list(groups[BASELINE].values()))
-    return {
-        "targets": list(targets),
-        "comparison": compare_groups(groups, targets, BASELINE),
-        "settings": {s.label: _setting_summary(s, of_setting[s.label], means[s.label], targets) for s in settings},
-    }
-
-
-def _setting_summary(
-    setting: Setting, runs: Sequence[RunRecord], mean: Curve, targets: Sequence[float]
-) -> dict[str, Any]:
-    best = max(range(len(mean.accuracy)), key=lambda i: mean.accuracy[i])
-    reached = []
-    for target in targets:
-        reach = first_reach(mean, target)
-        reached.append(
-            {
-                "target": target,
-                "seconds": reach and reach.seconds,
-                "steps": reach and reach.steps,
-                "first_evaluation_at_or_above": reach and reach.evaluation_step,
-                "seeds_that_reach_it": sum(first_reach(run.curve, target) is not None for run in runs),
-            }
+        rates = parse_rates(options.rates or "")
+        protocol = choose_protocol(
+            options.protocol,
+            rates={name: values for name, values in rates.items() if name in options.optimizers},
+            seeds=options.seeds,
+            first_epochs=options.first_epochs,
+            max_epochs=options.max_epochs,
         )
-    return {
-        "group": setting.group,
-        "optimizer": setting.optimizer,
-        "lr": setting.lr,
-        "overrides": dict(setting.overrides),
-        "final": spread([run.curve.accuracy[-1] for run in runs]),
-        "best": spread([run.curve.accuracy[best] for run in runs]) | {"step": mean.steps[best]},
-        "test_at_best": spread([run.test_accuracy[best] for run in runs]),
-        "train_seconds": spread([run.curve.seconds[-1] for run in runs]),
-        "targets": reached,
-        "mean_curve": {"step": list(mean.steps), "seconds": list(mean.seconds), "val_accuracy": list(mean.accuracy)},
-        "runs": [run.data for run in runs],
+        own = tuple(setting for setting in settings if setting.optimizer == SUBJECT)
+        several = next((s.group for s in own if sum(s.group == other.group for other in own) > 1), None)
+        if several is not None:
+            raise UserError(
+                f"{several} has several learning rates but is compared in one setting, the same for every graph; give "
+                "one rate, name variants, or use --protocol given"
+            )
+        searched = tuple(name for name in options.optimizers if name != SUBJECT)
+        plan = _Plan(options, protocol, protocol.seeds, own, searched, file, progress)
+    baselines = {setting.group for setting in plan.settings} | {family_of(name) for name in plan.searched}
+    if options.targets is None and BASELINE not in baselines:
+        raise UserError(
+            f"targets come from {BASELINE}'s best accuracy, which takes no part; give --targets, or add {BASELINE}"
+        )
+    return plan
+
+
+def _panels(plan: _Plan) -> list[_Panel]:
+    """Return the panels, each graph and split opened once so that a mistake is told before hours of training."""
+    options = plan.options
+    panels = []
+    for kind, num_layers in options.models:
+        for dataset, split in options.datasets:
+            # Not model_copy: the fields are checked together.
+            fields = options.config.model_dump(exclude_unset=True)
+            fields |= {"dataset": dataset, "split": split, "model": kind, "num_layers": num_layers}
+            panel = _Panel(plan, TrainConfig(**fields), "")
+            track = panel.track(plan.seeds[0])
+            panel.title = f"{track.store.name} {kind} {num_layers} layers"
+            for setting in plan.settings:
+                total = track.total_steps(setting)
+                if options.eval_steps is not None and not 1 <= options.eval_steps <= total:
+                    raise UserError(
+                        f"eval_steps={options.eval_steps} is out of range; a run has {total} steps: give 1 to {total}"
+                    )
+            panel.track_of.clear()
+            panels.append(panel)
+    return panels
+
+
+def _run_panel(panel: _Panel) -> dict[str, Any]:
+    plan = panel.plan
+    settings, searches, borders = list(plan.settings), {}, {}
+    grid_of: dict[str, list[Lineage]] = {}
+    for name in plan.searched:
+        assert plan.protocol is not None
+        found = lineages_of(name, plan.protocol, panel.config, panel.track(plan.seeds[0]).num_train)
+        grid_of.setdefault(family_of(name), []).extend(found)
+    for family, lineages in grid_of.items():
+        assert plan.protocol is not None
+        grid, finalists = search(lineages, plan.protocol, panel.train)
+        searches[family] = _describe_search(grid, finalists, panel.config)
+        for member in finalists:
+            setting = member.setting(panel.config)
+            settings.append(setting)
+            borders[setting.label] = borders_of(member, lineages, is_capped=member.lineage in grid.capped)
+    panel.begin("finals", settings, plan.seeds)
+    runs = [run for seed in plan.seeds for run in panel.heat(settings, seed, LEAST_EVALUATIONS)]
+    track = panel.track(plan.seeds[0])
+    first_order = {setting.group for setting in settings if setting.optimizer != SUBJECT}
+    judged = judge(settings, runs, plan.options.targets, sorted(first_order))
+    for label in _leading(judged, first_order):
+        judged["settings"][label]["borders"] = borders.get(label, [])
+    result = {
+        "name": panel.title,
+        "dataset": track.store.name,
+        "model": panel.config.model,
+        "num_layers": panel.config.num_layers,
+        "metric": track.metric,
+        "graph": describe_graph(track.store, track.split),
+        "batch_size": track.batch_size(settings[0]),
+        "steps_per_epoch": track.steps_per_epoch(settings[0]),
+        **judged,
+        "search": searches,
+    }
+    return result | {"remarks": remarks(result, SUBJECT)}
+
+
+def _leading(judged: Mapping[str, Any], groups: set[str]) -> set[str]:
+    """Return the settings that speak for their group: the fastest to a target, and the most accurate."""
+    labels = {best_label(judged, group) for group in groups}
+    for compared in judged["comparison"]:
+        for group in groups:
+            found = compared["groups"][group]
+            labels |= {found[key] for key in ("seconds_setting", "steps_setting") if found[key] is not None}
+    return labels
+
+
+def _describe_search(grid: Grid, finalists: Sequence[Member], base: TrainConfig) -> dict[str, Any]:
+    """Return what became of each setting of a grid: trained with how many seeds, and its best validation on them."""
+    settings = []
+    for member, curves in grid.curves.items():
+        best = max(smoothed(mean_curve(curves), SEARCH_SMOOTHING).accuracy)
+        setting = member.setting(base)
+        settings.append({"label": setting.label, "seeds": len(curves), "best": best, "final": member in finalists})
+    return {"settings": settings, "steps": sum(c.steps[-1] for curves in grid.curves.values() for c in curves)}
+
+
+def _length(track: Track, setting: Setting) -> dict[str, Any]:
+    own = track.own_config(setting)
+    return {"epochs": own.epochs, "max_steps": own.max_steps}
+
+
+def _described(plan: _Plan) -> dict[str, Any]:
+    options, protocol = plan.options, plan.protocol
+    varied = ("dataset", "seed", "split", "model", "num_layers", "fanout")
+    shared = {k: v for k, v in describe_config(options.config).items() if k not in varied}
+    names = ("epochs", "max_steps", "lr_schedule", "warmup_steps", "prefetch")
+    return shared | {
+        **{name: getattr(options.config, name) for name in names},
+        "protocol": options.protocol,
+        "seeds": list(plan.seeds),
+        "datasets": [list(pair) for pair in options.datasets],
+        "models": [list(pair) for pair in options.models],
+        "smoothing": f"centred mean over {2 * SMOOTHING + 1} evaluations, fewer at the ends, of the mean over seeds",
+        "target_margin": TARGET_MARGIN,
+        "grid": None
+        if protocol is None
+        else {
+            "rates": {name: list(values) for name, values in protocol.rates.items() if name in plan.searched},
+            "schedules": list(protocol.schedules),
+            "batches": list(protocol.batches),
+            "first_epochs": protocol.first_epochs,
+            "max_epochs": protocol.max_epochs,
+            "keep": list(protocol.keep),
+            "tolerance": protocol.tolerance,
+            "slack": protocol.slack,
+        },
     }

@@ -14,6 +14,7 @@ from typing import Any
 from dngd.bench.optimizers import KNOWN, check_optimizers, default_rates, with_optimizer
 from dngd.config import TrainConfig, merge, parse_assignment
 from dngd.errors import UserError
+from dngd.graph import parse_split
 
 SETTABLE = frozenset({"kfac", "dropout", "weight_decay", "momentum"})
 """Fields that --set may give in every benchmark: the others have flags of their own or do not matter there."""
@@ -23,17 +24,19 @@ SETTABLE_IN_VARIANTS = frozenset({"kfac", "lr", "weight_decay"})
 
 @dataclass(frozen=True)
 class Setting:
-    """One competitor. overrides: configuration fields of its own, nested."""
+    """One competitor. overrides: configuration fields of its own, nested. note: what else its label says."""
 
     group: str
     optimizer: str
     lr: float
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def label(self) -> str:
-        """Group and learning rate."""
-        return f"{self.group} lr={self.lr:g}"
+        """Group (and optimizer, if that is another word), learning rate, note."""
+        name = self.optimizer if self.note else self.group
+        return " ".join(part for part in (f"{name} lr={self.lr:g}", self.note) if part)
 
     def config(self, base: TrainConfig, seed: int) -> TrainConfig:
         """Return the run's configuration. Raises UserError for a bad override."""
@@ -162,6 +165,34 @@ def parse_targets(text: str) -> tuple[float, ...]:
     if not targets:
         raise UserError(f"--targets {text!r} is empty; write e.g. --targets 0.85,0.9, or leave it out")
     return tuple(targets)
+
+
+def parse_datasets(text: str, split: str) -> tuple[tuple[str, str], ...]:
+    """Return (data set, split) pairs of "cora,products-shaped@masks". split: of those that name none.
+
+    Raises UserError for a data set without a name or named twice, and for a split that is none.
+    """
+    found = []
+    for part in _parts(text, ","):
+        name, at, own = part.rpartition("@")
+        pair = (name, str(parse_split(own))) if at and "/" not in own.partition(":")[0] else (part, split)
+        if not pair[0] or pair in found:
+            raise UserError(f"--datasets {part!r} has no name or is named twice; write e.g. cora,products-shaped@masks")
+        found.append(pair)
+    return tuple(found)
+
+
+def parse_models(text: str) -> tuple[tuple[str, int], ...]:
+    """Return (kind, layers) pairs of "gcn:2,sage:3". Raises UserError for anything else."""
+    found = []
+    for part in _parts(text, ","):
+        kind, colon, layers = part.partition(":")
+        if not colon or not (layers.isascii() and layers.isdigit()) or (kind, int(layers)) in found:
+            raise UserError(f"--models {part!r} is not KIND:LAYERS, each once; write e.g. --models gcn:2,sage:3")
+        found.append((kind, int(layers)))
+    if not found:
+        raise UserError(f"--models {text!r} is empty; write e.g. --models gcn:2,sage:3")
+    return tuple(found)
 
 
 def _rate(text: str, where: str) -> float:

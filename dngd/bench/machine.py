@@ -6,14 +6,13 @@ import contextlib
 import os
 import platform
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
 from dngd.errors import UserError
-from dngd.train.metrics import versions
+from dngd.train.metrics import cpu_name, usable_cpus, versions
 
 
 @contextlib.contextmanager
@@ -40,8 +39,8 @@ def describe_machine(*, keeps_memory: bool) -> dict[str, Any]:
     that others used the machine too. keeps_memory: what keep_freed_memory returned.
     """
     return {
-        "cpu": _cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": cpu_name(),
+        "cpus": usable_cpus(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "freed_memory_is_kept": keeps_memory,
@@ -50,12 +49,3 @@ def describe_machine(*, keeps_memory: bool) -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": versions(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

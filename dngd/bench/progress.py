@@ -24,7 +24,7 @@ class BenchProgress:
         """Tell of something that takes long or that a person should know."""
 
     def begin(self, total: int, text: str) -> None:
-        """Start a count of `total` steps."""
+        """Start a count of `total` steps; it takes the place of one that is there."""
 
     def advance(self, steps: int, text: str) -> None:
         """Count steps as done; text: what is at work."""
@@ -61,6 +61,8 @@ class TerminalProgress(BenchProgress):
                 auto_refresh=False,
             )
             self._bar.start()
+        if self._task is not None:
+            self._bar.remove_task(self._task)
         self._task = self._bar.add_task(text, total=total)
 
     def advance(self, steps: int, text: str) -> None:

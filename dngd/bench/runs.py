@@ -11,27 +11,31 @@ from typing import Any
 import psutil
 
 from dngd.bench.competitors import Setting
-from dngd.bench.curves import Curve
+from dngd.bench.curves import LEAST_EVALUATIONS, Curve
 from dngd.bench.learner import Batch, Learner
+from dngd.bench.scoring import Scored
+from dngd.bench.timing import turn_order
 from dngd.config import TrainConfig
+from dngd.models import GNN
 from dngd.optim import learning_rate
 from dngd.sampling import BatchCoordinates, MiniBatch, SamplerPipeline
+from dngd.sampling.inline import on_sampling_thread
 from dngd.train.batch import DeviceBatch
-from dngd.train.scoring import Scores
 
 SETTLE_SECONDS = 0.03
 SETTLE_LIMIT_SECONDS = 60.0
 
 
 class SampledFeed:
-    """Batches from a run's own sampler process, which draws config.prefetch batches ahead."""
+    """Batches drawn ahead of use: by the process's sampling thread, as dngd train does on a CPU, or, where that cannot
+    be (DGL's generator was used in another thread before), by a sampler process."""
 
     def __init__(self, pipeline: SamplerPipeline) -> None:
         self._pipeline = pipeline
         self._first: MiniBatch | None = None
 
     def start(self) -> None:
-        """Wait until the sampler has started, which the first batch tells, and has drawn ahead."""
+        """Wait until the sampler has started, which the first batch tells, and has drawn ahead; the clock is not on."""
         self._first = next(self._pipeline)
         self.settle()
 
@@ -43,6 +47,9 @@ class SampledFeed:
 
     def settle(self) -> None:
         """Wait until the sampler has drawn all that it may draw ahead, so that it does not work in others' time."""
+        if not self._pipeline.pids:
+            on_sampling_thread(_nothing)  # queued behind all that was asked for
+            return
         started = time.monotonic()
         used = _cpu_seconds(self._pipeline.pids)
         while time.monotonic() - started < SETTLE_LIMIT_SECONDS:
@@ -78,17 +85,26 @@ class FullFeed:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A finished run: its validation curve, test accuracies at the same steps, and everything as plain data."""
+    """A finished run: its validation curve, test scores at the same steps, and everything as plain data."""
 
     label: str
-    curve: Curve
-    test_accuracy: tuple[float, ...]
     data: dict[str, Any]
+
+    @property
+    def curve(self) -> Curve:
+        """The validation curve of the metric that is compared."""
+        return Curve(*(tuple(self.data[key]) for key in ("step", "seconds", "val_score")))
+
+    @property
+    def test_scores(self) -> tuple[float, ...]:
+        """The metric on the test nodes, by evaluation."""
+        return tuple(self.data["test_score"])
 
 
 @dataclass
 class Run:
-    """A setting's run with one seed. seconds: of training so far, waits for the sampler included."""
+    """A setting's run with one seed. seconds: of training so far, waits for the sampler included. idle_seconds: of
+    the others, those that this thread was on no processor: the machine was busy, or the process stopped."""
 
     setting: Setting
     config: TrainConfig
@@ -98,6 +114,7 @@ class Run:
     step: int = 0
     seconds: float = 0.0
     wait_seconds: float = 0.0
+    idle_seconds: float = 0.0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     def advance(self, last_step: int) -> None:
@@ -114,22 +131,28 @@ class Run:
             )
             waited = time.perf_counter()
             batch = self.feed.next(BatchCoordinates(epoch, step, 0))
-            self.wait_seconds += time.perf_counter() - waited
+            stepped, on_cpu = time.perf_counter(), time.thread_time()
+            self.wait_seconds += stepped - waited
             self.learner.step(batch, lr, alone=False)
+            self.idle_seconds += max(0.0, time.perf_counter() - stepped - (time.thread_time() - on_cpu))
             self.step += 1
         self.learner.competitor.finish_background()
         self.seconds += time.perf_counter() - started
 
-    def evaluate(self, scores: Callable[[Learner], dict[str, Scores]]) -> None:
+    def evaluate(self, scores: Callable[[GNN], dict[str, Scored]]) -> None:
         """Add a point to the curve, off the clock."""
-        found = scores(self.learner)
+        found = scores(self.learner.model)
+        val, test = found["val"], found["test"]
         self.evaluations.append(
             {
                 "step": self.step,
                 "seconds": self.seconds,
-                "val_accuracy": found["val"].accuracy,
-                "val_loss": found["val"].loss if math.isfinite(found["val"].loss) else None,
-                "test_accuracy": found["test"].accuracy,
+                "busy_seconds": self.seconds - self.idle_seconds,
+                "val_score": val.score,
+                "val_accuracy": val.accuracy,
+                "val_loss": val.loss if math.isfinite(val.loss) else None,
+                "test_score": test.score,
+                "test_accuracy": test.accuracy,
             }
         )
 
@@ -141,12 +164,12 @@ class Run:
             **columns,
             "train_seconds": self.seconds,
             "sample_wait_seconds": self.wait_seconds,
+            "idle_seconds": self.idle_seconds,
             "step_ms": self.learner.clock.step_ms(),
             "phase_ms": self.learner.clock.phase_ms(),
             "dropped_steps": self.learner.dropped_steps,
         }
-        curve = Curve(tuple(columns["step"]), tuple(columns["seconds"]), tuple(columns["val_accuracy"]))
-        return RunRecord(self.setting.label, curve, tuple(columns["test_accuracy"]), data)
+        return RunRecord(self.setting.label, data)
 
     def close(self) -> None:
         """End the sampler and release the model."""
@@ -154,9 +177,20 @@ class Run:
         self.learner.close()
 
 
-def evaluation_steps(total_steps: int, every: int) -> list[int]:
-    """Return the steps after which runs are evaluated: each multiple of `every`, and the last step."""
-    return sorted({*range(every, total_steps + 1, every), total_steps})
+def evaluation_steps(total_steps: int, every: int | None = None, density: int = LEAST_EVALUATIONS) -> list[int]:
+    """Return the steps after which runs are evaluated, the last one always among them.
+
+    every: at each of its multiples; None: after each of the first steps, then ever further apart, `max(1, step //
+    density)`, so that each target has `density` evaluations before it unless it is reached in fewer steps, however long
+    a run is. The points are the same for every run, up to its own end.
+    """
+    if every is not None:
+        return sorted({*range(every, total_steps + 1, every), total_steps})
+    points, step = [], 0
+    while step < total_steps:
+        step = min(total_steps, step + max(1, step // density))
+        points.append(step)
+    return points
 
 
 def slices(points: Sequence[int], longest: int) -> list[int]:
@@ -168,6 +202,25 @@ def slices(points: Sequence[int], longest: int) -> list[int]:
         ends += [before + (point - before) * k // parts for k in range(1, parts + 1)]
         before = point
     return ends
+
+
+def interleaved(ends: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Return the turns of several runs as (run, step at which its turn ends), from each run's own ends, ascending.
+
+    Runs advance by equal shares of their own length, so that a long one and a short one see the same hours of the
+    machine. Those whose shares are equal go in an order that rotates from turn to turn.
+    """
+    count = len(ends)
+    keyed = [
+        (step / own[-1], turn_order(number, count, count).index(run), run, step)
+        for run, own in enumerate(ends)
+        for number, step in enumerate(own)
+    ]
+    return [(run, step) for _, _, run, step in sorted(keyed)]
+
+
+def _nothing() -> None:
+    """What the sampling thread does once it has drawn all that it was asked for."""
 
 
 def _cpu_seconds(pids: Sequence[int]) -> float:

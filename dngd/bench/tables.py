@@ -12,8 +12,6 @@ from rich.table import Table
 
 from dngd.bench.optimizers import BASELINE
 
-NEVER = "never"
-
 
 def print_step(result: Mapping[str, Any], console: Console) -> None:
     """Print what run_step_bench returned: an optimizer a column."""
@@ -61,35 +59,6 @@ def print_step(result: Mapping[str, Any], console: Console) -> None:
     if not steps["warmup_covers_start"]:
         _line(console, "The warm-up ends within K-FAC's first, denser phase: its times are above its steady state.")
     _line(console, f"Sampling: {result['stream']['sampling']}.")
-    _machine(console, result["machine"])
-
-
-def print_accuracy(result: Mapping[str, Any], console: Console) -> None:
-    """Print what run_accuracy_bench returned."""
-    num_seeds = len(result["config"]["seeds"])
-    for name, found in result["datasets"].items():
-        table = Table(
-            title=f"{name}: validation accuracy, mean of {num_seeds} seed(s); batch {found['batch_size']}, "
-            f"{found['total_steps']} steps, evaluated every {found['eval_steps']}",
-            box=SIMPLE,
-        )
-        table.add_column("setting")
-        for column in ("best", "final", "test at best", "train s"):
-            table.add_column(column, justify="right")
-        for target in found["targets"]:
-            table.add_column(f"to {target:.4f}", justify="right")
-        for label, of in found["settings"].items():
-            table.add_row(
-                label,
-                *(_spread(of[key]) for key in ("best", "final", "test_at_best")),
-                f"{of['train_seconds']['mean']:.1f}",
-                *(_reach(reached) for reached in of["targets"]),
-            )
-        console.print(table)
-        for compared in found["comparison"]:
-            for group, of in compared["groups"].items():
-                if group != BASELINE:
-                    _line(console, _sentence(compared["target"], group, of))
     _machine(console, result["machine"])
 
 
@@ -226,30 +195,6 @@ _PRINTERS = {"memory": _memory_row, "open": _open_row, "disk": _disk_row, "roofl
 
 def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _sentence(target: float, group: str, of: Mapping[str, Any]) -> str:
-    if of["seconds"] is None:
-        return f"To {target:.4f}: {group} never gets there."
-    if of["seconds_ratio"] is None:
-        return f"To {target:.4f}: {group} in {of['seconds']:.2f} s and {of['steps']:.0f} steps; {BASELINE} has no time."
-    return (
-        f"To {target:.4f}: {group} in {of['seconds']:.2f} s and {of['steps']:.0f} steps; {BASELINE}'s best setting "
-        f"takes {of['seconds_ratio']:.2f} times as many seconds, {_times(of['steps_ratio'])} as many steps."
-    )
-
-
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f} times"
-
-
-def _spread(value: Mapping[str, float | None]) -> str:
-    mean, std = value["mean"], value["std"]
-    return f"{mean:.4f}" if std is None else f"{mean:.4f}\n±{std:.4f}"
-
-
-def _reach(reached: Mapping[str, Any]) -> str:
-    return NEVER if reached["seconds"] is None else f"{reached['seconds']:.2f} s\n{reached['steps']:.0f} steps"
 
 
 def _machine(console: Console, machine: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from dngd.cli.bench_accuracy import bench_accuracy
 from dngd.cli.bench_network import bench_comm, bench_scale
 from dngd.cli.bench_paper import bench_paper
 from dngd.cli.common import Json, bench_fields, check_output, field_help, out, print_json
@@ -18,6 +19,7 @@ bench_app = typer.Typer(
     help="Measure optimizers, communication, and the input pipeline against DGL's, taken in turns.",
     no_args_is_help=True,
 )
+bench_app.command("accuracy")(bench_accuracy)
 bench_app.command("comm")(bench_comm)
 bench_app.command("paper")(bench_paper)
 bench_app.command("scale")(bench_scale)
@@ -70,70 +72,6 @@ def bench_step(
     with progress_for(Console(stderr=True)) as progress:
         result = run_step_bench(options, progress)
     print_json(result) if as_json else print_step(result, out)
-
-
-@bench_app.command("accuracy")
-def bench_accuracy(
-    datasets: Annotated[str, typer.Option(help="Names or paths, separated by commas")] = "products-mini",
-    data_root: Annotated[Path | None, typer.Option(help=field_help("data_root"))] = None,
-    cache_dir: Annotated[Path | None, typer.Option(help=field_help("cache_dir"))] = None,
-    split: Annotated[str, typer.Option(help=field_help("split"))] = "masks",
-    model: Annotated[str, typer.Option(help="Layer kind (gcn or sage)")] = "sage",
-    num_layers: Annotated[int, typer.Option(help=field_help("num_layers"))] = 2,
-    hidden: Annotated[int, typer.Option(help=field_help("hidden"))] = 256,
-    fanout: Annotated[str | None, typer.Option(help=field_help("fanout"))] = None,
-    batch_size: Annotated[str, typer.Option(help="Seeds a step, or full: all training nodes, all neighbours")] = "512",
-    epochs: Annotated[int, typer.Option(help="Passes over the training nodes, and length of the cosine schedule")] = 30,
-    optimizers: Annotated[
-        str, typer.Option(help="Some of kfac, adam, adamw, sgd, soap, muon, shampoo, separated by commas")
-    ] = "kfac,adam",
-    seeds: Annotated[str, typer.Option(help="Run seeds, separated by commas; curves are averaged over them")] = "0,1,2",
-    rates: Annotated[
-        str | None,
-        typer.Option("--lrs", help="Learning rates tried, 'adam=3e-3,1e-2;kfac=0.1' [default: adam=3e-3,1e-2,2e-2]"),
-    ] = None,
-    variants: Annotated[
-        str | None,
-        typer.Option(help="Further K-FAC settings, 'NAME:kfac.KEY=VALUE,...;NAME:...' (lr and weight_decay too)"),
-    ] = None,
-    eval_steps: Annotated[
-        int | None, typer.Option(help="Steps between evaluations [default: at least 20 evaluations a run]")
-    ] = None,
-    targets: Annotated[
-        str | None, typer.Option(help="Validation accuracies [default: Adam's best seed mean, and 0.005 below it]")
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="For all: kfac.*, dropout, weight_decay, lr_schedule, ..."),
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="torch threads [default: torch's own choice]")] = None,
-    output: Annotated[Path | None, typer.Option("--out", help="File that gets the JSON too")] = None,
-    as_json: Json = False,
-) -> None:
-    """Train optimizers in turns; tell the seconds and steps that each needs to reach a validation accuracy."""
-    from dngd.bench import AccuracyOptions, progress_for, run_accuracy_bench
-    from dngd.bench.competitors import SETTABLE_IN_RUNS, parse_fields, parse_names, parse_seeds, parse_targets
-    from dngd.bench.tables import print_accuracy
-
-    check_output(output)
-    flags = bench_fields(locals()) | {"epochs": epochs}
-    fields = merge(flags, parse_fields(assignments or [], SETTABLE_IN_RUNS, "--set"))
-    options = AccuracyOptions(
-        TrainConfig(**fields, dataset="", engine="local"),
-        parse_names(datasets),
-        optimizers=parse_names(optimizers),
-        seeds=parse_seeds(seeds),
-        rates=rates,
-        variants=variants,
-        eval_steps=eval_steps,
-        targets=None if targets is None else parse_targets(targets),
-        threads=threads,
-    )
-    with progress_for(Console(stderr=True)) as progress:
-        result = run_accuracy_bench(options, progress)
-    if output is not None:
-        output.write_text(json.dumps(result) + "\n")
-    print_json(result) if as_json else print_accuracy(result, out)
 
 
 @bench_app.command("pipeline")

@@ -1,5 +1,8 @@
-"""Run folders -> one self-contained HTML page. Reads the folders' files itself, without the training code."""
+"""Run folders, and the accuracy benchmark's result -> one self-contained HTML page. Reads them itself, without the
+training code."""
 
+from dngd.report.accuracy_page import write_accuracy_page, write_accuracy_svg
+from dngd.report.document import check_file
 from dngd.report.page import write_report
 
-__all__ = ["write_report"]
+__all__ = ["check_file", "write_accuracy_page", "write_accuracy_svg", "write_report"]

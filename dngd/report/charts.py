@@ -16,6 +16,7 @@ NUM_COLOURS = 8
 PHASES = {
     "sample_wait": ("sample wait", "c5"),
     "forward": ("forward", "c2"),
+    "observe": ("draw the Fisher's labels", "c4"),
     "backward": ("backward", "c0"),
     "reduce": ("reduce gradients", "c3"),
     "optimizer.commit": ("optimizer: commit factors", "o1"),
@@ -90,7 +91,7 @@ def curves(
         x_title=by,
         y_axis=axis,
         y_format=_percent_tick if share else tick,
-        guide=target,
+        guides=[] if target is None else [target],
     )
     return chart, "; ".join(notes)
 

@@ -1,13 +1,10 @@
-"""The page: one HTML file with its style and charts inside, no script, nothing fetched from anywhere."""
+"""The page about run folders: which sections it has, and the headline numbers."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dngd.errors import UserError
 from dngd.report.charts import (
     TEST_ACCURACY,
     TRAIN_LOSS,
@@ -21,8 +18,9 @@ from dngd.report.charts import (
     phase_parts,
     sent_bytes,
 )
+from dngd.report.document import card, card_list, document, section, write_file
+from dngd.report.health import health_section
 from dngd.report.run_files import RunFiles, read_runs
-from dngd.report.style import style_sheet
 from dngd.report.summary import Summary, common_target, dataset_name, first_at, same_task, summarise
 from dngd.report.svg import guide_key, line_key
 from dngd.report.tables import (
@@ -36,9 +34,6 @@ from dngd.report.tables import (
 )
 from dngd.report.text import duration, escape, integer, number, percent
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""The browser itself refuses to load or run anything, should a value ever slip through unescaped."""
-
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     """Write one self-contained HTML page about one or several runs and return its path.
@@ -46,20 +41,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     run_dirs: run folders, finished or not; a folder given twice counts once. out: the file; it is written
     whole or not at all. Raises UserError if a folder holds no run, or if the page cannot be written.
     """
-    page = render(read_runs(run_dirs))
-    out = Path(out).expanduser()
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder; give the name of a file, e.g. {out / 'report.html'}")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.writing")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(page.encode())
-        os.replace(temporary, out)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"report {out} cannot be written: {error.strerror}; give another --out") from None
-    return out
+    return write_file(out, render(read_runs(run_dirs)))
 
 
 def render(runs: Sequence[RunFiles]) -> str:
@@ -71,20 +53,14 @@ def render(runs: Sequence[RunFiles]) -> str:
     parts = [
         _header(summaries, title),
         _comparison_cards(summaries, target) if several else _cards(summaries[0]),
-        _section("Comparison", _card(comparison_table(summaries, target))) if several else "",
-        _section("Learning", _learning(summaries, target)),
-        _section("Cost of a step", _cost(runs)),
-        _section("Configuration", _card(configuration_tables(runs))),
-        _section("Environment", _card(environment_table(runs))),
+        section("Comparison", card(comparison_table(summaries, target))) if several else "",
+        section("Learning", _learning(summaries, target)),
+        section("Cost of a step", _cost(runs)),
+        section("Factor health", health_section(runs)),
+        section("Configuration", card(configuration_tables(runs))),
+        section("Environment", card(environment_table(runs))),
     ]
-    body = "\n".join(part for part in parts if part)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)} – dngd report</title>\n<style>\n{style_sheet()}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n{_FOOTER}</main>\n</body>\n</html>\n"
-    )
+    return document(title, [*parts, _FOOTER])
 
 
 _FOOTER = (
@@ -130,7 +106,7 @@ def _cards(summary: Summary) -> str:
     recoveries = summary.run.number("recoveries")
     recovered_note = f"{integer(recoveries)} recoveries from lost ones" if recoveries else ""
     to_best = f"best after {duration(summary.seconds_to_best_val)}" if summary.best is not None else ""
-    return _card_list(
+    return card_list(
         [
             ("Best val accuracy", percent(summary.best_val_accuracy), to_best),
             ("Test accuracy", percent(summary.test_accuracy), "at best validation"),
@@ -165,15 +141,7 @@ def _comparison_cards(summaries: Sequence[Summary], target: float | None) -> str
     if paced:
         top = max(paced, key=lambda s: s.seeds_per_second or 0.0)
         cards.append(("Most seeds a second", integer(top.seeds_per_second), top.run.name))
-    return _card_list(cards)
-
-
-def _card_list(cards: Sequence[tuple[str, str, str]]) -> str:
-    items = "".join(
-        f'<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd class="by">{escape(by)}</dd></div>'
-        for name, value, by in cards
-    )
-    return f'<dl class="cards">{items}</dl>' if cards else ""
+    return card_list(cards)
 
 
 def _learning(summaries: Sequence[Summary], target: float | None) -> str:
@@ -221,11 +189,3 @@ def _cost(runs: Sequence[RunFiles]) -> str:
         f'<div class="grid2 uneven"><div class="card"><h3>Where a step’s time goes</h3>{phases}</div>'
         f'<div class="card"><h3>Bytes on the wire</h3>{traffic}</div></div>'
     )
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>\n{content}</section>"
-
-
-def _card(content: str) -> str:
-    return f'<div class="card">{content}</div>'

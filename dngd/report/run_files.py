@@ -1,4 +1,4 @@
-"""Reads what a run left in its folder: config.yaml, metrics.jsonl, result.json.
+"""Reads what a run left in its folder: config.yaml, metrics.jsonl, health.jsonl, result.json.
 
 A run may be unfinished (no result.json yet) or resumed past its result.json; both are read, never refused.
 Owns no judgement about the numbers: see summary.py.
@@ -36,13 +36,17 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run folder's content. name: unique among the runs of a page; config: flat, dotted keys."""
+    """A run folder's content. name: unique among the runs of a page; config: flat, dotted keys.
+
+    health: a (step, {layer: {measure: value}}) an evaluation, without what is not known; empty without factors.
+    """
 
     name: str
     path: Path
     config: dict[str, Any]
     evaluations: tuple[Evaluation, ...]
     result: dict[str, Any]
+    health: tuple[tuple[int, dict[str, dict[str, float]]], ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -93,7 +97,7 @@ def read_run(path: Path, name: str) -> RunFiles:
     steps = as_number(result.get("steps"))
     if steps is not None and any(evaluation.step > steps for evaluation in evaluations):
         result = {}  # the run was resumed with more epochs and is going on: result.json is of its past
-    return RunFiles(name, path, flatten(config), evaluations, result)
+    return RunFiles(name, path, flatten(config), evaluations, result, _health(path / "health.jsonl"))
 
 
 def unique_names(folders: Sequence[Path]) -> list[str]:
@@ -142,6 +146,24 @@ def _evaluations(path: Path) -> tuple[Evaluation, ...]:
             break
         numbers = {name: as_number(values.get(name)) for name in Evaluation.__dataclass_fields__}
         records.append(Evaluation(**{k: NOT_A_NUMBER if v is None else v for k, v in numbers.items()}))
+    return tuple(records)
+
+
+def _health(path: Path) -> tuple[tuple[int, dict[str, dict[str, float]]], ...]:
+    """Return health.jsonl's lines up to the first that a killed process cut short; values that can be drawn."""
+    records = []
+    for line in _text(path).splitlines():
+        try:
+            read = json.loads(line)
+            step, layers = int(read["step"]), dict(read["layers"])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            break
+        known = {}
+        for layer, measures in layers.items():
+            pairs = measures.items() if isinstance(measures, dict) else ()
+            numbers = {str(name): as_number(value) for name, value in pairs}
+            known[str(layer)] = {name: v for name, v in numbers.items() if v is not None and plottable(v)}
+        records.append((step, known))
     return tuple(records)
 
 

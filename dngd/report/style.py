@@ -72,6 +72,7 @@ header p.caption{margin:0;color:var(--soft);overflow-wrap:anywhere}
 .cards dd.by{font-size:13px;line-height:1.4;font-weight:400;color:var(--soft);overflow-wrap:anywhere}
 .card{padding:16px 18px;min-width:0}
 .grid2{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:16px}
+.card.spaced{margin-top:16px}
 .grid2.uneven{align-items:start}
 figure{margin:0}
 .legend{display:flex;flex-wrap:wrap;gap:2px 16px;margin:0;padding:0;list-style:none;
@@ -79,6 +80,9 @@ color:var(--soft);font-size:13px}
 .legend li{overflow-wrap:anywhere}
 .legend.runs{margin-bottom:12px;color:var(--ink);font-size:14px}
 figcaption .legend,.note{margin:0 0 6px;color:var(--soft);font-size:13px}
+.legend-card{margin-bottom:16px;padding:10px 18px}
+.legend-card .legend{color:var(--ink)}
+.remarks{margin:12px 0 0;padding-left:20px;color:var(--warn);font-size:14px}
 .warning{margin:0 0 16px;padding:10px 14px;border-radius:8px;background:var(--warn-ground);color:var(--warn)}
 .badge{display:inline-block;padding:0 8px;border-radius:9px;background:var(--warn-ground);color:var(--warn);
 font-size:12px;font-weight:600;line-height:18px;vertical-align:2px}
@@ -91,7 +95,7 @@ tbody tr:last-child>*{border-bottom:0}
 th:first-child{padding-left:2px}
 thead th{color:var(--soft);font-weight:500;font-size:13px;vertical-align:bottom}
 tbody th{font-weight:500;min-width:150px;overflow-wrap:anywhere}
-th .run{display:inline-block;min-width:84px;overflow-wrap:anywhere}
+th .run{display:inline-block;min-width:104px;overflow-wrap:anywhere}
 tbody th .run{display:inline}
 .runs-table tbody th{min-width:210px}
 .keyed{display:flex;align-items:baseline}
@@ -124,6 +128,7 @@ svg.key.wide{width:32px}
 .axis{stroke:var(--soft);stroke-width:1}
 .guide{stroke:var(--ink);stroke-width:1;stroke-dasharray:1 4;stroke-linecap:round}
 .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
+.band{stroke:none;opacity:.16}
 .dashed{stroke-dasharray:5 5;stroke-width:1.7}
 .line.plain{stroke:var(--soft)}
 .dot{stroke:var(--card);stroke-width:1}
@@ -146,16 +151,27 @@ h1{font-size:25px}
 """
 
 
+_OF_CHARTS = (".chart", ".grid{", ".axis", ".guide", ".line", ".dot", ".band", ".dashed", ".ring", ".target")
+
+
 def style_sheet() -> str:
     """Return the page's CSS: light, and dark where the reader's system asks for it."""
     names = [name for name in _LIGHT if name[0] in "co" and name[1:].isdigit()]
     colours = "".join(
-        f".line.{name},.ring.{name}{{stroke:var(--{name})}}.dot.{name},.fill.{name}{{fill:var(--{name})}}\n"
+        f".line.{name},.ring.{name}{{stroke:var(--{name})}}.dot.{name},.fill.{name},.band.{name}{{fill:var(--{name})}}\n"
         for name in names
     )
     light = f":root{{color-scheme:light dark;{_variables(_LIGHT)}}}\n"
     dark = f"@media(prefers-color-scheme:dark){{:root{{{_variables(_DARK)}}}}}\n"
     return light + dark + _RULES.lstrip() + colours
+
+
+def picture_style() -> str:
+    """Return the CSS of a chart in a file of its own: the page's colours and rules of charts, light and dark."""
+    rules = "\n".join(
+        line for line in style_sheet().splitlines() if line.startswith((":root", "@media(prefers", *_OF_CHARTS))
+    )
+    return f'{rules}\nsvg{{font:13px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif}}'
 
 
 def _variables(palette: dict[str, str]) -> str:

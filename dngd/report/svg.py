@@ -21,6 +21,9 @@ _MOST_TOOLTIPS = 100
 _CHARACTER = 7.3
 """Width of a character of the charts' text, generously."""
 
+_WIDEST_CHARACTER = 8.4
+"""The same in a narrow window, where the text is larger."""
+
 SHAPES = ("circle", "square", "diamond", "triangle")
 
 
@@ -35,13 +38,33 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """A series. colour: a class of style.py, "c0".."c7"; shape: of its markers, one of SHAPES."""
+    """A series. colour: a class of style.py, "c0".."c7"; shape: of its markers, one of SHAPES, or "" for none."""
 
     points: Sequence[Point]
     colour: str
     shape: str = "circle"
     dashed: bool = False
     best: int | None = None
+
+
+@dataclass(frozen=True)
+class Band:
+    """An area between two curves at the same x. colour: as of Line."""
+
+    x: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+    colour: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a chart stands within another picture, in its units."""
+
+    x: float
+    y: float
+    width: float
+    height: float
 
 
 @dataclass(frozen=True)
@@ -70,22 +93,26 @@ def line_chart(
     x_title: str,
     y_axis: Axis,
     y_format: Callable[[float], str] = tick,
-    guide: float | None = None,
+    guides: Sequence[float] = (),
+    bands: Sequence[Band] = (),
+    place: Place | None = None,
 ) -> str:
     """Return a line chart. Points that are not finite are left out and break their line.
 
-    guide: height of a horizontal dotted line.
+    guides: heights of horizontal dotted lines. bands: drawn behind the lines, cut at the vertical axis' ends. place:
+    where the chart is part of another picture.
     """
     x_axis = linear_axis((point.x for line in lines for point in line.points), from_zero=True, count=6)
     parts = [_frame(x_axis, x_title, y_axis, y_format)]
-    if guide is not None:
+    parts += [_area(band, x_axis, y_axis) for band in bands]
+    for guide in guides:
         y = _y(y_axis, guide)
         parts.append(f'<line class="guide" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
     parts += [_path(line, x_axis, y_axis) for line in lines]
     parts += [_markers(line, x_axis, y_axis) for line in lines]
     if not any(drawable(point, y_axis) for line in lines for point in line.points):
         parts.append(_text(WIDTH / 2, HEIGHT / 2, "nothing to draw yet", "middle"))
-    return _svg(label, HEIGHT, "".join(parts))
+    return _svg(label, HEIGHT, "".join(parts), place)
 
 
 def stacked_bars(
@@ -103,7 +130,7 @@ def stacked_bars(
         parts.append(_text(x, bottom + 17, x_format(value * unit), anchor))
     for row, bar in enumerate(bars):
         y = 8 + _ROW * row
-        room = int((width - len(bar.text) * _CHARACTER - 16) / _CHARACTER)
+        room = int(width / _WIDEST_CHARACTER) - len(bar.text) - 2
         parts.append(_text(left, y + 12, shorten(bar.label, room), css="strong"))
         parts.append(_text(left + width, y + 12, bar.text, "end"))
         parts.append(_bar(bar, left, y + 18, width / unit / (in_units.high - in_units.low)))
@@ -144,8 +171,10 @@ def drawable(point: Point, y_axis: Axis) -> bool:
     return plottable(point.x) and plottable(point.y) and (point.y > 0 or not y_axis.log)
 
 
-def _svg(label: str, height: float, content: str) -> str:
+def _svg(label: str, height: float, content: str, place: Place | None = None) -> str:
     attributes = f'class="chart" viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(label)}"'
+    if place is not None:
+        attributes += f' x="{place.x:g}" y="{place.y:g}" width="{place.width:g}" height="{place.height:g}"'
     return f"<svg {attributes}>{content}</svg>"
 
 
@@ -167,6 +196,13 @@ def _frame(x_axis: Axis, x_title: str, y_axis: Axis, y_format: Callable[[float],
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     parts.append(_text(right, HEIGHT - 7, x_title, "end"))
     return "".join(parts)
+
+
+def _area(band: Band, x_axis: Axis, y_axis: Axis) -> str:
+    there = [(_x(x_axis, x), _y(y_axis, high)) for x, high in zip(band.x, band.high)]
+    back = [(_x(x_axis, x), _y(y_axis, low)) for x, low in zip(band.x, band.low)]
+    corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in [*there, *reversed(back)])
+    return f'<polygon class="band {band.colour}" points="{corners}"/>'
 
 
 def _path(line: Line, x_axis: Axis, y_axis: Axis) -> str:
@@ -202,7 +238,7 @@ def _markers(line: Line, x_axis: Axis, y_axis: Axis) -> str:
         x, y = _x(x_axis, point.x), _y(y_axis, point.y)
         if best:
             parts.append(f'<circle class="ring {line.colour}" cx="{x:.1f}" cy="{y:.1f}" r="7"/>')
-        marker = _marker(line.shape, x, y, 3, f"dot {line.colour}") if every or needed else ""
+        marker = _marker(line.shape, x, y, 3, f"dot {line.colour}") if line.shape and (every or needed) else ""
         target = f'<circle class="target" cx="{x:.1f}" cy="{y:.1f}" r="7"/>'
         parts.append(f"<g>{marker}{target}<title>{escape(point.title)}</title></g>")
     return "".join(parts)

@@ -9,8 +9,11 @@ from typing import Any
 from dngd.report.charts import BYTES, PHASES, phase_parts, phase_words, run_style, sent_bytes
 from dngd.report.run_files import RunFiles
 from dngd.report.summary import Summary, first_at
-from dngd.report.svg import line_key, square_key
+from dngd.report.svg import line_key, shorten, square_key
 from dngd.report.text import NOTHING, byte_size, duration, escape, integer, milliseconds, number, percent
+
+_LONGEST_NAME = 44
+"""Characters of a run's name in a table's head; the comparison's rows, charts' tooltips and legends have it whole."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], label: str, css: str = "numeric") -> str:
@@ -51,7 +54,7 @@ def comparison_table(summaries: Sequence[Summary], target: float | None) -> str:
     ]
     cells = [_marked(values, form, better) for _, values, form, better in columns]
     rows = [
-        [f"{run_key(index)}{_name(s.run)}{state(s.run)}<small>{escape(s.caption)}</small>", *own]
+        [f"{run_key(index)}{_whole_name(s.run)}{state(s.run)}<small>{escape(s.caption)}</small>", *own]
         for index, (s, own) in enumerate(zip(summaries, zip(*cells)))
     ]
     head = ["run", *(escape(name) for name, *_ in columns)]
@@ -123,11 +126,11 @@ def configuration_tables(runs: Sequence[RunFiles]) -> str:
 
 
 def environment_table(runs: Sequence[RunFiles]) -> str:
-    """Return versions and peak memory, one column a run."""
-    names = list(dict.fromkeys(name for run in runs for name in run.texts("versions")))
+    """Return the machine, versions and peak memory, one column a run."""
+    names = list(dict.fromkeys(name for run in runs for name in _environment(run)))
     columns = [
         [
-            *(run.texts("versions").get(name, NOTHING) for name in names),
+            *(_environment(run).get(name, NOTHING) for name in names),
             byte_size(run.number("peak_rss_bytes")),
             byte_size(run.number("peak_gpu_bytes")) if run.number("peak_gpu_bytes") else "none used",
         ]
@@ -138,7 +141,11 @@ def environment_table(runs: Sequence[RunFiles]) -> str:
     labels = [*names, "peak memory, rank 0", "peak GPU memory, rank 0"]
     rows = [[escape(label), *(escape(column[row]) for column in columns)] for row, label in enumerate(labels)]
     head = ["", *map(_name, runs)] if len(runs) > 1 else []
-    return table(head, rows, "Versions and memory", css="plain")
+    return table(head, rows, "Machine, versions and memory", css="plain")
+
+
+def _environment(run: RunFiles) -> dict[str, str]:
+    return run.texts("machine") | run.texts("versions")
 
 
 def setting(config: dict[str, Any], key: str) -> str:
@@ -191,8 +198,12 @@ def _marked(values: Sequence[float | None], form: Callable[[float | None], str],
     ]
 
 
-def _name(run: RunFiles) -> str:
+def _whole_name(run: RunFiles) -> str:
     return f'<span class="run">{escape(run.name)}</span>'
+
+
+def _name(run: RunFiles) -> str:
+    return f'<span class="run">{escape(shorten(run.name, _LONGEST_NAME))}</span>'
 
 
 def _code(text: str) -> str:

@@ -34,12 +34,14 @@ from dngd.train.checkpoint import CheckpointFolder, Snapshot, check_same_run, re
 from dngd.train.checkpoint_writer import CheckpointSchedule, CheckpointWriter
 from dngd.train.feeder import CudaCopyStream, DeviceFeeder
 from dngd.train.full_batch import FullBatches, outside
+from dngd.train.health_log import HealthLog
 from dngd.train.loggers import make_loggers
 from dngd.train.losses import UnlabelledWeight
 from dngd.train.metrics import (
     EvaluationRecord,
     MetricsLog,
     RunResult,
+    machine,
     peak_gpu_bytes,
     peak_rss_bytes,
     versions,
@@ -154,6 +156,7 @@ class TrainingLoop:
         )
         self.schedule = _checkpoint_schedule(config, communicator)
         self.metrics = MetricsLog(self.folder.metrics, self.metric_name)
+        self.health = HealthLog(self.folder.health)
         if self.optimizer.preconditioner is not None:
             self.optimizer.preconditioner.inside = self.clock.inside
 
@@ -470,6 +473,8 @@ class TrainingLoop:
         self.history.append(record)
         if self.comm.rank == 0:
             self.metrics.append(record)
+            if self.optimizer.preconditioner is not None:
+                self.health.append(self.step, self.optimizer.preconditioner.health())
         if self.best is None or record.val_accuracy > self.best.val_accuracy:
             self.best = record
             if self.comm.rank == 0:
@@ -552,6 +557,7 @@ class TrainingLoop:
                 self.reporter.message(f"nothing to resume in {self.folder.shown}; starting from the beginning")
             if self.comm.rank == 0:
                 self.metrics.keep_up_to(-1)
+                self.health.keep_up_to(-1)
                 self.folder.best_model.unlink(missing_ok=True)
                 self.folder.changed()
             self._tell_recovery()
@@ -568,6 +574,7 @@ class TrainingLoop:
         if self.optimizer.preconditioner is not None:
             self.optimizer.preconditioner.load_state_dict(*snapshot.rank_curvatures)
         if self.comm.rank == 0:
+            self.health.keep_up_to(snapshot.step)
             # What a later step left there belongs to a time line that is given up.
             self.folder.best_model.unlink(missing_ok=True)
             self.best_model = snapshot.best_model
@@ -644,6 +651,7 @@ class TrainingLoop:
             steps_repeated=self.supervision.attempt.steps_repeated + self.steps_repeated,
             failed_checkpoints=self.writer.failed,
             failed_uploads=self.folder.failed,
+            machine=machine(self.device),
             history=self.history,
         )
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import resource
 import sys
@@ -51,6 +52,7 @@ class RunResult:
     workers were started again, and steps_repeated how many steps were done again for it, since the driver was
     started. failed_checkpoints: checkpoints that could not be written, since the last start.
     failed_uploads: of a run at an address, how often other files could not be sent at once, since the last start.
+    machine: rank 0's.
     """
 
     best_val_accuracy: float
@@ -74,6 +76,7 @@ class RunResult:
     failed_checkpoints: int = 0
     failed_uploads: int = 0
     metric: str = "accuracy"
+    machine: dict[str, str] = field(default_factory=dict)
     history: list[EvaluationRecord] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -202,6 +205,33 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             out[package] = "not installed"
     return out
+
+
+def cpu_name() -> str:
+    """Return the processor's name, or what kind it is where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def usable_cpus() -> int:
+    """Return the number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Return what rank 0 ran on, as words for people."""
+    on_gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return {
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "cpus": str(usable_cpus()),
+        "torch threads": str(torch.get_num_threads()),
+        **on_gpu,
+    }
 
 
 def peak_rss_bytes() -> int:

@@ -28,6 +28,7 @@ class RunFolder:
         self.shown = shown or str(path)
         self.config = path / CONFIG_NAME
         self.metrics = path / "metrics.jsonl"
+        self.health = path / "health.jsonl"
         self.result = path / "result.json"
         self.best_model = path / "model.safetensors"
         self.checkpoints = path / "checkpoints"

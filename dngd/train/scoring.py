@@ -163,7 +163,10 @@ def roc_auc(scores: Tensor, positive: Tensor) -> float:
     """Return the probability that a positive scores above a negative, ties counting half.
 
     scores: [n]. positive: bool [n], of both kinds. By the sum of the positives' ranks (Mann-Whitney).
+    1/2 where a score is not a number: such a model ranks nobody.
     """
+    if bool(torch.isnan(scores).any()):
+        return 0.5
     _, place, counts = torch.unique(scores, return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
     ranks = ends - (counts.double() - 1) / 2  # from 1; equal scores share their mean rank

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from dngd.bench import AccuracyOptions, run_accuracy_bench
 from dngd.bench.competitors import Setting
+from dngd.bench.heat import run_heat
 from dngd.bench.learner import Learner
-from dngd.bench.runs import FullFeed, Run, evaluation_steps, slices
+from dngd.bench.runs import FullFeed, Run, evaluation_steps, interleaved, slices
+from dngd.bench.scoring import Scored
 from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.graph import GraphStore
-from dngd.train.evaluation import Scores
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -21,9 +24,33 @@ def config(**changes: Any) -> TrainConfig:
     return TrainConfig(**(fields | {"batch_size": 60, "epochs": 4, "engine": "local"} | changes))
 
 
+def options_for(store: GraphStore, base: TrainConfig, **changes: Any) -> AccuracyOptions:
+    """Two-layer GCNs on a store's masks with the settings given, no search, where nothing else is said."""
+    fields: dict[str, Any] = {"models": [("gcn", 2)], "protocol": "given", "optimizers": ("kfac", "adam")}
+    return AccuracyOptions(base, [(str(store.path), "masks")], **(fields | changes))
+
+
 def test_evaluations_are_at_multiples_and_at_the_end() -> None:
     assert evaluation_steps(10, 4) == [4, 8, 10]
     assert evaluation_steps(8, 4) == [4, 8]
+
+
+def test_evaluations_are_dense_at_first_and_a_twentieth_apart_later() -> None:
+    points = evaluation_steps(1000)
+    assert points[:40] == list(range(1, 41))
+    assert points[-1] == 1000
+    assert all(after - before <= max(1, before / 20) for before, after in zip(points, points[1:]))
+    assert len(points) < 120
+    assert len(evaluation_steps(1000, density=10)) < 0.6 * len(points)
+    assert evaluation_steps(400) == [point for point in points if point < 400] + [400], "the same for every length"
+
+
+def test_runs_advance_by_equal_shares_of_their_length() -> None:
+    turns = interleaved([[1, 2, 3, 4], [50, 100]])
+    assert turns.index((0, 2)) < turns.index((1, 100))
+    assert turns.index((1, 50)) < turns.index((0, 3))
+    assert [step for run, step in turns if run == 0] == [1, 2, 3, 4]
+    assert [step for run, step in turns if run == 1] == [50, 100]
 
 
 def test_turns_end_at_every_evaluation_and_are_short() -> None:
@@ -43,9 +70,9 @@ def test_sampled_runs_do_equal_work_in_turns(store: GraphStore, monkeypatch: pyt
 
     monkeypatch.setattr(Run, "advance", advance)
     result = run_accuracy_bench(
-        AccuracyOptions(
+        options_for(
+            store,
             config(kfac={"inverse_delay": 0}),
-            [str(store.path)],
             optimizers=("kfac",),
             seeds=(1,),
             rates="kfac=0.1",
@@ -57,15 +84,17 @@ def test_sampled_runs_do_equal_work_in_turns(store: GraphStore, monkeypatch: pyt
     )
     one, two = "kfac lr=0.1", "same lr=0.1"
     assert turns == [(one, 5), (two, 5), (two, 10), (one, 10), (two, 15), (one, 15), (one, 16), (two, 16)]
-    (data,) = result["datasets"].values()
+    (data,) = result["panels"]
     kfac, same = (data["settings"][label]["runs"][0] for label in (one, two))
     assert kfac["step"] == same["step"] == [0, 5, 10, 15, 16]
-    for key in ("val_accuracy", "val_loss", "test_accuracy"):
+    for key in ("val_score", "val_accuracy", "val_loss", "test_accuracy"):
         assert kfac[key] == same[key]
+    assert kfac["val_score"] == kfac["val_accuracy"], "five classes are compared by accuracy"
     for run in (kfac, same):
         assert run["seconds"] == sorted(run["seconds"])
         assert run["seconds"][0] == 0
         assert run["sample_wait_seconds"] <= run["train_seconds"] == run["seconds"][-1]
+        assert all(0 <= busy <= whole for busy, whole in zip(run["busy_seconds"], run["seconds"]))
     low, high = data["comparison"]
     assert low["groups"]["kfac"]["steps"] == 0
     assert high["groups"]["kfac"]["seconds"] is None
@@ -73,26 +102,27 @@ def test_sampled_runs_do_equal_work_in_turns(store: GraphStore, monkeypatch: pyt
 
 
 def test_evaluation_is_off_the_clock() -> None:
-    run = Run(Setting("adam", "adam", 0.01), config(), cast(Learner, None), cast(FullFeed, None), 1, seconds=2.0)
-    scores = {"val": Scores(float("nan"), 0.5), "test": Scores(1.0, 0.25)}
+    learner = cast(Learner, type("Stub", (), {"model": None}))
+    run = Run(Setting("adam", "adam", 0.01), config(), learner, cast(FullFeed, None), 1, seconds=2.0, idle_seconds=0.5)
+    scores = {"val": Scored(float("nan"), 0.5, 0.75), "test": Scored(1.0, 0.25, 0.5)}
     run.evaluate(lambda _: scores)
     assert run.seconds == 2.0
-    point = {"step": 0, "seconds": 2.0, "val_accuracy": 0.5, "val_loss": None, "test_accuracy": 0.25}
-    assert run.evaluations == [point]
+    point = {"step": 0, "seconds": 2.0, "busy_seconds": 1.5, "val_score": 0.75, "val_accuracy": 0.5, "val_loss": None}
+    assert run.evaluations == [point | {"test_score": 0.5, "test_accuracy": 0.25}]
 
 
 def test_full_batch_default_targets_and_means_over_seeds(store: GraphStore) -> None:
     result = run_accuracy_bench(
-        AccuracyOptions(
+        options_for(
+            store,
             config(batch_size="full", fanout=None, epochs=20),
-            [str(store.path)],
             seeds=(0, 3),
             rates="adam=0.01,0.03",
             threads=1,
         )
     )
-    (data,) = result["datasets"].values()
-    assert (data["batch_size"], data["steps_per_epoch"], data["total_steps"], data["eval_steps"]) == (240, 1, 20, 1)
+    (data,) = result["panels"]
+    assert (data["batch_size"], data["steps_per_epoch"]) == (240, 1)
     settings = data["settings"]
     assert list(settings) == ["kfac lr=0.1", "adam lr=0.01", "adam lr=0.03"]
     adam = [of for of in settings.values() if of["group"] == "adam"]
@@ -100,14 +130,85 @@ def test_full_batch_default_targets_and_means_over_seeds(store: GraphStore) -> N
     assert data["targets"] == pytest.approx([best - 0.005, best])
     for of in settings.values():
         assert [run["seed"] for run in of["runs"]] == [0, 3]
-        means = [sum(pair) / 2 for pair in zip(*(run["val_accuracy"] for run in of["runs"]))]
-        assert of["mean_curve"]["val_accuracy"] == pytest.approx(means)
-        assert of["best"]["mean"] == pytest.approx(max(means))
+        means = [sum(pair) / 2 for pair in zip(*(run["val_score"] for run in of["runs"]))]
+        smooth = [sum(means[i - 2 : i + 3]) / 5 for i in range(2, 19)]
+        assert of["mean_curve"]["val_score"][2:-2] == pytest.approx(smooth)
+        assert of["best"]["mean"] == pytest.approx(max(of["mean_curve"]["val_score"]))
         assert of["final"]["mean"] == pytest.approx(means[-1])
         assert len(of["mean_curve"]["step"]) == 21
+        at = of["mean_curve"]["step"].index(of["best"]["step"])
+        assert of["test_at_best"]["mean"] == pytest.approx(sum(run["test_score"][at] for run in of["runs"]) / 2)
     # Some setting of Adam reaches Adam's own best, and is the one it is compared by.
     assert data["comparison"][1]["groups"]["adam"]["seconds"] is not None
     assert data["comparison"][1]["groups"]["adam"]["seconds_ratio"] == 1.0
+
+
+SEARCHED: dict[str, Any] = {
+    "protocol": "quick",
+    "seeds": (0, 1),
+    "first_epochs": 1,
+    "max_epochs": 2,
+    "rates": "adam=0.003,0.03;adamw=0.03",
+    "optimizers": ("kfac", "adam", "adamw"),
+    "eval_steps": 4,
+    "threads": 1,
+}
+
+
+def test_a_search_ends_in_finals_and_a_killed_one_goes_on(
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the finals, then started again: no training is done twice, and the outcome is that of one go."""
+    heats: list[tuple[str, ...]] = []
+    is_killed = True
+
+    def heat(track: Any, settings: Any, *rest: Any) -> Any:
+        heats.append(tuple(setting.label for setting in settings))
+        if is_killed and sum(len(labels) > 1 for labels in heats) == 2:
+            raise KeyboardInterrupt
+        return run_heat(track, settings, *rest)
+
+    monkeypatch.setattr("dngd.bench.accuracy.run_heat", heat)
+    options = options_for(store, config(epochs=2), folder=tmp_path / "out", **SEARCHED)
+    with pytest.raises(KeyboardInterrupt):
+        run_accuracy_bench(options)
+    path, before = tmp_path / "out" / "trainings.jsonl", heats[:-1]
+    assert len(path.read_text().splitlines()) == len(before) > 6
+    with open(path, "a") as file:
+        file.write('{"key": "cut sho')
+    heats.clear()
+    is_killed = False
+    result = run_accuracy_bench(options)
+    assert len(heats) == 1
+    assert result["trainings_from_file"] == sum(map(len, before))
+    (panel,) = result["panels"]
+    finals = [before[-1], heats[0]]
+    assert finals[0] == finals[1] == tuple(panel["settings"])
+    assert finals[0][0] == "kfac lr=0.1"
+    groups = {of["group"] for of in panel["settings"].values()}
+    assert groups == {"kfac", "adam"}, "Adam and AdamW are one"
+    for of in panel["settings"].values():
+        assert [run["seed"] for run in of["runs"]] == [0, 1]
+    searched = panel["search"]["adam"]["settings"]
+    assert {of["label"] for of in searched if of["final"]} == set(finals[0]) - {"kfac lr=0.1"}
+    best = max(of["best"]["mean"] for of in panel["settings"].values() if of["group"] == "adam")
+    assert panel["targets"] == pytest.approx([best - 0.005, best])
+    leading = {panel["comparison"][k]["groups"]["adam"]["seconds_setting"] for k in (0, 1)}
+    assert all("borders" in panel["settings"][label] for label in leading)
+    heats.clear()
+    again = run_accuracy_bench(options)
+    assert heats == []
+    assert again["panels"] == result["panels"]
+    assert json.loads(json.dumps(again)) == again
+
+
+def test_other_settings_are_not_taken_from_the_folder(store: GraphStore, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"optimizers": ("adam",), "rates": "adam=0.01", "seeds": (0,), "threads": 1}
+    fields |= {"folder": tmp_path, "eval_steps": 4}
+    run_accuracy_bench(options_for(store, config(epochs=1), **fields))
+    for changed, found in (({}, 1), ({"dropout": 0.25}, 0), ({"weight_decay": 0.1}, 0), ({"epochs": 2}, 0)):
+        result = run_accuracy_bench(options_for(store, config(**({"epochs": 1} | changed)), **fields))
+        assert result["trainings_from_file"] == found, changed
 
 
 @pytest.mark.parametrize(
@@ -118,10 +219,16 @@ def test_full_batch_default_targets_and_means_over_seeds(store: GraphStore) -> N
         ({"eval_steps": 1000}, "a run has 16 steps"),
         ({"rates": "adam=big"}, "no learning rate"),
         ({"datasets": ()}, "no data set"),
-        ({"datasets": ("no-such-graph",)}, "no-such-graph"),
+        ({"datasets": (("no-such-graph", "masks"),)}, "no-such-graph"),
         ({"threads": 0}, "threads=0"),
+        ({"metric": "f1"}, "'f1' is unknown"),
+        ({"metric": "roc_auc"}, "has 5"),
+        ({"protocol": "quick", "rates": "kfac=0.1,0.2"}, "kfac has several learning rates"),
+        ({"protocol": "thorough"}, "'thorough' is unknown"),
     ],
 )
 def test_bad_options_are_told_before_training(store: GraphStore, options: dict[str, Any], message: str) -> None:
+    fields: dict[str, Any] = {"datasets": [(str(store.path), "masks")], "models": [("gcn", 2)], "protocol": "given"}
+    fields |= {"optimizers": ("kfac", "adam")}
     with pytest.raises(UserError, match=message):
-        run_accuracy_bench(AccuracyOptions(config(), **({"datasets": [str(store.path)]} | options)))
+        run_accuracy_bench(AccuracyOptions(config(), **(fields | options)))

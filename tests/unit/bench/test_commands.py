@@ -23,7 +23,8 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
 
 STEP = "step --num-layers 2 --hidden 8 --fanout 3,3 --batch-size 50 --steps 4 --warmup 0 --set kfac.inverse_delay=0"
 STEP += " --set kfac.inverse_update_period=4 --threads 1"
-ACCURACY = "accuracy --model gcn --hidden 8 --batch-size full --epochs 3 --seeds 0,1 --lrs adam=0.01 --threads 1"
+ACCURACY = "accuracy --protocol given --model gcn --split masks --hidden 8 --batch-size full --epochs 3 --seeds 0,1"
+ACCURACY += " --optimizers kfac,adam --lrs adam=0.01 --threads 1"
 
 
 def test_step_prints_json_and_nothing_else(store: GraphStore, capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,15 +47,17 @@ def test_step_prints_a_table(store: GraphStore, capsys: pytest.CaptureFixture[st
 
 
 def test_accuracy_writes_what_it_prints(store: GraphStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "result.json"
-    arguments = [*ACCURACY.split(), "--datasets", str(store.path), "--json", "--out", str(path)]
-    code, out, err = run(arguments, capsys)
+    page, picture = tmp_path / "page.html", tmp_path / "plot.svg"
+    arguments = [*ACCURACY.split(), "--datasets", str(store.path), "--json", "--out", str(tmp_path / "kept")]
+    code, out, err = run([*arguments, "--report", str(page), "--svg", str(picture)], capsys)
     assert (code, err) == (0, "")
     result = json.loads(out, parse_constant=pytest.fail)
-    assert json.loads(path.read_text()) == result
+    assert json.loads((tmp_path / "kept" / "result.json").read_text()) == result
     assert result["config"]["seeds"] == [0, 1]
-    (data,) = result["datasets"].values()
-    assert len(data["settings"]["adam lr=0.01"]["runs"]) == 2
+    (panel,) = result["panels"]
+    assert len(panel["settings"]["adam lr=0.01"]["runs"]) == 2
+    assert "Time to accuracy" in page.read_text()
+    assert picture.read_text().startswith("<svg ")
 
 
 def test_accuracy_prints_a_table(store: GraphStore, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,6 +65,8 @@ def test_accuracy_prints_a_table(store: GraphStore, capsys: pytest.CaptureFixtur
     assert code == 0
     assert "never" in out
     assert "kfac never gets there" in out
+    assert "those count as 0" not in out, "Adam does not reach 1 either"
+    assert "worst" in out
 
 
 PIPELINE = "pipeline --num-layers 2 --hidden 8 --fanout 3,3 --batch-size 50 --rows open --rounds 1 --threads 1"
@@ -103,7 +108,14 @@ def test_pipeline_prints_json_and_a_table(
         ("accuracy --lrs adam:1", "--lrs 'adam:1'"),
         ("accuracy --targets 2", "--targets '2'"),
         ("accuracy --optimizers kfac", "add adam"),
-        ("accuracy --out /no/such/folder/x.json", "--out"),
+        ("accuracy --out README.md", "README.md is a file"),
+        ("accuracy --report /no/such/folder/x.html", "/no/such/folder"),
+        ("accuracy --models gcn", "--models 'gcn'"),
+        ("accuracy --models gcn:2 --model gcn", "leave one out"),
+        ("accuracy --models gat:2", "model='gat'"),
+        ("accuracy --datasets cora@half", "split 'half'"),
+        ("accuracy --datasets cora,cora", "named twice"),
+        ("accuracy --max-epochs 1", "--max-epochs"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

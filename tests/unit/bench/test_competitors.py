@@ -10,7 +10,9 @@ import pytest
 from dngd.bench.competitors import (
     SETTABLE,
     make_settings,
+    parse_datasets,
     parse_fields,
+    parse_models,
     parse_rates,
     parse_seeds,
     parse_targets,
@@ -118,3 +120,29 @@ def test_a_missing_package_is_told_with_the_command_that_installs_it(
     with pytest.raises(UserError, match=re.escape("pip install 'pytorch-optimizer")):
         check_optimizers(("adam", name))
     check_optimizers(("adam", "kfac"))
+
+
+def test_a_data_set_may_have_a_split_of_its_own() -> None:
+    found = parse_datasets("cora,products-shaped@masks, data/x.npz@random:0.6/0.2/0.2", "random:0.5/0.25/0.25")
+    assert found == (
+        ("cora", "random:0.5/0.25/0.25"),
+        ("products-shaped", "masks"),
+        ("data/x.npz", "random:0.6/0.2/0.2"),
+    )
+    assert parse_datasets("a@b/graph.npz", "masks") == (("a@b/graph.npz", "masks"),), "an @ in a folder's name"
+
+
+@pytest.mark.parametrize("text", ["cora@", "@masks", "cora@some", "cora,cora"])
+def test_bad_data_sets_are_told(text: str) -> None:
+    with pytest.raises(UserError, match=r"split|--datasets"):
+        parse_datasets(text, "masks")
+
+
+def test_models_have_their_number_of_layers() -> None:
+    assert parse_models("gcn:2, sage:3") == (("gcn", 2), ("sage", 3))
+
+
+@pytest.mark.parametrize("text", ["", "gcn", "gcn:x", "gcn:2,gcn:2"])
+def test_bad_models_are_told(text: str) -> None:
+    with pytest.raises(UserError, match="--models"):
+        parse_models(text)

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from dngd.bench.curves import Curve, Reach, compare_groups, default_targets, first_reach, mean_curve, spread
+from dngd.bench.curves import (
+    Curve,
+    Reach,
+    band,
+    best_point,
+    compare_groups,
+    default_targets,
+    first_reach,
+    mean_curve,
+    seconds_at,
+    smoothed,
+    spread,
+)
 
 RISING = Curve((0, 10, 20, 30), (0.0, 1.0, 2.0, 4.0), (0.1, 0.5, 0.7, 0.9))
 
@@ -17,10 +29,10 @@ def test_a_crossing_is_interpolated_between_evaluations() -> None:
 
 
 def test_an_evaluation_at_the_target_counts_and_none_is_made_up() -> None:
-    assert first_reach(RISING, 0.7) == Reach(2.0, 20.0, 20)
-    assert first_reach(RISING, 0.9) == Reach(4.0, 30.0, 30)
+    assert first_reach(RISING, 0.7) == Reach(2.0, 20.0, 20, evaluations=2)
+    assert first_reach(RISING, 0.9) == Reach(4.0, 30.0, 30, evaluations=3)
     assert first_reach(RISING, 0.9000001) is None
-    assert first_reach(RISING, 0.05) == Reach(0.0, 0.0, 0)
+    assert first_reach(RISING, 0.05) == Reach(0.0, 0.0, 0, evaluations=0)
 
 
 def test_the_first_crossing_counts_where_a_curve_falls_again() -> None:
@@ -72,3 +84,61 @@ def test_no_ratio_without_the_baseline() -> None:
     (compared,) = compare_groups({"kfac": {"k": RISING}}, [0.5], "adam")
     assert compared["groups"]["kfac"]["seconds"] == pytest.approx(1.0)
     assert compared["groups"]["kfac"]["seconds_ratio"] is None
+
+
+def test_a_smoothed_value_is_the_mean_of_its_neighbours_as_many_on_either_side() -> None:
+    curve = Curve(tuple(range(7)), tuple(map(float, range(7))), (0.0, 3.0, 0.0, 3.0, 0.0, 3.0, 9.0))
+    smooth = smoothed(curve)
+    assert smooth.accuracy == pytest.approx((0.0, 1.0, 6 / 5, 9 / 5, 3.0, 4.0, 9.0))
+    assert (smooth.steps, smooth.seconds) == (curve.steps, curve.seconds)
+    assert smoothed(curve, 0).accuracy == pytest.approx(curve.accuracy)
+
+
+def test_smoothing_leaves_a_straight_line_alone_and_takes_a_lone_peak_away() -> None:
+    line = Curve(tuple(range(12)), tuple(map(float, range(12))), tuple(0.05 * i for i in range(12)))
+    assert smoothed(line).accuracy == pytest.approx(line.accuracy)
+    peak = Curve(line.steps, line.seconds, (0.5,) * 5 + (0.9,) + (0.5,) * 6)
+    assert first_reach(peak, 0.6) is not None
+    assert first_reach(smoothed(peak), 0.6) is None
+
+
+def test_smoothing_and_averaging_may_change_places() -> None:
+    one = Curve((0, 1, 2, 3), (0, 1, 2, 3), (0.1, 0.9, 0.3, 0.5))
+    two = Curve((0, 1, 2, 3), (0, 1, 2, 3), (0.2, 0.4, 0.8, 0.7))
+    first = smoothed(mean_curve([one, two])).accuracy
+    assert first == pytest.approx(mean_curve([smoothed(one), smoothed(two)]).accuracy)
+
+
+def test_twenty_evaluations_before_a_target_are_enough_and_nineteen_are_not() -> None:
+    curve = Curve(tuple(range(31)), tuple(map(float, range(31))), tuple(i / 30 for i in range(31)))
+    for step, is_dense in ((19, False), (20, True)):
+        reach = first_reach(curve, step / 30)
+        assert reach is not None
+        assert (reach.evaluations, reach.is_dense) == (step, is_dense)
+
+
+def test_the_first_of_the_best_points_counts() -> None:
+    assert best_point(Curve((0, 1, 2, 3), (0, 1, 2, 3), (0.1, 0.8, 0.8, 0.7))) == 1
+
+
+def test_seconds_lie_on_the_line_between_evaluations() -> None:
+    assert seconds_at(RISING, 25) == pytest.approx(3.0)
+
+
+def test_a_band_is_a_standard_deviation_on_each_side_of_the_mean() -> None:
+    one, two = Curve((0, 5), (0.0, 1.0), (0.2, 0.6)), Curve((0, 5), (0.0, 3.0), (0.4, 0.6))
+    low, high = band([one, two])
+    assert low == pytest.approx([0.3 - 0.02**0.5, 0.6])
+    assert high == pytest.approx([0.3 + 0.02**0.5, 0.6])
+    assert band([one]) == ([0.2, 0.6], [0.2, 0.6])
+
+
+def test_the_quickest_first_order_group_gives_a_ratio_of_its_own() -> None:
+    adam = Curve((0, 10), (0.0, 8.0), (0.0, 0.8))
+    sgd = Curve((0, 40), (0.0, 4.0), (0.0, 0.8))
+    kfac = Curve((0, 10), (0.0, 2.0), (0.0, 0.8))
+    groups = {"kfac": {"k": kfac}, "adam": {"a": adam}, "sgd": {"s": sgd}}
+    (compared,) = compare_groups(groups, [0.8], "adam", first_order=("adam", "sgd"))
+    found = compared["groups"]["kfac"]
+    assert (found["seconds_ratio"], found["seconds_ratio_to_first_order"]) == pytest.approx((4.0, 2.0))
+    assert (found["steps_ratio"], found["steps_ratio_to_first_order"]) == pytest.approx((1.0, 1.0))

@@ -62,9 +62,28 @@ def result(steps: int = 30) -> dict[str, Any]:
         "peak_rss_bytes": 3 * 1024**3,
         "peak_gpu_bytes": 0,
         "dropped_steps": 0,
+        "machine": {"cpu": "a processor", "cpus": "2", "torch threads": "1"},
         "versions": {"python": "3.11.7", "torch": "2.13.0"},
         "run_dir": "run",
     }
+
+
+def health(steps: tuple[int, ...] = (10, 20, 30)) -> list[dict[str, Any]]:
+    """Factor health of two layers; the first evaluation of the second comes before its first inverse."""
+    measures = {"a_condition": 30.0, "g_condition": 3.0, "a_damping_share": 0.75, "g_damping_share": 0.5}
+    measures |= {"scale": 0.25, "escalations": 2.0, "failed_inversions": 1.0, "reused_inversions": 0.0}
+    measures |= {"dropped_steps": 0.0, "non_finite_statistics": 4.0}
+    unknown = dict.fromkeys(("a_condition", "g_condition", "a_damping_share", "g_damping_share"))
+    return [
+        {
+            "step": step,
+            "layers": {
+                "layers.0": measures | {"staleness": float(step % 7)},
+                "layers.1": measures | ({"staleness": -1.0} | unknown if step == 10 else {"staleness": 5.0}),
+            },
+        }
+        for step in steps
+    ]
 
 
 def write_run(
@@ -73,6 +92,7 @@ def write_run(
     config: dict[str, Any] | None = None,
     records: list[dict[str, float]] | None = None,
     outcome: dict[str, Any] | None = None,
+    health: list[dict[str, Any]] | None = None,
 ) -> Path:
     """Write a finished run of three evaluations where nothing else is given; outcome {}: no result.json."""
     path.mkdir(parents=True)
@@ -80,6 +100,8 @@ def write_run(
     records = [record(10, 0.5), record(20, 0.75), record(30, 0.8125)] if records is None else records
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
+    if health is not None:
+        (path / "health.jsonl").write_text("".join(json.dumps(line) + "\n" for line in health))
     outcome = result() if outcome is None else outcome
     if outcome:
         (path / "result.json").write_text(json.dumps(outcome))
@@ -132,10 +154,12 @@ class Page(HTMLParser):
         for tag, attrs in self.tags:
             assert not {"src", "href", "xlink:href", "action", "style"} & set(attrs), (tag, attrs)
             assert not [name for name in attrs if name.startswith("on")], (tag, attrs)
-            for name in ("d", "x", "y", "cx", "cy", "x1", "x2", "y1", "y2", "width", "height", "points"):
+            for name in ("d", "x", "y", "cx", "cy", "x1", "x2", "y1", "y2", "width", "height"):
                 assert "nan" not in attrs.get(name, ""), (tag, attrs)
                 assert "inf" not in attrs.get(name, ""), (tag, attrs)
                 if name != "d" and tag != "meta" and name in attrs:
                     assert math.isfinite(float(attrs[name])), (tag, attrs)
+            for pair in attrs.get("points", "").split():
+                assert all(math.isfinite(float(part)) for part in pair.split(",")), (tag, attrs)
         for forbidden in ("http:", "https:", "url(", "@import", "javascript:"):
             assert forbidden not in self.markup, forbidden

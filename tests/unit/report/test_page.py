@@ -22,7 +22,18 @@ def page_of(*runs: Path) -> Page:
 
 def test_a_finished_run(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run"))
-    for words in ("81.25%", "80.25%", "15 s", "4,321", "kfac.damping", "0.01", "2.13.0", "3 GiB", "7 KiB"):
+    for words in (
+        "81.25%",
+        "80.25%",
+        "15 s",
+        "4,321",
+        "kfac.damping",
+        "0.01",
+        "2.13.0",
+        "3 GiB",
+        "7 KiB",
+        "a processor",
+    ):
         assert words in page.text, words
     assert "unfinished" not in page.text
     charts = page.all("svg", "chart")
@@ -145,7 +156,7 @@ def test_the_file_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dngd.report.page.os.replace", fail)
+        patch.setattr("dngd.report.document.os.replace", fail)
         with pytest.raises(UserError, match="No space left"):
             write_report([run], out)
     assert out.read_text() == "the old page"

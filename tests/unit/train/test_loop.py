@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,26 @@ def test_resume_takes_its_own_best_model(store: GraphStore, tmp_path: Path) -> N
     (run_dir / "model.safetensors").write_bytes(b"of a later step")
     run(config(store, run_dir, epochs=1, resume=True))
     assert (run_dir / "model.safetensors").read_bytes() == kept
+
+
+def test_factor_health_is_kept_with_each_evaluation(store: GraphStore, tmp_path: Path) -> None:
+    """What a run wrote after its last checkpoint is dropped when it goes on; a first-order run has no such file."""
+    path = tmp_path / "run" / "health.jsonl"
+    made = run(config(store, tmp_path / "run", epochs=1))
+    evaluated = [record.step for record in made.history]
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == evaluated
+    preconditioner = made.optimizer.preconditioner
+    assert preconditioner is not None
+    assert set(lines[-1]["layers"]) == set(preconditioner.layers)
+    assert all(values["a_condition"] > 1 for values in lines[-1]["layers"].values())
+    with open(path, "a") as file:
+        file.write(json.dumps({"step": 999, "layers": {}}) + '\n{"step": 10')
+    again = run(config(store, tmp_path / "run", epochs=2, resume=True))
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == [record.step for record in again.history]
+    run(config(store, tmp_path / "adam", epochs=1, optimizer="adam"))
+    assert not (tmp_path / "adam" / "health.jsonl").exists()
 
 
 def test_metrics_are_json_even_without_a_loss(tmp_path: Path) -> None:

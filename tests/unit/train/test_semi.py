@@ -12,7 +12,7 @@ from torch import Tensor
 
 import dngd
 from dngd.graph import GraphStore
-from dngd.train import TrainingLoop, loop, make_plan
+from dngd.train import TrainingLoop, make_plan, objective
 from tests.unit.train.test_full_batch import NUM_TRAIN, Recorder, config, curve, prepare
 
 SETTINGS: dict[str, Any] = {"batch_size": 60, "fanout": (5, 5), "semi_share": 0.25, "num_shards": 2}
@@ -63,7 +63,7 @@ def test_soft_labels_are_the_last_prediction_without_dropout(
     settings = SETTINGS | {"batch_size": batch_size, "fanout": SETTINGS["fanout"] if batch_size == 60 else None}
     made = prepare(config(store, tmp_path / "run", semi="two_means", semi_labels="soft", dropout=0.8, **settings))
     checked = 0
-    original = loop.shard_loss
+    original = objective.shard_loss
 
     def checking(logits: Tensor, labels: Tensor, rule: Any, soft: Tensor | None) -> Any:
         nonlocal checked
@@ -91,7 +91,7 @@ def test_soft_labels_are_the_last_prediction_without_dropout(
         return original_step(self, batch, *rest)
 
     current: Any = None
-    monkeypatch.setattr(loop, "shard_loss", checking)
+    monkeypatch.setattr(objective, "shard_loss", checking)
     monkeypatch.setattr(TrainingLoop, "_back_propagate", remember)
     made.run()
     assert checked == 2 * made.step

@@ -1,0 +1,145 @@
+"""Finds the best settings of a baseline without training all of its grid with all seeds. No training here.
+
+1. Lengths. Every lineage (optimizer, learning rate, schedule, batch size) is trained with the first seed for
+   `first_epochs` and for twice as long, whatever it showed. It is then trained for twice as long again, anew with its
+   schedule stretched, for as long as the last doubling gained at least `tolerance` and as much from each doubling that
+   is left up to `max_epochs` would bring it within `slack` of the best of its family: the budget is where validation
+   stops improving, setting by setting, and a rate that is too low for short trainings is followed to long ones. Shorter
+   cosine schedules stay in the grid, since they may reach a target sooner; a constant rate's shorter training is the
+   beginning of its longer one, which takes its place.
+2. Seeds. All settings are compared on the first seed; the leaders are trained with the second and compared on both;
+   the leaders of those go on to all seeds, in turns with K-FAC. A leader is one of the first `keep` in any of three
+   respects: best accuracy, fewest seconds to the primary target, fewest to just below the best. Targets are those of
+   the settings compared, on the seeds compared.
+
+So every lineage is trained whole at least once, and a setting is left out only with `keep` others before it in each of
+the three respects, on the very seeds (splits, batches) that it was trained with. Among those left, the most favourable
+is the baseline, anew for each target: the least of several noisy times, which errs in the baseline's favour. Seconds
+are steps times the median pace of the optimizer at that batch size, so that the machine's moods do not choose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dngd.bench.curves import Curve, default_targets, first_reach, mean_curve, smoothed
+from dngd.bench.protocol import Lineage, Member, Protocol
+
+Train = Callable[[Sequence[Member], int], list[Curve]]
+"""Trains members with a seed, each alone, and returns their validation curves."""
+
+SEARCH_EVALUATIONS = 10
+"""Evaluations before a target: half of what the finals have, since exact evaluation takes longer than training."""
+SEARCH_SMOOTHING = 1
+"""Neighbours on each side of a smoothed value: about the finals' share of the steps so far."""
+
+NEAR_BEST = 0.001
+"""The third respect's target lies this far below the best, which as a rule one setting alone reaches."""
+
+
+@dataclass
+class Grid:
+    """What a search knows: each member's curves, one a seed in the protocol's order, and where lengths ended."""
+
+    curves: dict[Member, list[Curve]] = field(default_factory=dict)
+    bests: dict[Lineage, list[float]] = field(default_factory=dict)
+    capped: set[Lineage] = field(default_factory=set)
+    """Lineages that were still improving, and near enough to the best, at max_epochs."""
+
+
+def search(lineages: Sequence[Lineage], protocol: Protocol, train: Train) -> tuple[Grid, list[Member]]:
+    """Return what was found of one family's grid, and its finalists, best accuracy first."""
+    grid = Grid()
+    find_lengths(grid, lineages, protocol, train)
+    return grid, narrow(grid, protocol, train)
+
+
+def find_lengths(grid: Grid, lineages: Sequence[Lineage], protocol: Protocol, train: Train) -> None:
+    """Train lineages with the first seed, twice as long each time while that helps."""
+    racing, epochs = list(lineages), protocol.first_epochs
+    while racing and epochs <= protocol.max_epochs:
+        is_first = epochs == protocol.first_epochs
+        has_next = 2 * epochs <= protocol.max_epochs
+        # The first half of a constant rate's next training is this one.
+        members = [Member(own, epochs) for own in racing if own.schedule == "cosine" or not (is_first and has_next)]
+        for member, curve in zip(members, train(members, protocol.seeds[0])):
+            _take(grid, member, curve)
+        epochs *= 2
+        if not is_first:
+            left = int(math.log2(protocol.max_epochs / epochs)) + 1 if has_next else 1
+            racing = still_racing(grid, racing, protocol, left)
+            if not has_next:
+                grid.capped |= set(racing)
+
+
+def still_racing(grid: Grid, racing: Sequence[Lineage], protocol: Protocol, left: int) -> list[Lineage]:
+    """Return the lineages that `left` further doublings may bring to the best of all, or beyond it."""
+    lead = max(max(bests) for bests in grid.bests.values())
+    out = []
+    for lineage in racing:
+        before, now = grid.bests[lineage][-2:]
+        gain = now - before
+        if gain >= protocol.tolerance and now + left * gain >= lead - protocol.slack:
+            out.append(lineage)
+    return out
+
+
+def narrow(grid: Grid, protocol: Protocol, train: Train) -> list[Member]:
+    """Train the leaders with a second seed, and return the leaders of those, best accuracy first."""
+    alive = list(grid.curves)
+    for number, keep in enumerate(protocol.keep[: len(protocol.seeds)], 1):
+        if number > 1:
+            for member, curve in zip(alive, train(alive, protocol.seeds[number - 1])):
+                grid.curves[member].append(curve)
+        alive = leaders({member: grid.curves[member][:number] for member in alive}, keep, grid)
+    return alive
+
+
+def leaders(curves: Mapping[Member, Sequence[Curve]], keep: int, grid: Grid) -> list[Member]:
+    """Return the members among the first `keep` in any respect, best accuracy first.
+
+    curves: one a seed, the same seeds for all.
+    """
+    paces = median_paces(grid)
+    means = {member: smoothed(mean_curve(own), SEARCH_SMOOTHING) for member, own in curves.items()}
+    primary, best = default_targets(list(means.values()))
+    by_accuracy = sorted(means, key=lambda member: -max(means[member].accuracy))
+    chosen = set(by_accuracy[:keep])
+    for target in (primary, best - NEAR_BEST):
+        seconds = {
+            member: reach.steps * paces[_kind(member)]
+            for member, mean in means.items()
+            if (reach := first_reach(mean, target)) is not None
+        }
+        chosen |= set(sorted(seconds, key=seconds.__getitem__)[:keep])
+    return [member for member in by_accuracy if member in chosen]
+
+
+def median_paces(grid: Grid) -> dict[tuple[str, int | None], float]:
+    """Return the median seconds a step of each optimizer and batch size, over all its trainings."""
+    found: dict[tuple[str, int | None], list[float]] = {}
+    for member, curves in grid.curves.items():
+        found.setdefault(_kind(member), []).extend(curve.seconds[-1] / curve.steps[-1] for curve in curves)
+    return {kind: float(np.median(values)) for kind, values in found.items()}
+
+
+def _kind(member: Member) -> tuple[str, int | None]:
+    return member.lineage.optimizer, member.lineage.batch_size
+
+
+def _take(grid: Grid, member: Member, curve: Curve) -> None:
+    """Note a first seed's training, and the best validation by its length."""
+    lineage = member.lineage
+    bests = grid.bests.setdefault(lineage, [])
+    smooth = smoothed(curve, SEARCH_SMOOTHING)
+    if lineage.schedule == "constant":
+        for shorter in [other for other in grid.curves if other.lineage == lineage]:
+            del grid.curves[shorter]
+        half = [accuracy for step, accuracy in zip(smooth.steps, smooth.accuracy) if 2 * step <= smooth.steps[-1]]
+        bests.append(max(half))
+    grid.curves[member] = [curve]
+    bests.append(max(smooth.accuracy))
