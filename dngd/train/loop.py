@@ -335,12 +335,10 @@ class TrainingLoop:
             train_seconds=self.train_seconds,
         )
         self.history.append(record)
-        preconditioner = self.optimizer.preconditioner
-        health = preconditioner.health() if preconditioner is not None and self.comm.rank == 0 else {}
         if self.comm.rank == 0:
             self.metrics.append(record)
-            if health:
-                self.health.append(self.step, health)
+            if self.optimizer.preconditioner is not None:
+                self.health.append(self.step, self.optimizer.preconditioner.health())
         if self.best is None or record.val_accuracy > self.best.val_accuracy:
             self.best = record
             if self.comm.rank == 0:
@@ -348,16 +346,18 @@ class TrainingLoop:
                 replace_file(self.folder.best_model, self.best_model)
         self.reporter.evaluation(record)
         if self.supervision.measured is not None:
-            self.supervision.measured(record, self._measurements(health))
+            self.supervision.measured(record, self._measurements())
 
-    def _measurements(self, health: dict[str, dict[str, float]]) -> dict[str, float]:
+    def _measurements(self) -> dict[str, float]:
         """Return step phases in ms, bytes, staleness and factor health by name, of this rank; health at rank 0."""
         out = {f"step_ms/{name}": value for name, value in self.clock.step_ms().items()}
         out |= {f"phase_ms/{name}": value for name, value in self._phase_ms().items()}
         out |= {f"bytes/{kind}": float(size) for kind, size in self.comm.bytes_sent.items()}
         out["dropped_steps"] = float(self.dropped_steps)
-        for layer, values in health.items():
-            out |= {f"factor_health/{layer}/{name}": value for name, value in values.items()}
+        preconditioner = self.optimizer.preconditioner
+        if preconditioner is not None and self.comm.rank == 0:
+            for layer, values in preconditioner.health().items():
+                out |= {f"factor_health/{layer}/{name}": value for name, value in values.items()}
         return out
 
     def _phase_ms(self) -> dict[str, float]:
