@@ -45,7 +45,8 @@ class AccuracyOptions:
     layers). protocol: full, quick or given. seeds, first_epochs, max_epochs: None for the protocol's. rates:
     "adam=1e-3,3e-3;kfac=0.1". variants: "name:kfac.key=value,...;...". eval_steps: steps between evaluations; None:
     ever further apart (dngd.bench.runs.evaluation_steps). targets: None for the best of Adam less 0.005, and the best.
-    folder: keeps finished trainings; None: nothing is kept. scale: of the graph products-shaped.
+    folder: keeps finished trainings; None: nothing is kept. scale: of the graph products-shaped. search_only: leave the
+    finals to a later call with the same folder; several searches may run beside each other, finals should not.
     """
 
     config: TrainConfig
@@ -64,6 +65,7 @@ class AccuracyOptions:
     scale: float = 1.0
     threads: int | None = None
     folder: Path | None = None
+    search_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ class _Panel:
 def run_accuracy_bench(options: AccuracyOptions, progress: BenchProgress | None = None) -> dict[str, Any]:
     """Train on every graph and model and return curves, targets and comparisons as plain data.
 
-    Raises UserError for options that cannot be, before anything is trained.
+    With search_only: only what became of each grid. Raises UserError for options that cannot be, before anything is
+    trained.
     """
     plan = _plan(options, progress or BenchProgress())
     panels = _panels(plan)
@@ -152,6 +155,8 @@ def run_accuracy_bench(options: AccuracyOptions, progress: BenchProgress | None 
             panel.place = f"{number}/{len(panels)}"
             results.append(_run_panel(panel))
             panel.track_of.clear()
+    if options.search_only:
+        return {"benchmark": "accuracy", "machine": machine, "config": _described(plan), "searches": results}
     subject = SUBJECT if SUBJECT in options.optimizers else None
     return {
         "benchmark": "accuracy",
@@ -168,6 +173,11 @@ def _plan(options: AccuracyOptions, progress: BenchProgress) -> _Plan:
         raise UserError("no data set is named; give --datasets, e.g. --datasets products-mini")
     settings = make_settings(options.config, options.optimizers, options.rates, options.variants)
     file = TrainingFile(options.folder)
+    if options.search_only and (options.folder is None or options.protocol == GIVEN):
+        raise UserError(
+            "--search-only keeps its trainings for the finals, and needs a protocol that searches; give --out FOLDER, "
+            "and --protocol full or quick"
+        )
     if options.protocol == GIVEN:
         seeds = GIVEN_SEEDS if options.seeds is None else tuple(options.seeds)
         plan = _Plan(options, None, seeds, tuple(settings), (), file, progress)
@@ -236,6 +246,8 @@ def _run_panel(panel: _Panel) -> dict[str, Any]:
             setting = member.setting(panel.config)
             settings.append(setting)
             borders[setting.label] = borders_of(member, lineages, is_capped=member.lineage in grid.capped)
+    if plan.options.search_only:
+        return {"name": panel.title, "search": searches}
     panel.begin("finals", settings, plan.seeds)
     runs = [run for seed in plan.seeds for run in panel.heat(settings, seed, LEAST_EVALUATIONS)]
     track = panel.track(plan.seeds[0])

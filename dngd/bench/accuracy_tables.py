@@ -33,6 +33,20 @@ def print_accuracy(result: Mapping[str, Any], console: Console) -> None:
     print_machine(console, result["machine"])
 
 
+def print_searches(result: Mapping[str, Any], console: Console) -> None:
+    """Print what run_accuracy_bench returned for a search without finals."""
+    for panel in result["searches"]:
+        for family, found in panel["search"].items():
+            of = found["settings"]
+            best = max(of, key=lambda setting: float(setting["best"]))
+            _line(
+                console,
+                f"{panel['name']}: {len(of)} settings of {family}, {sum(s['final'] for s in of)} for the finals; best "
+                f"so far {best['best']:.4f}, {best['label']}.",
+            )
+    _line(console, "The same command without --search-only runs the finals.")
+
+
 def _settings_table(panel: Mapping[str, Any], seeds: int) -> Table:
     graph = panel["graph"]
     table = Table(

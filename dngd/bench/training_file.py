@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -24,7 +25,8 @@ class TrainingFile:
     """Records by key, in FOLDER/trainings.jsonl; without a folder, in memory alone.
 
     A line is on the disk before the next heat starts. A line cut short by a kill is dropped, and what stood in it is
-    trained again. Raises UserError if the file cannot be read or written, or holds something else.
+    trained again. Several processes may add to one file; each finds what was there when it started. Raises UserError
+    if the file cannot be read or written, or holds something else.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -35,10 +37,13 @@ class TrainingFile:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            content = self._path.read_bytes() if self._path.exists() else b""
-            whole = content[: content.rfind(b"\n") + 1]
-            if len(whole) < len(content):
-                os.truncate(self._path, len(whole))
+            with open(self._path, "a+b") as kept:
+                fcntl.flock(kept, fcntl.LOCK_EX)
+                kept.seek(0)
+                content = kept.read()
+                whole = content[: content.rfind(b"\n") + 1]
+                if len(whole) < len(content):
+                    kept.truncate(len(whole))
         except OSError as error:
             raise UserError(f"{self._path} cannot be read or written: {error.strerror}; give another --out") from None
         for number, line in enumerate(whole.decode(errors="replace").splitlines(), 1):
@@ -58,6 +63,7 @@ class TrainingFile:
         runs = [{"label": record.label, "data": record.data} for record in records]
         try:
             with open(self._path, "a") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
                 file.write(json.dumps({"key": key, **description, "runs": runs}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())

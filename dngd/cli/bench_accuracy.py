@@ -84,6 +84,12 @@ def bench_accuracy(
         Path | None,
         typer.Option("--out", help="Folder that keeps finished trainings, to go on from, and gets result.json"),
     ] = None,
+    search_only: Annotated[
+        bool,
+        typer.Option(
+            "--search-only", help="Leave the finals to the same command without this flag; searches may run in parallel"
+        ),
+    ] = False,
     page: Annotated[Path | None, typer.Option("--report", help="HTML file that gets a page with plots")] = None,
     picture: Annotated[Path | None, typer.Option("--svg", help="SVG file that gets the main plot")] = None,
     as_json: Json = False,
@@ -91,7 +97,7 @@ def bench_accuracy(
     """Train optimizers in turns; tell the seconds and steps that each needs to reach a validation score."""
     from dngd.bench import AccuracyOptions, progress_for, run_accuracy_bench
     from dngd.bench.accuracy import GIVEN
-    from dngd.bench.accuracy_tables import print_accuracy
+    from dngd.bench.accuracy_tables import print_accuracy, print_searches
     from dngd.bench.competitors import (
         SETTABLE_IN_RUNS,
         parse_datasets,
@@ -132,9 +138,13 @@ def bench_accuracy(
         scale=scale,
         threads=threads,
         folder=output,
+        search_only=search_only,
     )
     with progress_for(Console(stderr=True)) as progress:
         result = run_accuracy_bench(options, progress)
+    if search_only:
+        print_json(result) if as_json else print_searches(result, out)
+        return
     if output is not None:
         (output / "result.json").write_text(json.dumps(result) + "\n")
     if page is not None:

@@ -202,6 +202,16 @@ def test_a_search_ends_in_finals_and_a_killed_one_goes_on(
     assert json.loads(json.dumps(again)) == again
 
 
+def test_a_search_may_be_done_before_the_finals(store: GraphStore, tmp_path: Path) -> None:
+    fields = SEARCHED | {"optimizers": ("kfac", "adam"), "rates": "adam=0.01,0.03", "folder": tmp_path, "max_epochs": 1}
+    searched = run_accuracy_bench(options_for(store, config(epochs=1), search_only=True, **fields))
+    ((panel,), done) = (searched["searches"], len((tmp_path / "trainings.jsonl").read_text().splitlines()))
+    assert done == sum(of["seeds"] for of in panel["search"]["adam"]["settings"]) == 4
+    whole = run_accuracy_bench(options_for(store, config(epochs=1), **fields))
+    assert whole["trainings_from_file"] == done
+    assert whole["panels"][0]["search"] == panel["search"]
+
+
 def test_other_settings_are_not_taken_from_the_folder(store: GraphStore, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"optimizers": ("adam",), "rates": "adam=0.01", "seeds": (0,), "threads": 1}
     fields |= {"folder": tmp_path, "eval_steps": 4}
@@ -225,6 +235,7 @@ def test_other_settings_are_not_taken_from_the_folder(store: GraphStore, tmp_pat
         ({"metric": "roc_auc"}, "has 5"),
         ({"protocol": "quick", "rates": "kfac=0.1,0.2"}, "kfac has several learning rates"),
         ({"protocol": "thorough"}, "'thorough' is unknown"),
+        ({"protocol": "quick", "search_only": True}, "give --out FOLDER"),
     ],
 )
 def test_bad_options_are_told_before_training(store: GraphStore, options: dict[str, Any], message: str) -> None:

@@ -33,6 +33,15 @@ def test_a_line_cut_short_is_dropped_and_written_over(tmp_path: Path) -> None:
     assert TrainingFile(tmp_path).get("b") == [RECORD]
 
 
+def test_two_processes_may_add_to_one_file(tmp_path: Path) -> None:
+    one, two = TrainingFile(tmp_path), TrainingFile(tmp_path)
+    one.add("a", {}, [RECORD])
+    two.add("b", {}, [RECORD])
+    one.add("c", {}, [RECORD])
+    found = TrainingFile(tmp_path)
+    assert all(found.get(key) == [RECORD] for key in "abc")
+
+
 def test_another_file_of_that_name_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
     path.write_text("something else\n")
