@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from dngd.config import RayConfig
 from dngd.errors import UserError
+from dngd.launch.head import ask_head, check_versions, token_sentence
 
-CONNECT_TIMEOUT_SECONDS = 10.0
 START_SECONDS = 45.0
 SCALING_SECONDS = 900.0
 LOOK_SECONDS = 1.0
@@ -31,18 +31,22 @@ def connect(config: RayConfig, *, environment: dict[str, str]) -> bool:
 
     environment: variables that all of the job's processes get.
     Returns whether this call connected (and the caller should disconnect in the end).
-    Raises UserError if the address cannot be reached within 10 s, or refuses.
+    Raises UserError, within 20 s, if the address cannot be reached, refuses, or runs other versions.
     """
     if ray.is_initialized():
         return False
     address = config.address or os.environ.get("RAY_ADDRESS")
-    _check_reachable(address)
+    head = None if address is None else ask_head(address)
+    if address is not None and head is not None:
+        check_versions(address, head)
     try:
         # Dashboard and per-line driver logs only slow a local cluster's start.
         extra: dict[str, Any] = {} if address else {"include_dashboard": False}
         if environment:
             extra["runtime_env"] = {"env_vars": environment}
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **extra)
+    except AuthenticationError as error:
+        raise UserError(token_sentence(address or "this machine's address", str(error))) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         if address is None:
             raise
@@ -52,23 +56,6 @@ def connect(config: RayConfig, *, environment: dict[str, str]) -> bool:
             f"version is {ray.__version__}"
         ) from None
     return True
-
-
-def _check_reachable(address: str | None) -> None:
-    """Raise UserError if nothing listens at host:port; Ray itself would retry for minutes."""
-    if address is None or address in ("auto", "local"):
-        return
-    host_port = address.removeprefix("ray://")
-    host, colon, port = host_port.rpartition(":")
-    if not colon or not port.isdigit():
-        raise UserError(f"Ray address {address!r} is not HOST:PORT or ray://HOST:PORT; give e.g. 10.0.0.1:6379")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_SECONDS).close()
-    except OSError as error:
-        raise UserError(
-            f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`, or leave the address "
-            "out to use a local one"
-        ) from None
 
 
 @dataclass(frozen=True)
