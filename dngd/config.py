@@ -90,7 +90,7 @@ class RayConfig(_Section):
     backend: Literal["auto", "nccl", "gloo"] = Field("auto", description="collectives; auto: nccl where each worker has a GPU of its own, else gloo")
     min_workers: int | None = Field(None, ge=1, description="fewest workers that the run goes on with when nodes are lost; null: num_workers, which is the most")
     resize_period_seconds: float = Field(60.0, gt=0, description="with min_workers: time between two looks at whether the cluster has room for more workers, seconds")
-    start_timeout_seconds: float = Field(45.0, gt=0, description="limit for the cluster to offer what is asked, seconds; more where it scales by itself")
+    start_timeout_seconds: float | None = Field(None, gt=0, description="limit for the cluster to offer what is asked, seconds; null: 45, or 900 where it has an autoscaler, which is asked for it")
     max_failures: int = Field(5, ge=0, description="losses of workers in a row, without a newer checkpoint between them, that the run recovers from")
     stall_timeout_seconds: float = Field(60.0, gt=0, description="a worker that is silent, or keeps the others waiting, for this long is killed and started again, seconds")
     recovery_timeout_seconds: float = Field(600.0, gt=0, description="limit for workers to run, at the start and again after a loss, seconds; more where nodes take longer to be replaced")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -212,11 +212,29 @@ def report(
         out.print(str(write_report(folders, output)), highlight=False)
 
 
-def doctor(as_json: Json = False) -> None:
-    """Check versions, devices and threads; say what is missing or untested, and the fix. Exit code 0 or 1."""
-    from dngd.doctor import diagnose
+def doctor(
+    address: Annotated[
+        str | None,
+        typer.Option(help="Look at a Ray cluster too: its dashboard, http://HOST:8265, or its head, HOST:6379"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check versions, devices and threads, and a cluster; say what is missing or untested, and the fix.
 
-    diagnosis = diagnose()
+    Exit code 0 or 1; 2 if the cluster cannot be reached or refuses.
+    """
+    from dngd.doctor import Diagnosis, Finding, diagnose
+
+    cluster = []
+    if address is not None:
+        from dngd.launch.cluster_check import check_cluster  # importing Ray takes seconds
+
+        for line in check_cluster(address):
+            status: Literal["ok", "untested", "missing"] = "missing"
+            if line.works:
+                status = "untested" if line.fix else "ok"
+            cluster.append(Finding(line.name, line.found, status, True, line.fix))
+    diagnosis = Diagnosis((*diagnose().findings, *cluster))
     if as_json:
         sys.stdout.write(diagnosis.to_json() + "\n")
     else:

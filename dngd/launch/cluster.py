@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
+from ray.experimental.internal_kv import _internal_kv_get
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from dngd.config import RayConfig
 from dngd.errors import UserError
+from dngd.launch.head import ask_head, check_versions, token_sentence
 
-CONNECT_TIMEOUT_SECONDS = 10.0
+START_SECONDS = 45.0
+SCALING_SECONDS = 900.0
+LOOK_SECONDS = 1.0
+TELL_SECONDS = 30.0
 
 
 def connect(config: RayConfig, *, environment: dict[str, str]) -> bool:
@@ -22,18 +31,22 @@ def connect(config: RayConfig, *, environment: dict[str, str]) -> bool:
 
     environment: variables that all of the job's processes get.
     Returns whether this call connected (and the caller should disconnect in the end).
-    Raises UserError if the address cannot be reached within 10 s, or refuses.
+    Raises UserError, within 20 s, if the address cannot be reached, refuses, or runs other versions.
     """
     if ray.is_initialized():
         return False
     address = config.address or os.environ.get("RAY_ADDRESS")
-    _check_reachable(address)
+    head = None if address is None else ask_head(address)
+    if address is not None and head is not None:
+        check_versions(address, head)
     try:
         # Dashboard and per-line driver logs only slow a local cluster's start.
         extra: dict[str, Any] = {} if address else {"include_dashboard": False}
         if environment:
             extra["runtime_env"] = {"env_vars": environment}
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **extra)
+    except AuthenticationError as error:
+        raise UserError(token_sentence(address or "this machine's address", str(error))) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         if address is None:
             raise
@@ -45,90 +58,133 @@ def connect(config: RayConfig, *, environment: dict[str, str]) -> bool:
     return True
 
 
-def _check_reachable(address: str | None) -> None:
-    """Raise UserError if nothing listens at host:port; Ray itself would retry for minutes."""
-    if address is None or address in ("auto", "local"):
-        return
-    host_port = address.removeprefix("ray://")
-    host, colon, port = host_port.rpartition(":")
-    if not colon or not port.isdigit():
-        raise UserError(f"Ray address {address!r} is not HOST:PORT or ray://HOST:PORT; give e.g. 10.0.0.1:6379")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_SECONDS).close()
-    except OSError as error:
-        raise UserError(
-            f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`, or leave the address "
-            "out to use a local one"
-        ) from None
+@dataclass(frozen=True)
+class Demand:
+    """What a run asks of a cluster: so many workers, each with the resources of one, placed by a strategy of Ray's."""
+
+    num_workers: int
+    worker: Mapping[str, float]
+    strategy: str = "PACK"
+
+    @property
+    def total(self) -> dict[str, float]:
+        """What all workers take together."""
+        return {kind: amount * self.num_workers for kind, amount in self.worker.items() if amount}
 
 
 def wait_for_resources(
-    num_workers: int,
-    cpus_per_worker: float,
-    gpus_per_worker: float,
-    timeout_seconds: float,
-    tell: Callable[[str], None],
-    *,
-    may_grow: bool,
+    demand: Demand, timeout_seconds: float | None, tell: Callable[[str], None], *, may_grow: bool
 ) -> None:
     """Return once the cluster has free what all workers need together.
 
-    may_grow: whether nodes may still join; a local cluster whose totals fall short is refused at once.
-    Raises UserError when timeout_seconds have passed, saying what is asked and what is there.
+    While it has not, a placement group of theirs is pending, which an autoscaler starts nodes for. (Unlike
+    `ray.autoscaler.sdk.request_resources`, of which a cluster has one that outlives its job, it adds to what other jobs
+    ask for, keeps nodes together as the run wants them, and goes with this process, however that ends.)
+
+    timeout_seconds: None for START_SECONDS, or SCALING_SECONDS where the cluster has an autoscaler. may_grow: whether
+    nodes may still join; a local cluster whose totals fall short is refused at once.
+    Raises UserError when that time has passed, saying what is asked and what is there.
     """
-    asked = {"CPU": num_workers * cpus_per_worker}
-    if gpus_per_worker:
-        asked["GPU"] = num_workers * gpus_per_worker
-    deadline = time.monotonic() + timeout_seconds
-    told = False
-    while True:
-        total, free = ray.cluster_resources(), ray.available_resources()
-        places = _places(cpus_per_worker, gpus_per_worker)
-        if places >= num_workers and all(free.get(kind, 0.0) >= amount for kind, amount in asked.items()):
-            return
-        hopeless = not may_grow and places < num_workers
-        if hopeless or time.monotonic() >= deadline:
-            raise UserError(_shortage(asked, total, free, num_workers, places, timeout_seconds, hopeless))
-        if not told:
-            tell(f"waiting up to {timeout_seconds:.0f} s for the cluster to have {_amounts(asked)} free")
-            told = True
-        time.sleep(1.0)
+    missing = _missing(demand)
+    if missing is None:
+        return
+    scales = may_grow and scales_by_itself()
+    limit = timeout_seconds or (SCALING_SECONDS if scales else START_SECONDS)
+    if not may_grow and missing.places < demand.num_workers:
+        raise UserError(_shortage(demand, missing, None, scales))
+    asked = ", for which its autoscaler starts nodes" if scales else ""
+    tell(f"waiting up to {limit:.0f} s for the cluster to have {_amounts(demand.total)} free{asked}")
+    began = told = time.monotonic()
+    with _pending(demand) as group:
+        while not group.wait(LOOK_SECONDS):
+            now = time.monotonic()
+            if now - began >= limit:
+                raise UserError(_shortage(demand, _missing(demand) or missing, limit, scales))
+            if now - told >= TELL_SECONDS:
+                told = now
+                tell(f"{now - began:.0f} s: the cluster's nodes hold {_places(demand)} of {demand.num_workers} workers")
 
 
-def _places(cpus_per_worker: float, gpus_per_worker: float) -> int:
+@contextmanager
+def _pending(demand: Demand) -> Iterator[Any]:
+    """Give a placement group of the demand, which is given up when the block ends."""
+    group = placement_group([dict(demand.worker) for _ in range(demand.num_workers)], strategy=demand.strategy)
+    try:
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
+def scales_by_itself() -> bool:
+    """Say whether the cluster has an autoscaler that may start nodes, as far as can be told; Ray has no public word.
+
+    Every head runs the same process; without a configuration it names the types of nodes `node_` and their id.
+    """
+    try:
+        return _has_named_types(_internal_kv_get("__autoscaling_status")) or _is_version_two()
+    except Exception:  # private interfaces: without them the limit is the shorter one, and can be set
+        return False
+
+
+def _has_named_types(status: bytes | None) -> bool:
+    report = json.loads(status or b"{}").get("autoscaler_report") or {}
+    types = {*(report.get("active_nodes") or {}), *(report.get("pending_launches") or {})}
+    return any(not name.startswith("node_") for name in types)
+
+
+def _is_version_two() -> bool:
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    nodes = [*status.active_nodes, *status.idle_nodes]
+    return int(status.stats.autoscaler_version or 0) > 0 and any(
+        not node.ray_node_type_name.startswith("node_") for node in nodes
+    )
+
+
+@dataclass(frozen=True)
+class _Missing:
+    """What a cluster has that is not enough. places: how many workers its nodes hold when idle."""
+
+    total: Mapping[str, float]
+    free: Mapping[str, float]
+    places: int
+
+
+def _missing(demand: Demand) -> _Missing | None:
+    total, free = ray.cluster_resources(), ray.available_resources()
+    places = _places(demand)
+    if places >= demand.num_workers and all(free.get(kind, 0.0) >= n for kind, n in demand.total.items()):
+        return None
+    return _Missing(total, free, places)
+
+
+def _places(demand: Demand) -> int:
     """Return how many workers the cluster's nodes hold when idle; a worker does not span nodes."""
-    places = 0
-    for node in ray.nodes():
-        if node["Alive"]:
-            have = node["Resources"]
-            on_node = have.get("CPU", 0.0) // cpus_per_worker
-            if gpus_per_worker:
-                on_node = min(on_node, have.get("GPU", 0.0) // gpus_per_worker)
-            places += int(on_node)
-    return places
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(
+        int(min(have.get(kind, 0.0) // amount for kind, amount in demand.worker.items() if amount)) for have in alive
+    )
 
 
-def _shortage(
-    asked: dict[str, float],
-    total: dict[str, float],
-    free: dict[str, float],
-    num_workers: int,
-    places: int,
-    timeout_seconds: float,
-    hopeless: bool,
-) -> str:
-    there = {kind: total.get(kind, 0.0) for kind in asked}
-    free_now = {kind: free.get(kind, 0.0) for kind in asked}
-    waited = "" if hopeless else f" after {timeout_seconds:.0f} s"
-    fix = f"use --num-workers {places} or less" if places else "add nodes that have what one worker asks for"
-    if "GPU" in asked and not total.get("GPU"):
+def _shortage(demand: Demand, missing: _Missing, waited: float | None, scales: bool) -> str:
+    there = {kind: missing.total.get(kind, 0.0) for kind in demand.total}
+    free = {kind: missing.free.get(kind, 0.0) for kind in demand.total}
+    after = "" if waited is None else f" after {waited:.0f} s"
+    fix = "add nodes that have what one worker asks for"
+    if missing.places:
+        fix = f"use --num-workers {missing.places} or less"
+    if "GPU" in demand.total and not missing.total.get("GPU"):
         fix = "leave out --use-gpu, or join nodes with GPUs"
+    if scales:
+        fix += ", see ray status for why its autoscaler starts no more"
     return (
-        f"{num_workers} workers need {_amounts(asked)} but the cluster has {_amounts(there)} "
-        f"({_amounts(free_now)} free){waited}; {fix}, start a larger cluster, or wait longer "
+        f"{demand.num_workers} workers need {_amounts(demand.total)} but the cluster has {_amounts(there)} "
+        f"({_amounts(free)} free){after}; {fix}, start a larger cluster, or wait longer "
         "for nodes to join with --set ray.start_timeout_seconds=N"
     )
 
 
-def _amounts(resources: dict[str, float]) -> str:
-    return " and ".join(f"{amount:g} {kind}s" for kind, amount in resources.items())
+def _amounts(resources: Mapping[str, float]) -> str:
+    names = {"CPU": "CPUs", "GPU": "GPUs"}
+    return " and ".join(f"{amount:g} {names.get(kind, kind)}" for kind, amount in resources.items())

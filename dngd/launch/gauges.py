@@ -1,4 +1,8 @@
-"""A run's measurements as gauges of Ray, which its dashboard's metrics and Prometheus show beside the machines' own."""
+"""A run's measurements as gauges of Ray, which its dashboard's metrics and Prometheus show beside the machines' own.
+
+Prometheus has them as `ray_dngd_GROUP`: Ray puts its prefix before every name. cluster/README.md lists them, and
+cluster/grafana-dashboard.json shows them.
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from dngd.comm import Communicator, current_communicator
 from dngd.config import TrainConfig
 from dngd.errors import DivergedError, RunInterrupted, TrainingError, UserError
 from dngd.launch.channel import RunChannel
-from dngd.launch.cluster import connect, wait_for_resources
+from dngd.launch.cluster import Demand, connect, wait_for_resources
 from dngd.launch.gauges import Gauges
 from dngd.launch.watch import Watch
 from dngd.train import EvaluationRecord, RunResult, run_rank
@@ -66,9 +66,7 @@ def on_cluster(config: TrainConfig, reporter: Reporter) -> Iterator[None]:
     connected = connect(config.ray, environment=unset)
     try:
         wait_for_resources(
-            config.min_workers,
-            config.ray.cpus_per_worker,
-            config.ray.gpus_per_worker if config.use_gpu else 0.0,
+            Demand(config.min_workers, _worker_resources(config), config.ray.placement_strategy),
             config.ray.start_timeout_seconds,
             reporter.message,
             may_grow=connected and bool(config.ray.address or os.environ.get("RAY_ADDRESS")),
@@ -190,17 +188,19 @@ class _ChannelStops(NobodyStops):
 
 def _scaling(config: TrainConfig) -> Any:
     settings = config.ray
-    resources = {"CPU": settings.cpus_per_worker} | settings.resources_per_worker
-    if config.use_gpu:
-        resources["GPU"] = settings.gpus_per_worker
     elastic = config.min_workers < config.num_workers
     return ray.train.ScalingConfig(
         num_workers=(config.min_workers, config.num_workers) if elastic else config.num_workers,
         use_gpu=config.use_gpu,
-        resources_per_worker=resources,
+        resources_per_worker=_worker_resources(config),
         placement_strategy=settings.placement_strategy,
         elastic_resize_monitor_interval_s=settings.resize_period_seconds,
     )
+
+
+def _worker_resources(config: TrainConfig) -> dict[str, float]:
+    gpus = {"GPU": config.ray.gpus_per_worker} if config.use_gpu else {}
+    return {"CPU": config.ray.cpus_per_worker} | gpus | config.ray.resources_per_worker
 
 
 def _failure_config() -> Any:

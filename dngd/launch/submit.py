@@ -22,10 +22,12 @@ from typing import Any, TypeVar
 from urllib.parse import quote, quote_plus, urlsplit
 
 import ray
+import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from dngd.errors import UserError
+from dngd.launch.head import TOKEN_FIX, token_sentence
 
 CONNECT_SECONDS = 15.0
 REQUEST_SECONDS = 20.0
@@ -44,10 +46,6 @@ STOP_ENVIRONMENT = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S":
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _NO_AGENT = "No available agent"
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_TOKEN_FIX = (
-    "set RAY_AUTH_MODE=token and put the cluster's token in ~/.ray/auth_token or a file that RAY_AUTH_TOKEN_PATH names"
-)
-
 T = TypeVar("T")
 
 
@@ -156,7 +154,7 @@ def job_server_address(address: str | None) -> str:
         raise UserError("no cluster to submit to; give --address http://HOST:8265, the address of its Ray dashboard")
     parts = urlsplit(address if "://" in address else f"http://{address}")
     if parts.username is not None or parts.password is not None:
-        raise UserError(f"the address holds credentials before an @; leave them out and {_TOKEN_FIX}")
+        raise UserError(f"the address holds credentials before an @; leave them out and {TOKEN_FIX}")
     try:
         port = parts.port
     except ValueError:
@@ -187,7 +185,7 @@ class ClusterJobs:
             except TimeoutError:
                 raise UserError(f"{_no_answer(address)} within {CONNECT_SECONDS:.0f} s; {_REACH_FIX}") from None
             except AuthenticationError as error:
-                raise UserError(_token_sentence(address, str(error))) from None
+                raise UserError(token_sentence(address, str(error))) from None
             except ConnectionError:
                 raise UserError(f"{_no_answer(address)}; {_REACH_FIX}") from None
             except Exception as error:  # whatever a server that is no Ray dashboard makes the SDK raise
@@ -267,6 +265,30 @@ class ClusterJobs:
         chunks: AsyncIterator[str] = self._client.tail_job_logs(job_id)
         return chunks
 
+    def nodes(self, most: int) -> list[dict[str, Any]]:
+        """Return what the dashboard knows of at most so many nodes. Raises UserError if it does not answer."""
+        listed = self._get(f"/api/v0/nodes?limit={most}").json()
+        nodes: list[dict[str, Any]] = listed["data"]["result"]["result"]
+        return nodes
+
+    def asks_for_token(self) -> bool:
+        """Say whether the dashboard refuses those without the cluster's token."""
+        try:
+            answer = requests.get(f"{self.address}/api/version", timeout=REQUEST_SECONDS)
+        except requests.RequestException as error:
+            raise UserError(f"{_no_answer(self.address)} ({_first_line(error)}); {_REACH_FIX}") from None
+        return answer.status_code in (401, 403)
+
+    def _get(self, path: str) -> Any:
+        try:
+            answer = _within(REQUEST_SECONDS, lambda: self._client._do_request("GET", path))  # with its token
+            answer.raise_for_status()
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"the cluster at {self.address} did not answer ({_first_line(error)}); {_REACH_FIX}"
+            ) from None
+        return answer
+
     def stop(self, job_id: str) -> None:
         """Ask the cluster to stop a job; it ends some time later. Raises UserError if the cluster does not answer."""
         try:
@@ -329,14 +351,6 @@ def _version_sentence(address: str, version: str) -> str:
         f"the cluster at {address} runs Ray {version} but dngd needs {oldest} or newer, below 3; start it with "
         f"ray=={ray.__version__}, as here"
     )
-
-
-def _token_sentence(address: str, said: str) -> str:
-    if "Forbidden" in said or "authentication token is invalid" in said:
-        return f"the cluster at {address} refused this process's token; {_TOKEN_FIX}"
-    if "RAY_AUTH_TOKEN_PATH is set but" in said:
-        return f"RAY_AUTH_TOKEN_PATH names no readable file with a token; {_TOKEN_FIX}"
-    return f"the cluster at {address} asks for a token and this process has none to send; {_TOKEN_FIX}"
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:

@@ -133,6 +133,7 @@ def worker_pids(cluster: Cluster) -> list[int]:
 def test_more_workers_than_cpus(cluster: Cluster, store: GraphStore, tmp_path: Path) -> None:
     started = time.monotonic()
     arguments = ["--address", cluster.gcs_address, "--run-dir", str(tmp_path / "run")]
+    arguments += ["--set", "ray.start_timeout_seconds=5"]
     done = run(cluster, "train", "--dataset", str(store.path), *SMALL, "--num-workers", "9", *arguments)
     assert done.returncode == 2, done.stderr
     sentence = done.stderr.strip().splitlines()[-1]
@@ -144,6 +145,7 @@ def test_more_workers_than_cpus(cluster: Cluster, store: GraphStore, tmp_path: P
 
 def test_gpu_workers_without_gpus(cluster: Cluster, store: GraphStore, tmp_path: Path) -> None:
     arguments = ["--address", cluster.gcs_address, "--run-dir", str(tmp_path / "run"), "--use-gpu"]
+    arguments += ["--set", "ray.start_timeout_seconds=5"]
     done = run(cluster, "train", "--dataset", str(store.path), *SMALL, "--num-workers", "1", *arguments)
     assert done.returncode == 2, done.stderr
     assert "0 GPUs" in done.stderr

@@ -36,6 +36,7 @@ class JobServer:
     ends: bool = True
     log_stays_open: bool = False
     stops: bool = True
+    nodes: list[dict[str, Any]] = field(default_factory=list)
     submitted: list[dict[str, Any]] = field(default_factory=list)
     packages: dict[str, bytes] = field(default_factory=dict)
     stopped: list[str] = field(default_factory=list)
@@ -54,6 +55,9 @@ class JobServer:
 
     async def _version(self, request: web.Request) -> web.Response:
         return web.json_response({"version": "4", "ray_version": self.ray_version, "ray_commit": "x"})
+
+    async def _nodes(self, request: web.Request) -> web.Response:
+        return web.json_response({"result": True, "data": {"result": {"result": self.nodes}}})
 
     async def _submit(self, request: web.Request) -> web.Response:
         self.submitted.append(json.loads(await request.text()))
@@ -110,6 +114,7 @@ class JobServer:
     def application(self) -> web.Application:
         app = web.Application(middlewares=[self._first], client_max_size=2**26)
         app.router.add_get("/api/version", self._version)
+        app.router.add_get("/api/v0/nodes", self._nodes)
         app.router.add_get("/api/packages/{protocol}/{name}", self._has_package)
         app.router.add_put("/api/packages/{protocol}/{name}", self._take_package)
         app.router.add_post("/api/jobs/", self._submit)
