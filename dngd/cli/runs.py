@@ -63,6 +63,10 @@ def train(
     seed: Annotated[int | None, typer.Option(help=field_help("seed"))] = None,
     num_samplers: Annotated[int | None, typer.Option(help=field_help("num_samplers"))] = None,
     run_dir: Annotated[Path | None, typer.Option(help=field_help("run_dir"))] = None,
+    loggers: Annotated[
+        str | None,
+        typer.Option(help="Where evaluations go too: tensorboard, mlflow, wandb, or several: tensorboard,wandb"),
+    ] = None,
     resume: Annotated[bool | None, typer.Option("--resume", help=field_help("resume"))] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file of configuration fields; flags and --set go on top")
