@@ -199,6 +199,21 @@ def predict(
     )
 
 
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder")],
+    output: Annotated[Path, typer.Option("--out", help="File (safetensors) or folder (pyg) to write")],
+    format: Annotated[
+        str, typer.Option(help="safetensors: the weights; pyg: a plain PyG module with them, which needs no dngd")
+    ] = "safetensors",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is already there")] = False,
+) -> None:
+    """Export a run's best model for use without dngd."""
+    from dngd.train.export import export_run
+
+    written = export_run(run, output, format=format, overwrite=overwrite)
+    out.print(str(written), highlight=False, soft_wrap=True)
+
+
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders")],
     output: Annotated[Path, typer.Option("--out", help="HTML file to write")] = Path("report.html"),

@@ -146,6 +146,16 @@ class Trainer:
         """
         return load_trained(self._run_folder(), self._parts).model.eval()
 
+    def export(self, out: str | Path, *, format: str = "safetensors", overwrite: bool = False) -> Path:
+        """Write the run's best model for use without dngd; see dngd.train.export_run.
+
+        format: safetensors (weights), or pyg, a folder with a plain PyG module. Raises UserError if there is no run
+        with a model, or for pyg of a module of one's own.
+        """
+        from dngd.train.export import export_run  # imports PyG, which takes seconds
+
+        return export_run(self._run_folder(), Path(out), format=format, overwrite=overwrite, parts=self._parts)
+
     def _run_folder(self) -> Path:
         if self._run_dir is None:
             raise UserError("there is no run yet: call fit() first, or name its folder with TrainConfig(run_dir=...)")
