@@ -24,7 +24,7 @@ from dngd.train.loggers import check_loggers
 from dngd.train.objective import CustomLoss
 from dngd.train.parts import ModuleFactory, OptimizerFactory, RunParts
 from dngd.train.plan import check_device, check_fits
-from dngd.train.predict import probabilities_of_run
+from dngd.train.predict import Predictions, predict_run, probabilities_of_run
 from dngd.train.progress import ConsoleReporter, Reporter, SilentReporter
 from dngd.train.scoring import CustomMetric
 from dngd.train.supervision import Supervision
@@ -105,7 +105,7 @@ class Trainer:
         if self._reporter is not None:
             result = self._run(self._reporter)
         else:
-            with ConsoleReporter(Console(file=sys.stderr)) as reporter:
+            with ConsoleReporter(Console(file=sys.stderr), self._parts.metric_name(self.config)) as reporter:
                 result = self._run(reporter)
         folder = RunFolder(Path(result.run_dir))
         write_report([folder.path], folder.report)
@@ -133,10 +133,25 @@ class Trainer:
 
         nodes: int64 [n], distinct; None for all. Rows are in the order of nodes. Of several labels a node each column
         is a probability by itself. dataset: another graph with the same features. Raises UserError if there is no run
-        with a model, or no such node. `dngd predict`, or dngd.train.predict_run, writes a file instead.
+        with a model, or no such node. `predict_file` writes a file, block by block.
         """
         return probabilities_of_run(
             self._run_folder(), nodes, data_root=self.config.data_root, dataset=dataset, parts=self._parts
+        )
+
+    def predict_file(self, out: str | Path, *, nodes: str = "all", probabilities: bool = False) -> Predictions:
+        """Write what the run's best model gives nodes to a Parquet file, with the nodes' own ids; see `dngd predict`.
+
+        nodes: all, train, val, test or unlabelled. probabilities: those of all classes too. Raises UserError if there
+        is no run with a model, no such node, or a file that is there already.
+        """
+        return predict_run(
+            self._run_folder(),
+            Path(out),
+            nodes=nodes,
+            data_root=self.config.data_root,
+            probabilities=probabilities,
+            parts=self._parts,
         )
 
     def best_model(self) -> nn.Module:
