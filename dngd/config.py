@@ -190,6 +190,11 @@ class TrainConfig(_Section):
                 raise ValueError(f"fanout={value!r} is not a list of whole numbers; write e.g. 15,10,5") from None
         return value
 
+    @field_validator("loggers", mode="before")
+    @classmethod
+    def _loggers_text(cls, value: object) -> object:
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
     @field_validator("class_weights", mode="before")
     @classmethod
     def _class_weights_text(cls, value: object) -> object:

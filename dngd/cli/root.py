@@ -16,7 +16,7 @@ from dngd import __version__
 from dngd.cli.bench import bench_app
 from dngd.cli.common import Interrupted, out
 from dngd.cli.data import data_app
-from dngd.cli.runs import doctor, evaluate, predict, report, train
+from dngd.cli.runs import doctor, evaluate, export, predict, report, train
 from dngd.cli.submit import SETTINGS as SUBMIT_SETTINGS
 from dngd.cli.submit import submit
 from dngd.errors import TrainingError, UserError
@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (train, evaluate, predict, report, doctor):
+for command in (train, evaluate, predict, export, report, doctor):
     app.command()(command)
 app.command(context_settings=SUBMIT_SETTINGS)(submit)
 app.add_typer(data_app, name="data")

@@ -65,6 +65,10 @@ def train(
     seed: Annotated[int | None, typer.Option(help=field_help("seed"))] = None,
     num_samplers: Annotated[int | None, typer.Option(help=field_help("num_samplers"))] = None,
     run_dir: Annotated[Path | None, typer.Option(help=field_help("run_dir"))] = None,
+    loggers: Annotated[
+        str | None,
+        typer.Option(help="Where evaluations go too: tensorboard, mlflow, wandb, or several: tensorboard,wandb"),
+    ] = None,
     resume: Annotated[bool | None, typer.Option("--resume", help=field_help("resume"))] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file of configuration fields; flags and --set go on top")
@@ -195,6 +199,21 @@ def predict(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder")],
+    output: Annotated[Path, typer.Option("--out", help="File (safetensors) or folder (pyg) to write")],
+    format: Annotated[
+        str, typer.Option(help="safetensors: the weights; pyg: a plain PyG module with them, which needs no dngd")
+    ] = "safetensors",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is already there")] = False,
+) -> None:
+    """Export a run's best model for use without dngd."""
+    from dngd.train.export import export_run
+
+    written = export_run(run, output, format=format, overwrite=overwrite)
+    out.print(str(written), highlight=False, soft_wrap=True)
 
 
 def report(

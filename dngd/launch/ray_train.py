@@ -37,6 +37,7 @@ from dngd.launch.watch import Watch
 from dngd.train import EvaluationRecord, RunResult, run_rank
 from dngd.train.heartbeat import Beat, Heartbeat
 from dngd.train.interrupt import NobodyStops
+from dngd.train.logs import rank_logs
 from dngd.train.parts import RunParts
 from dngd.train.progress import Reporter, StepRecord, event
 from dngd.train.supervision import Attempt, Supervision
@@ -256,7 +257,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
         node_name=os.uname().nodename,
     )
     reporter = RayReporter(channel if communicator.rank == 0 else None)
-    with heartbeat:
+    with heartbeat, rank_logs(communicator.rank, supervision.clock):
         try:
             result = run_rank(
                 config,

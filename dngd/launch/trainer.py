@@ -23,7 +23,7 @@ from dngd.train.loggers import check_loggers
 from dngd.train.objective import CustomLoss
 from dngd.train.parts import ModuleFactory, OptimizerFactory, RunParts
 from dngd.train.plan import check_device, check_fits
-from dngd.train.predict import probabilities_of_run
+from dngd.train.predict import Predictions, predict_run, probabilities_of_run
 from dngd.train.progress import ConsoleReporter, Reporter, SilentReporter
 from dngd.train.remote_run import fetched_run, send_report
 from dngd.train.scoring import CustomMetric
@@ -106,7 +106,7 @@ class Trainer:
         if self._reporter is not None:
             result = self._run(self._reporter)
         else:
-            with ConsoleReporter(Console(file=sys.stderr)) as reporter:
+            with ConsoleReporter(Console(file=sys.stderr), self._parts.metric_name(self.config)) as reporter:
                 result = self._run(reporter)
         # The configuration's address has options, such as an endpoint, that the result's is without.
         run = self.config.run_dir if self.config.run_address else Path(result.run_dir)
@@ -137,10 +137,25 @@ class Trainer:
 
         nodes: int64 [n], distinct; None for all. Rows are in the order of nodes. Of several labels a node each column
         is a probability by itself. dataset: another graph with the same features. Raises UserError if there is no run
-        with a model, or no such node. `dngd predict`, or dngd.train.predict_run, writes a file instead.
+        with a model, or no such node. `predict_file` writes a file, block by block.
         """
         return probabilities_of_run(
             self._run_folder(), nodes, data_root=self.config.data_root, dataset=dataset, parts=self._parts
+        )
+
+    def predict_file(self, out: str | Path, *, nodes: str = "all", probabilities: bool = False) -> Predictions:
+        """Write what the run's best model gives nodes to a Parquet file, with the nodes' own ids; see `dngd predict`.
+
+        nodes: all, train, val, test or unlabelled. probabilities: those of all classes too. Raises UserError if there
+        is no run with a model, no such node, or a file that is there already.
+        """
+        return predict_run(
+            self._run_folder(),
+            Path(out),
+            nodes=nodes,
+            data_root=self.config.data_root,
+            probabilities=probabilities,
+            parts=self._parts,
         )
 
     def best_model(self) -> nn.Module:
@@ -150,6 +165,16 @@ class Trainer:
         """
         with fetched_run(self._run_folder()) as folder:
             return load_trained(folder, self._parts).model.eval()
+
+    def export(self, out: str | Path, *, format: str = "safetensors", overwrite: bool = False) -> Path:
+        """Write the run's best model for use without dngd; see dngd.train.export_run.
+
+        format: safetensors (weights), or pyg, a folder with a plain PyG module. Raises UserError if there is no run
+        with a model, or for pyg of a module of one's own.
+        """
+        from dngd.train.export import export_run  # imports PyG, which takes seconds
+
+        return export_run(self._run_folder(), Path(out), format=format, overwrite=overwrite, parts=self._parts)
 
     def _run_folder(self) -> Path:
         if self._run_dir is None:

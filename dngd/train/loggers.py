@@ -91,14 +91,15 @@ class TensorBoardLogger(_Logger):
 
 
 class MLflowLogger(_Logger):
-    """A run of MLflow, at MLFLOW_TRACKING_URI, or in RUN/mlflow.db; in experiment MLFLOW_EXPERIMENT_NAME, or dngd."""
+    """A run of MLflow, at MLFLOW_TRACKING_URI, or in RUN/mlflow.db (`mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db`);
+    in experiment MLFLOW_EXPERIMENT_NAME, or dngd."""
 
     def on_start(self, run: RunState) -> None:
         try:
             from mlflow.tracking import MlflowClient
         except ImportError:
             raise _missing("mlflow") from None
-        address = os.environ.get("MLFLOW_TRACKING_URI") or f"file:{run.run_dir.absolute() / 'mlflow'}"
+        address = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.run_dir.absolute() / 'mlflow.db'}"
         self._client = MlflowClient(tracking_uri=address)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "dngd")
         found = self._client.get_experiment_by_name(name)
@@ -138,9 +139,11 @@ class WandbLogger(_Logger):
             config=run.config.model_dump(mode="json"),
             settings=wandb.Settings(silent=True, console="off"),
         )
+        # Not W&B's own step, which must never fall: a resumed run may go back.
+        self._run.define_metric("*", step_metric="step")
 
     def _log(self, values: dict[str, float], step: int) -> None:
-        self._run.log(values, step=step)
+        self._run.log(values | {"step": step})
 
     def on_end(self, run: RunState, result: RunResult | None) -> None:
         self._run.finish(exit_code=1 if result is None else 0)

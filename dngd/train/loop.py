@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -61,6 +62,8 @@ from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
 from dngd.train.supervision import Supervision
 from dngd.train.surroundings import load_weights, make_surroundings
 from dngd.train.together import open_dataset, together
+
+logger = logging.getLogger(__name__)
 
 REPORT_PERIOD_SECONDS = 0.25
 FULL_BATCH_CHECKPOINT_PERIOD = 50
@@ -191,6 +194,7 @@ class TrainingLoop:
             with self.clock.inside("resuming"):
                 self._resume()
         shards = shards_of_rank(self.config.shards, self.comm.rank, self.comm.world_size)
+        logger.info("training: shards %s of %d, to step %d", list(shards), self.config.shards, self.plan.total_steps)
         self.model.train()
         if self.config.keep_memory and self.device.type == "cpu":
             # Not before: what setting up takes and frees, for graphs of millions of nodes, is never wanted again.
@@ -482,6 +486,10 @@ class TrainingLoop:
                 replace_file(self.folder.best_model, self.best_model)
         self.folder.changed()
         self.reporter.evaluation(record)
+        logger.info(
+            "evaluation: train loss %.4f, val loss %.4f, val %s %.4f",
+            *(record.train_loss, record.val_loss, self.metric_name, record.val_accuracy),
+        )
         wish = self.callbacks.evaluation(self.state, record)
         if self.parts.callbacks:  # known to all ranks alike, and the only ones that may want it
             answer = b"end" if wish else b"go on"
@@ -527,6 +535,7 @@ class TrainingLoop:
     def _checkpoint(self) -> None:
         preconditioner = self.optimizer.preconditioner
         self.checkpointed_step = self.step
+        logger.info("checkpoint")
         self.writer.save(
             Snapshot(
                 step=self.step,

@@ -60,14 +60,18 @@ class SilentReporter:
 
 
 class ConsoleReporter:
-    """A rich progress bar on a terminal; otherwise a line every ten seconds and every evaluation."""
+    """A rich progress bar on a terminal; otherwise a line every ten seconds and every evaluation.
 
-    def __init__(self, console: Console) -> None:
+    metric: what the evaluations' accuracies are.
+    """
+
+    def __init__(self, console: Console, metric: str = "accuracy") -> None:
         self._console = console
+        self._metric = "acc" if metric == "accuracy" else metric
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._last_line = time.monotonic()
-        self._accuracy = "–"
+        self._accuracy = f"val {self._metric} –"
 
     def __enter__(self) -> ConsoleReporter:
         if self._console.is_terminal:
@@ -75,7 +79,7 @@ class ConsoleReporter:
                 TextColumn("epoch {task.fields[epoch]}"),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]}  val acc {task.fields[accuracy]}  {task.fields[rate]} seeds/s"),
+                TextColumn("loss {task.fields[loss]}  {task.fields[accuracy]}  {task.fields[rate]} seeds/s"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
@@ -110,11 +114,11 @@ class ConsoleReporter:
             )
 
     def evaluation(self, record: EvaluationRecord) -> None:
-        self._accuracy = f"{record.val_accuracy:.4f}"
+        self._accuracy = f"val {self._metric} {record.val_accuracy:.4f}"
         self._console.print(
             f"epoch {record.epoch:g}  step {record.step}  train loss {record.train_loss:.4f}  "
-            f"val loss {record.val_loss:.4f}  val acc {record.val_accuracy:.4f}  "
-            f"test acc {record.test_accuracy:.4f}  {record.train_seconds:.1f} s",
+            f"val loss {record.val_loss:.4f}  val {self._metric} {record.val_accuracy:.4f}  "
+            f"test {self._metric} {record.test_accuracy:.4f}  {record.train_seconds:.1f} s",
             highlight=False,
             soft_wrap=True,
         )
