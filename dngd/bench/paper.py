@@ -46,7 +46,7 @@ class PaperOptions:
     splits: Sequence[str] = SPLITS
     parts: Sequence[str] = PARTS
     num_seeds: int = 10
-    grid_seeds: int = 2
+    grid_seeds: int = 3
     rounds: int = 3
     processes: int = 1
     threads: int = 1

@@ -24,7 +24,7 @@ def bench_paper(
         ),
     ] = "tuned,wide,table,seconds",
     num_seeds: Annotated[int, typer.Option(help="Seeds of what is reported")] = 10,
-    grid_seeds: Annotated[int, typer.Option(help="The first of them that hyperparameters are chosen with")] = 2,
+    grid_seeds: Annotated[int, typer.Option(help="The first of them that hyperparameters are chosen with")] = 3,
     rounds: Annotated[int, typer.Option(help="Turns of each optimizer in the part seconds")] = 3,
     processes: Annotated[int, typer.Option(help="Trainings at a time, each in a process of one torch thread")] = 2,
     threads: Annotated[int, typer.Option(help="torch threads of the part seconds, and of --processes 1")] = 1,
