@@ -22,7 +22,7 @@ from dngd.bench.paper_work import Place, Workforce, graph_of, worker_pool
 from dngd.bench.progress import BenchProgress
 from dngd.errors import UserError
 
-PARTS = ("table", "tuned", "seconds")
+PARTS = ("tuned", "wide", "table", "seconds")
 TIMED = {
     "Adam": ADAM,
     "Adam + K-FAC": replace(ADAM, factors="dngd"),
@@ -46,7 +46,7 @@ class PaperOptions:
     splits: Sequence[str] = SPLITS
     parts: Sequence[str] = PARTS
     num_seeds: int = 10
-    grid_seeds: int = 2
+    grid_seeds: int = 3
     rounds: int = 3
     processes: int = 1
     threads: int = 1

@@ -118,7 +118,13 @@ AGAIN = Row("again", "table", lambda dataset, split, base: [base] if base else [
 
 
 def options(tmp_path: Path | None = None, **changes: Any) -> PaperOptions:
-    fields: dict[str, Any] = {"datasets": ["cora"], "splits": ["public"], "parts": ["table"], "num_seeds": 3}
+    fields: dict[str, Any] = {
+        "datasets": ["cora"],
+        "splits": ["public"],
+        "parts": ["table"],
+        "num_seeds": 3,
+        "grid_seeds": 2,
+    }
     return PaperOptions(**(fields | {"folder": tmp_path} | changes))
 
 
@@ -204,8 +210,8 @@ def test_rows_have_names_of_their_own_and_bases_before_them() -> None:
     [
         ({"datasets": ["core"]}, "--datasets 'core' is not valid; use some of: cora"),
         ({"splits": []}, "--splits"),
-        ({"parts": ["tabel"]}, "use some of: table, tuned, seconds"),
-        ({"num_seeds": 1}, "--num-seeds 1 is too small; give at least 2"),
+        ({"parts": ["tabel"]}, "use some of: tuned, wide, table, seconds"),
+        ({"num_seeds": 1, "grid_seeds": 1}, "--num-seeds 1 is too small; give at least 2"),
         ({"grid_seeds": 4}, "--grid-seeds 4 is above --num-seeds 3"),
         ({"processes": 0}, "--processes 0"),
     ],
@@ -225,7 +231,19 @@ def test_a_file_as_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small")
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(paper, "TIMED", {"Adam": ADAM, "Adam + K-FAC": replace(ADAM, factors="dngd")})
-    command = ["bench", "paper", "--quick", "--datasets", "cora", "--splits", "public", "--num-seeds", "2"]
+    command = [
+        "bench",
+        "paper",
+        "--quick",
+        "--datasets",
+        "cora",
+        "--splits",
+        "public",
+        "--num-seeds",
+        "2",
+        "--grid-seeds",
+        "1",
+    ]
     command += ["--rounds", "1", "--processes", "1", "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as ended:
         cli.main([*command, "--json"])
