@@ -74,7 +74,9 @@ def test_commands(
         assert exit_info.value.code == 0, f"{shlex.join(command)}: {capsys.readouterr().err}"
 
 
-@pytest.mark.parametrize("block", [b for language, b in BLOCKS if language == "python"], ids=["trainer", "module", "loop"])
+@pytest.mark.parametrize(
+    "block", [b for language, b in BLOCKS if language == "python"], ids=["trainer", "module", "loop"]
+)
 def test_snippets(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: GraphStore) -> None:
     monkeypatch.chdir(tmp_path)
     if "Trainer" in block:
