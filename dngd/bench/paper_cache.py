@@ -19,8 +19,9 @@ _VERSION = 1
 
 
 def training_key(graph_digest: str, split: str, recipe: Recipe, seed: int) -> str:
-    """Return what stands for a training: it changes with all that its outcome depends on."""
-    text = json.dumps([_VERSION, graph_digest, split, recipe.to_json(), seed], sort_keys=True)
+    """Return what stands for a training: it changes with all that its outcome depends on (4 and 4.0 are one rate)."""
+    fields = {name: float(value) if isinstance(value, int) else value for name, value in recipe.to_json().items()}
+    text = json.dumps([_VERSION, graph_digest, split, fields, seed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

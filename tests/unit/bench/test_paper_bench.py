@@ -193,6 +193,7 @@ def test_a_key_changes_with_all_that_matters() -> None:
         training_key("d", "public", ADAM, 1),
     }
     assert len(keys) == 5
+    assert training_key("d", "public", replace(SGD, lr=4), 0) == training_key("d", "public", replace(SGD, lr=4.0), 0)
 
 
 def test_rows_have_names_of_their_own_and_bases_before_them() -> None:
