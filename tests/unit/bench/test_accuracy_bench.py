@@ -148,7 +148,7 @@ SEARCHED: dict[str, Any] = {
     "seeds": (0, 1),
     "first_epochs": 1,
     "max_epochs": 2,
-    "rates": "adam=0.003,0.03;adamw=0.03",
+    "rates": "adam=0.003,0.03;adamw=0.003,0.03",
     "optimizers": ("kfac", "adam", "adamw"),
     "eval_steps": 4,
     "threads": 1,
@@ -194,7 +194,8 @@ def test_a_search_ends_in_finals_and_a_killed_one_goes_on(
     best = max(of["best"]["mean"] for of in panel["settings"].values() if of["group"] == "adam")
     assert panel["targets"] == pytest.approx([best - 0.005, best])
     leading = {panel["comparison"][k]["groups"]["adam"]["seconds_setting"] for k in (0, 1)}
-    assert all("borders" in panel["settings"][label] for label in leading)
+    assert leading
+    assert all("learning rate" in panel["settings"][label]["borders"] for label in leading), "of two rates each is one"
     heats.clear()
     again = run_accuracy_bench(options)
     assert heats == []
