@@ -50,6 +50,7 @@ class Partition:
 
     @property
     def parts(self) -> int:
+        """Number of parts."""
         return len(self.info.nodes)
 
 

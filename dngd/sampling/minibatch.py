@@ -56,6 +56,7 @@ class LayerGraph:
 
     @property
     def num_edges(self) -> int:
+        """Number of sampled edges."""
         return int(self.indices.shape[0])
 
 
@@ -89,4 +90,5 @@ class MiniBatch:
 
     @property
     def num_edges(self) -> int:
+        """Number of sampled edges of all layers."""
         return sum(layer.num_edges for layer in self.layers)

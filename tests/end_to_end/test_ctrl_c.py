@@ -53,9 +53,9 @@ def test_ctrl_c_ends_the_step_and_leaves_a_resumable_run(store: GraphStore, tmp_
     options = ["--engine", "local", "--num-samplers", "1"]
     options += ["--set", "checkpoint.period_steps=1000000", "--set", "eval_period=1"]
     process = started(arguments(store, run, *options, "--epochs", str(LONG)))
-    wait_for_lines(process, run / "metrics.jsonl", 2, 60)
+    wait_for_lines(process, run / "metrics.jsonl", 2, 120)
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     steps = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir()]
     assert len(steps) == 1, steps
@@ -79,7 +79,7 @@ def test_ctrl_c_ends_the_step_and_leaves_a_resumable_run(store: GraphStore, tmp_
 
 
 def test_a_second_ctrl_c_stops_at_once(store: GraphStore, tmp_path: Path) -> None:
-    """The first waits for a step that takes a minute; the second does not."""
+    """The first waits for a step that takes an hour; the second does not."""
     run = tmp_path / "run"
     slow = tmp_path / "slow.py"
     slow.write_text(
@@ -90,7 +90,7 @@ def test_a_second_ctrl_c_stops_at_once(store: GraphStore, tmp_path: Path) -> Non
         "def slow_step(self, *arguments):\n"
         "    if self.step == 3:\n"
         "        print('in the step', flush=True)\n"
-        "        time.sleep(60)\n"
+        "        time.sleep(3600)\n"
         "    return step(self, *arguments)\n"
         "TrainingLoop._train_step = slow_step\n"
         f"main({arguments(store, run, '--engine', 'local', '--set', 'checkpoint.period_steps=2')!r})\n"
@@ -109,11 +109,9 @@ def test_a_second_ctrl_c_stops_at_once(store: GraphStore, tmp_path: Path) -> Non
     told = next(line for line in process.stderr if "Ctrl-C" in line)
     assert "once more stops at once" in told
     assert process.poll() is None, "a first Ctrl-C waits for the step"
-    before = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert time.monotonic() - before < 20, "the step's minute was not waited for"
     assert "--resume" in said
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000002"]
 
