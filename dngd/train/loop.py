@@ -8,7 +8,6 @@ the gradients of the summed loss are reduced and divided by the global divisor (
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import time
@@ -55,7 +54,6 @@ from dngd.train.parts import RunParts, check_outputs, make_module
 from dngd.train.placement import choose_placement, free_gpu_bytes, place_features
 from dngd.train.plan import check_device, check_fits, make_plan
 from dngd.train.progress import Reporter, StepRecord
-from dngd.train.remote_run import open_run_folder
 from dngd.train.run_folder import RunFolder, spill_folders
 from dngd.train.semi import SemiSupervision
 from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
@@ -67,10 +65,7 @@ logger = logging.getLogger(__name__)
 
 REPORT_PERIOD_SECONDS = 0.25
 FULL_BATCH_CHECKPOINT_PERIOD = 50
-MENDED_BY_USERS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT))
 """An epoch is one step there, shorter than writing a checkpoint."""
-
-SETTLE_SECONDS = 30.0
 
 
 class TrainingLoop:
@@ -663,71 +658,6 @@ class TrainingLoop:
             machine=machine(self.device),
             history=self.history,
         )
-
-
-def run_rank(
-    config: TrainConfig,
-    communicator: Communicator,
-    reporter: Reporter,
-    *,
-    workers_here: int = 1,
-    supervision: Supervision | None = None,
-    parts: RunParts | None = None,
-) -> RunResult:
-    """Run one rank to the end; rank 0 writes result.json. The caller's random state is left as it was.
-
-    workers_here: how many of the world's ranks share this machine's memory. supervision: of an engine that starts
-    lost workers again. parts: what a program adds to the configuration.
-    """
-    settle_seconds = SETTLE_SECONDS
-    with (
-        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
-        open_run_folder(config, communicator.rank, reporter.message) as folder,
-    ):
-        loop = TrainingLoop(
-            config,
-            communicator,
-            reporter,
-            workers_here=workers_here,
-            supervision=supervision,
-            folder=folder,
-            parts=parts,
-        )
-        result: RunResult | None = None
-        try:
-            result = loop.run()
-            if communicator.rank == 0:
-                result = _write_result(loop, result)
-            if config.run_address is not None:
-                loop.finish_folder()
-        except OSError as error:
-            mended_by_users = error.errno in MENDED_BY_USERS
-            if error.filename is None and not mended_by_users:
-                raise  # of a connection, say
-            # What a user must mend ends the run; a disk or mount that fails may be another node's after a new start.
-            which = "" if error.filename is None else f" ({error.filename})"
-            raise (UserError if mended_by_users else TrainingError)(
-                f"a file of run {loop.folder.shown} cannot be read or written: {error.strerror or error}{which}; free "
-                "space or fix permissions, then go on with --resume"
-            ) from error
-        except KeyboardInterrupt as error:
-            if not isinstance(error, RunInterrupted):
-                settle_seconds = 0.0  # at once: what was being written is no checkpoint yet
-            raise
-        finally:
-            loop.callbacks.end(loop.state, result)
-            loop.writer.settle(settle_seconds)
-    communicator.barrier()
-    return result
-
-
-def _write_result(loop: TrainingLoop, result: RunResult) -> RunResult:
-    """Write result.json and return what it holds."""
-    if not loop.clock.step_seconds and loop.folder.result.exists():
-        # A finished run that is resumed takes no step: its own result, with its times, stays.
-        return RunResult(**json.loads(loop.folder.result.read_text()), history=result.history)
-    replace_file(loop.folder.result, json.dumps(result.to_json(), indent=2).encode())
-    return result
 
 
 def _checkpoint_schedule(config: TrainConfig, communicator: Communicator) -> CheckpointSchedule:

@@ -16,7 +16,7 @@ from dngd.comm import FlatGradients, LocalCommunicator
 from dngd.errors import TrainingError, UserError
 from dngd.graph import GraphStore
 from dngd.optim import NaturalGradient, learning_rate
-from dngd.train import TrainingLoop, loop, prepare_run_folder
+from dngd.train import TrainingLoop, loop, prepare_run_folder, run_rank
 from dngd.train.checkpoint_writer import CheckpointWriter
 from dngd.train.evaluation import ExactEvaluator, Scores
 from dngd.train.metrics import EvaluationRecord, MetricsLog, StepClock, read_metrics
@@ -91,7 +91,7 @@ def test_the_best_is_chosen_by_validation(store: GraphStore, tmp_path: Path, mon
         return {"val": Scores(1.0, val), "test": Scores(1.0, test)}
 
     monkeypatch.setattr(ExactEvaluator, "scores", scripted)
-    result = loop.run_rank(
+    result = run_rank(
         prepare_run_folder(config(store, tmp_path / "run", epochs=3)), LocalCommunicator(), SilentReporter()
     )
     assert (result.best_val_accuracy, result.test_accuracy) == (0.7, 0.6)
@@ -190,7 +190,7 @@ def test_a_later_attempt_says_what_happened_and_what_is_done_again(store: GraphS
         resumed=lambda step, repeated: heard.append((step, repeated)),
     )
     listener = Listener()
-    result = loop.run_rank(
+    result = run_rank(
         prepare_run_folder(config(store, tmp_path / "run", epochs=6, resume=True)),
         LocalCommunicator(),
         listener,
@@ -212,7 +212,7 @@ def test_an_attempt_before_the_first_checkpoint_starts_over(store: GraphStore, t
     (tmp_path / "run" / "metrics.jsonl").write_text((tmp_path / "straight" / "metrics.jsonl").read_text())
     listener = Listener()
     supervision = Supervision(Attempt(number=2, reason="rank 0 was lost", reached_step=4, recoveries=1))
-    result = loop.run_rank(prepared, LocalCommunicator(), listener, supervision=supervision)
+    result = run_rank(prepared, LocalCommunicator(), listener, supervision=supervision)
     assert "rank 0 was lost; the run goes on from step 0" in listener.texts[-1]
     assert "4 steps are done again" in listener.texts[-1]
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == len(straight.history)
@@ -224,7 +224,7 @@ def test_an_evaluation_comes_with_measurements(store: GraphStore, tmp_path: Path
     measured: list[tuple[EvaluationRecord, dict[str, float]]] = []
     supervision = Supervision(measured=lambda record, values: measured.append((record, values)))
     prepared = prepare_run_folder(config(store, tmp_path / "run"))
-    result = loop.run_rank(prepared, LocalCommunicator(), SilentReporter(), supervision=supervision)
+    result = run_rank(prepared, LocalCommunicator(), SilentReporter(), supervision=supervision)
     assert [record for record, _ in measured] == result.history
     values = measured[-1][1]
     assert {"step_ms/p50", "phase_ms/forward", "phase_ms/optimizer.refresh", "dropped_steps"} <= values.keys()
@@ -256,7 +256,7 @@ def test_the_clock_says_where_a_step_is(store: GraphStore, tmp_path: Path, monke
     monkeypatch.setattr(FlatGradients, "reduce_", failing)
     prepared = prepare_run_folder(config(store, tmp_path / "run", epochs=3))
     with pytest.raises(RuntimeError, match="the network is gone"):
-        loop.run_rank(prepared, LocalCommunicator(), SilentReporter(), supervision=supervision)
+        run_rank(prepared, LocalCommunicator(), SilentReporter(), supervision=supervision)
     assert (supervision.clock.activity.phase, supervision.clock.activity.step) == ("reduce", 5)
     for phase in ("sample_wait", "forward", "observe", "backward", "reduce", "optimizer", "refresh"):
         assert {(phase, 0), (phase, 4)} <= set(seen)
@@ -289,7 +289,7 @@ def test_only_what_a_user_must_mend_is_called_so(
     monkeypatch.setattr(loop.MetricsLog, "append", fails)
     prepared = prepare_run_folder(config(store, tmp_path / "run"))
     with pytest.raises(kind) as caught:
-        loop.run_rank(prepared, LocalCommunicator(), SilentReporter())
+        run_rank(prepared, LocalCommunicator(), SilentReporter())
     assert type(caught.value) is kind
 
 
