@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 from dngd.errors import UserError
-from dngd.graph.filesystems import Location, explained, locate
+from dngd.graph.filesystems import Location, explained, locate, shown_address
 from dngd.train.checkpoint import PREFIX, STATE_NAME, write_flushed
 
 CHECKPOINTS = "checkpoints"
@@ -25,9 +26,13 @@ class RemoteFiles:
     """
 
     def __init__(self, address: str) -> None:
-        self._root = locate(address)
-        self.shown = self._root.shown
-        self.name = self._root.name
+        self._address = address
+        self.shown = shown_address(address).rstrip("/")
+        self.name = self.shown.rpartition("/")[2]
+
+    @cached_property
+    def _root(self) -> Location:
+        return locate(self._address)  # may ask the store for its region
 
     def read(self, name: str) -> bytes | None:
         """Return a file's content; None if there is none."""
