@@ -12,10 +12,10 @@ from rich.console import Console
 from dngd.comm import LocalCommunicator
 from dngd.config import TrainConfig
 from dngd.report import write_report
-from dngd.train import RunFolder, RunPlan, RunResult, check_run_folder, make_plan, prepare_run_folder, run_rank
+from dngd.train import RunPlan, RunResult, check_run_folder, make_plan, prepare_run_folder, run_rank
 from dngd.train.plan import check_device, check_fits
 from dngd.train.progress import ConsoleReporter, Reporter, SilentReporter
-from dngd.train.remote_run import fetched_run, send_report
+from dngd.train.remote_run import readable_folder, send_report
 from dngd.train.together import StageMessages, open_dataset
 
 
@@ -68,8 +68,8 @@ class Trainer:
         # The configuration's address has options, such as an endpoint, that the result's is without.
         run = self.config.run_dir if self.config.run_address else Path(result.run_dir)
         assert run is not None
-        with fetched_run(run) as path:
-            send_report(run, write_report([path], RunFolder(path).report))
+        folder = readable_folder(run)
+        send_report(run, write_report([folder.path], folder.report))
         return result
 
     def _run(self, reporter: Reporter) -> RunResult:

@@ -18,7 +18,6 @@ from dngd.graph import GraphStore
 from dngd.graph.manifest import dngd_version
 from dngd.train.evaluation import EvaluationProgress
 from dngd.train.new_file import new_file
-from dngd.train.remote_run import fetched_run
 from dngd.train.trained_model import TrainedModel, evaluator_of, load_trained, open_graph, trained_on
 
 NODES = ("all", "train", "val", "test", "unlabelled")
@@ -65,29 +64,14 @@ def predict_run(
     the list of all classes'. Rows are in the order of the graph's nodes. The file's metadata (dngd.run, dngd.step,
     dngd.model, dngd.graph, dngd.graph_digest, dngd.nodes, dngd.version) say what made it.
 
-    run: its folder or address. nodes: all, train, val, test (of the run's split, taken in the graph), or unlabelled.
-    data_root: where the run's data set is now. dataset: another graph with the same features, or where the run's is
-    now. overwrite: replace a file. progress: see EvaluationProgress. The file appears when it is whole; it is written
-    a row group at a time.
+    nodes: all, train, val, test (of the run's split, taken in the graph), or unlabelled. data_root: where the run's
+    data set is now. dataset: another graph with the same features, or where the run's is now. overwrite: replace a
+    file. progress: see EvaluationProgress. The file appears when it is whole; it is written a row group at a time.
     Raises UserError for what `evaluate_run` does, a path that cannot be written, and nodes that the graph has not.
     """
     out = out.expanduser()
     _check_out(out, overwrite)
-    with fetched_run(run) as folder:
-        trained = load_trained(folder)
-        return _predict(trained, out, nodes, data_root, dataset, probabilities, overwrite, progress)
-
-
-def _predict(
-    trained: TrainedModel,
-    out: Path,
-    nodes: str,
-    data_root: Path | None,
-    dataset: str | None,
-    probabilities: bool,
-    overwrite: bool,
-    progress: EvaluationProgress | None,
-) -> Predictions:
+    trained = load_trained(run)
     store = open_graph(trained, dataset, data_root)
     chosen = _chosen(trained, store, nodes)
     names = _class_names(trained, store, dataset)

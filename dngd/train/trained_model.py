@@ -20,6 +20,7 @@ from dngd.train.batch import PropagationBuilder
 from dngd.train.checkpoint import PREFIX
 from dngd.train.evaluation import EvaluationProgress, ExactEvaluator
 from dngd.train.placement import free_gpu_bytes, table_bytes
+from dngd.train.remote_run import readable_folder
 from dngd.train.run_folder import RunFolder, spill_folders
 
 
@@ -36,15 +37,17 @@ class TrainedModel:
 
 
 def load_trained(run: Path) -> TrainedModel:
-    """Return the best model of a run folder. The graph is not needed: the widths are the weights'.
+    """Return the best model of a run, whose folder may be at an address. The graph is not needed for the widths.
 
     Raises UserError if the folder holds no run, no evaluated model yet, or a file that cannot be read.
     """
-    folder = RunFolder(run.expanduser())
+    folder = readable_folder(run)
     if not folder.holds_a_run:
-        raise UserError(f"{run} is no run folder (it has no config.yaml); give a folder that dngd train wrote")
+        raise UserError(f"{folder.shown} is no run folder (it has no config.yaml); give a folder that dngd train wrote")
     if not folder.best_model.exists():
-        raise UserError(f"run {run} has no model yet: it ended before its first evaluation; go on with --resume")
+        raise UserError(
+            f"run {folder.shown} has no model yet: it ended before its first evaluation; go on with --resume"
+        )
     config = TrainConfig.from_yaml(folder.config)
     try:
         weights = safetensors.torch.load_file(folder.best_model)
@@ -64,7 +67,9 @@ def load_trained(run: Path) -> TrainedModel:
         model.load_state_dict(weights)
     except (SafetensorError, KeyError, IndexError, ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder.best_model} cannot be loaded into the run's model: {reason}") from None
+        raise UserError(
+            f"{folder.shown}/{folder.best_model.name} cannot be loaded into the run's model: {reason}"
+        ) from None
     return TrainedModel(folder, config, model, step, num_features, num_classes)
 
 

@@ -187,7 +187,7 @@ def test_a_recovery_that_does_not_reach_the_store_may_be_tried_again(
     with bucket.away():
         for number, kind in kinds.items():
             supervision = Supervision(Attempt(number=number))
-            with pytest.raises(kind, match=r"s3://runs/six/.* could not be reached"):
+            with pytest.raises(kind, match="s3://runs/six could not be reached"):
                 run_rank(config, LocalCommunicator(), SilentReporter(), supervision=supervision)
     assert list((tmp_path / "runs").iterdir()) == [], "no working folder stays"
 
