@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -222,13 +221,12 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about one or several runs."""
     from dngd.report import write_report
-    from dngd.train.remote_run import fetched_run
+    from dngd.train.remote_run import readable_folder
 
     if output.exists() and (output.is_dir() or b"dngd" not in output.read_bytes()[:4096]):
         raise UserError(f"--out {output} exists and is no dngd report; give another path")
-    with contextlib.ExitStack() as stack:
-        folders = [stack.enter_context(fetched_run(run)) for run in runs]
-        out.print(str(write_report(folders, output)), highlight=False)
+    folders = [readable_folder(run) for run in runs]
+    out.print(str(write_report([folder.path for folder in folders], output)), highlight=False)
 
 
 def doctor(

@@ -15,7 +15,7 @@ from dngd.comm import LocalCommunicator
 from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.report import write_report
-from dngd.train import RunFolder, RunPlan, RunResult, check_run_folder, make_plan, prepare_run_folder, run_rank
+from dngd.train import RunPlan, RunResult, check_run_folder, make_plan, prepare_run_folder, run_rank
 from dngd.train.callbacks import Callback
 from dngd.train.evaluate_run import evaluate_run
 from dngd.train.interrupt import CtrlC
@@ -25,7 +25,7 @@ from dngd.train.parts import ModuleFactory, OptimizerFactory, RunParts
 from dngd.train.plan import check_device, check_fits
 from dngd.train.predict import Predictions, predict_run, probabilities_of_run
 from dngd.train.progress import ConsoleReporter, Reporter, SilentReporter
-from dngd.train.remote_run import fetched_run, send_report
+from dngd.train.remote_run import readable_folder, send_report
 from dngd.train.scoring import CustomMetric
 from dngd.train.supervision import Supervision
 from dngd.train.together import StageMessages, open_dataset
@@ -111,8 +111,8 @@ class Trainer:
         # The configuration's address has options, such as an endpoint, that the result's is without.
         run = self.config.run_dir if self.config.run_address else Path(result.run_dir)
         assert run is not None
-        with fetched_run(run) as path:
-            send_report(run, write_report([path], RunFolder(path).report))
+        folder = readable_folder(run)
+        send_report(run, write_report([folder.path], folder.report))
         return result
 
     def resume(self) -> RunResult:
@@ -163,8 +163,7 @@ class Trainer:
 
         Raises UserError if there is no run with a model.
         """
-        with fetched_run(self._run_folder()) as folder:
-            return load_trained(folder, self._parts).model.eval()
+        return load_trained(self._run_folder(), self._parts).model.eval()
 
     def export(self, out: str | Path, *, format: str = "safetensors", overwrite: bool = False) -> Path:
         """Write the run's best model for use without dngd; see dngd.train.export_run.

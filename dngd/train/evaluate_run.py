@@ -10,7 +10,6 @@ import torch
 from dngd.train.evaluation import EvaluationProgress
 from dngd.train.objective import make_objective
 from dngd.train.parts import RunParts
-from dngd.train.remote_run import fetched_run
 from dngd.train.trained_model import evaluator_of, load_trained, open_graph
 
 
@@ -32,15 +31,14 @@ def evaluate_run(
     is not to be found, does not fit the model, or has no such split.
     """
     parts = parts or RunParts()
-    with fetched_run(run) as folder:
-        trained = load_trained(folder, parts)
-        store = open_graph(trained, dataset, data_root)
-        split = store.split(trained.config.split, trained.config.seed)
-        sets = {"train": split.train, "val": split.val, "test": split.test}
-        objective = make_objective(trained.config, store, split, parts.loss)
-        chosen = parts.metric_of(trained.config)
-        evaluator = evaluator_of(trained, store, torch.cat(list(sets.values())), progress, objective, chosen)
-        found = evaluator.scores_of(trained.model, sets)
+    trained = load_trained(run, parts)
+    store = open_graph(trained, dataset, data_root)
+    split = store.split(trained.config.split, trained.config.seed)
+    sets = {"train": split.train, "val": split.val, "test": split.test}
+    objective = make_objective(trained.config, store, split, parts.loss)
+    chosen = parts.metric_of(trained.config)
+    evaluator = evaluator_of(trained, store, torch.cat(list(sets.values())), progress, objective, chosen)
+    found = evaluator.scores_of(trained.model, sets)
     metric = parts.metric_name(trained.config)
     scores = {name: {metric: score.accuracy, "loss": score.loss} for name, score in found.items()}
     return {"step": trained.step, "metric": metric} | scores

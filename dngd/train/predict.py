@@ -19,7 +19,6 @@ from dngd.graph.manifest import dngd_version
 from dngd.train.evaluation import EvaluationProgress
 from dngd.train.new_file import new_file
 from dngd.train.parts import RunParts
-from dngd.train.remote_run import fetched_run
 from dngd.train.trained_model import TrainedModel, evaluator_of, load_trained, open_graph, trained_on
 
 NODES = ("all", "train", "val", "test", "unlabelled")
@@ -76,21 +75,7 @@ def predict_run(
     """
     out = out.expanduser()
     _check_out(out, overwrite)
-    with fetched_run(run) as folder:
-        trained = load_trained(folder, parts)
-        return _predict(trained, out, nodes, data_root, dataset, probabilities, overwrite, progress)
-
-
-def _predict(
-    trained: TrainedModel,
-    out: Path,
-    nodes: str,
-    data_root: Path | None,
-    dataset: str | None,
-    probabilities: bool,
-    overwrite: bool,
-    progress: EvaluationProgress | None,
-) -> Predictions:
+    trained = load_trained(run, parts)
     store = open_graph(trained, dataset, data_root)
     chosen = _chosen(trained, store, nodes)
     names = _class_names(trained, store, dataset)
@@ -135,8 +120,7 @@ def probabilities_of_run(
     nodes: int64 [n], distinct, in any order; None for all. The others as in `predict_run`. Raises UserError for what
     `evaluate_run` does, and for nodes that the graph has not.
     """
-    with fetched_run(run) as folder:
-        trained = load_trained(folder, parts)
+    trained = load_trained(run, parts)
     store = open_graph(trained, dataset, data_root)
     if nodes is not None and not _are_nodes(nodes, store.num_nodes):
         raise UserError(

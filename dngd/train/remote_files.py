@@ -7,11 +7,14 @@ without it there is no checkpoint.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from dngd.errors import UserError
-from dngd.graph.filesystems import Location, explained, locate
+from dngd.graph.filesystems import Location, explained, locate, shown_address
 from dngd.train.checkpoint import PREFIX, STATE_NAME, write_flushed
 
 CHECKPOINTS = "checkpoints"
@@ -25,9 +28,13 @@ class RemoteFiles:
     """
 
     def __init__(self, address: str) -> None:
-        self._root = locate(address)
-        self.shown = self._root.shown
-        self.name = self._root.name
+        self._address = address
+        self.shown = shown_address(address).rstrip("/")
+        self.name = self.shown.rpartition("/")[2]
+
+    @cached_property
+    def _root(self) -> Location:
+        return locate(self._address)  # may ask the store for its region
 
     def read(self, name: str) -> bytes | None:
         """Return a file's content; None if there is none."""
@@ -58,19 +65,18 @@ class RemoteFiles:
 
     def names(self, folder: str = "") -> list[str]:
         """Return the names of what lies in a folder, files and folders, in order; none if there is no such folder."""
-        from pyarrow.fs import FileSelector
+        return sorted(entry.base_name for entry in self._entries(folder))
 
-        location = self._at(folder) if folder else self._root
-        with explained(location.shown):
-            entries = location.filesystem.get_file_info(FileSelector(location.path, allow_not_found=True))
-        return sorted(entry.base_name for entry in entries)
+    def files(self) -> list[str]:
+        """Return the names of the files that lie here, not of those in folders."""
+        return sorted(entry.base_name for entry in self._entries("") if entry.is_file)
 
     def check_writable(self) -> None:
         """Raise UserError unless a file can be written here."""
         self.write(".probe", b"dngd")
         self.remove(".probe")
 
-    def fetch(self, names: tuple[str, ...], folder: Path) -> None:
+    def fetch(self, names: Sequence[str], folder: Path) -> None:
         """Copy the files that are there into a folder of this machine."""
         for name in names:
             data = self.read(name)
@@ -88,8 +94,7 @@ class RemoteFiles:
         if state is None:
             return False
         folder.mkdir(parents=True)
-        files = [file for file in self.names(source) if not file.startswith(".")]
-        self.fetch(tuple(f"{source}/{file}" for file in files), folder.parents[1])
+        self.fetch([f"{source}/{file}" for file in self.names(source)], folder.parents[1])
         return True
 
     def send_checkpoint(self, folder: Path, keep: int) -> None:
@@ -118,6 +123,15 @@ class RemoteFiles:
         # The empty object that stands for the folder, which may not be there.
         with suppress(FileNotFoundError, UserError), explained(location.shown, missing_ok=True, doing="written"):
             location.filesystem.delete_dir(location.path)
+
+    def _entries(self, folder: str) -> list[Any]:
+        from pyarrow.fs import FileSelector
+
+        location = self._at(folder) if folder else self._root
+        with explained(location.shown):
+            entries = location.filesystem.get_file_info(FileSelector(location.path, allow_not_found=True))
+        # What begins with a dot is no file of a run, and might lead out of the folder that it is copied to.
+        return [entry for entry in entries if not entry.base_name.startswith(".")]
 
     def _at(self, name: str) -> Location:
         return self._root.child(f"{self._root.path}/{name}")

@@ -25,11 +25,8 @@ from dngd.train.checkpoint import STATE_NAME, DamagedError, read_verified
 from dngd.train.remote_files import CHECKPOINTS, RemoteFiles
 from dngd.train.run_folder import CONFIG_NAME, RunFolder
 
-WORKED_ON = ("metrics.jsonl", "result.json", "model.safetensors")
-"""The files of a run that its rank 0 writes, beside checkpoints."""
-
-READ = (CONFIG_NAME, *WORKED_ON)
-"""What evaluation, prediction and reports read of a run."""
+DRIVERS_OWN = (CONFIG_NAME, "report.html")
+"""The files of a run that its driver writes, not rank 0."""
 
 SETTLE_SECONDS = 10.0
 FINISH_SECONDS = 60.0
@@ -58,30 +55,24 @@ def open_run_folder(config: TrainConfig, rank: int, tell: Callable[[str], None])
             folder.close()
 
 
-@contextmanager
-def fetched_run(run: Path) -> Iterator[Path]:
-    """Give a run folder to read from: the run's own, or a copy of what is at its address.
+class _FetchedFolder(RunFolder):
+    """A copy of what lies at an address, without the tensors of its checkpoints; gone when the object is."""
 
-    Raises UserError if the address holds no run.
-    """
-    address = address_of_run(run)
-    if address is None:
-        yield run
-        return
-    files = RemoteFiles(address)
-    with tempfile.TemporaryDirectory(prefix="dngd-run-") as folder:
-        path = Path(folder) / files.name
-        path.mkdir()
-        files.fetch(READ, path)
-        if not RunFolder(path).holds_a_run:
-            raise UserError(f"{files.shown} holds no run (it has no {CONFIG_NAME}); give the --run-dir of a training")
+    def __init__(self, files: RemoteFiles) -> None:
+        self._holder = tempfile.TemporaryDirectory(prefix="dngd-run-")
+        super().__init__(Path(self._holder.name) / files.name, files.shown)
+        self.path.mkdir()
+        files.fetch(files.files(), self.path)
         for name in files.checkpoints():
-            (RunFolder(path).checkpoints / name).mkdir(parents=True)
-            files.fetch((f"{CHECKPOINTS}/{name}/{STATE_NAME}",), path)
-        try:
-            yield path
-        except UserError as error:
-            raise UserError(str(error).replace(str(path), files.shown)) from None
+            (self.checkpoints / name).mkdir(parents=True)
+            files.fetch([f"{CHECKPOINTS}/{name}/{STATE_NAME}"], self.path)
+
+
+def readable_folder(run: Path) -> RunFolder:
+    """Return a run folder to read from: the one at a path, or a copy of what is at an address. Raises UserError if the
+    address cannot be read."""
+    address = address_of_run(run)
+    return RunFolder(run.expanduser()) if address is None else _FetchedFolder(RemoteFiles(address))
 
 
 def send_report(run: Path, report: Path) -> None:
@@ -109,7 +100,7 @@ class RemoteRunFolder(RunFolder):
 
     def fetch(self) -> None:
         """Bring the run's files and its newest checkpoint that is good. Raises UserError if that fails."""
-        self._files.fetch(WORKED_ON, self.path)
+        self._files.fetch([name for name in self._files.files() if name not in DRIVERS_OWN], self.path)
         self._sent = self._state()
         for name in reversed(self._files.checkpoints()):
             target = self.checkpoints / name
@@ -177,8 +168,14 @@ class RemoteRunFolder(RunFolder):
                 del self._sent[name]
 
     def _state(self) -> dict[str, tuple[int, int]]:
-        paths = [self.path / name for name in WORKED_ON]
-        return {p.name: (p.stat().st_size, p.stat().st_mtime_ns) for p in paths if p.exists()}
+        """Return size and time of each file, but of checkpoints and of what is being written."""
+        found = {}
+        for path in self.path.rglob("*"):
+            parts = path.relative_to(self.path).parts
+            if parts[0] != CHECKPOINTS and not any(part.startswith(".") for part in parts) and path.is_file():
+                status = path.stat()
+                found["/".join(parts)] = (status.st_size, status.st_mtime_ns)
+        return found
 
 
 @contextmanager

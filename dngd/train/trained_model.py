@@ -22,6 +22,7 @@ from dngd.train.evaluation import EvaluationProgress, Evaluator
 from dngd.train.objective import Objective
 from dngd.train.parts import RunParts, make_module
 from dngd.train.placement import free_gpu_bytes, table_bytes
+from dngd.train.remote_run import readable_folder
 from dngd.train.run_folder import RunFolder, spill_folders
 from dngd.train.scoring import CustomMetric, Metric
 from dngd.train.surroundings import load_weights, make_surroundings
@@ -42,16 +43,18 @@ class TrainedModel:
 
 
 def load_trained(run: Path, parts: RunParts | None = None) -> TrainedModel:
-    """Return the best model of a run folder. The graph is not needed: the widths are the weights'.
+    """Return the best model of a run, whose folder may be at an address. The graph is not needed for the widths.
 
     parts: with the module of a run that had one of its own. Raises UserError if the folder holds no run, no evaluated
     model yet, or a file that cannot be read.
     """
-    folder = RunFolder(run.expanduser())
+    folder = readable_folder(run)
     if not folder.holds_a_run:
-        raise UserError(f"{run} is no run folder (it has no config.yaml); give a folder that dngd train wrote")
+        raise UserError(f"{folder.shown} is no run folder (it has no config.yaml); give a folder that dngd train wrote")
     if not folder.best_model.exists():
-        raise UserError(f"run {run} has no model yet: it ended before its first evaluation; go on with --resume")
+        raise UserError(
+            f"run {folder.shown} has no model yet: it ended before its first evaluation; go on with --resume"
+        )
     config = TrainConfig.from_yaml(folder.config)
     parts = parts or RunParts()
     if config.model == "custom" and parts.module is None:
@@ -80,7 +83,9 @@ def load_trained(run: Path, parts: RunParts | None = None) -> TrainedModel:
         raise
     except (SafetensorError, KeyError, IndexError, ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder.best_model} cannot be loaded into the run's model: {reason}") from None
+        raise UserError(
+            f"{folder.shown}/{folder.best_model.name} cannot be loaded into the run's model: {reason}"
+        ) from None
     return TrainedModel(folder, config, model, step, num_features, num_classes, said.get("labels") == "several")
 
 

@@ -12,12 +12,14 @@ import pytest
 
 import dngd
 from dngd import cli
-from dngd.errors import UserError
+from dngd.comm import LocalCommunicator
+from dngd.errors import TrainingError, UserError
 from dngd.graph import GraphStore
-from dngd.train import remote_run
+from dngd.train import remote_run, run_rank
 from dngd.train.checkpoint import CheckpointFolder, HostSnapshot
 from dngd.train.progress import SilentReporter
 from dngd.train.remote_files import RemoteFiles
+from dngd.train.supervision import Attempt, Supervision
 from tests.helpers import survival
 from tests.helpers.object_store import ObjectStore, object_store
 from tests.helpers.ray_cluster import ray_cluster
@@ -173,6 +175,21 @@ def test_a_store_that_stays_away_ends_the_run_with_a_sentence(
             dngd.Trainer(settings(store, "s3://runs/four"), reporter=Listener(leave)).fit()
     finally:
         away.__exit__(None, None, None)
+
+
+def test_a_recovery_that_does_not_reach_the_store_may_be_tried_again(
+    bucket: ObjectStore, store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A TrainingError, which Ray starts workers again for; at the first attempt the user is asked."""
+    monkeypatch.setattr("dngd.graph.filesystems._S3_ATTEMPTS", 1)
+    config = settings(store, "s3://runs/six", resume=True, cache_dir=tmp_path)
+    kinds: dict[int, type[Exception]] = {1: UserError, 2: TrainingError}
+    with bucket.away():
+        for number, kind in kinds.items():
+            supervision = Supervision(Attempt(number=number))
+            with pytest.raises(kind, match="s3://runs/six could not be reached"):
+                run_rank(config, LocalCommunicator(), SilentReporter(), supervision=supervision)
+    assert list((tmp_path / "runs").iterdir()) == [], "no working folder stays"
 
 
 def test_mutant_that_sends_the_state_first_is_caught(

@@ -9,7 +9,7 @@ from dngd.comm import Communicator, current_communicator
 from dngd.errors import TrainingError, UserError
 from dngd.train.together import Progress, together
 
-LIMIT_SECONDS = 2.5
+LIMIT_SECONDS = 2.0
 """Of each collective."""
 
 
