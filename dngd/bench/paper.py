@@ -22,7 +22,7 @@ from dngd.bench.paper_work import Place, Workforce, graph_of, worker_pool
 from dngd.bench.progress import BenchProgress
 from dngd.errors import UserError
 
-PARTS = ("tuned", "wide", "table", "seconds")
+PARTS = ("tuned", "alike", "wide", "table", "seconds")
 TIMED = {
     "Adam": ADAM,
     "Adam + K-FAC": replace(ADAM, factors="dngd"),

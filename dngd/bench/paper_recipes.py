@@ -172,7 +172,7 @@ def _adam_alike(dataset: str, split: str, base: Recipe | None) -> Grid:
 
 ROWS: tuple[Row, ...] = (
     Row("K-FAC, tuned, hidden 16", "tuned", _tuned),
-    Row("Adam, tuned alike, hidden 16", "tuned", _adam_alike),
+    Row("Adam, tuned alike, hidden 16", "alike", _adam_alike),
     Row("K-FAC, tuned, any width", "wide", _tuned_any_width),
     *_PLAIN_ROWS,
     *(Row(f"{row.name}, semi-supervised", "table", _with_gamma, row.name) for row in _PLAIN_ROWS),

@@ -211,7 +211,7 @@ def test_rows_have_names_of_their_own_and_bases_before_them() -> None:
     [
         ({"datasets": ["core"]}, "--datasets 'core' is not valid; use some of: cora"),
         ({"splits": []}, "--splits"),
-        ({"parts": ["tabel"]}, "use some of: tuned, wide, table, seconds"),
+        ({"parts": ["tabel"]}, "use some of: tuned, alike, wide, table, seconds"),
         ({"num_seeds": 1, "grid_seeds": 1}, "--num-seeds 1 is too small; give at least 2"),
         ({"grid_seeds": 4}, "--grid-seeds 4 is above --num-seeds 3"),
         ({"processes": 0}, "--processes 0"),
