@@ -150,7 +150,15 @@ def _train(work: _Work, settings: Sequence[Setting], every: int, progress: Bench
         for setting in settings:
             own = setting.config(config, config.seed)
             feed = full or SampledFeed(_pipeline(work, num_samplers=1))
-            learner = Learner(setting.optimizer, own, setting.lr, model, store.features, builder)
+            learner = Learner(
+                setting.optimizer,
+                own,
+                setting.lr,
+                model,
+                store.features,
+                builder,
+                num_training_nodes=int(work.split.train.numel()),
+            )
             runs.append(Run(setting, own, learner, feed, work.per_epoch))
             stack.callback(runs[-1].close)
 

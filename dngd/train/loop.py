@@ -113,7 +113,7 @@ class TrainingLoop:
             memory_bytes=config.eval_memory_bytes,
         )
         self.evaluator.check(self.model, torch.cat([self.split.val, self.split.test]))
-        self.optimizer = build_optimizer(config, self.model, communicator)
+        self.optimizer = build_optimizer(config, self.model, communicator, int(self.split.train.numel()))
         self.gradients = FlatGradients(self.model.parameters())
         self.checkpoints = CheckpointFolder(self.folder.checkpoints, communicator, keep=config.checkpoint.keep)
         self.writer = CheckpointWriter(

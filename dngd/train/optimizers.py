@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dngd.comm import Communicator
-from dngd.config import TrainConfig
-from dngd.optim import FactorLayout, KFACPreconditioner, NaturalGradient
+from dngd.config import KFACConfig, TrainConfig
+from dngd.optim import FactorLayout, HyperbolicDecay, KFACPreconditioner, NaturalGradient, Schedule
 
 
 class StepOptimizer(Protocol):
@@ -69,8 +70,10 @@ class SecondOrder:
         )
 
 
-def build_optimizer(config: TrainConfig, model: nn.Module, communicator: Communicator) -> StepOptimizer:
-    """Return the configured optimizer over a model's parameters."""
+def build_optimizer(
+    config: TrainConfig, model: nn.Module, communicator: Communicator, num_training_nodes: int | None = None
+) -> StepOptimizer:
+    """Return the configured optimizer over a model's parameters. num_training_nodes: see damping_in_use."""
     lr, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "kfac":
         kfac = config.kfac
@@ -84,10 +87,10 @@ def build_optimizer(config: TrainConfig, model: nn.Module, communicator: Communi
                 variant=kfac.variant,
                 momentum=kfac.momentum,
                 weight_decay=decay,
-                damping=kfac.damping,
+                damping=damping_in_use(kfac, num_training_nodes),
                 damping_mode=kfac.damping_mode,
                 damping_g_ratio=kfac.damping_g_ratio,
-                kl_clip=kfac.kl_clip,
+                kl_clip=kl_clip_in_use(kfac),
                 norm_constraint=kfac.norm_constraint,
                 loss_reduction="sum",
                 factor_decay=kfac.factor_decay,
@@ -115,6 +118,26 @@ def build_optimizer(config: TrainConfig, model: nn.Module, communicator: Communi
     if config.optimizer == "adamw":
         return FirstOrder(torch.optim.AdamW(parameters, lr=lr, weight_decay=decay))
     return FirstOrder(torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay))
+
+
+def damping_in_use(kfac: KFACConfig, num_training_nodes: int | None) -> float:
+    """Return λ. Where it is left open and relative: `0.1 / √n`, n the number of training nodes, 1e-3 where n is unknown.
+
+    The directions that λ leaves to be fitted are those that n labels can tell from noise: with few labels weaker damping
+    fits the noise, with many stronger damping only takes longer.
+    """
+    if kfac.damping is not None:
+        return kfac.damping
+    if kfac.damping_mode != "relative":
+        return 1e-2
+    return 1e-3 if not num_training_nodes else 0.1 / math.sqrt(num_training_nodes)
+
+
+def kl_clip_in_use(kfac: KFACConfig) -> Schedule | None:
+    """Return κ as a number or a function of the step."""
+    if kfac.kl_clip is None or kfac.kl_clip_steps is None:
+        return kfac.kl_clip
+    return HyperbolicDecay(kfac.kl_clip, kfac.kl_clip_steps)
 
 
 def factor_layout(config: TrainConfig) -> FactorLayout:
