@@ -32,24 +32,25 @@ class _Section(BaseModel):
 class KFACConfig(_Section):
     """Natural gradient (`optimizer: kfac`); see dngd.optim.NaturalGradient for the formulas."""
 
-    update: Literal["momentum", "adam_eigenbasis"] = Field("momentum", description="momentum on the natural gradient, or Adam in the factors' eigenbasis (lr 0.01 by default)", json_schema_extra=IDENTITY)
+    update: Literal["mean_gradient", "momentum", "adam_eigenbasis"] = Field("mean_gradient", description="natural gradient of the gradients' running mean (lr 0.3 by default), momentum on the natural gradient (0.1), or Adam in the factors' eigenbasis (0.01)", json_schema_extra=IDENTITY)
     method: Literal["kfac", "ekfac"] = Field("kfac", description="damped inverses, or eigenvalue-corrected", json_schema_extra=IDENTITY)
     fisher: Literal["empirical", "monte_carlo", "ggn"] | None = Field(None, description="labels behind G: the true ones, sampled ones, or the exact Gauss-Newton matrix (one backward a class); null: monte_carlo, empirical for the paper's variant", json_schema_extra=IDENTITY)
     variant: Literal["dngd", "paper"] = Field("dngd", description="paper: the factors of arXiv 2008.09624's code (gradients of the mean loss times the layer's width), for reproduction", json_schema_extra=IDENTITY)
-    damping: float = Field(1e-2, gt=0, description="λ; a share of tr A in relative mode, in units of the Fisher in tikhonov mode", json_schema_extra=IDENTITY)
+    damping: float | None = Field(None, gt=0, description="λ; a share of tr A in relative mode, in units of the Fisher in tikhonov mode; null: 0.1/√(training nodes) in relative mode, else 0.01", json_schema_extra=IDENTITY)
     damping_mode: Literal["relative", "tikhonov", "even"] = Field("relative", description="relative: λ·tr A and ratio·λ·tr G; tikhonov: √λ·π and √λ/π; even: √λ each", json_schema_extra=IDENTITY)
-    damping_g_ratio: float = Field(10.0, gt=0, description="relative mode: G's share over A's", json_schema_extra=IDENTITY)
+    damping_g_ratio: float = Field(30.0, gt=0, description="relative mode: G's share over A's", json_schema_extra=IDENTITY)
     factor_decay: float = Field(0.95, ge=0, lt=1, description="ρ of the running averages, per factor step", json_schema_extra=IDENTITY)
     factor_update_period: int = Field(10, ge=1, description="steps between factor steps", json_schema_extra=IDENTITY)
     inverse_update_period: int = Field(50, ge=1, description="steps between two refreshes of a layer", json_schema_extra=IDENTITY)
     eigenvalue_update_period: int = Field(10, ge=1, description="ekfac: steps between two corrections of the eigenvalues", json_schema_extra=IDENTITY)
-    dense_steps: int = Field(20, ge=0, description="first steps that are all factor steps; inverses then from powers of two on", json_schema_extra=IDENTITY)
+    dense_steps: int = Field(1, ge=0, description="first steps that are all factor steps; above 0, also those at powers of two, with new inverses from there on, in the first period", json_schema_extra=IDENTITY)
     inverse_delay: int = Field(0, ge=0, description="steps from a refresh's launch to its adoption; 0 waits at once", json_schema_extra=IDENTITY)
     change_threshold: float = Field(0.0, ge=0, description="a factor whose relative change since its inversion is at most this is not inverted again", json_schema_extra=IDENTITY)
-    kl_clip: float | None = Field(3e-3, gt=0, description="κ, bound of η²·⟨natural gradient, gradient⟩, twice a step's predicted KL; null for none", json_schema_extra=IDENTITY)
+    kl_clip: float | None = Field(3e-2, gt=0, description="κ, bound of η²·⟨natural gradient, gradient⟩, twice a step's predicted KL; null for none", json_schema_extra=IDENTITY)
+    kl_clip_steps: float | None = Field(10.0, gt=0, description="steps T after which κ is halved: κ/(1 + step/T); null: κ stays", json_schema_extra=IDENTITY)
     norm_constraint: float | None = Field(None, gt=0, description="bound of a step's length η‖v‖ before momentum; null for none", json_schema_extra=IDENTITY)
-    momentum: float = Field(0.9, ge=0, lt=1, description="μ, applied after preconditioning", json_schema_extra=IDENTITY)
-    max_rows: int | None = Field(1024, ge=1, description="rows of a layer and shard that are measured at most, an unbiased draw; null for all", json_schema_extra=IDENTITY)
+    momentum: float | None = Field(None, ge=0, lt=1, description="μ, of the gradients' mean, or of the natural gradients; null: 0.8 for mean_gradient, else 0.9", json_schema_extra=IDENTITY)
+    max_rows: int | None = Field(512, ge=1, description="rows of a layer and shard that are measured at most, an unbiased draw; null for all", json_schema_extra=IDENTITY)
     max_dimension: int = Field(640, ge=1, description="widest factor that is kept dense", json_schema_extra=IDENTITY)
     wide_inputs: Literal["low_rank", "block_diagonal", "diagonal", "dense"] = Field("low_rank", description="what a wider A becomes", json_schema_extra=IDENTITY)
     rank: int = Field(128, ge=1, description="of low_rank", json_schema_extra=IDENTITY)
@@ -65,7 +66,7 @@ class KFACConfig(_Section):
     def _delay_below_period(self) -> KFACConfig:
         if self.inverse_delay >= self.inverse_update_period:
             raise ValueError(f"inverse_delay={self.inverse_delay} must be below inverse_update_period={self.inverse_update_period}")
-        if self.strategy == "share_gradient" and (self.method != "kfac" or self.update != "momentum"):
+        if self.strategy == "share_gradient" and (self.method != "kfac" or self.update == "adam_eigenbasis"):
             raise ValueError("strategy=share_gradient leaves a layer's factors with one rank, but ekfac and adam_eigenbasis need their eigenbases on every rank; use --set kfac.strategy=share_inverse")
         return self
 
@@ -126,7 +127,7 @@ class TrainConfig(_Section):
     epochs: int = Field(10, ge=1, description="passes over the training nodes; another number on resuming also bends a cosine schedule and λ_u")
     max_steps: int | None = Field(None, ge=1, description="stop after this many steps")
     optimizer: Literal["kfac", "adam", "adamw", "sgd", "custom"] = Field("kfac", description="kfac: natural gradient; custom: one given to dngd.Trainer, which brings its rates and weight decay", json_schema_extra=IDENTITY)
-    lr: float | None = Field(None, gt=0, description="peak learning rate; null: 0.1 kfac, 0.01 adam and adamw, 0.1 sgd", json_schema_extra=IDENTITY)
+    lr: float | None = Field(None, gt=0, description="peak learning rate; null: 0.3 kfac (see kfac.update), 0.01 adam and adamw, 0.1 sgd", json_schema_extra=IDENTITY)
     lr_schedule: Literal["cosine", "constant"] = Field("cosine", description="over all steps of the run", json_schema_extra=IDENTITY)
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up", json_schema_extra=IDENTITY)
     metric: Literal["accuracy", "macro_f1", "roc_auc", "average_precision"] = Field("accuracy", description="what the best model is chosen by, on validation nodes; the run's files hold it as val_accuracy and test_accuracy", json_schema_extra=IDENTITY)
@@ -311,9 +312,9 @@ class TrainConfig(_Section):
         """The peak learning rate in use; of a custom optimizer, what its own rates are multiplied by."""
         if self.lr is not None:
             return self.lr
-        if self.optimizer == "kfac" and self.kfac.update == "adam_eigenbasis":
-            return 0.01
-        return {"kfac": 0.1, "adam": 0.01, "adamw": 0.01, "sgd": 0.1, "custom": 1.0}[self.optimizer]
+        if self.optimizer == "kfac":
+            return {"mean_gradient": 0.3, "momentum": 0.1, "adam_eigenbasis": 0.01}[self.kfac.update]
+        return {"adam": 0.01, "adamw": 0.01, "sgd": 0.1, "custom": 1.0}[self.optimizer]
 
     @property
     def data_root_in_use(self) -> Path | None:

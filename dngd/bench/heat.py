@@ -104,7 +104,7 @@ def run_heat(
         for setting in settings:
             own = track.own_config(setting)
             feed = full or SampledFeed(_pipeline(track, setting, ahead=True))
-            learner = Learner(setting.optimizer, own, setting.lr, track.model, track.store.features, track.builder)
+            learner = _learner(track, setting, own)
             runs.append(Run(setting, own, learner, feed, track.steps_per_epoch(setting)))
             stack.callback(runs[-1].close)
         for run in runs:
@@ -153,6 +153,18 @@ def _full_batch(track: Track) -> FullFeed:
     return FullFeed(batches.batch(0, 0, 0))
 
 
+def _learner(track: Track, setting: Setting, own: TrainConfig) -> Learner:
+    return Learner(
+        setting.optimizer,
+        own,
+        setting.lr,
+        track.model,
+        track.store.features,
+        track.builder,
+        num_training_nodes=track.num_train,
+    )
+
+
 def _warm_up(track: Track, settings: Sequence[Setting], full: FullFeed | None) -> None:
     """Take two steps of each new optimizer and batch size on throw-away copies, off any clock."""
     for setting in settings:
@@ -167,7 +179,7 @@ def _warm_up(track: Track, settings: Sequence[Setting], full: FullFeed | None) -
                 drawn = [next(pipeline) for _ in range(WARMUP_STEPS)]
             batches = [Batch(mini_batch, mini_batch.coordinates) for mini_batch in drawn]
         own = track.own_config(setting)
-        learner = Learner(setting.optimizer, own, setting.lr, track.model, track.store.features, track.builder)
+        learner = _learner(track, setting, own)
         for batch in batches:
             learner.step(batch, setting.lr, alone=True)
         learner.close()

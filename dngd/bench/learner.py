@@ -46,7 +46,8 @@ def initial_model(config: TrainConfig, store: GraphStore) -> GNN:
 class Learner:
     """A model, its flat gradients and its optimizer. clock: step times and phases since `start_clock`.
 
-    communicator: of the ranks that step together; None for a single one.
+    communicator: of the ranks that step together; None for a single one. num_training_nodes: what K-FAC's damping
+    depends on where it is left open; None where only times matter.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Learner:
         features: Tensor,
         builder: PropagationBuilder,
         communicator: Communicator | None = None,
+        num_training_nodes: int | None = None,
     ) -> None:
         self.name = name
         self.lr = lr
@@ -69,7 +71,7 @@ class Learner:
         self._features = features
         self.builder = builder
         self._communicator = LocalCommunicator() if communicator is None else communicator
-        self.competitor = build_competitor(name, config, lr, self.model, self._communicator)
+        self.competitor = build_competitor(name, config, lr, self.model, self._communicator, num_training_nodes)
         self._gradients = FlatGradients(self.model.parameters())
         self._kfac_before: dict[str, float] = {}
 

@@ -129,12 +129,17 @@ def with_optimizer(config: TrainConfig, name: str, lr: float | None) -> TrainCon
 
 
 def build_competitor(
-    name: str, config: TrainConfig, lr: float, model: nn.Module, communicator: Communicator
+    name: str,
+    config: TrainConfig,
+    lr: float,
+    model: nn.Module,
+    communicator: Communicator,
+    num_training_nodes: int | None = None,
 ) -> Competitor:
     """Return an optimizer over a model's parameters; dngd train's own are built by dngd.train."""
     config = with_optimizer(config, name, lr)
     if name in IN_TRAIN:
-        built = build_optimizer(config, model, communicator)
+        built = build_optimizer(config, model, communicator, num_training_nodes=num_training_nodes)
         return Competitor(name, built, (built.torch_optimizer,))
     parameters, decay = list(model.parameters()), config.weight_decay
     if name == "muon":

@@ -70,6 +70,7 @@ class Rank:
         model = initial_model(config, self._store)
         if self._builder is None:
             self._builder = PropagationBuilder(self._store, model.aggregation, self._store.labels.device)
+        train_nodes = self._store.split(config.split, config.seed).train
         self._learner = Learner(
             optimizer,
             config,
@@ -78,8 +79,8 @@ class Rank:
             self._store.features,
             self._builder,
             cast(Communicator, self._communicator),
+            int(train_nodes.numel()),
         )
-        train_nodes = self._store.split(config.split, config.seed).train
         batch_size = batch_size_of(config, int(train_nodes.numel()))
         self._pipeline = SamplerPipeline(
             self._store,

@@ -123,10 +123,14 @@ def describe_config(config: TrainConfig) -> dict[str, Any]:
 def _learners(names: Sequence[str], config: TrainConfig, store: GraphStore) -> list[Learner]:
     model = initial_model(config, store)
     learners: list[Learner] = []
+    num_training_nodes = int(store.split(config.split, config.seed).train.numel())
     for name in names:
         # The operators come from the whole graph's degrees, which are read once for all.
         builder = learners[0].builder if learners else PropagationBuilder(store, model.aggregation, store.labels.device)
-        learners.append(Learner(name, config, base_rate(name, config), model, store.features, builder))
+        rate = base_rate(name, config)
+        learners.append(
+            Learner(name, config, rate, model, store.features, builder, num_training_nodes=num_training_nodes)
+        )
     return learners
 
 

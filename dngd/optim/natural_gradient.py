@@ -17,13 +17,19 @@ from dngd.optim.capture import Variant, WeightSharing
 from dngd.optim.inverses import FactorWire, InversePrecision
 from dngd.optim.plan import TRAFFIC_BUDGET, StrategyChoice
 from dngd.optim.preconditioner import KFACPreconditioner
-from dngd.optim.schedules import Period, Schedule, value_at
+from dngd.optim.schedules import HyperbolicDecay, Period, Schedule, value_at
 from dngd.optim.trust import LevenbergMarquardt
 
-Update = Literal["momentum", "adam_eigenbasis"]
+Update = Literal["mean_gradient", "momentum", "adam_eigenbasis"]
 
 CHEAP_LAYOUT = FactorLayout(max_dimension=640, wide="low_rank", rank=128)
 """With damping λ = tr M / 100 no more than 100 eigenvalues matter: rank 128 holds them."""
+
+KL_CLIP = HyperbolicDecay(3e-2, 10)
+"""Long steps while everything is still to be learnt, short ones against the noise of mini-batches later."""
+
+RATES: dict[Update, float] = {"mean_gradient": 0.3, "momentum": 0.1, "adam_eigenbasis": 1e-2}
+MOMENTA: dict[Update, float] = {"mean_gradient": 0.8, "momentum": 0.9, "adam_eigenbasis": 0.9}
 
 ADAM_BETA2 = 0.95
 ADAM_EPSILON = 1e-8
@@ -32,8 +38,10 @@ ADAM_EPSILON = 1e-8
 class NaturalGradient(torch.optim.Optimizer):
     """K-FAC in place of Adam: `optimizer = NaturalGradient(model)`, and `optimizer.step(num_samples=n)` after backward.
 
-    update "momentum": `u ← μu + v`, `W ← W - η(u + w·W)`, v the preconditioned, KL-clipped gradient
-    (dngd.optim.KFACPreconditioner), μ the momentum, w the decoupled weight decay.
+    update "mean_gradient": `m ← μm + (1-μ)∇`, `W ← W - η(v + w·W)`, v the preconditioned, KL-clipped m, divided by the
+    weights that m sums (dngd.optim.KFACPreconditioner), μ the momentum, w the decoupled weight decay. The clip then
+    bounds what the gradients have in common; of a single mini-batch's natural gradient most is noise.
+    update "momentum": `u ← μu + v`, `W ← W - η(u + w·W)`, v the preconditioned, KL-clipped gradient.
     update "adam_eigenbasis": Adam in the eigenbasis of the Kronecker factors (SOAP, Vyas et al. 2024, with the
     Fisher's factors): `m ← μm + (1-μ)∇`, `s ← β₂s + (1-β₂)(Q_Gᵀ∇Q_A)²`, both bias-corrected,
     `W ← W - η(Q_G [(Q_GᵀmQ_A) / (√s + ε)] Q_Aᵀ + w·W)`; its rate means what Adam's does (default 1e-2, cut at
@@ -42,9 +50,10 @@ class NaturalGradient(torch.optim.Optimizer):
     A step whose gradients are not finite is dropped whole: parameters, momentum and factors stay.
 
     lr: η > 0, as in every torch optimizer, may be changed through `param_groups` or an lr_scheduler; None:
-        0.1 for momentum, 1e-2 for adam_eigenbasis. momentum: μ in [0, 1), weight_decay: w >= 0, both a number or
-        a function of the step. The other arguments are those of KFACPreconditioner, with the scale-free damping
-        and a KL clip as default.
+        0.3 for mean_gradient, 0.1 for momentum, 1e-2 for adam_eigenbasis. momentum: μ in [0, 1), None: 0.8 for
+        mean_gradient, else 0.9; weight_decay: w >= 0; both a number or a function of the step. The other arguments are
+        those of KFACPreconditioner, with the scale-free damping and a falling KL clip as default. Where the number n of
+        training samples is known, damping=0.1/√n is a better default than the constant (`dngd train` takes it).
 
     Raises UserError for an argument out of range or a model without a supported layer.
     """
@@ -54,13 +63,13 @@ class NaturalGradient(torch.optim.Optimizer):
         model: nn.Module,
         lr: float | None = None,
         *,
-        update: Update = "momentum",
-        momentum: Schedule = 0.9,
+        update: Update = "mean_gradient",
+        momentum: Schedule | None = None,
         weight_decay: Schedule = 0.0,
-        damping: Schedule = 1e-2,
+        damping: Schedule = 1e-3,
         damping_mode: DampingMode = "relative",
-        damping_g_ratio: Schedule = 10.0,
-        kl_clip: Schedule | None = 3e-3,
+        damping_g_ratio: Schedule = 30.0,
+        kl_clip: Schedule | None = KL_CLIP,
         norm_constraint: Schedule | None = None,
         loss_reduction: LossReduction = "mean",
         fisher: FisherKind = "empirical",
@@ -71,11 +80,11 @@ class NaturalGradient(torch.optim.Optimizer):
         factor_update_period: Period = 10,
         inverse_update_period: Period = 50,
         eigenvalue_update_period: Period = 10,
-        dense_steps: int = 20,
+        dense_steps: int = 1,
         inverse_delay: int = 0,
         change_threshold: float = 0.0,
         weight_sharing: WeightSharing = "expand",
-        max_rows: int | None = 1024,
+        max_rows: int | None = 512,
         layout: FactorLayout | None = None,
         inverse_precision: InversePrecision = "float16",
         factor_wire: FactorWire = "bfloat16",
@@ -92,7 +101,8 @@ class NaturalGradient(torch.optim.Optimizer):
             raise UserError(f"model is a {type(model).__name__}; give the model itself, not its parameters")
         if update not in get_args(Update):
             raise UserError(f"update={update!r} is unknown; use one of: " + ", ".join(get_args(Update)))
-        rate = lr if lr is not None else {"momentum": 0.1, "adam_eigenbasis": 1e-2}[update]
+        rate = lr if lr is not None else RATES[update]
+        momentum = momentum if momentum is not None else MOMENTA[update]
         if not rate > 0:
             raise UserError(f"lr={lr} is out of range; it must be above 0")
         if not 0 <= value_at(momentum, 0) < 1:
@@ -184,17 +194,20 @@ class NaturalGradient(torch.optim.Optimizer):
         with torch.no_grad(), torch.autocast(self.preconditioner.device.type, enabled=False):
             step = self.preconditioner.steps
             self._follow_schedules(step)
+            summed = mean_gradients is False or (mean_gradients is None and self.preconditioner.loss_reduction == "sum")
+            mean_scale = 1.0 / num_samples if summed and num_samples else 1.0
+            if self.update == "mean_gradient":
+                finite = self.preconditioner.gradients_are_finite() if finite is None else finite
+                if finite:
+                    self._average_gradients(mean_scale)
             taken = self.preconditioner.step(
                 num_samples, finite=finite, mean_gradients=mean_gradients, factor_samples=factor_samples
             )
             if taken:
-                if self.update == "momentum":
-                    self._momentum_step()
+                if self.update == "adam_eigenbasis":
+                    self._adam_step(mean_scale)
                 else:
-                    summed = mean_gradients is False or (
-                        mean_gradients is None and self.preconditioner.loss_reduction == "sum"
-                    )
-                    self._adam_step(1.0 / num_samples if summed and num_samples else 1.0)
+                    self._momentum_step()
         return loss
 
     def _follow_schedules(self, step: int) -> None:
@@ -217,9 +230,10 @@ class NaturalGradient(torch.optim.Optimizer):
         sampling alike; call it every few steps, with several ranks on all of them: the ranks' means are taken.
         Raises UserError if the damping is a plain schedule, or with momentum: the prediction is of the step -ηνv alone.
         """
-        if self.update != "momentum" or float(self.param_groups[0]["momentum"]) > 0:
+        if self.update == "adam_eigenbasis" or float(self.param_groups[0]["momentum"]) > 0:
             raise UserError(
-                "adapt_damping needs update='momentum' and momentum=0: it predicts the step without momentum"
+                f"adapt_damping predicts the step of one natural gradient, but update={self.update!r} and "
+                f"momentum={self.param_groups[0]['momentum']}; use momentum=0, and not adam_eigenbasis"
             )
         damping = self.preconditioner.damping
         if not isinstance(damping, LevenbergMarquardt):
@@ -230,9 +244,27 @@ class NaturalGradient(torch.optim.Optimizer):
         communicator.all_reduce(reduction, "state").wait()
         return damping.update(float(reduction) / communicator.world_size, predicted)
 
-    def _momentum_step(self) -> None:
+    def _average_gradients(self, mean_scale: float) -> None:
+        """Put the mean of the gradients up to now, with weights (1-μ)μᵃ at age a, in the place of each gradient.
+
+        mean_scale: what turns `.grad` into the mean loss's gradient, which is averaged: steps may differ in size.
+        """
         for group in self.param_groups:
             mu = group["momentum"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "exp_avg" not in state:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["weight"] = torch.zeros((), dtype=torch.float64)
+                state["weight"].mul_(mu).add_(1 - mu)
+                mean = state["exp_avg"].mul_(mu).add_(parameter.grad, alpha=(1 - mu) * mean_scale)
+                torch.mul(mean, 1 / (float(state["weight"]) * mean_scale), out=parameter.grad)
+
+    def _momentum_step(self) -> None:
+        for group in self.param_groups:
+            mu = group["momentum"] if self.update == "momentum" else 0.0
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue

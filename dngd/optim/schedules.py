@@ -36,15 +36,30 @@ def learning_rate(step: int, total_steps: int, peak: float, kind: LearningRateKi
 
 
 @dataclass(frozen=True)
+class HyperbolicDecay:
+    """A schedule that falls as `value / (1 + step / steps)`: half of the first value after `steps` steps.
+
+    The rate that makes online natural gradient efficient falls as 1/t (Amari 1998); a bound of the squared step
+    that falls so is its square root, which leaves enough where gradients keep changing.
+    """
+
+    value: float
+    steps: float
+
+    def __call__(self, step: int) -> float:
+        return self.value / (1.0 + step / self.steps)
+
+
+@dataclass(frozen=True)
 class UpdateSchedule:
     """When factors are measured and when inverses are renewed; a pure function of the step.
 
     factor_update_period: steps between factor steps after the first dense_steps steps, in which
     every step is one. inverse_update_period: steps between two refreshes of a layer; layer i of L has its
     turn at steps congruent to `i·period // L`. Curvature moves fast at first, so with dense_steps > 0
-    there are also rounds from steps 2^k on (L <= 2^k, within the first period), layer i at `2^k + i`: no step
-    refreshes two layers, if L is at most the period, but step 0, which refreshes them all (there is nothing
-    else to precondition with). Both periods may be functions of the step.
+    there are also rounds from steps 2^k on (L <= 2^k, within the first period), layer i at `2^k + i`, and
+    the steps 2^k are factor steps: no step refreshes two layers, if L is at most the period, but step 0, which
+    refreshes them all (there is nothing else to precondition with). Both periods may be functions of the step.
     """
 
     factor_update_period: Period
@@ -53,14 +68,22 @@ class UpdateSchedule:
 
     def is_factor_step(self, step: int) -> bool:
         """Return whether the step's rows are measured."""
-        return step < self.dense_steps or step % period_at(self.factor_update_period, step) == 0
+        return (
+            step < self.dense_steps
+            or step % period_at(self.factor_update_period, step) == 0
+            or (self._is_early(step) and step.bit_count() == 1)
+        )
+
+    def _is_early(self, step: int) -> bool:
+        """Return whether the step belongs to the rounds from powers of two on."""
+        return self.dense_steps > 0 and step < period_at(self.inverse_update_period, step)
 
     def layers_due(self, step: int, num_layers: int) -> list[int]:
         """Return the positions of the layers whose inverses are renewed at this step."""
         if step == 0:
             return list(range(num_layers))
         period = period_at(self.inverse_update_period, step)
-        if self.dense_steps > 0 and step < period:
+        if self._is_early(step):
             start = 1 << (step.bit_length() - 1)
             if start >= num_layers and step - start < num_layers:
                 return [step - start]

@@ -133,7 +133,9 @@ class TrainingLoop:
         )
         self.evaluator.check(self.model, torch.cat([self.split.val, self.split.test]))
         if self.parts.optimizer is None:
-            self.optimizer = build_optimizer(config, self.model, communicator, self.objective.kind)
+            self.optimizer = build_optimizer(
+                config, self.model, communicator, self.objective.kind, num_training_nodes=int(self.split.train.numel())
+            )
         else:
             self.optimizer = wrap_optimizer(self.parts.optimizer(self.model))
         self.gradients = FlatGradients(p for p in self.model.parameters() if p.requires_grad)

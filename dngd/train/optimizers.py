@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dngd.comm import Communicator
-from dngd.config import TrainConfig
+from dngd.config import KFACConfig, TrainConfig
 from dngd.errors import UserError
-from dngd.optim import FactorLayout, KFACPreconditioner, LossKind, NaturalGradient
+from dngd.optim import FactorLayout, HyperbolicDecay, KFACPreconditioner, LossKind, NaturalGradient, Schedule
 
 OWN_RATE = "own_lr"
 """Where the groups of a custom optimizer keep the rate that they were made with."""
@@ -74,9 +75,17 @@ class SecondOrder:
 
 
 def build_optimizer(
-    config: TrainConfig, model: nn.Module, communicator: Communicator, loss: LossKind = "cross_entropy"
+    config: TrainConfig,
+    model: nn.Module,
+    communicator: Communicator,
+    loss: LossKind = "cross_entropy",
+    *,
+    num_training_nodes: int | None = None,
 ) -> StepOptimizer:
-    """Return the configured optimizer over a model's parameters. loss: whose Fisher is measured."""
+    """Return the configured optimizer over a model's parameters.
+
+    loss: whose Fisher is measured. num_training_nodes: see damping_in_use.
+    """
     lr, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "kfac":
         kfac = config.kfac
@@ -91,10 +100,10 @@ def build_optimizer(
                 variant=kfac.variant,
                 momentum=kfac.momentum,
                 weight_decay=decay,
-                damping=kfac.damping,
+                damping=damping_in_use(kfac, num_training_nodes),
                 damping_mode=kfac.damping_mode,
                 damping_g_ratio=kfac.damping_g_ratio,
-                kl_clip=kfac.kl_clip,
+                kl_clip=kl_clip_in_use(kfac),
                 norm_constraint=kfac.norm_constraint,
                 loss_reduction="sum",
                 factor_decay=kfac.factor_decay,
@@ -122,6 +131,26 @@ def build_optimizer(
     if config.optimizer == "adamw":
         return FirstOrder(torch.optim.AdamW(parameters, lr=lr, weight_decay=decay))
     return FirstOrder(torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay))
+
+
+def damping_in_use(kfac: KFACConfig, num_training_nodes: int | None) -> float:
+    """Return λ: where it is left open and relative, `0.1 / √n` for n training nodes (1e-3 where n is unknown).
+
+    The directions that λ leaves to be fitted are those that n labels can tell from noise: with few labels weaker
+    damping fits the noise, with many stronger damping only takes longer.
+    """
+    if kfac.damping is not None:
+        return kfac.damping
+    if kfac.damping_mode != "relative":
+        return 1e-2
+    return 1e-3 if not num_training_nodes else 0.1 / math.sqrt(num_training_nodes)
+
+
+def kl_clip_in_use(kfac: KFACConfig) -> Schedule | None:
+    """Return κ as a number or a function of the step."""
+    if kfac.kl_clip is None or kfac.kl_clip_steps is None:
+        return kfac.kl_clip
+    return HyperbolicDecay(kfac.kl_clip, kfac.kl_clip_steps)
 
 
 def factor_layout(config: TrainConfig) -> FactorLayout:

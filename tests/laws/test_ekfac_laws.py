@@ -395,7 +395,7 @@ def law_rotation_equivariance(update: str) -> None:
         assert torch.allclose(straight, rotated, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("update", ["adam_eigenbasis", "momentum"])
+@pytest.mark.parametrize("update", ["adam_eigenbasis", "momentum", "mean_gradient"])
 def test_rotation_equivariance(update: str) -> None:
     law_rotation_equivariance(update)
     with pytest.raises(AssertionError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -228,7 +230,7 @@ def test_several_ranks_must_say_that_gradients_are_means() -> None:
 def test_momentum_and_weight_decay() -> None:
     """`u ← μu + v`, `W ← W − η(u + w·W)`, over three steps, v as the preconditioner left it."""
     net = make_net()
-    optimizer = NaturalGradient(net, lr=0.3, momentum=0.7, weight_decay=0.2)
+    optimizer = NaturalGradient(net, lr=0.3, update="momentum", momentum=0.7, weight_decay=0.2)
     weights = [p.detach().clone() for p in net.parameters()]
     momenta = [torch.zeros_like(p) for p in net.parameters()]
     for step in range(3):
@@ -241,6 +243,45 @@ def test_momentum_and_weight_decay() -> None:
             momenta[i] = 0.7 * momenta[i] + parameter.grad
             weights[i] = weights[i] - lr * (momenta[i] + 0.2 * weights[i])
             assert torch.allclose(parameter, weights[i], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_mean_of_gradients_is_preconditioned(reduction: Literal["mean", "sum"]) -> None:
+    """`W ← W − η(v + w·W)`, v the natural gradient of `Σ μ^(t-k) ∇_k / Σ μ^(t-k)` of the mean losses, in float64.
+
+    The reference takes a preconditioner of its own through the same rows, with the mean put in the place of each
+    gradient. Steps differ in size, μ too, and a step that is not finite is left out of all.
+    """
+    net, options = make_net().double(), {"damping": 0.03, "kl_clip": 1e-3, "dense_steps": 3, "inverse_update_period": 4}
+    twin = copy.deepcopy(net)
+    momenta, sizes = [0.7, 0.7, 0.2, 0.0, 0.9, 0.5], [8, 12, 5, 8, 16, 4]
+    optimizer = NaturalGradient(
+        net, lr=0.3, momentum=lambda step: momenta[step], weight_decay=0.2, loss_reduction=reduction, **options
+    )
+    reference = KFACPreconditioner(twin, damping_mode="relative", damping_g_ratio=30.0, lr=0.3, **options)
+    sums, total = [torch.zeros_like(p) for p in twin.parameters()], 0.0
+    torch.manual_seed(1)
+    for step, (mu, size) in enumerate(zip(momenta, sizes)):
+        rows, labels = torch.randn(size, 4, dtype=torch.float64), torch.randint(3, (size,))
+        is_finite = step != 3
+        for model, kind in ((net, reduction), (twin, "mean")):
+            model.zero_grad()
+            F.cross_entropy(model(rows), labels, reduction=kind).backward()
+            if not is_finite:
+                next(model.parameters()).grad[0] = math.nan
+        optimizer.step(num_samples=size)
+        if is_finite:
+            total = mu * total + (1 - mu)
+            for sum_, parameter in zip(sums, twin.parameters()):
+                sum_.mul_(mu).add_(parameter.grad, alpha=1 - mu)
+                parameter.grad.copy_(sum_ / total)
+        taken = reference.step(num_samples=size)
+        assert taken == is_finite
+        with torch.no_grad():
+            for parameter, twin_parameter in zip(net.parameters(), twin.parameters()):
+                if is_finite:
+                    twin_parameter.sub_(0.3 * (twin_parameter.grad + 0.2 * twin_parameter))
+                assert torch.allclose(parameter, twin_parameter, rtol=1e-7, atol=1e-10)
 
 
 def test_loading_state_forgets_the_old_life() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dngd.optim import UpdateSchedule, learning_rate, value_at
+from dngd.optim import HyperbolicDecay, UpdateSchedule, learning_rate, value_at
 
 
 def test_values() -> None:
@@ -41,8 +41,27 @@ def test_every_layer_is_refreshed_once_a_period(period: int, num_layers: int, de
 
 def test_dense_at_first() -> None:
     schedule = UpdateSchedule(10, 50, 20)
-    assert [step for step in range(41) if schedule.is_factor_step(step)] == [*range(20), 20, 30, 40]
+    assert [step for step in range(41) if schedule.is_factor_step(step)] == [*range(20), 20, 30, 32, 40]
     assert [step for step in range(50) if schedule.layers_due(step, 2) == [0, 1]] == [0]
     assert [step for step in range(50) if schedule.layers_due(step, 2) == [0]] == [2, 4, 8, 16, 32]
     assert [step for step in range(50) if schedule.layers_due(step, 2) == [1]] == [3, 5, 9, 17, 25, 33]
     assert [step for step in range(50) if UpdateSchedule(10, 50, 0).layers_due(step, 2)] == [0, 25]
+
+
+def test_early_rounds_begin_with_a_factor_step() -> None:
+    schedule = UpdateSchedule(10, 50, 1)
+    measured = [step for step in range(101) if schedule.is_factor_step(step)]
+    assert measured == [0, 1, 2, 4, 8, 10, 16, 20, 30, 32, *range(40, 101, 10)]
+    assert [step for step in range(50) if schedule.layers_due(step, 2) == [0]] == [
+        2,
+        4,
+        8,
+        16,
+        32,
+    ]  # on fresh statistics
+    assert [step for step in range(41) if UpdateSchedule(10, 50, 0).is_factor_step(step)] == [0, 10, 20, 30, 40]
+
+
+def test_hyperbolic_decay() -> None:
+    schedule = HyperbolicDecay(0.4, 10)
+    assert [value_at(schedule, step) for step in (0, 10, 30)] == pytest.approx([0.4, 0.2, 0.1])
