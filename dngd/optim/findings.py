@@ -43,6 +43,16 @@ class Measured:
     rounds: bool
 
 
+def bears_rounding(damping: float, wire: torch.dtype, trace: float = 1.0) -> bool:
+    """Return whether a factor M with this λ and trace may travel rounded to `wire`: where `λ >= 2u·tr M`.
+
+    With each entry's relative error at most u, once on its own rank and once as a sum, `‖E‖ <= 2u·tr M`:
+    `M + E + λI` then stays positive definite even if every error had the worst sign. Errors of random signs add up to
+    far less, and error feedback takes them back at the next refresh. bfloat16 has u = 2⁻⁸: a share of 1/128 passes.
+    """
+    return damping >= torch.finfo(wire).eps * trace
+
+
 def device_of(states: Mapping[str, LayerState], layers: Sequence[str]) -> torch.device:
     """Return where the layers' statistics are."""
     return states[layers[0]].folded.counts.device
@@ -81,10 +91,7 @@ class Findings:
     def _bears_rounding(self, state: LayerState, damping: Damping) -> dict[str, bool]:
         """Return for each factor whether its sums may travel rounded, by the folded sums.
 
-        With each entry's relative error at most u, once on its own rank and once as a sum, `‖E‖ <= 2u·tr M`: where
-        `λ >= 2u·tr M`, `M + E + λI` stays positive definite even if every error had the worst sign. Errors of random
-        signs add up to far less, and error feedback takes them back at the next refresh. With u = 2⁻⁸ the relative
-        damping passes from 1/128 on. The first reduction, of a factor that nothing is known of, is not rounded.
+        The first reduction, of a factor that nothing is known of, is not rounded.
         """
         out = {"A": False, "G": False}
         averages_known = float(state.folded.counts.min()) > 0
@@ -95,10 +102,9 @@ class Findings:
             for i, which in enumerate("AG")
         ]
         split = damping_split(diagonals[0], diagonals[1], damping.value, damping.mode, damping.g_ratio)
-        unit = torch.finfo(self._factor_wire).eps / 2
         for which, diagonal, lam in zip("AG", diagonals, split):
-            trace = float(diagonal.sum())
-            out[which] = state.structure(which).bears_rounding and float(lam) >= 2 * unit * trace
+            is_damped = bears_rounding(float(lam), self._factor_wire, float(diagonal.sum()))
+            out[which] = state.structure(which).bears_rounding and is_damped
         return out
 
     def measure(self, layers: Sequence[str], damping: Damping) -> list[Measured]:

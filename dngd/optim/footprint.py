@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from dngd.curvature import FactorLayout, FactorStatistics
+from dngd.optim.findings import bears_rounding
 from dngd.optim.inverses import PRECISIONS, WIRES, FactorWire, InversePrecision, Wanted
 from dngd.optim.plan import LayerSizes, StrategyChoice, initial_strategies, make_plan
 
@@ -39,27 +40,33 @@ def layer_footprint(
     *,
     eigenbasis: bool,
     factor_wire: FactorWire = "float32",
+    shares: tuple[float, float] | None = None,
 ) -> Footprint:
     """Return the footprint of a layer with factors A [d_a, d_a] and G [d_g, d_g].
 
     parts: sizes of the input's own blocks (adding up to d_a), () for none. eigenbasis: whether bases are kept
-    (EKFAC, Adam in the eigenbasis) instead of inverses.
+    (EKFAC, Adam in the eigenbasis) instead of inverses. shares: λ of A and of G as shares of their traces, which say
+    whether they may be rounded; None: unknown, as if they all might.
     """
     layout = layout.for_eigenbases() if eigenbasis else layout
     a, g = layout.input_structure(d_a, parts), layout.output_structure(d_g)
     sums = FactorStatistics.zeros(a, g, dtype=torch.float32, device=torch.device("meta"))
     wanted = Wanted(eigenbasis=eigenbasis, dtype=PRECISIONS[precision])
-    wire = WIRES[factor_wire] or torch.float32
+    wire = WIRES[factor_wire]
     sent = 2 * torch.float32.itemsize  # the counts
-    for structure, tensors in ((a, sums.a), (g, sums.g)):
-        size = (wire if structure.bears_rounding else torch.float32).itemsize
-        sent += size * sum(t.numel() for t in tensors)
+    kept = shared = 0
+    for structure, tensors, share in ((a, sums.a, shares and shares[0]), (g, sums.g, shares and shares[1])):
+        bears = wire is not None and structure.bears_rounding and (share is None or bears_rounding(share, wire))
+        sent += (wire if wire is not None and bears else torch.float32).itemsize * sum(t.numel() for t in tensors)
+        form = wanted if eigenbasis or share is None or wanted.rounds(1.0, share) else replace(wanted, dtype=None)
+        kept += form.kept_bytes(structure, torch.float32)
+        shared += form.wire_bytes(structure, torch.float32)
     return Footprint(
         statistics_sent=sent,
         inversion_flops=(a.inversion_cost, g.inversion_cost),
         statistics=sum(t.numel() for t in sums.tensors()) * torch.float32.itemsize,
-        inverses=sum(wanted.kept_bytes(structure, torch.float32) for structure in (a, g)),
-        inverses_sent=sum(wanted.wire_bytes(structure, torch.float32) for structure in (a, g)),
+        inverses=kept,
+        inverses_sent=shared,
         a=a.label,
         g=g.label,
     )

@@ -44,7 +44,7 @@ TRAFFIC_BUDGET = 0.03
 """What curvature may send by itself, as a share of the gradients."""
 
 INITIAL_STRATEGY: Strategy = "share_inverse"
-"""What `auto` does before anything is measured."""
+"""What `auto` assumes until the ranks have met, and does where they do not round alike."""
 
 SECONDS_PER_FLOP = 1e-10
 """Of assumed costs. Only their proportions matter, until a measured one is there to scale them by."""
@@ -52,11 +52,16 @@ SECONDS_PER_FLOP = 1e-10
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """What is known of a layer before anything is measured. flops: of inverting (A, G); bytes as sent."""
+    """What is known of a layer before anything is measured.
+
+    flops: of inverting (A, G). inverse_bytes, gradient_bytes: as sent. full_bytes: of its statistics, or of its
+    inverses, where nothing of them may be rounded.
+    """
 
     flops: tuple[float, float]
     inverse_bytes: int
     gradient_bytes: int
+    full_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -193,8 +198,9 @@ class Planner:
 
     choice: a strategy for all layers, or "auto". shares_gradients: whether "auto" may let one rank keep a
     layer's inverses (not where every rank needs the eigenbases). traffic_budget: most bytes that "auto" lets a layer
-    send a step, as a share of its gradient's bytes: preconditioned gradients are as many again, so that
-    share_gradient needs 1; share_inverse, all that works where ranks do not round alike, is always allowed.
+    send a step, statistics and what its strategy adds, as a share of its gradient's bytes: preconditioned gradients
+    are as many again, so that share_gradient needs 1. Where ranks do not round alike share_inverse is all that works,
+    whatever it sends.
     """
 
     def __init__(
@@ -214,6 +220,26 @@ class Planner:
         self._inversions: dict[Factor, deque[float]] = defaultdict(lambda: deque(maxlen=5))
         self._preconditionings: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=5))
         self.plan = make_plan(0, self._sizes, initial_strategies(self._sizes, choice), communicator.world_size)
+        self._has_begun = choice != "auto" or communicator.world_size == 1
+
+    def begin(self, step: int, inverse_period: int, device: torch.device) -> Plan | None:
+        """Return what `auto` does until there are measurements, once the ranks have met; None if nothing changes.
+
+        Inverses are renewed most often in the beginning: a layer is inverted by all ranks where sending its inverses
+        would exceed the budget even later. All ranks enter, before every launch.
+        """
+        if self._has_begun:
+            return None
+        self._has_begun = True
+        alike = ranks_are_alike(self._comm, device)
+        strategies = {
+            name: INITIAL_STRATEGY if INITIAL_STRATEGY in self._allowed(alike, sizes, inverse_period) else "replicate"
+            for name, sizes in self._sizes.items()
+        }
+        if strategies == dict(self.plan.strategies):
+            return None
+        self.plan = make_plan(step, self._sizes, strategies, self._comm.world_size)
+        return self.plan
 
     def is_due(self, step: int, inverse_period: int) -> bool:
         """Return whether all ranks plan anew at this step."""
@@ -248,7 +274,7 @@ class Planner:
                     cost,
                     network,
                     present=strategies[name],
-                    allowed=self._allowed(alike),
+                    allowed=self._allowed(alike, sizes, inverse_period),
                     period=inverse_period,
                     world_size=self._comm.world_size,
                     num_layers=len(self._sizes),
@@ -262,13 +288,23 @@ class Planner:
             logger.info("%s", self.plan)
         return self.plan
 
-    def _allowed(self, alike: bool) -> Collection[Strategy]:
+    def _allowed(self, alike: bool, sizes: LayerSizes, inverse_period: int) -> Collection[Strategy]:
+        if not alike:
+            return [
+                s for s in STRATEGIES if s == "share_inverse" or (s == "share_gradient" and self._may_share_gradients)
+            ]
+        budget = self._traffic_budget * sizes.gradient_bytes * inverse_period
         return [
             strategy
             for strategy in STRATEGIES
-            if (alike or strategy != "replicate")
-            and ((self._shares_gradients and self._traffic_budget >= 1) or strategy != "share_gradient")
+            if strategy == "replicate"
+            or (strategy == "share_inverse" and 2 * sizes.full_bytes <= budget)
+            or (strategy == "share_gradient" and self._may_share_gradients)
         ]
+
+    @property
+    def _may_share_gradients(self) -> bool:
+        return self._shares_gradients and self._traffic_budget >= 1
 
     def _agree(self, device: torch.device) -> tuple[dict[Factor, float], dict[str, float]]:
         """Return the mean over the ranks that measured of their medians; the last plan's where none did."""
@@ -293,6 +329,7 @@ class Planner:
         A strategy that was asked for stays the one in use, whatever the plan says. All ranks enter: where `auto` let
         them all invert, they must still round alike, which a lost one's replacement may not.
         """
+        self._has_begun = True
         self._inversions.clear()
         self._preconditionings.clear()
         same = saved.world_size == self._comm.world_size

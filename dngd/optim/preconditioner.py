@@ -477,6 +477,8 @@ class KFACPreconditioner:
 
     def _replan_if_due(self) -> None:
         period = period_at(self.schedule.inverse_update_period, self.steps)
+        if (begun := self._planner.begin(self.steps, period, self.device)) is not None:
+            self.pipeline.change_plan(begun)
         uses_a_plan = self.communicator.world_size > 1 or self.refresh_budget_seconds is not None
         if uses_a_plan and self._planner.is_due(self.steps, period):
             self.pipeline.change_plan(self._planner.replan(self.steps, period, self.device))
@@ -632,4 +634,5 @@ def _layer_sizes(layer: CurvatureLayer, wanted: Wanted) -> LayerSizes:
         flops=(layer.a.inversion_cost, layer.g.inversion_cost),
         inverse_bytes=sum(wanted.wire_bytes(structure, layer.dtype) for structure in (layer.a, layer.g)),
         gradient_bytes=layer.a.dimension * layer.g.dimension * layer.parameters[0].dtype.itemsize,
+        full_bytes=sum(t.numel() * t.element_size() for t in layer.empty_statistics().tensors()),
     )

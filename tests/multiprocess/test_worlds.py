@@ -209,7 +209,12 @@ def test_mutant_swapped_collective_is_caught() -> None:
     """One rank that shares inverses in another order: an error within the limit or another result, never a hang."""
     with pytest.raises(AssertionError, match=r"rank \d of 2: .* failed|Not equal|drifted|exited with"):
         assert_same_run(
-            run_ranks(TRAIN, 2, [{"mutant": "swapped_collectives"}], wait_limit_seconds=15)[0][0],
+            run_ranks(
+                TRAIN,
+                2,
+                [{"mutant": "swapped_collectives", "options": {"strategy": "share_inverse"}}],
+                wait_limit_seconds=15,
+            )[0][0],
             run(1, {"delay": 0})[0],
         )
 

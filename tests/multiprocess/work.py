@@ -12,6 +12,7 @@ from torch import nn
 from dngd.comm import Communicator, FlatGradients, shards_of_rank
 from dngd.curvature import FactorLayout
 from dngd.optim import NaturalGradient, directions, refresh
+from dngd.train.optimizers import load_moments, moments
 
 NUM_SHARDS, STEPS = 4, 12
 
@@ -100,11 +101,7 @@ def train(comm: Communicator, argument: dict[str, Any]) -> dict[str, Any]:
                 for key, t in state.items()
             },
             "weights": [p.detach().flatten().tolist() for p in net.parameters()],
-            "momentum": [
-                optimizer.state[p]["momentum_buffer"].flatten().tolist()
-                for p in net.parameters()
-                if "momentum_buffer" in optimizer.state[p]
-            ],
+            "moments": {key: [list(t.shape), t.flatten().tolist()] for key, t in moments(optimizer).items()},
         },
         "plan": pre.plan().to_json(),
         "held": sum(t.nbytes for s in pre.states.values() for i in s.inverses.values() for t in i.tensors),
@@ -115,9 +112,10 @@ def train(comm: Communicator, argument: dict[str, Any]) -> dict[str, Any]:
 
 def _restore(states: list[dict[str, Any]], net: nn.Module, optimizer: NaturalGradient) -> int:
     with torch.no_grad():
-        for p, weights, momentum in zip(net.parameters(), states[0]["weights"], states[0]["momentum"]):
+        for p, weights in zip(net.parameters(), states[0]["weights"], strict=True):
             p.copy_(torch.tensor(weights, dtype=torch.float64).view_as(p))
-            optimizer.state[p]["momentum_buffer"] = torch.tensor(momentum, dtype=torch.float64).view_as(p)
+    saved = states[0]["moments"]
+    load_moments(optimizer, {k: torch.tensor(v, dtype=torch.float64).view(shape) for k, (shape, v) in saved.items()})
     ranks = [
         {k: torch.tensor(v, dtype=getattr(torch, dtype)).view(shape) for k, (dtype, shape, v) in s["curvature"].items()}
         for s in states

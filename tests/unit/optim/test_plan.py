@@ -139,6 +139,38 @@ def test_auto_follows_the_network_within_what_is_allowed() -> None:
             assert set(agreed(choice, network)[0].strategies.values()) == {choice}
 
 
+HEAVY = {name: LayerSizes(of.flops, of.inverse_bytes, 1000, 900) for name, of in SIZES.items()}
+"""Statistics and inverses of 1,800 bytes where a period of 50 steps may send .03 of 50,000."""
+
+
+@pytest.mark.parametrize(
+    ("alike", "budget", "strategy"),
+    [(True, 0.03, "replicate"), (True, 0.04, "share_inverse"), (False, 0.03, "share_inverse")],
+)
+def test_what_exceeds_the_budget_is_inverted_by_all_that_round_alike(alike: bool, budget: float, strategy: str) -> None:
+    """From the first launch on, and also where measured times would have it sent."""
+
+    def work(comm: ThreadCommunicator) -> list[Plan | None]:
+        planner = Planner(HEAVY, comm, "auto", traffic_budget=budget)
+        first = planner.begin(0, 50, CPU)
+        assert planner.begin(1, 50, CPU) is None, "once"
+        for factor in planner.plan.owners:
+            planner.record_inversion(factor, 1.0)
+        for name in HEAVY:
+            planner.record_preconditioning(name, 1e-4)
+        return [first, planner.replan(50, 50, CPU)]
+
+    with (
+        mutant(plan, "probe_network", lambda comm, device: FREE),
+        mutant(plan, "ranks_are_alike", lambda comm, device: alike),
+    ):
+        for first, later in run_threads(3, work):
+            assert (first is None) == (strategy == "share_inverse"), "that is what was assumed"
+            assert first is None or set(first.strategies.values()) == {strategy}
+            assert later is not None
+            assert set(later.strategies.values()) == {strategy}
+
+
 def train(comm: Any, steps: int, strategy: Any = "auto", state: tuple[dict[str, Any], ...] = ()) -> Any:
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     for parameter in net.parameters():

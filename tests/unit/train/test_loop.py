@@ -60,7 +60,9 @@ def test_each_step_has_its_rate_its_seeds_and_mean_gradients(
     num_train = len(store.split("masks").train)
     made = run(config(store, tmp_path / "run", batch_size=50, warmup_steps=2))
     per_epoch = made.plan.steps_per_epoch
-    rates = [learning_rate(step, 2 * per_epoch, 0.1, "cosine", 2) for step in range(2 * per_epoch)]
+    rates = [
+        learning_rate(step, 2 * per_epoch, made.config.learning_rate, "cosine", 2) for step in range(2 * per_epoch)
+    ]
     assert [rate for rate, _, _ in seen] == rates
     sizes = [min(100, num_train - 100 * step) for step in range(per_epoch)]
     assert [n for _, n, _ in seen] == sizes * 2
