@@ -57,7 +57,7 @@ class KFACConfig(_Section):
     split_inputs: bool = Field(True, description="GraphSAGE: a block of A each for self and neighbour rows", json_schema_extra=IDENTITY)
     inverse_precision: Literal["float16", "bfloat16", "full"] = Field("float16", description="in which inverses are kept and sent", json_schema_extra=IDENTITY)
 
-    factor_wire: Literal["float32", "bfloat16"] = Field("bfloat16", description="in which statistics travel, what rounding leaves over sent with the next ones; factors that could not bear it travel in float32", json_schema_extra=IDENTITY)
+    factor_wire: Literal["float32", "bfloat16"] = Field("float32", description="in which statistics travel; bfloat16: what rounding leaves over is sent with the next ones, and factors that could not bear it travel in float32", json_schema_extra=IDENTITY)
     strategy: Literal["auto", "replicate", "share_inverse", "share_gradient"] = Field("auto", description="every rank inverts, owners send inverses, owners send preconditioned gradients, or what agreed measurements favour for each layer")
     traffic_budget: float = Field(0.03, ge=0, description="strategy auto: most bytes that a layer's inverses or preconditioned gradients send a step, as a share of its gradient's; share_gradient needs 1")
     refresh_budget_seconds: float | None = Field(None, gt=0, description="most seconds of inversions that a step starts, as measured; further layers wait for the next step; null for no limit", json_schema_extra=IDENTITY)

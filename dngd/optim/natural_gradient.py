@@ -87,7 +87,7 @@ class NaturalGradient(torch.optim.Optimizer):
         max_rows: int | None = 512,
         layout: FactorLayout | None = None,
         inverse_precision: InversePrecision = "float16",
-        factor_wire: FactorWire = "bfloat16",
+        factor_wire: FactorWire = "float32",
         strategy: StrategyChoice = "auto",
         traffic_budget: float = TRAFFIC_BUDGET,
         refresh_budget_seconds: float | None = None,

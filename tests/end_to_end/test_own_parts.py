@@ -344,7 +344,6 @@ def test_parts_reach_the_workers_of_ray(store: GraphStore, tmp_path: Path, clust
     for engine in ("ray", "local"):
         fields = config(store, tmp_path / engine, engine=engine, num_workers=2, batch_size=20, epochs=2)
         given = fields.model_dump(mode="json")
-        given["kfac"]["factor_wire"] = "float32"
         given["ray"]["address"] = cluster.gcs_address
         done = subprocess.run(
             [sys.executable, str(program), json.dumps(given)],

@@ -34,7 +34,6 @@ def test_two_workers_give_the_run_of_two_shards(cluster: Cluster, store: GraphSt
     """Through `ray job submit`, as a user does it; the local engine runs the same two shards."""
     common = ["train", "--dataset", str(store.path), *SMALL, "--num-workers", "2"]
     # One process has no wire, so that nothing is rounded on it.
-    common += ["--set", "kfac.factor_wire=float32"]
     submit = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", cluster.jobs_address, "--"]
     done = subprocess.run(
         [*submit, *dngd_command(*common, "--run-dir", str(tmp_path / "ray"))],

@@ -46,7 +46,7 @@ def sampled(store: GraphStore, folder: Path) -> list[dict[str, Any]]:
         run_dir.mkdir(parents=True)
         fields = {"dataset": str(store.path), "engine": "local", "batch_size": 30, "num_layers": 2, "hidden": 16}
         fields |= {"fanout": [5, 5], "epochs": 2, "num_shards": 4, "run_dir": str(run_dir), "num_samplers": 0}
-        fields |= {"semi": semi, "semi_labels": labels, "optimizer": optimizer, "kfac": {"factor_wire": "float32"}}
+        fields |= {"semi": semi, "semi_labels": labels, "optimizer": optimizer}
         made.append(fields)
     return made
 
