@@ -102,16 +102,19 @@ def test_a_second_ctrl_c_stops_at_once(store: GraphStore, tmp_path: Path) -> Non
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    assert process.stdout.readline() == "in the step\n", process.communicate()
-    process.send_signal(signal.SIGINT)
-    told = next(line for line in process.stderr if "Ctrl-C" in line)
-    assert "once more stops at once" in told
-    assert process.poll() is None, "a first Ctrl-C waits for the step"
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 130
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "in the step\n", process.communicate()
+        process.send_signal(signal.SIGINT)
+        told = next(line for line in process.stderr if "Ctrl-C" in line)
+        assert "once more stops at once" in told
+        assert process.poll() is None, "a first Ctrl-C waits for the step"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 130
+    finally:
+        process.kill()
     assert "--resume" in said
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000002"]
 

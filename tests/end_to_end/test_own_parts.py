@@ -313,7 +313,7 @@ def test_another_module_does_not_resume(store: GraphStore, tmp_path: Path) -> No
 
 
 PROGRAM = """
-import json, sys
+import dataclasses, json, sys
 import torch, dngd
 from torch_geometric.nn import SAGEConv
 
@@ -321,14 +321,20 @@ class Names(dngd.Callback):
     def on_start(self, run):
         (run.run_dir / "names.txt").write_text(type(run.model).__name__)
 
-def module(shape):
-    return dngd.PyGStack([SAGEConv(shape.num_features, 16), SAGEConv(16, shape.num_classes)])
+class Normed(torch.nn.Module):  # with running means, and without forward_layer
+    def __init__(self, shape):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(shape.num_features)
+        self.stack = dngd.PyGStack([SAGEConv(shape.num_features, 16), SAGEConv(16, shape.num_classes)])
+
+    def forward(self, batch):
+        return self.stack(dataclasses.replace(batch, x=self.norm(batch.x)))
 
 def error(outputs, labels):
     return -float((outputs.argmax(dim=1) != labels).float().mean())
 
 fields = json.loads(sys.argv[1])
-made = dngd.Trainer(dngd.TrainConfig(**fields), module=module, metric=error, callbacks=[Names()], quiet=True)
+made = dngd.Trainer(dngd.TrainConfig(**fields), module=Normed, metric=error, callbacks=[Names()], quiet=True)
 result = made.fit()
 print(json.dumps({"losses": [r.train_loss for r in result.history], "test": made.evaluate()["test"]["error"],
                   "result": result.test_accuracy}))
@@ -337,7 +343,7 @@ print(json.dumps({"losses": [r.train_loss for r in result.history], "test": made
 
 @pytest.mark.slow
 def test_parts_reach_the_workers_of_ray(store: GraphStore, tmp_path: Path, cluster: Cluster) -> None:
-    """Pickled from a program's own main module; the same curve as in one process."""
+    """Pickled from a program's own main module; the same curve as in one process, and one set of running means."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     found = {}
@@ -354,7 +360,7 @@ def test_parts_reach_the_workers_of_ray(store: GraphStore, tmp_path: Path, clust
         )
         assert done.returncode == 0, done.stderr
         found[engine] = json.loads(done.stdout.strip().splitlines()[-1])
-        assert (tmp_path / engine / "names.txt").read_text() == "PyGStack"
+        assert (tmp_path / engine / "names.txt").read_text() == "Normed"
     assert found["ray"]["losses"] == pytest.approx(found["local"]["losses"], rel=1e-4)
     for values in found.values():
         assert values["test"] == pytest.approx(values["result"], abs=1e-6)
