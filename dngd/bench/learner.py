@@ -71,9 +71,7 @@ class Learner:
         self._features = features
         self.builder = builder
         self._communicator = LocalCommunicator() if communicator is None else communicator
-        self.competitor = build_competitor(
-            name, config, lr, self.model, self._communicator, num_training_nodes
-        )
+        self.competitor = build_competitor(name, config, lr, self.model, self._communicator, num_training_nodes)
         self._gradients = FlatGradients(self.model.parameters())
         self._kfac_before: dict[str, float] = {}
 

@@ -50,7 +50,8 @@ def train(
     warmup_steps: Annotated[int | None, typer.Option(help=field_help("warmup_steps"))] = None,
     weight_decay: Annotated[float | None, typer.Option(help=field_help("weight_decay"))] = None,
     damping: Annotated[
-        float | None, typer.Option(help="kfac.damping: λ, a share of the factors' traces [default: 0.1/√(training nodes)]")
+        float | None,
+        typer.Option(help="kfac.damping: λ, a share of the factors' traces [default: 0.1/√(training nodes)]"),
     ] = None,
     seed: Annotated[int | None, typer.Option(help=field_help("seed"))] = None,
     num_samplers: Annotated[int | None, typer.Option(help=field_help("num_samplers"))] = None,

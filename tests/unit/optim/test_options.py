@@ -287,9 +287,7 @@ def test_bounds_are_schedules() -> None:
 def test_momentum_and_weight_decay_are_schedules() -> None:
     momenta, decays = [0.9, 0.0, 0.5, 0.9, 0.1, 0.0, 0.7], [0.0, 0.1, 0.5, 0.0, 0.2, 0.3, 0.0]
     net = make_net()
-    optimizer = NaturalGradient(
-        net, lr=0.2, update="momentum", momentum=by_step(momenta), weight_decay=by_step(decays)
-    )
+    optimizer = NaturalGradient(net, lr=0.2, update="momentum", momentum=by_step(momenta), weight_decay=by_step(decays))
     weight, buffer = net[0].weight.detach().clone(), torch.zeros(6, 4, dtype=F64)
     for step in range(STEPS):
         back_propagate(net, step)

@@ -52,7 +52,13 @@ def test_early_rounds_begin_with_a_factor_step() -> None:
     schedule = UpdateSchedule(10, 50, 1)
     measured = [step for step in range(101) if schedule.is_factor_step(step)]
     assert measured == [0, 1, 2, 4, 8, 10, 16, 20, 30, 32, *range(40, 101, 10)]
-    assert [step for step in range(50) if schedule.layers_due(step, 2) == [0]] == [2, 4, 8, 16, 32]  # on fresh statistics
+    assert [step for step in range(50) if schedule.layers_due(step, 2) == [0]] == [
+        2,
+        4,
+        8,
+        16,
+        32,
+    ]  # on fresh statistics
     assert [step for step in range(41) if UpdateSchedule(10, 50, 0).is_factor_step(step)] == [0, 10, 20, 30, 40]
 
 

@@ -32,11 +32,21 @@ def test_damping(settings: dict[str, object], num_nodes: int | None, expected: f
 def test_optimizer_takes_the_damping_of_its_training_set_and_a_falling_clip() -> None:
     optimizer = build_optimizer(kfac(), nn.Linear(3, 2), LocalCommunicator(), 2500)
     pre = optimizer.preconditioner
-    assert pre is not None and pre.kl_clip is not None
+    assert pre is not None
+    assert pre.kl_clip is not None
     assert value_at(pre.damping, 0) == pytest.approx(2e-3)
     assert [value_at(pre.kl_clip, step) for step in (0, 10, 30)] == pytest.approx([3e-2, 1.5e-2, 7.5e-3])
     assert optimizer.torch_optimizer.param_groups[0]["momentum"] == 0.8
     pre.close()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "expected"), [(1, "empirical"), (1024, "empirical"), (1025, "monte_carlo"), ("full", "monte_carlo")]
+)
+def test_fisher_depends_on_how_many_seeds_share_nodes(batch_size: object, expected: str) -> None:
+    config = TrainConfig(dataset="products-mini", batch_size=batch_size)
+    assert config.fisher == expected
+    assert config.identity()["kfac.fisher"] == expected
 
 
 def test_clip_that_stays_and_none() -> None:
