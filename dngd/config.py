@@ -22,6 +22,9 @@ IDENTITY: JsonDict = {"identity": True}
 
 _CREDENTIALS_FIX = "leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or ~/.aws), for gs:// GOOGLE_APPLICATION_CREDENTIALS"
 
+MOST_SEEDS_EMPIRICAL = 1024
+"""Seeds a shard up to which the empirical Fisher is the default."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,9 +35,9 @@ class _Section(BaseModel):
 class KFACConfig(_Section):
     """Natural gradient (`optimizer: kfac`); see dngd.optim.NaturalGradient for the formulas."""
 
-    update: Literal["mean_gradient", "momentum", "adam_eigenbasis"] = Field("mean_gradient", description="natural gradient of the gradients' running mean (lr 0.3 by default), momentum on the natural gradient (0.1), or Adam in the factors' eigenbasis (0.01)", json_schema_extra=IDENTITY)
+    update: Literal["mean_gradient", "momentum", "adam_eigenbasis"] = Field("mean_gradient", description="natural gradient of the gradients' running mean, momentum on the natural gradient, or Adam in the factors' eigenbasis (lr 0.01 by default)", json_schema_extra=IDENTITY)
     method: Literal["kfac", "ekfac"] = Field("kfac", description="damped inverses, or eigenvalue-corrected", json_schema_extra=IDENTITY)
-    fisher: Literal["empirical", "monte_carlo", "ggn"] | None = Field(None, description="labels behind G: the true ones, sampled ones, or the exact Gauss-Newton matrix (one backward a class); null: monte_carlo, empirical for the paper's variant", json_schema_extra=IDENTITY)
+    fisher: Literal["empirical", "monte_carlo", "ggn"] | None = Field(None, description="labels behind G: the true ones, sampled ones, or the exact Gauss-Newton matrix (one backward a class); null: monte_carlo for batches above 1,024 seeds, in full batch, and where seeds are weighed, else empirical, also for the paper's variant", json_schema_extra=IDENTITY)
     variant: Literal["dngd", "paper"] = Field("dngd", description="paper: the factors of arXiv 2008.09624's code (gradients of the mean loss times the layer's width), for reproduction", json_schema_extra=IDENTITY)
     damping: float | None = Field(None, gt=0, description="λ; a share of tr A in relative mode, in units of the Fisher in tikhonov mode; null: 0.1/√(training nodes) in relative mode, else 0.01", json_schema_extra=IDENTITY)
     damping_mode: Literal["relative", "tikhonov", "even"] = Field("relative", description="relative: λ·tr A and ratio·λ·tr G; tikhonov: √λ·π and √λ/π; even: √λ each", json_schema_extra=IDENTITY)
@@ -127,7 +130,7 @@ class TrainConfig(_Section):
     epochs: int = Field(10, ge=1, description="passes over the training nodes; another number on resuming also bends a cosine schedule and λ_u")
     max_steps: int | None = Field(None, ge=1, description="stop after this many steps")
     optimizer: Literal["kfac", "adam", "adamw", "sgd", "custom"] = Field("kfac", description="kfac: natural gradient; custom: one given to dngd.Trainer, which brings its rates and weight decay", json_schema_extra=IDENTITY)
-    lr: float | None = Field(None, gt=0, description="peak learning rate; null: 0.3 kfac (see kfac.update), 0.01 adam and adamw, 0.1 sgd", json_schema_extra=IDENTITY)
+    lr: float | None = Field(None, gt=0, description="peak learning rate; null: 0.1 kfac, 0.01 adam and adamw, 0.1 sgd", json_schema_extra=IDENTITY)
     lr_schedule: Literal["cosine", "constant"] = Field("cosine", description="over all steps of the run", json_schema_extra=IDENTITY)
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up", json_schema_extra=IDENTITY)
     metric: Literal["accuracy", "macro_f1", "roc_auc", "average_precision"] = Field("accuracy", description="what the best model is chosen by, on validation nodes; the run's files hold it as val_accuracy and test_accuracy", json_schema_extra=IDENTITY)
@@ -290,11 +293,16 @@ class TrainConfig(_Section):
 
     @property
     def fisher(self) -> Literal["empirical", "monte_carlo", "ggn"]:
-        """The kind of Fisher in use. Monte-Carlo is the default by measurement (dngd/bench/results/fisher-*.json):
-        as good as the empirical one at batch 256, better at 4096 and in full batch, where seeds share more nodes."""
+        """The kind of Fisher in use. By measurement (dngd/bench/results/fisher-*.json) Monte-Carlo is better at batch
+        4096 and in full batch, where seeds share more nodes, and as good at 256; with two uneven classes (tolokers) its
+        sampled labels are noisier than the true ones."""
         if self.kfac.fisher is not None:
             return self.kfac.fisher
-        return "empirical" if self.kfac.variant == "paper" else "monte_carlo"
+        if self.kfac.variant == "paper":
+            return "empirical"
+        seeds_share_nodes = self.batch_size == "full" or self.batch_size > MOST_SEEDS_EMPIRICAL
+        weighs_seeds = self.semi != "none" or self.class_weights is not None
+        return "monte_carlo" if seeds_share_nodes or weighs_seeds else "empirical"
 
     @property
     def run_address(self) -> str | None:
@@ -312,9 +320,9 @@ class TrainConfig(_Section):
         """The peak learning rate in use; of a custom optimizer, what its own rates are multiplied by."""
         if self.lr is not None:
             return self.lr
-        if self.optimizer == "kfac":
-            return {"mean_gradient": 0.3, "momentum": 0.1, "adam_eigenbasis": 0.01}[self.kfac.update]
-        return {"adam": 0.01, "adamw": 0.01, "sgd": 0.1, "custom": 1.0}[self.optimizer]
+        if self.optimizer == "kfac" and self.kfac.update == "adam_eigenbasis":
+            return 0.01
+        return {"kfac": 0.1, "adam": 0.01, "adamw": 0.01, "sgd": 0.1, "custom": 1.0}[self.optimizer]
 
     @property
     def data_root_in_use(self) -> Path | None:

@@ -28,7 +28,7 @@ CHEAP_LAYOUT = FactorLayout(max_dimension=640, wide="low_rank", rank=128)
 KL_CLIP = HyperbolicDecay(3e-2, 10)
 """Long steps while everything is still to be learnt, short ones against the noise of mini-batches later."""
 
-RATES: dict[Update, float] = {"mean_gradient": 0.3, "momentum": 0.1, "adam_eigenbasis": 1e-2}
+RATES: dict[Update, float] = {"mean_gradient": 0.1, "momentum": 0.1, "adam_eigenbasis": 1e-2}
 MOMENTA: dict[Update, float] = {"mean_gradient": 0.8, "momentum": 0.9, "adam_eigenbasis": 0.9}
 
 ADAM_BETA2 = 0.95
@@ -49,11 +49,11 @@ class NaturalGradient(torch.optim.Optimizer):
 
     A step whose gradients are not finite is dropped whole: parameters, momentum and factors stay.
 
-    lr: η > 0, as in every torch optimizer, may be changed through `param_groups` or an lr_scheduler; None:
-        0.3 for mean_gradient, 0.1 for momentum, 1e-2 for adam_eigenbasis. momentum: μ in [0, 1), None: 0.8 for
-        mean_gradient, else 0.9; weight_decay: w >= 0; both a number or a function of the step. The other arguments are
-        those of KFACPreconditioner, with the scale-free damping and a falling KL clip as default. Where the number n of
-        training samples is known, damping=0.1/√n is a better default than the constant (`dngd train` takes it).
+    lr: η > 0, as in every torch optimizer, may be changed through `param_groups` or an lr_scheduler; None: 1e-2 for
+        adam_eigenbasis, else 0.1. momentum: μ in [0, 1), None: 0.8 for mean_gradient, else 0.9. weight_decay: w >= 0.
+        Both a number or a function of the step. The other arguments are those of KFACPreconditioner, with the
+        scale-free damping and a falling KL clip as default. Where the number n of training samples is known,
+        damping=0.1/√n is better than the constant (`dngd train` takes it).
 
     Raises UserError for an argument out of range or a model without a supported layer.
     """

@@ -134,10 +134,10 @@ def build_optimizer(
 
 
 def damping_in_use(kfac: KFACConfig, num_training_nodes: int | None) -> float:
-    """Return λ: where it is left open and relative, `0.1 / √n` for n training nodes (1e-3 where n is unknown).
+    """Return λ. Where it is left open and relative: `0.1 / √n`, n the number of training nodes, 1e-3 if it is unknown.
 
-    The directions that λ leaves to be fitted are those that n labels can tell from noise: with few labels weaker
-    damping fits the noise, with many stronger damping only takes longer.
+    What λ leaves to be fitted are directions that n labels can tell from noise: with few labels weaker damping fits the
+    noise, with many stronger damping only takes longer.
     """
     if kfac.damping is not None:
         return kfac.damping

@@ -40,6 +40,15 @@ def test_optimizer_takes_the_damping_of_its_training_set_and_a_falling_clip() ->
     pre.close()
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "expected"), [(1, "empirical"), (1024, "empirical"), (1025, "monte_carlo"), ("full", "monte_carlo")]
+)
+def test_fisher_depends_on_how_many_seeds_share_nodes(batch_size: object, expected: str) -> None:
+    config = TrainConfig(dataset="products-mini", batch_size=batch_size)
+    assert config.fisher == expected
+    assert config.identity()["kfac.fisher"] == expected
+
+
 def test_clip_that_stays_and_none() -> None:
     assert kl_clip_in_use(kfac(kl_clip=0.5, kl_clip_steps=None).kfac) == 0.5
     assert kl_clip_in_use(kfac(kl_clip=None).kfac) is None
