@@ -49,7 +49,7 @@ class Trainer:
     optimizer: a function of the module that returns a torch optimizer. Its groups' rates are the peaks that
         lr_schedule and warmup_steps bend; gradients are those of the mean loss, summed over workers.
     loss: a function (outputs [n, C], labels) -> each seed's loss [n], in place of cross-entropy. With optimizer kfac
-        the Fisher is then the empirical one, which must be asked for.
+        the Fisher must then be the empirical one.
     metric: a function (outputs [n, C], labels) -> a number, larger is better, of all validation (or test) nodes at
         once, in place of the configuration's metric.
     callbacks: see Callback.

@@ -47,12 +47,13 @@ def wait_for_lines(process: subprocess.Popen[str], path: Path, count: int, secon
         time.sleep(0.05)
 
 
+@pytest.mark.usefixtures("one_thread")  # sums round by the number of threads, which is to be that of the other process
 def test_ctrl_c_ends_the_step_and_leaves_a_resumable_run(store: GraphStore, tmp_path: Path) -> None:
     run = tmp_path / "run"
     # A sampler process, which a terminal's Ctrl-C reaches as well. No other checkpoint is due than Ctrl-C's.
     options = ["--engine", "local", "--num-samplers", "1"]
     options += ["--set", "checkpoint.period_steps=1000000", "--set", "eval_period=1"]
-    process = started(arguments(store, run, *options, "--epochs", str(LONG)))
+    process = started(arguments(store, run, *options, "--epochs", str(LONG)), os.environ | {"OMP_NUM_THREADS": "1"})
     wait_for_lines(process, run / "metrics.jsonl", 2, 120)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=120)
@@ -89,6 +90,7 @@ def test_a_second_ctrl_c_stops_at_once(store: GraphStore, tmp_path: Path) -> Non
         "step = TrainingLoop._train_step\n"
         "def slow_step(self, *arguments):\n"
         "    if self.step == 3:\n"
+        "        self.writer.settle(60)\n"  # a checkpoint still being written would be none
         "        print('in the step', flush=True)\n"
         "        time.sleep(3600)\n"
         "    return step(self, *arguments)\n"

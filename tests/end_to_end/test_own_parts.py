@@ -290,7 +290,7 @@ def test_a_callback_that_fails_is_left_out(store: GraphStore, tmp_path: Path) ->
             {"lr": 0.1},
             "leave lr and weight_decay out",
         ),
-        ({"loss": focal}, {}, "kfac.fisher=empirical"),
+        ({"loss": focal}, {"kfac": {"fisher": "monte_carlo"}}, "kfac.fisher=empirical"),
         ({"loss": F.cross_entropy}, {"optimizer": "adam"}, "return one number a seed"),
     ],
 )

@@ -367,6 +367,7 @@ def test_traffic_is_what_the_footprint_says(damping: float) -> None:
             net,
             damping=damping,
             damping_g_ratio=2.0,
+            factor_wire="bfloat16",
             inverse_update_period=9,
             dense_steps=20,
             strategy="share_inverse",
