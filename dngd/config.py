@@ -62,7 +62,7 @@ class KFACConfig(_Section):
 
     factor_wire: Literal["float32", "bfloat16"] = Field("float32", description="in which statistics travel; bfloat16: what rounding leaves over is sent with the next ones, and factors that could not bear it travel in float32", json_schema_extra=IDENTITY)
     strategy: Literal["auto", "replicate", "share_inverse", "share_gradient"] = Field("auto", description="every rank inverts, owners send inverses, owners send preconditioned gradients, or what agreed measurements favour for each layer")
-    traffic_budget: float = Field(0.03, ge=0, description="strategy auto: most bytes that a layer's inverses or preconditioned gradients send a step, as a share of its gradient's; share_gradient needs 1")
+    traffic_budget: float = Field(0.03, ge=0, description="strategy auto: a layer's inverses are sent only where they and its statistics send at most this share of its gradient's bytes a step, else every rank inverts; share_gradient needs 1")
     refresh_budget_seconds: float | None = Field(None, gt=0, description="most seconds of inversions that a step starts, as measured; further layers wait for the next step; null for no limit", json_schema_extra=IDENTITY)
 
     @model_validator(mode="after")

@@ -329,10 +329,10 @@ class Planner:
         A strategy that was asked for stays the one in use, whatever the plan says. All ranks enter: where `auto` let
         them all invert, they must still round alike, which a lost one's replacement may not.
         """
-        self._has_begun = True
         self._inversions.clear()
         self._preconditionings.clear()
         same = saved.world_size == self._comm.world_size
+        self._has_begun = same or self._choice != "auto" or self._comm.world_size == 1
         strategies = (
             dict(saved.strategies) if same and self._choice == "auto" else initial_strategies(self._sizes, self._choice)
         )

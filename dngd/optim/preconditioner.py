@@ -84,9 +84,10 @@ class KFACPreconditioner:
         they are; see dngd.comm.rounding.
     strategy: "replicate" (every rank inverts all), "share_inverse" (owners invert and send the inverses),
         "share_gradient" (an owner keeps a layer's inverses and sends its preconditioned gradient every step), or
-        "auto", which starts with share_inverse and chooses for each layer from what all ranks measured, among those
-        that send no more a step than traffic_budget times the gradient's bytes (share_gradient sends them once more, so
-        that auto takes it from a budget of 1 on); see dngd.comm.cost_model and `plan`. No number of the training
+        "auto", which chooses for each layer from what all ranks measured: inverses are sent only where they and the
+        statistics send no more a step than traffic_budget times the gradient's bytes, else every rank inverts
+        (share_gradient sends the gradient once more, so that auto takes it from a budget of 1 on). Ranks that round
+        differently always send inverses. See dngd.comm.cost_model and `plan`. No number of the training
         depends on it where the ranks round alike.
     refresh_budget_seconds: most seconds of inversions that a step starts, by the plan's measurements; layers beyond it
         wait for the next step, so that timings decide when inverses are renewed (on all ranks alike, but two runs of

@@ -39,6 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_readme_has_commands() -> None:
     assert {command[1] for command in COMMANDS} >= {"train", "data"}
+    assert "@@" not in README, "a placeholder"
 
 
 @pytest.mark.data

@@ -170,6 +170,15 @@ def test_what_exceeds_the_budget_is_inverted_by_all_that_round_alike(alike: bool
             assert later is not None
             assert set(later.strategies.values()) == {strategy}
 
+        def in_another_world(comm: ThreadCommunicator) -> Plan:
+            planner = Planner(HEAVY, comm, "auto", traffic_budget=budget)
+            planner.restore(later, CPU)
+            planner.begin(60, 50, CPU)
+            return planner.plan
+
+        for resumed in run_threads(2, in_another_world):
+            assert set(resumed.strategies.values()) == {strategy}, "after a resume with fewer ranks too"
+
 
 def train(comm: Any, steps: int, strategy: Any = "auto", state: tuple[dict[str, Any], ...] = ()) -> Any:
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
