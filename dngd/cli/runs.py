@@ -324,7 +324,7 @@ def _print_plan(plan: dict[str, Any], config: TrainConfig) -> None:
         table.add_row(layer["name"], f"weight and bias {d_out} x {d_a}; {factors}")
     table.add_row("wire: gradient a step", size_text(plan["gradient_bytes_per_step"]))
     table.add_row("wire: factors a refresh", size_text(plan["factor_bytes_per_refresh"]))
-    table.add_row("wire: inverses a refresh", size_text(plan["inverse_bytes_per_refresh"]))
+    table.add_row("wire: inverses a refresh, at most", size_text(plan["inverse_bytes_per_refresh"]))
     if plan["preconditioned_bytes_per_step"]:
         table.add_row("wire: preconditioned gradients a step", size_text(plan["preconditioned_bytes_per_step"]))
     out.print(table)

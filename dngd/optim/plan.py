@@ -238,7 +238,16 @@ class Planner:
         }
         if strategies == dict(self.plan.strategies):
             return None
-        self.plan = make_plan(step, self._sizes, strategies, self._comm.world_size)
+        known = self.plan
+        self.plan = make_plan(
+            step,
+            self._sizes,
+            strategies,
+            self._comm.world_size,
+            known.inversion_seconds,
+            known.precondition_seconds,
+            known.network,
+        )
         return self.plan
 
     def is_due(self, step: int, inverse_period: int) -> bool:
