@@ -207,6 +207,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 if self.update == "adam_eigenbasis":
                     self._adam_step(mean_scale)
                 else:
+                    self._scale_left_over(mean_scale)
                     self._momentum_step()
         return loss
 
@@ -261,6 +262,16 @@ class NaturalGradient(torch.optim.Optimizer):
                 state["weight"].mul_(mu).add_(1 - mu)
                 mean = state["exp_avg"].mul_(mu).add_(parameter.grad, alpha=(1 - mu) * mean_scale)
                 torch.mul(mean, 1 / (float(state["weight"]) * mean_scale), out=parameter.grad)
+
+    def _scale_left_over(self, mean_scale: float) -> None:
+        """Turn into the mean loss's gradients those that the preconditioner, which does so with the others, leaves."""
+        if mean_scale == 1.0:
+            return
+        covered = {id(parameter) for layer in self.preconditioner.layers.values() for parameter in layer.parameters}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) not in covered and parameter.grad is not None:
+                    parameter.grad.mul_(mean_scale)
 
     def _momentum_step(self) -> None:
         for group in self.param_groups:

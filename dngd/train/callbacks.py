@@ -40,7 +40,11 @@ class RunState:
 
 
 class Callback:
-    """Override what is of interest. With engine ray a callback is pickled to the workers before `on_start`."""
+    """Override what is of interest. With engine ray a callback is pickled to the workers before `on_start`.
+
+    All run on rank 0 between steps, while the other ranks wait: they must return well within the configuration's
+    collective_timeout_seconds.
+    """
 
     def on_start(self, run: RunState) -> None:
         """Training begins, or goes on from run.step: after a resumption, or when lost workers were started again."""
@@ -52,7 +56,7 @@ class Callback:
         """An evaluation has ended. Return True to end the run here, as after its last step."""
 
     def on_end(self, run: RunState, result: RunResult | None) -> None:
-        """The run has ended with a result, or with None: interrupted, or by an error."""
+        """The run has ended with a result, or with None: interrupted, or by an error. Not called without a start."""
 
 
 class Callbacks:
@@ -60,12 +64,14 @@ class Callbacks:
 
     def __init__(self, callbacks: Sequence[Callback], tell: Callable[[str], None]) -> None:
         self._callbacks = list(callbacks)
+        self._started: list[Callback] = []
         self._tell = tell
 
     def start(self, run: RunState) -> None:
         """Call on_start."""
         for callback in list(self._callbacks):
             self._call(callback, lambda c: c.on_start(run))
+            self._started.append(callback)
 
     def step(self, run: RunState) -> None:
         """Call on_step."""
@@ -77,9 +83,10 @@ class Callbacks:
         return any([self._call(callback, lambda c: c.on_evaluation(run, record)) for callback in list(self._callbacks)])
 
     def end(self, run: RunState, result: RunResult | None) -> None:
-        """Call on_end."""
+        """Call on_end of those that were started: a run may end before it begins, at a refused resumption, say."""
         for callback in list(self._callbacks):
-            self._call(callback, lambda c: c.on_end(run, result))
+            if callback in self._started:
+                self._call(callback, lambda c: c.on_end(run, result))
 
     def _call(self, callback: Callback, hook: Callable[[Callback], bool | None]) -> bool:
         try:

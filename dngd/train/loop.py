@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -476,7 +477,7 @@ class TrainingLoop:
             self.metrics.append(record)
             if self.optimizer.preconditioner is not None:
                 self.health.append(self.step, self.optimizer.preconditioner.health())
-        if self.best is None or record.val_accuracy > self.best.val_accuracy:
+        if self._is_best(record):
             self.best = record
             if self.comm.rank == 0:
                 self.best_model = self._model_bytes(record)
@@ -493,6 +494,12 @@ class TrainingLoop:
             self.asked_to_end |= self.comm.broadcast_bytes(answer if self.comm.rank == 0 else None) == b"end"
         if self.supervision.measured is not None:
             self.supervision.measured(record, self._measurements())
+
+    def _is_best(self, record: EvaluationRecord) -> bool:
+        """Whether none before was as good; any number is better than none, as a metric may be before it is defined."""
+        if self.best is None or record.val_accuracy > self.best.val_accuracy:
+            return True
+        return math.isnan(self.best.val_accuracy) and not math.isnan(record.val_accuracy)
 
     def _share_buffers(self) -> None:
         """Give all ranks rank 0's buffers of a module (running means of a BatchNorm, say). All ranks enter."""

@@ -54,7 +54,9 @@ class Tally:
         """Add nodes: outputs [n, C], labels int64 [n] or of several a node [n, C], on one device."""
         if outputs.shape[0] == 0:
             return
-        loss, weights = self._objective.losses(outputs.double(), labels)
+        # A loss of one's own may hold tensors of the outputs' type, as class weights are.
+        exact = outputs if self._objective.custom is not None else outputs.double()
+        loss, weights = (values.double() for values in self._objective.losses(exact, labels))
         if self._objective.is_multilabel:
             predicted, actual = outputs > 0, labels > 0
             right = (predicted == actual).sum().double()

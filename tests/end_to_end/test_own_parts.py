@@ -22,6 +22,7 @@ from dngd.errors import UserError
 from dngd.graph import GraphStore
 from dngd.models import GNN, build_model
 from dngd.models.activation import relu_dropout
+from dngd.optim import NaturalGradient
 from dngd.train.module_batches import ModuleBatchBuilder
 from dngd.train.module_evaluation import ModuleEvaluator
 from tests.end_to_end.test_local_runs import config
@@ -285,6 +286,7 @@ def test_a_callback_that_fails_is_left_out(store: GraphStore, tmp_path: Path) ->
         ({"module": lambda shape: dngd.PyGStack([GCNConv(16, 5)])}, {}, "normalize=False"),
         ({"module": lambda shape: Twin("gcn", dngd.GraphShape(16, 4))}, {}, r"returned \[40, 4\] for 40 seeds"),
         ({"optimizer": lambda module: 3}, {}, "return a torch.optim.Optimizer"),
+        ({"optimizer": NaturalGradient}, {}, "optimizer=kfac"),
         (
             {"optimizer": lambda module: torch.optim.Adam(module.parameters())},
             {"lr": 0.1},
@@ -303,9 +305,12 @@ def test_parts_that_do_not_fit(
 
 def test_another_module_does_not_resume(store: GraphStore, tmp_path: Path) -> None:
     trainer(store, tmp_path / "run", {"module": lambda shape: Twin("gcn", shape)}, epochs=1).fit()
-    other = trainer(store, tmp_path / "run", {"module": lambda shape: Twin("gcn", shape, hidden=8)}, epochs=2)
+    recorder = Recorder()
+    parts = {"module": lambda shape: Twin("gcn", shape, hidden=8), "callbacks": [recorder]}
+    other = trainer(store, tmp_path / "run", parts, epochs=2)
     with pytest.raises(UserError, match=r"linears\.0\.bias is \[24\] there and \[8\] in this model"):
         other.resume()
+    assert recorder.calls == []
     with pytest.raises(UserError, match="another model"):
         other.predict()
     with pytest.raises(UserError, match="module of one's own"):

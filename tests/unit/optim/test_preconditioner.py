@@ -14,6 +14,7 @@ from torch import nn
 
 from dngd.errors import UserError
 from dngd.optim import KFACPreconditioner, NaturalGradient
+from dngd.optim.natural_gradient import Update
 
 
 def make_net() -> nn.Sequential:
@@ -245,14 +246,35 @@ def test_momentum_and_weight_decay() -> None:
             assert torch.allclose(parameter, weights[i], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:these parameters keep the optimizer's plain gradient")
+@pytest.mark.parametrize("update", ["mean_gradient", "momentum", "adam_eigenbasis"])
+def test_a_sum_takes_the_steps_of_its_mean(update: Update) -> None:
+    """Parameters without factors too."""
+    found = []
+    for reduction, size in (("mean", 1), ("sum", 8)):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 6), nn.PReLU(), nn.Linear(6, 3)).double()
+        optimizer = NaturalGradient(net, update=update, loss_reduction=reduction)
+        for _ in range(3):
+            optimizer.zero_grad()
+            rows, labels = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
+            (F.cross_entropy(net(rows), labels) * size).backward()
+            optimizer.step(num_samples=8)
+        found.append(nn.utils.parameters_to_vector(net.parameters()))
+    assert torch.allclose(*found, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:these parameters keep the optimizer's plain gradient")
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_mean_of_gradients_is_preconditioned(reduction: Literal["mean", "sum"]) -> None:
     """`W ← W − η(v + w·W)`, v the natural gradient of `Σ μ^(t-k) ∇_k / Σ μ^(t-k)` of the mean losses, in float64.
 
     The reference takes a preconditioner of its own through the same rows, with the mean put in the place of each
-    gradient. Steps differ in size, μ too, and a step that is not finite is left out of all.
+    gradient. Steps differ in size, μ too, and a step that is not finite is left out of all. PReLU has no factors.
     """
-    net, options = make_net().double(), {"damping": 0.03, "kl_clip": 1e-3, "dense_steps": 3, "inverse_update_period": 4}
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.PReLU(), nn.Linear(6, 3)).double()
+    options = {"damping": 0.03, "kl_clip": 1e-3, "dense_steps": 3, "inverse_update_period": 4}
     twin = copy.deepcopy(net)
     momenta, sizes = [0.7, 0.7, 0.2, 0.0, 0.9, 0.5], [8, 12, 5, 8, 16, 4]
     optimizer = NaturalGradient(

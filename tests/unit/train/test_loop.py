@@ -85,8 +85,11 @@ def test_train_loss_is_of_its_own_epoch(store: GraphStore, tmp_path: Path, monke
         assert record.train_loss == pytest.approx(sum(s for s, _ in part) / sum(n for _, n in part))
 
 
-def test_the_best_is_chosen_by_validation(store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = iter([(0.5, 0.9), (0.7, 0.6), (0.6, 0.95)])
+@pytest.mark.parametrize("first", [0.5, float("nan")])
+def test_the_best_is_chosen_by_validation(
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: float
+) -> None:
+    script = iter([(first, 0.9), (0.7, 0.6), (float("nan"), 0.8), (0.6, 0.95)])
 
     def scripted(self: ExactEvaluator, model: nn.Module, split: Any) -> dict[str, Scores]:
         val, test = next(script)
@@ -94,7 +97,7 @@ def test_the_best_is_chosen_by_validation(store: GraphStore, tmp_path: Path, mon
 
     monkeypatch.setattr(ExactEvaluator, "scores", scripted)
     result = run_rank(
-        prepare_run_folder(config(store, tmp_path / "run", epochs=3)), LocalCommunicator(), SilentReporter()
+        prepare_run_folder(config(store, tmp_path / "run", epochs=4)), LocalCommunicator(), SilentReporter()
     )
     assert (result.best_val_accuracy, result.test_accuracy) == (0.7, 0.6)
 

@@ -102,6 +102,17 @@ def test_weighted_loss_is_torchs() -> None:
     assert tally.loss == pytest.approx(float(wanted), rel=1e-6)
 
 
+def test_a_weighted_loss_of_ones_own_sees_the_outputs_as_training_does() -> None:
+    _, outputs, labels, _ = nodes("classes")
+    weights = torch.tensor([1.0, 2.0, 0.5, 4.0, 1.0])
+
+    def weighted(outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, labels, weight=weights, reduction="none")
+
+    found = scored("accuracy", Objective(custom=weighted), outputs, labels, 5, LocalCommunicator())
+    assert found.loss == pytest.approx(float(weighted(outputs, labels).mean()), rel=1e-6)
+
+
 def test_several_labels_are_summed_over_classes() -> None:
     objective, outputs, labels, _ = nodes("several")
     loss = objective.shard_loss(outputs, labels, None)
