@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.train import remote_run
 from dngd.train.remote_run import RemoteRunFolder
+from dngd.train.run_folder import RunFolder, resume_command
 
 
 class FakeFiles:
@@ -122,3 +124,12 @@ def test_a_checkpoint_that_cannot_be_sent_to_the_end_is_told(
         folder.send_checkpoint(folder.checkpoints / "step-00000007")
     with pytest.raises(UserError, match="the run's last files were not sent: .*step-00000007"):
         folder.finish()
+
+
+def test_the_command_that_goes_on_keeps_the_options_of_an_address() -> None:
+    address = "s3://bucket/one?scheme=http&endpoint_override=localhost:9000"
+    config = TrainConfig(dataset="products-mini", run_dir=Path(address))
+    command = resume_command(config, RunFolder(Path("work"), "s3://bucket/one"))
+    assert command == f"dngd train --run-dir '{address}' --resume"
+    here = TrainConfig(dataset="products-mini", run_dir=Path("runs/one"))
+    assert resume_command(here, RunFolder(Path("runs/one"))) == "dngd train --run-dir runs/one --resume"
