@@ -165,7 +165,7 @@ class TrainConfig(_Section):
     @classmethod
     def _no_credentials(cls, value: str) -> str:
         scheme, mark, rest = value.partition("://")
-        if mark and "@" in rest.partition("/")[0]:
+        if mark and _holds_credentials(rest):
             # The value is not repeated: it would reach logs, and the run's config.yaml.
             raise ValueError(f"the {scheme}:// address of dataset holds credentials before an @; {_CREDENTIALS_FIX}")
         return value
@@ -173,10 +173,10 @@ class TrainConfig(_Section):
     @field_validator("run_dir", mode="before")
     @classmethod
     def _run_dir_is_a_place(cls, value: object) -> object:
-        found = re.match(r"([a-z0-9]+):/+([^/]*)", str(value)) if isinstance(value, str | Path) else None
+        found = re.match(r"([a-z0-9]+):/+(.*)", str(value), re.DOTALL) if isinstance(value, str | Path) else None
         if found and found[1] not in ("s3", "s3a", "gs", "gcs"):
             raise ValueError(f"run_dir={found[1]}://… is no place for a run; give a folder, or an s3:// or gs:// address")
-        if found and "@" in found[2].partition("?")[0]:
+        if found and _holds_credentials(found[2]):
             raise ValueError(f"the {found[1]}:// address of run_dir holds credentials before an @; {_CREDENTIALS_FIX}")
         return value
 
@@ -370,6 +370,12 @@ def address_of_run(run_dir: Path) -> str | None:
     """Return the s3:// or gs:// address that a run folder's path is: a Path keeps one slash of two. None if it is none."""
     found = re.fullmatch(r"(s3a?|gs|gcs):/+(.*)", str(run_dir), re.DOTALL)
     return f"{found[1]}://{found[2]}" if found else None
+
+
+def _holds_credentials(rest: str) -> bool:
+    """Whether an address, without its scheme, begins with ID:SECRET@, of which the secret may hold slashes, or ID@."""
+    first = rest.partition("?")[0].partition("/")[0]
+    return "@" in first or (":" in first and "@" in rest)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -88,8 +88,10 @@ def locate(source: str | Path) -> Location:
 def shown_address(source: str) -> str:
     """Return an address without its options and without credentials, should it hold any."""
     scheme, _, rest = source.partition("://")
-    rest = re.split(r"[?#]", rest, maxsplit=1)[0]
-    return f"{scheme}://{rest.rpartition('@')[2]}"
+    # Not urlsplit: keys may hold # and @.
+    if _holds_credentials(rest):
+        rest = rest.rpartition("@")[2] if ":" in rest.partition("/")[0] else rest.partition("@")[2]
+    return f"{scheme}://{rest.partition('?')[0]}"
 
 
 def list_files(source: str | Path) -> list[Location]:
@@ -131,6 +133,8 @@ def explained(shown: str, *, missing_ok: bool = False, doing: Doing = "read") ->
 
     missing_ok: let FileNotFoundError through. doing: what is done there.
     """
+    import pyarrow as pa
+
     try:
         yield
     except FileNotFoundError as error:
@@ -139,6 +143,9 @@ def explained(shown: str, *, missing_ok: bool = False, doing: Doing = "read") ->
         raise UserError(f"{shown} does not exist; check the spelling of the path or address") from error
     except OSError as error:
         raise UserError(_sentence(shown, str(error), error, doing)) from error
+    except pa.ArrowInvalid:
+        # Its text repeats what it was given, which need not be fit to print.
+        raise UserError(f"{shown} is not understood by the file system; check the spelling of the address") from None
 
 
 def _parse(source: str, shown: str) -> tuple[str, str, str, dict[str, str]]:
@@ -148,7 +155,7 @@ def _parse(source: str, shown: str) -> tuple[str, str, str, dict[str, str]]:
         raise UserError(f"{shown} has the scheme {scheme}://; give a local path, or an s3:// or gs:// address")
     # Not urlsplit for the path: keys may hold # and %.
     bare, _, query = rest.partition("?")
-    if "@" in bare.partition("/")[0]:
+    if _holds_credentials(rest):
         raise UserError(
             f"{shown} was given with credentials before an @, where they would end up in logs; leave them out and set "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or ~/.aws), for gs:// GOOGLE_APPLICATION_CREDENTIALS"
@@ -162,6 +169,12 @@ def _parse(source: str, shown: str) -> tuple[str, str, str, dict[str, str]]:
     if not bucket:
         raise UserError(f"{shown} names no bucket; write {scheme}://BUCKET/PATH")
     return scheme, bucket, key.strip("/"), options
+
+
+def _holds_credentials(rest: str) -> bool:
+    """Whether what follows :// begins with ID:SECRET@, of which the secret may hold slashes, or ID@."""
+    first = rest.partition("?")[0].partition("/")[0]
+    return "@" in first or (":" in first and "@" in rest)
 
 
 def _s3(bucket: str, options: dict[str, str]) -> Any:
@@ -230,7 +243,7 @@ def _matching(pattern: str, options: str) -> list[Location]:
     wild = next(k for k, part in enumerate(parts) if _WILD.search(part))
     base = "/".join(parts[:wild]) or ("/" if pattern.startswith("/") else ".")
     if base.endswith(":/") or not base:
-        raise UserError(f"{pattern} has a pattern in place of the bucket's name; name the bucket")
+        raise UserError(f"{shown_address(pattern)} has a pattern in place of the bucket's name; name the bucket")
     root = locate(base + options)
     wanted = parts[wild:]
     found = []

@@ -21,7 +21,7 @@ from dngd.graph import manifest as m
 from dngd.graph.arrow_files import ColumnWriter, write_columns, write_labels
 from dngd.graph.balance import BLOCK_EDGES, Array, Int64Array, node_blocks
 from dngd.graph.builder import Progress
-from dngd.graph.filesystems import is_remote
+from dngd.graph.filesystems import address_of, is_remote, shown_address
 from dngd.graph.partition import Partition
 from dngd.graph.staging import StagedFolder, check_target
 from dngd.graph.store import GraphStore
@@ -68,7 +68,7 @@ def reorder_store(
     Raises UserError if permutation is none, or `out` cannot be written; leaves nothing behind then.
     """
     if is_remote(out):
-        raise UserError(f"{out} cannot be written to directly; give a local folder, then copy it there whole")
+        raise UserError(f"{shown_address(address_of(out))} cannot be written to directly; give a local folder, then copy it there whole")
     target = Path(out).expanduser()
     check_target(target, overwrite, m.is_store_file)
     if isinstance(name, str) and not name.strip():

@@ -105,18 +105,18 @@ def readable(file: TableFile) -> Iterator[None]:
     """Turn a failure to read the file inside the block into a UserError that names it."""
     import pyarrow as pa
 
-    try:
-        with explained(file.shown):
+    with explained(file.shown):
+        try:
             yield
-    # pyarrow raises kinds of its own for content that is not of the format.
-    except pa.ArrowException as error:
-        text = " ".join(str(error).split())[:300]
-        fix = "it is damaged, or of another format: write it again"
-        if file.format == "csv":
-            fix = "mend the lines, or say how they are written by --delimiter and --no-header"
-            if "conversion error" in text:
-                fix = "later lines hold other values than the first; mend them, or of ids, give --id-type string"
-        raise UserError(f"{file.shown} cannot be read as {file.format} ({text}); {fix}") from error
+        # pyarrow raises kinds of its own for content that is not of the format.
+        except pa.ArrowException as error:
+            text = " ".join(str(error).split())[:300]
+            fix = "it is damaged, or of another format: write it again"
+            if file.format == "csv":
+                fix = "mend the lines, or say how they are written by --delimiter and --no-header"
+                if "conversion error" in text:
+                    fix = "later lines hold other values than the first; mend them, or of ids, give --id-type string"
+            raise UserError(f"{file.shown} cannot be read as {file.format} ({text}); {fix}") from error
 
 
 def _read_parquet(file: TableFile, plan: ReadPlan) -> Iterator[Any]:

@@ -55,7 +55,7 @@ from dngd.train.parts import RunParts, check_outputs, make_module
 from dngd.train.placement import choose_placement, free_gpu_bytes, place_features
 from dngd.train.plan import check_device, check_fits, make_plan
 from dngd.train.progress import Reporter, StepRecord
-from dngd.train.run_folder import RunFolder, spill_folders
+from dngd.train.run_folder import RunFolder, resume_command, spill_folders
 from dngd.train.semi import SemiSupervision
 from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
 from dngd.train.supervision import Supervision
@@ -332,8 +332,8 @@ class TrainingLoop:
         if self.config.run_address is not None:
             self.finish_folder()
         raise RunInterrupted(
-            f"interrupted after step {self.step} of {self.plan.total_steps}; go on with dngd train --run-dir "
-            f"{self.folder.shown} --resume",
+            f"interrupted after step {self.step} of {self.plan.total_steps}; go on with "
+            f"{resume_command(self.config, self.folder)}",
             self.step,
             self.folder.shown,
         )

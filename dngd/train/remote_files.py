@@ -100,8 +100,8 @@ class RemoteFiles:
     def send_checkpoint(self, folder: Path, keep: int) -> None:
         """Write a checkpoint, then remove those after it, those beyond the newest `keep`, and what is not whole."""
         target = f"{CHECKPOINTS}/{folder.name}"
-        self.remove(f"{target}/{STATE_NAME}")
         files = sorted(folder.iterdir(), key=lambda path: path.name == STATE_NAME)
+        self.remove(f"{target}/{STATE_NAME}")
         for path in files:
             self.write(f"{target}/{path.name}", path.read_bytes())
         with suppress(UserError):  # what stays too long does no harm, and goes with the next one

@@ -92,8 +92,11 @@ class RemoteRunFolder(RunFolder):
         self._tell = tell
         self._sent: dict[str, tuple[int, int]] = {}
         self._sending = threading.Lock()
+        self._sending_checkpoint = threading.Lock()
+        self._unsent: Path | None = None
         self._wanted = threading.Event()
         self._closed = False
+        self._stopped = False
         self._told = ""
         self._thread = threading.Thread(target=self._run, name="dngd-run-files", daemon=True)
         self._thread.start()
@@ -117,8 +120,10 @@ class RemoteRunFolder(RunFolder):
         self._wanted.set()
 
     def send_checkpoint(self, path: Path) -> None:
-        """Send a checkpoint. Raises UserError if that fails."""
-        self._files.send_checkpoint(path, self._keep)
+        """Send a checkpoint. Raises UserError if that fails; it is then sent with the next files."""
+        with self._sending_checkpoint:
+            self._unsent = path
+            self._send_unsent()
 
     def finish(self) -> None:
         """Send what is not sent yet, again and again for a minute. Raises UserError if that fails."""
@@ -133,10 +138,13 @@ class RemoteRunFolder(RunFolder):
             time.sleep(RETRY_SECONDS)
 
     def close(self) -> None:
-        """End the thread, after what it is sending."""
+        """End the thread, after what it is sending; what takes longer than SETTLE_SECONDS is not gone on with."""
         self._closed = True
         self._wanted.set()
-        self._thread.join(SETTLE_SECONDS)
+        try:
+            self._thread.join(SETTLE_SECONDS)
+        finally:
+            self._stopped = True  # the folder goes next, which must not look as if its files had been removed
 
     def _run(self) -> None:
         closed = False
@@ -156,16 +164,25 @@ class RemoteRunFolder(RunFolder):
                     self._tell(f"{error}; training goes on, and the file is sent with the next ones")
 
     def _send(self) -> None:
-        """Send each file that changed, and remove those that are gone here."""
+        """Send a checkpoint that was not sent, each file that changed, and remove those that are gone here."""
+        with self._sending_checkpoint:
+            self._send_unsent()
         with self._sending:
             state = self._state()
             for name, is_now in state.items():
-                if self._sent.get(name) != is_now:
+                if self._sent.get(name) != is_now and not self._stopped:
                     self._files.write(name, (self.path / name).read_bytes())
                     self._sent[name] = is_now
             for name in self._sent.keys() - state.keys():
-                self._files.remove(name)
-                del self._sent[name]
+                if not self._stopped and self.path.is_dir():
+                    self._files.remove(name)
+                    del self._sent[name]
+
+    def _send_unsent(self) -> None:
+        """Send the newest checkpoint if it was not sent."""
+        if self._unsent is not None and not self._stopped:
+            self._files.send_checkpoint(self._unsent, self._keep)
+            self._unsent = None
 
     def _state(self) -> dict[str, tuple[int, int]]:
         """Return size and time of each file, but of checkpoints and of what is being written."""

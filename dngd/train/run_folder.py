@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ def spill_folders(config: TrainConfig, folder: RunFolder) -> list[Path]:
     The cache is on this machine's own disk, as a rule; run folders are often where several machines see them.
     """
     return [cache_folder(config.cache_dir), folder.path]
+
+
+def resume_command(config: TrainConfig, folder: RunFolder) -> str:
+    """Return the command that goes on with a run; an address has its options there, without which it is not found."""
+    return f"dngd train --run-dir {shlex.quote(config.run_address or folder.shown)} --resume"
 
 
 def default_run_dir(config: TrainConfig) -> Path:
