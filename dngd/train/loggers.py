@@ -25,6 +25,10 @@ STEP_PERIOD = 10
 """Steps between two logged step losses."""
 
 
+MLFLOW_DEFAULTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+"""Seconds and repetitions of a request, for which all ranks wait; what the environment says takes precedence."""
+
+
 class CSVLogger(Callback):
     """RUN/metrics.csv: metrics.jsonl's lines as a table; a value that is not finite is empty."""
 
@@ -95,15 +99,17 @@ class MLflowLogger(_Logger):
     in experiment MLFLOW_EXPERIMENT_NAME, or dngd."""
 
     def on_start(self, run: RunState) -> None:
+        for name, value in MLFLOW_DEFAULTS.items():
+            os.environ.setdefault(name, value)
         try:
             from mlflow.tracking import MlflowClient
         except ImportError:
             raise _missing("mlflow") from None
         address = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.run_dir.absolute() / 'mlflow.db'}"
         self._client = MlflowClient(tracking_uri=address)
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "dngd")
-        found = self._client.get_experiment_by_name(name)
-        experiment = found.experiment_id if found else self._client.create_experiment(name)
+        experiment_name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "dngd")
+        found = self._client.get_experiment_by_name(experiment_name)
+        experiment = found.experiment_id if found else self._client.create_experiment(experiment_name)
 
         def create() -> str:
             made = self._client.create_run(experiment, run_name=run.run_dir.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from dngd.optim import FactorLayout, HyperbolicDecay, KFACPreconditioner, LossKi
 
 OWN_RATE = "own_lr"
 """Where the groups of a custom optimizer keep the rate that they were made with."""
+OWN_NUMBERS = "own_numbers"
+"""Where they keep the other numbers that they were made with: those that change are part of its state."""
 
 
 class StepOptimizer(Protocol):
@@ -182,13 +184,28 @@ def wrap_optimizer(optimizer: object) -> FirstOrder:
         )
     for group in optimizer.param_groups:
         group[OWN_RATE] = float(group.get("lr", 1.0))
+        group[OWN_NUMBERS] = _numbers(group)
     return FirstOrder(optimizer)
+
+
+def _numbers(group: dict[str, Any]) -> dict[str, Tensor]:
+    """Return a group's numbers but for the rate, which is the schedule's: Python's as [1], 0-d tensors as they are."""
+    numbers = {}
+    for key, value in group.items():
+        if key in ("lr", OWN_RATE):
+            continue
+        if isinstance(value, Tensor) and value.dim() == 0:
+            numbers[key] = value.detach().clone()
+        elif isinstance(value, (int, float)):
+            numbers[key] = torch.tensor([value], dtype=torch.float64 if isinstance(value, float) else None)
+    return numbers
 
 
 def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's per-parameter tensors as "INDEX.KEY" (Adam's step counts included).
 
-    Raises UserError for state that is no tensor.
+    Of one's own optimizer also its groups' numbers that changed since it was made, as "group.INDEX.KEY": schedule-free
+    and D-adapting ones keep counts and sums there. Raises UserError for state that is no tensor.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     out = {}
@@ -201,6 +218,13 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
                     f"{type(optimizer).__name__} keeps {key} as a {type(value).__name__}, and checkpoints hold "
                     "tensors; use an optimizer whose state is tensors, as torch's are"
                 )
+    for i, group in enumerate(optimizer.param_groups):
+        if OWN_NUMBERS in group:
+            made_with = group[OWN_NUMBERS]
+            for key, value in _numbers(group).items():
+                was = made_with.get(key)
+                if was is None or (was.dtype, was.tolist()) != (value.dtype, value.tolist()):
+                    out[f"group.{i}.{key}"] = value
     return out
 
 
@@ -209,7 +233,20 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for key, value in saved.items():
         index, name = key.split(".", 1)
+        if index == "group":
+            _load_number(optimizer, name, value)
+            continue
         parameter = parameters[int(index)]
         # Step counts stay on the CPU; Adam in the eigenbasis has moments of other shapes than its parameters.
         device = parameter.device if value.dim() > 0 else torch.device("cpu")
         optimizer.state[parameter][name] = value.to(device, copy=True)
+
+
+def _load_number(optimizer: torch.optim.Optimizer, place: str, value: Tensor) -> None:
+    index, name = place.split(".", 1)
+    group = optimizer.param_groups[int(index)]
+    if value.dim() == 1:
+        group[name] = value.item()
+    else:
+        present = group.get(name)
+        group[name] = value.to(present.device if isinstance(present, Tensor) else group["params"][0].device, copy=True)

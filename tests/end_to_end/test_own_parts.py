@@ -161,6 +161,42 @@ def test_resuming_a_module_is_bitwise(store: GraphStore, tmp_path: Path) -> None
     assert resumed.steps == whole.steps
 
 
+class Averaged(torch.optim.Optimizer):
+    """Gradient descent by the mean rate so far, with all that it knows in its groups, as schedule-free ones have it."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1, "k": 0, "weight_sum": 0.0, "began": False})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["k"] += 1
+            group["weight_sum"] += group["lr"] / 3
+            group["began"] = True
+            group["total"] = group.get("total", torch.zeros(())) + 1
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad * (group["weight_sum"] / group["k"] + 0.01 * group["total"]))
+
+
+def test_resuming_keeps_what_an_optimizer_counts_in_its_groups(store: GraphStore, tmp_path: Path) -> None:
+    seen: dict[int, dict[str, Any]] = {}
+
+    class Watch(dngd.Callback):
+        def on_step(self, run: dngd.RunState) -> None:
+            seen[run.step] = {k: v for k, v in run.optimizer.param_groups[0].items() if k != "params"}
+
+    parts = {"optimizer": lambda module: Averaged(module.parameters()), "callbacks": [Watch()]}
+    whole = trainer(store, tmp_path / "whole", parts, epochs=3).fit()
+    expected = seen.pop(whole.steps)
+    first = trainer(store, tmp_path / "parts", parts, epochs=3, max_steps=5, checkpoint={"period_steps": 5})
+    first.fit()
+    first.config = first.config.model_copy(update={"max_steps": None})
+    resumed = first.resume()
+    assert seen[resumed.steps] == expected
+    assert type(expected["k"]) is type(seen[resumed.steps]["k"]) is int
+    assert resumed.history[-1].val_loss == whole.history[-1].val_loss
+
+
 def test_prediction_evaluation_and_the_best_module(store: GraphStore, tmp_path: Path) -> None:
     given = Twin("gcn", dngd.GraphShape(store.num_features, store.num_classes))
     before = {name: tensor.clone() for name, tensor in given.state_dict().items()}

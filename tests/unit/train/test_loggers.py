@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +71,27 @@ def test_mlflow(store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert values == [(r.step, pytest.approx(r.val_accuracy)) for r in history]
     assert found.info.status == "FINISHED"
     assert (found.data.params["optimizer"], found.data.params["kfac.damping"]) == ("adam", "0.01")
+
+
+def test_a_server_of_mlflow_that_is_away_is_soon_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str]] = []
+    names = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+
+    def client(tracking_uri: str) -> None:
+        seen.append((os.environ[names[0]], os.environ[names[1]]))
+        raise OSError("no server")
+
+    tracking: Any = types.ModuleType("mlflow.tracking")
+    tracking.MlflowClient = client
+    monkeypatch.setitem(sys.modules, "mlflow", types.ModuleType("mlflow"))
+    monkeypatch.setitem(sys.modules, "mlflow.tracking", tracking)
+    state: Any = type("State", (), {"run_dir": tmp_path})()
+    for given in ({}, {names[0]: "60"}):
+        environment = {name: value for name, value in os.environ.items() if name not in names} | given
+        monkeypatch.setattr(os, "environ", environment)
+        with pytest.raises(OSError, match="no server"):
+            loggers.MLflowLogger().on_start(state)
+    assert seen == [("10", "1"), ("60", "1")]
 
 
 def test_wandb(store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
