@@ -52,8 +52,8 @@ def connect(config: RayConfig, *, environment: dict[str, str]) -> bool:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if address is None:
             raise UserError(
-                f"no Ray cluster could be joined or started on this machine ({reason}); if `ray status` shows none, clear "
-                "what one left with `ray stop`, or give a cluster's address with --address, or use --engine local"
+                f"no Ray cluster could be joined or started on this machine ({reason}); if `ray status` shows none, "
+                "clear what one left with `ray stop`, or give a cluster's address with --address, or use --engine local"
             ) from None
         raise UserError(
             f"Ray cluster {address} refused the connection ({reason}); check the address, its token and that its Ray "

@@ -51,8 +51,8 @@ def ask_head(address: str) -> Head | None:
         return None
     if address.startswith(("http://", "https://")):
         raise UserError(
-            "an http:// address is for dngd submit, which sends a job to a dashboard; give the head's here, HOST:6379 or "
-            "ray://HOST:10001"
+            "an http:// address is for dngd submit, which sends a job to a dashboard; give the head's here, HOST:6379 "
+            "or ray://HOST:10001"
         )
     host_port = address.removeprefix("ray://")
     host, colon, port = host_port.rpartition(":")
@@ -139,7 +139,7 @@ def _metadata(address: str) -> bytes:
             if time.monotonic() + RETRY_SECONDS >= deadline:
                 raise UserError(
                     f"what listens at {address} did not answer within {LIMIT_SECONDS:.0f} s ({code.name.lower()}); try "
-                    "again when the head is less busy, and check that this is the address that `ray start --head` prints"
+                    "again when the head is less busy, and check that it is the address that `ray start --head` prints"
                 ) from None
         time.sleep(RETRY_SECONDS)
 

@@ -71,6 +71,6 @@ def test_keys_may_hold_an_at_sign() -> None:
 
 
 def test_what_a_file_system_does_not_understand_is_not_repeated() -> None:
-    with pytest.raises(UserError, match="^s3://bucket/key is not understood") as refused, explained("s3://bucket/key"):
+    with pytest.raises(UserError, match=r"^s3://bucket/key is not understood") as refused, explained("s3://bucket/key"):
         raise pa.ArrowInvalid("Expected an S3 object path, got a URI: 's3://AKIA:secret@bucket'")
     assert "secret" not in str(refused.value)

@@ -70,7 +70,7 @@ def test_a_ray_without_these_private_parts_has_the_word_itself(monkeypatch: pyte
 
 
 def test_versions_are_left_to_a_ray_that_compares_them_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="runs Ray 2.40.0"):
+    with pytest.raises(UserError, match=r"runs Ray 2\.40\.0"):
         head.check_versions("here", Head("2.40.0", PYTHON))
     monkeypatch.delattr("ray._private.utils.check_version_info")
     head.check_versions("here", Head("2.40.0", PYTHON))

@@ -122,7 +122,7 @@ def test_a_checkpoint_that_cannot_be_sent_to_the_end_is_told(
     files.away = True
     with pytest.raises(UserError):
         folder.send_checkpoint(folder.checkpoints / "step-00000007")
-    with pytest.raises(UserError, match="the run's last files were not sent: .*step-00000007"):
+    with pytest.raises(UserError, match=r"the run's last files were not sent: .*step-00000007"):
         folder.finish()
 
 
