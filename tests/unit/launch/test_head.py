@@ -118,7 +118,7 @@ def test_a_dashboards_address_is_for_submit() -> None:
 def test_an_empty_variable_is_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "")
     given: list[Any] = []
-    monkeypatch.setattr(cluster.ray, "init", lambda address, **_: given.append(address))
+    monkeypatch.setattr(ray, "init", lambda address, **_: given.append(address))
     assert cluster.connect(RayConfig(), environment={})
     assert given == [None]
 
@@ -130,6 +130,6 @@ def test_a_local_cluster_that_fails_is_told_in_a_sentence(
     def fail(**_: object) -> None:
         raise kind("could not connect\nto GCS")
 
-    monkeypatch.setattr(cluster.ray, "init", fail)
+    monkeypatch.setattr(ray, "init", fail)
     with pytest.raises(UserError, match=r"on this machine \(could not connect\); if `ray status`"):
         cluster.connect(RayConfig(), environment={})
