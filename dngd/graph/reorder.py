@@ -68,9 +68,8 @@ def reorder_store(
     Raises UserError if permutation is none, or `out` cannot be written; leaves nothing behind then.
     """
     if is_remote(out):
-        raise UserError(
-            f"{shown_address(address_of(out))} cannot be written to directly; give a local folder, then copy it there whole"
-        )
+        shown = shown_address(address_of(out))
+        raise UserError(f"{shown} cannot be written to directly; give a local folder, then copy it there whole")
     target = Path(out).expanduser()
     check_target(target, overwrite, m.is_store_file)
     if isinstance(name, str) and not name.strip():

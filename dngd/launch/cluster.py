@@ -13,7 +13,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import AuthenticationError
-from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from dngd.config import RayConfig
@@ -35,7 +34,7 @@ def connect(config: RayConfig, *, environment: dict[str, str]) -> bool:
     """
     if ray.is_initialized():
         return False
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = config.address or os.environ.get("RAY_ADDRESS") or None
     head = None if address is None else ask_head(address)
     if address is not None and head is not None:
         check_versions(address, head)
@@ -48,9 +47,14 @@ def connect(config: RayConfig, *, environment: dict[str, str]) -> bool:
     except AuthenticationError as error:
         raise UserError(token_sentence(address or "this machine's address", str(error))) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
-        if address is None:
+        if address is None and isinstance(error, ValueError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if address is None:
+            raise UserError(
+                f"no Ray cluster could be joined or started on this machine ({reason}); if `ray status` shows none, "
+                "clear what one left with `ray stop`, or give a cluster's address with --address, or use --engine local"
+            ) from None
         raise UserError(
             f"Ray cluster {address} refused the connection ({reason}); check the address, its token and that its Ray "
             f"version is {ray.__version__}"
@@ -121,6 +125,8 @@ def scales_by_itself() -> bool:
     Every head runs the same process; without a configuration it names the types of nodes `node_` and their id.
     """
     try:
+        from ray.experimental.internal_kv import _internal_kv_get
+
         return _has_named_types(_internal_kv_get("__autoscaling_status")) or _is_version_two()
     except Exception:  # private interfaces: without them the limit is the shorter one, and can be set
         return False
@@ -172,7 +178,9 @@ def _shortage(demand: Demand, missing: _Missing, waited: float | None, scales: b
     free = {kind: missing.free.get(kind, 0.0) for kind in demand.total}
     after = "" if waited is None else f" after {waited:.0f} s"
     fix = "add nodes that have what one worker asks for"
-    if missing.places:
+    if missing.places >= demand.num_workers:
+        fix = "wait for other jobs to end, or ask for less than what is free"
+    elif missing.places:
         fix = f"use --num-workers {missing.places} or less"
     if "GPU" in demand.total and not missing.total.get("GPU"):
         fix = "leave out --use-gpu, or join nodes with GPUs"

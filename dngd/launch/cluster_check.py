@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dngd.config import RayConfig
 from dngd.launch.cluster import connect
-from dngd.launch.head import ask_head
+from dngd.launch.head import ask_head, asks_for_token
 from dngd.launch.submit import ClusterJobs, job_server_address
 
 NODE_SECONDS = 60.0
@@ -61,8 +61,9 @@ def _by_head(address: str) -> list[ClusterFinding]:
     connected = connect(RayConfig(address=address), environment={})
     try:
         findings.append(ClusterFinding("cluster's Ray", f"{ray.__version__}, Python {platform.python_version()}"))
-        if head is not None:
-            findings.append(_authentication(head.asks_for_token))
+        asks = None if head is None else asks_for_token(address)
+        if asks is not None:
+            findings.append(_authentication(asks))
         alive = [node for node in ray.nodes() if node["Alive"]]
         findings += _resources(node["Resources"] for node in alive)
         return findings + [_node(node["NodeManagerHostname"], asked) for node, asked in _ask_nodes(alive)]

@@ -1,7 +1,7 @@
 """What the head of a Ray cluster says when asked directly, before `ray.init`, which tries for a minute and longer.
 
 One gRPC request tells apart what `ray.init` does not: nobody there, something else there, a token that is missing or
-wrong, and another version of Ray or Python.
+wrong, and another version of Ray or Python. It uses private parts of Ray; without them `ray.init` has the word.
 """
 
 from __future__ import annotations
@@ -9,21 +9,24 @@ from __future__ import annotations
 import json
 import platform
 import socket
+import time
 from dataclasses import dataclass
-from typing import Any
 
-import grpc
 import ray
-from ray._private.authentication.authentication_utils import is_token_auth_enabled
-from ray._private.grpc_utils import init_grpc_channel
-from ray._private.utils import check_version_info
-from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.exceptions import AuthenticationError
 
 from dngd.errors import UserError
 
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 5.0
+LIMIT_SECONDS = 10.0
+RETRY_SECONDS = 0.5
+
+PRIVATE_GONE = (ImportError, AttributeError)
+"""What is raised where a version of Ray has its private parts elsewhere."""
+
+OTHER_PROTOCOL = ("http1.x server", "HTTP/1", "settings frame")
+"""What gRPC's details hold where something else than gRPC listens."""
 
 TOKEN_FIX = (
     "set RAY_AUTH_MODE=token and put the cluster's token in ~/.ray/auth_token or a file that RAY_AUTH_TOKEN_PATH names"
@@ -32,20 +35,25 @@ TOKEN_FIX = (
 
 @dataclass(frozen=True)
 class Head:
-    """The versions that a cluster was started with, and whether it asks for a token."""
+    """The versions that a cluster was started with."""
 
     ray_version: str
     python_version: str
-    asks_for_token: bool
 
 
 def ask_head(address: str) -> Head | None:
-    """Return what the head at HOST:PORT says; None for an address of another kind (auto, local, ray://HOST:PORT).
+    """Return what the head at HOST:PORT says; None for an address of another kind (auto, local, ray://HOST:PORT),
+    and where its versions cannot be told.
 
     Raises UserError, within 20 s, if nothing answers there, it is no Ray head, or it refuses this process's token.
     """
     if address in ("auto", "local"):
         return None
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            "an http:// address is for dngd submit, which sends a job to a dashboard; give the head's here, HOST:6379 "
+            "or ray://HOST:10001"
+        )
     host_port = address.removeprefix("ray://")
     host, colon, port = host_port.rpartition(":")
     if not colon or not port.isdigit():
@@ -59,15 +67,24 @@ def ask_head(address: str) -> Head | None:
         ) from None
     if address != host_port:
         return None
-    metadata = json.loads(_metadata(address) or b"{}")
-    return Head(metadata.get("ray_version", "?"), metadata.get("python_version", "?"), _asks_for_token(address))
+    try:
+        metadata = json.loads(_metadata(address) or b"{}")
+    except PRIVATE_GONE:
+        return None
+    if not {"ray_version", "python_version"} <= metadata.keys():
+        return None  # of a head that only starts, say
+    return Head(metadata["ray_version"], metadata["python_version"])
 
 
 def check_versions(address: str, head: Head) -> None:
     """Raise UserError if a driver of this process's Ray and Python cannot join the cluster."""
     found = {"ray_version": head.ray_version, "python_version": head.python_version}
     try:
+        from ray._private.utils import check_version_info
+
         check_version_info(found, "here")
+    except PRIVATE_GONE:
+        return
     except RuntimeError:
         raise UserError(
             f"the cluster at {address} runs Ray {head.ray_version} and Python {head.python_version} but this process "
@@ -85,32 +102,62 @@ def token_sentence(address: str, said: str) -> str:
     return f"the cluster at {address} asks for a token and this process has none to send; {TOKEN_FIX}"
 
 
-def _metadata(address: str) -> bytes:
+def asks_for_token(address: str) -> bool | None:
+    """Say whether the head at HOST:PORT refuses who sends no token; None if that cannot be told."""
     try:
-        with init_grpc_channel(address) as channel:
-            return _key_value(channel)
-    except AuthenticationError as error:
-        raise UserError(token_sentence(address, str(error))) from None
-    except grpc.RpcError as error:
-        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-            raise UserError(token_sentence(address, "InvalidAuthToken" if is_token_auth_enabled() else "")) from None
-        raise UserError(
-            f"what answers at {address} is no Ray head ({error.code().name.lower()}); give the address that "
-            "`ray start --head` prints, HOST:6379, not that of its dashboard"
-        ) from None
+        import grpc
 
-
-def _asks_for_token(address: str) -> bool:
-    try:
-        with grpc.insecure_channel(address) as channel:
-            _key_value(channel)
-    except grpc.RpcError as error:
-        return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+        try:
+            _request(address, ANSWER_SECONDS, with_token=False)
+        except grpc.RpcError as error:
+            return True if error.code() == grpc.StatusCode.UNAUTHENTICATED else None
+    except PRIVATE_GONE:
+        return None
     return False
 
 
-def _key_value(channel: Any) -> bytes:
-    """Return what the cluster keeps of how it was started."""
-    stub = gcs_service_pb2_grpc.InternalKVGcsServiceStub(channel)
-    request = gcs_service_pb2.InternalKVGetRequest(key=b"CLUSTER_METADATA", namespace=b"cluster")
-    return bytes(stub.InternalKVGet(request, timeout=ANSWER_SECONDS).value)
+def _metadata(address: str) -> bytes:
+    """Return what the cluster keeps of how it was started; empty where that cannot be asked. Raises UserError."""
+    import grpc
+
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while True:
+        try:
+            return _request(address, min(ANSWER_SECONDS, max(0.1, deadline - time.monotonic())), with_token=True)
+        except AuthenticationError as error:
+            raise UserError(token_sentence(address, str(error))) from None
+        except grpc.RpcError as error:
+            code = error.code()
+            if code == grpc.StatusCode.UNAUTHENTICATED:
+                raise UserError(token_sentence(address, "InvalidAuthToken" if _sends_token() else "")) from None
+            may_pass = code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE)
+            if not may_pass or any(words in str(error.details()) for words in OTHER_PROTOCOL):
+                raise UserError(
+                    f"what answers at {address} is no Ray head ({code.name.lower()}); give the address that "
+                    "`ray start --head` prints, HOST:6379, not that of its dashboard"
+                ) from None
+            if time.monotonic() + RETRY_SECONDS >= deadline:
+                raise UserError(
+                    f"what listens at {address} did not answer within {LIMIT_SECONDS:.0f} s ({code.name.lower()}); try "
+                    "again when the head is less busy, and check that it is the address that `ray start --head` prints"
+                ) from None
+        time.sleep(RETRY_SECONDS)
+
+
+def _sends_token() -> bool:
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    return bool(is_token_auth_enabled())
+
+
+def _request(address: str, timeout: float, *, with_token: bool) -> bytes:
+    """Return the answer to one request. Raises grpc.RpcError, and PRIVATE_GONE if another Ray has it elsewhere."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    open_channel = init_grpc_channel if with_token else grpc.insecure_channel
+    with open_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:  # as Ray's own
+        stub = gcs_service_pb2_grpc.InternalKVGcsServiceStub(channel)
+        request = gcs_service_pb2.InternalKVGetRequest(key=b"CLUSTER_METADATA", namespace=b"cluster")
+        return bytes(stub.InternalKVGet(request, timeout=timeout).value)

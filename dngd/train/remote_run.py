@@ -37,22 +37,28 @@ RETRY_SECONDS = 2.0
 def open_run_folder(config: TrainConfig, rank: int, tell: Callable[[str], None]) -> Iterator[RunFolder]:
     """Give the folder in which a rank works on a run; that of a run at an address goes when the block ends.
 
-    tell: hears of failures to send.
+    tell: hears of failures to send. Raises UserError if rank 0 does not see the folder that the driver prepared.
     """
     assert config.run_dir is not None, "the launcher settles the run folder"
     if config.run_address is None:
-        yield RunFolder(config.run_dir)
+        folder = RunFolder(config.run_dir)
+        if rank == 0 and not folder.holds_a_run:
+            raise UserError(
+                f"run folder {folder.shown} is not seen by {os.uname().nodename}, where the run's first worker is; put "
+                "--run-dir on storage that all nodes share, or at s3://"
+            )
+        yield folder
         return
     files = RemoteFiles(config.run_address)
     with _working_folder(cache_folder(config.cache_dir) / "runs") as path:
         if rank != 0:
             yield RunFolder(path, files.shown)
             return
-        folder = RemoteRunFolder(path, files, config.checkpoint.keep, tell)
+        remote = RemoteRunFolder(path, files, config.checkpoint.keep, tell)
         try:
-            yield folder
+            yield remote
         finally:
-            folder.close()
+            remote.close()
 
 
 class _FetchedFolder(RunFolder):

@@ -125,3 +125,12 @@ def test_what_an_autoscaler_is_known_by(active: Any, launches: Any, scales: bool
     report = {"autoscaler_report": {"active_nodes": active, "pending_launches": launches}}
     assert cluster._has_named_types(json.dumps(report).encode()) is scales
     assert cluster._has_named_types(None) is False
+
+
+def test_a_cluster_that_is_taken_asks_for_patience_and_not_for_fewer_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = fake(monkeypatch, nodes=3)
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 1.0, "GPU": 1.0, "memory": 2.0})
+    with pytest.raises(UserError, match="wait for other jobs to end, or ask for less than what is free") as refused:
+        wait_for_resources(DEMAND, 1e-6, lambda text: None, may_grow=True)
+    assert "--num-workers" not in str(refused.value)
+    assert ray.given_up == 1

@@ -13,7 +13,7 @@ import pytest
 from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.train import remote_run
-from dngd.train.remote_run import RemoteRunFolder
+from dngd.train.remote_run import RemoteRunFolder, open_run_folder
 from dngd.train.run_folder import RunFolder, resume_command
 
 
@@ -133,3 +133,15 @@ def test_the_command_that_goes_on_keeps_the_options_of_an_address() -> None:
     assert command == f"dngd train --run-dir '{address}' --resume"
     here = TrainConfig(dataset="products-mini", run_dir=Path("runs/one"))
     assert resume_command(here, RunFolder(Path("runs/one"))) == "dngd train --run-dir runs/one --resume"
+
+
+def test_a_folder_that_only_the_drivers_node_has_is_refused_by_rank_0(tmp_path: Path) -> None:
+    config = TrainConfig(dataset="products-mini", run_dir=tmp_path / "one")
+    with pytest.raises(UserError, match="put --run-dir on storage that all nodes share, or at s3://"):
+        open_run_folder(config, 0, lambda text: None).__enter__()
+    with open_run_folder(config, 1, lambda text: None) as folder:
+        assert folder.path == tmp_path / "one"
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.yaml").write_text("dataset: products-mini")
+    with open_run_folder(config, 0, lambda text: None) as folder:
+        assert folder.holds_a_run
