@@ -33,7 +33,6 @@ def run(cluster: Cluster, *arguments: str, timeout: float = 240) -> subprocess.C
 def test_two_workers_give_the_run_of_two_shards(cluster: Cluster, store: GraphStore, tmp_path: Path) -> None:
     """Through `ray job submit`, as a user does it; the local engine runs the same two shards."""
     common = ["train", "--dataset", str(store.path), *SMALL, "--num-workers", "2"]
-    # One process has no wire, so that nothing is rounded on it.
     submit = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", cluster.jobs_address, "--"]
     done = subprocess.run(
         [*submit, *dngd_command(*common, "--run-dir", str(tmp_path / "ray"))],
@@ -46,7 +45,8 @@ def test_two_workers_give_the_run_of_two_shards(cluster: Cluster, store: GraphSt
     assert "run folder" in done.stdout, "the job's log reaches the user"
     found = json.loads((tmp_path / "ray" / "result.json").read_text())
     assert found["world_size"] == 2
-    assert all(found["bytes"][kind] > 0 for kind in ("gradient", "factor", "inverse"))
+    assert all(found["bytes"][kind] > 0 for kind in ("gradient", "factor"))
+    assert found["bytes"]["inverse"] == 0, "so small a model's inverses would exceed the traffic budget: both invert"
     assert (tmp_path / "ray" / "report.html").exists()
 
     config = dngd.TrainConfig.from_yaml(
