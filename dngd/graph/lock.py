@@ -31,7 +31,7 @@ def file_lock(
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}); check the folder's permissions, or choose another "
-            "cache folder by DNGD_CACHE_DIR"
+            "folder by --stage-dir, --cache-dir or DNGD_CACHE_DIR"
         ) from error
     try:
         deadline = time.monotonic() + wait_seconds
@@ -60,6 +60,6 @@ def _try_lock(descriptor: int, path: Path) -> bool:
     except OSError as error:
         raise UserError(
             f"{path} cannot be locked ({error.strerror}): its file system has no locks; choose a local cache "
-            "folder by DNGD_CACHE_DIR"
+            "folder by --stage-dir, --cache-dir or DNGD_CACHE_DIR"
         ) from error
     return True

@@ -23,7 +23,8 @@ from dngd.optim.trust import LevenbergMarquardt
 Update = Literal["mean_gradient", "momentum", "adam_eigenbasis"]
 
 CHEAP_LAYOUT = FactorLayout(max_dimension=640, wide="low_rank", rank=128)
-"""With damping λ = tr M / 100 no more than 100 eigenvalues matter: rank 128 holds them."""
+"""No more than tr M / λ eigenvalues can exceed λ: rank 128 holds all of those from λ = tr M / 128 on. Weaker damping
+leaves some to the diagonal that low rank keeps beside it; what that costs a wide input was not measured."""
 
 KL_CLIP = HyperbolicDecay(3e-2, 10)
 """Long steps while everything is still to be learnt, short ones against the noise of mini-batches later."""

@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -61,7 +62,7 @@ def named_values(run: RunState, record: EvaluationRecord) -> dict[str, float]:
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
-class _Logger(Callback):
+class _Logger(Callback, ABC):
     """What the three have in common: step losses now and then, evaluations always, each with its step."""
 
     def on_step(self, run: RunState) -> None:
@@ -71,8 +72,9 @@ class _Logger(Callback):
     def on_evaluation(self, run: RunState, record: EvaluationRecord) -> None:
         self._log(named_values(run, record), record.step)
 
+    @abstractmethod
     def _log(self, values: dict[str, float], step: int) -> None:
-        raise NotImplementedError
+        """Send values of a step."""
 
 
 class TensorBoardLogger(_Logger):

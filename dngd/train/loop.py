@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -473,10 +473,12 @@ class TrainingLoop:
             train_seconds=self.train_seconds,
         )
         self.history.append(record)
+        preconditioner = self.optimizer.preconditioner
+        health = preconditioner.health() if preconditioner is not None and self.comm.rank == 0 else {}
         if self.comm.rank == 0:
             self.metrics.append(record)
-            if self.optimizer.preconditioner is not None:
-                self.health.append(self.step, self.optimizer.preconditioner.health())
+            if health:
+                self.health.append(self.step, health)
         if self._is_best(record):
             self.best = record
             if self.comm.rank == 0:
@@ -493,7 +495,7 @@ class TrainingLoop:
             answer = b"end" if wish else b"go on"
             self.asked_to_end |= self.comm.broadcast_bytes(answer if self.comm.rank == 0 else None) == b"end"
         if self.supervision.measured is not None:
-            self.supervision.measured(record, self._measurements())
+            self.supervision.measured(record, self._measurements(health))
 
     def _is_best(self, record: EvaluationRecord) -> bool:
         """Whether none before was as good; any number is better than none, as a metric may be before it is defined."""
@@ -507,16 +509,14 @@ class TrainingLoop:
             for buffer in self.model.buffers():
                 self.comm.broadcast(buffer.view(-1), 0, "state").wait()
 
-    def _measurements(self) -> dict[str, float]:
+    def _measurements(self, health: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         """Return step phases in ms, bytes, staleness and factor health by name, of this rank; health at rank 0."""
         out = {f"step_ms/{name}": value for name, value in self.clock.step_ms().items()}
         out |= {f"phase_ms/{name}": value for name, value in self._phase_ms().items()}
         out |= {f"bytes/{kind}": float(size) for kind, size in self.comm.bytes_sent.items()}
         out["dropped_steps"] = float(self.dropped_steps)
-        preconditioner = self.optimizer.preconditioner
-        if preconditioner is not None and self.comm.rank == 0:
-            for layer, values in preconditioner.health().items():
-                out |= {f"factor_health/{layer}/{name}": value for name, value in values.items()}
+        for layer, values in health.items():
+            out |= {f"factor_health/{layer}/{name}": value for name, value in values.items()}
         return out
 
     def _phase_ms(self) -> dict[str, float]:
