@@ -26,6 +26,9 @@ MOST_SEEDS_EMPIRICAL = 1024
 """Seeds a shard up to which the empirical Fisher is the default."""
 
 
+LearningRateKind = Literal["constant", "cosine", "hyperbolic"]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,7 +44,7 @@ class KFACConfig(_Section):
     variant: Literal["dngd", "paper"] = Field("dngd", description="paper: the factors of arXiv 2008.09624's code (gradients of the mean loss times the layer's width), for reproduction", json_schema_extra=IDENTITY)
     damping: float | None = Field(None, gt=0, description="λ; a share of tr A in relative mode, in units of the Fisher in tikhonov mode; null: 0.1/√(training nodes) in relative mode, else 0.01", json_schema_extra=IDENTITY)
     damping_mode: Literal["relative", "tikhonov", "even"] = Field("relative", description="relative: λ·tr A and ratio·λ·tr G; tikhonov: √λ·π and √λ/π; even: √λ each", json_schema_extra=IDENTITY)
-    damping_g_ratio: float = Field(30.0, gt=0, description="relative mode: G's share over A's", json_schema_extra=IDENTITY)
+    damping_g_ratio: float | None = Field(None, gt=0, description="relative mode: G's share over A's; null: G's share is 0.5/classes, 30 times A's where these are unknown", json_schema_extra=IDENTITY)
     factor_decay: float = Field(0.95, ge=0, lt=1, description="ρ of the running averages, per factor step", json_schema_extra=IDENTITY)
     factor_update_period: int = Field(10, ge=1, description="steps between factor steps", json_schema_extra=IDENTITY)
     inverse_update_period: int = Field(50, ge=1, description="steps between two refreshes of a layer", json_schema_extra=IDENTITY)
@@ -131,7 +134,8 @@ class TrainConfig(_Section):
     max_steps: int | None = Field(None, ge=1, description="stop after this many steps")
     optimizer: Literal["kfac", "adam", "adamw", "sgd", "custom"] = Field("kfac", description="kfac: natural gradient; custom: one given to dngd.Trainer, which brings its rates and weight decay", json_schema_extra=IDENTITY)
     lr: float | None = Field(None, gt=0, description="peak learning rate; null: 0.1 kfac, 0.01 adam and adamw, 0.1 sgd", json_schema_extra=IDENTITY)
-    lr_schedule: Literal["cosine", "constant"] = Field("cosine", description="over all steps of the run", json_schema_extra=IDENTITY)
+    lr_schedule: LearningRateKind | None = Field(None, description="cosine: to 0 over all steps of the run; hyperbolic: lr/(1 + step/lr_half_steps), however long the run; null: hyperbolic for kfac with update=mean_gradient, else cosine", json_schema_extra=IDENTITY)
+    lr_half_steps: float = Field(20.0, gt=0, description="hyperbolic: steps after which the rate is halved", json_schema_extra=IDENTITY)
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up", json_schema_extra=IDENTITY)
     metric: Literal["accuracy", "macro_f1", "roc_auc", "average_precision"] = Field("accuracy", description="what the best model is chosen by, on validation nodes; the run's files hold it as val_accuracy and test_accuracy", json_schema_extra=IDENTITY)
     class_weights: Literal["balanced"] | tuple[float, ...] | None = Field(None, description="weights of the classes' losses, one a class; balanced: nodes / (classes · nodes of the class), of the training set; null: all 1", json_schema_extra=IDENTITY)
@@ -320,9 +324,17 @@ class TrainConfig(_Section):
         """The peak learning rate in use; of a custom optimizer, what its own rates are multiplied by."""
         if self.lr is not None:
             return self.lr
-        if self.optimizer == "kfac" and self.kfac.update == "adam_eigenbasis":
-            return 0.01
+        if self.optimizer == "kfac" and self.kfac.update != "momentum":
+            return {"mean_gradient": 0.3, "adam_eigenbasis": 0.01}[self.kfac.update]
         return {"kfac": 0.1, "adam": 0.01, "adamw": 0.01, "sgd": 0.1, "custom": 1.0}[self.optimizer]
+
+    @property
+    def schedule(self) -> LearningRateKind:
+        """The learning rate's schedule in use."""
+        if self.lr_schedule is not None:
+            return self.lr_schedule
+        falls = self.optimizer == "kfac" and self.kfac.update == "mean_gradient"
+        return "hyperbolic" if falls else "cosine"
 
     @property
     def data_root_in_use(self) -> Path | None:
@@ -335,7 +347,7 @@ class TrainConfig(_Section):
     def identity(self) -> dict[str, Any]:
         """Return the fields that define the run, flat, with defaults filled in."""
         flat = _flat_identity(self)
-        flat |= {"fanout": list(self.fanouts), "num_shards": self.shards, "lr": self.learning_rate}
+        flat |= {"fanout": list(self.fanouts), "num_shards": self.shards, "lr": self.learning_rate, "lr_schedule": self.schedule}
         flat["kfac.fisher"] = self.fisher
         flat = {key: value for key, value in flat.items() if self._has_effect(key)}
         # Fields that came later: a run that leaves them alone is the run that it was before.
@@ -347,7 +359,9 @@ class TrainConfig(_Section):
         return flat
 
     def _has_effect(self, key: str) -> bool:
-        """Whether a field of the semi-supervised loss is in use; True for all others."""
+        """Whether a field of the semi-supervised loss or of the rate's schedule is in use; True for all others."""
+        if key == "lr_half_steps":
+            return bool(self.schedule == "hyperbolic")
         if not key.startswith("semi_"):
             return True
         is_used = {"semi_temperature": self.semi_labels == "soft", "semi_share": self.batch_size != "full"}

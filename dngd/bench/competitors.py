@@ -18,7 +18,7 @@ from dngd.graph import parse_split
 
 SETTABLE = frozenset({"kfac", "dropout", "weight_decay", "momentum"})
 """Fields that --set may give in every benchmark: the others have flags of their own or do not matter there."""
-SETTABLE_IN_RUNS = SETTABLE | {"lr_schedule", "warmup_steps", "max_steps", "eval_rows", "prefetch"}
+SETTABLE_IN_RUNS = SETTABLE | {"lr_schedule", "lr_half_steps", "warmup_steps", "max_steps", "eval_rows", "prefetch"}
 SETTABLE_IN_VARIANTS = frozenset({"kfac", "lr", "weight_decay"})
 
 

@@ -25,6 +25,7 @@ from dngd.sampling import BatchCoordinates, SamplerPipeline, steps_per_epoch
 from dngd.train.batch import PropagationBuilder
 from dngd.train.evaluation import ExactEvaluator
 from dngd.train.full_batch import FullBatches
+from dngd.train.optimizers import TrainingSet
 from dngd.train.plan import batch_size_of
 
 LONGEST_TURN = 50
@@ -161,7 +162,7 @@ def _learner(track: Track, setting: Setting, own: TrainConfig) -> Learner:
         track.model,
         track.store.features,
         track.builder,
-        num_training_nodes=track.num_train,
+        training_set=TrainingSet(track.num_train, track.store.num_classes),
     )
 
 

@@ -18,6 +18,7 @@ from dngd.models import GNN, build_model
 from dngd.sampling import BatchCoordinates, MiniBatch, derive_seed
 from dngd.train.batch import DeviceBatch, PropagationBuilder
 from dngd.train.metrics import StepClock
+from dngd.train.optimizers import UNKNOWN_SET, TrainingSet
 from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
 
 
@@ -46,8 +47,8 @@ def initial_model(config: TrainConfig, store: GraphStore) -> GNN:
 class Learner:
     """A model, its flat gradients and its optimizer. clock: step times and phases since `start_clock`.
 
-    communicator: of the ranks that step together; None for a single one. num_training_nodes: what K-FAC's damping
-    depends on where it is left open; None where only times matter.
+    communicator: of the ranks that step together; None for a single one. training_set: what K-FAC's
+    damping follows where it is left open; unknown where only times matter.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Learner:
         features: Tensor,
         builder: PropagationBuilder,
         communicator: Communicator | None = None,
-        num_training_nodes: int | None = None,
+        training_set: TrainingSet = UNKNOWN_SET,
     ) -> None:
         self.name = name
         self.lr = lr
@@ -71,7 +72,7 @@ class Learner:
         self._features = features
         self.builder = builder
         self._communicator = LocalCommunicator() if communicator is None else communicator
-        self.competitor = build_competitor(name, config, lr, self.model, self._communicator, num_training_nodes)
+        self.competitor = build_competitor(name, config, lr, self.model, self._communicator, training_set)
         self._gradients = FlatGradients(self.model.parameters())
         self._kfac_before: dict[str, float] = {}
 

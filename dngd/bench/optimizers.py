@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from dngd.comm import Communicator
 from dngd.config import TrainConfig
 from dngd.errors import UserError
-from dngd.train.optimizers import FirstOrder, StepOptimizer, build_optimizer, set_learning_rate
+from dngd.train.optimizers import (
+    UNKNOWN_SET,
+    FirstOrder,
+    StepOptimizer,
+    TrainingSet,
+    build_optimizer,
+    set_learning_rate,
+)
 
 IN_TRAIN = ("kfac", "adam", "adamw", "sgd")
 FROM_PACKAGE = ("soap", "shampoo")
@@ -134,12 +141,12 @@ def build_competitor(
     lr: float,
     model: nn.Module,
     communicator: Communicator,
-    num_training_nodes: int | None = None,
+    training_set: TrainingSet = UNKNOWN_SET,
 ) -> Competitor:
     """Return an optimizer over a model's parameters; dngd train's own are built by dngd.train."""
     config = with_optimizer(config, name, lr)
     if name in IN_TRAIN:
-        built = build_optimizer(config, model, communicator, num_training_nodes=num_training_nodes)
+        built = build_optimizer(config, model, communicator, training_set=training_set)
         return Competitor(name, built, (built.torch_optimizer,))
     parameters, decay = list(model.parameters()), config.weight_decay
     if name == "muon":

@@ -25,6 +25,7 @@ from dngd.errors import TrainingError
 from dngd.graph import GraphStore
 from dngd.sampling import MiniBatch, SamplerPipeline
 from dngd.train.batch import PropagationBuilder
+from dngd.train.optimizers import TrainingSet
 from dngd.train.plan import batch_size_of
 
 
@@ -79,7 +80,7 @@ class Rank:
             self._store.features,
             self._builder,
             cast(Communicator, self._communicator),
-            int(train_nodes.numel()),
+            TrainingSet(int(train_nodes.numel()), self._store.num_classes),
         )
         batch_size = batch_size_of(config, int(train_nodes.numel()))
         self._pipeline = SamplerPipeline(

@@ -126,8 +126,9 @@ class Run:
                 self.step,
                 self.steps_per_epoch * self.config.epochs,
                 self.config.learning_rate,
-                self.config.lr_schedule,
+                self.config.schedule,
                 self.config.warmup_steps,
+                self.config.lr_half_steps,
             )
             waited = time.perf_counter()
             batch = self.feed.next(BatchCoordinates(epoch, step, 0))

@@ -24,6 +24,7 @@ from dngd.errors import TrainingError, UserError
 from dngd.graph import GraphStore, Split
 from dngd.sampling import SamplerPipeline
 from dngd.train.batch import PropagationBuilder
+from dngd.train.optimizers import TrainingSet
 from dngd.train.plan import batch_size_of
 
 LEAST_WARMUP = 60
@@ -123,14 +124,12 @@ def describe_config(config: TrainConfig) -> dict[str, Any]:
 def _learners(names: Sequence[str], config: TrainConfig, store: GraphStore) -> list[Learner]:
     model = initial_model(config, store)
     learners: list[Learner] = []
-    num_training_nodes = int(store.split(config.split, config.seed).train.numel())
+    training_set = TrainingSet(int(store.split(config.split, config.seed).train.numel()), store.num_classes)
     for name in names:
         # The operators come from the whole graph's degrees, which are read once for all.
         builder = learners[0].builder if learners else PropagationBuilder(store, model.aggregation, store.labels.device)
         rate = base_rate(name, config)
-        learners.append(
-            Learner(name, config, rate, model, store.features, builder, num_training_nodes=num_training_nodes)
-        )
+        learners.append(Learner(name, config, rate, model, store.features, builder, training_set=training_set))
     return learners
 
 

@@ -55,7 +55,9 @@ def train(
     ] = None,
     patience: Annotated[int | None, typer.Option(help=field_help("patience"))] = None,
     lr: Annotated[float | None, typer.Option(help=field_help("lr"))] = None,
-    lr_schedule: Annotated[str | None, typer.Option(help=field_help("lr_schedule") + " (cosine or constant)")] = None,
+    lr_schedule: Annotated[
+        str | None, typer.Option(help=field_help("lr_schedule") + " (cosine, constant or hyperbolic)")
+    ] = None,
     warmup_steps: Annotated[int | None, typer.Option(help=field_help("warmup_steps"))] = None,
     weight_decay: Annotated[float | None, typer.Option(help=field_help("weight_decay"))] = None,
     damping: Annotated[

@@ -13,7 +13,7 @@ Schedule = float | Callable[[int], float]
 Period = int | Callable[[int], int]
 """A number of steps, or a function step -> number of steps."""
 
-LearningRateKind = Literal["constant", "cosine"]
+LearningRateKind = Literal["constant", "cosine", "hyperbolic"]
 
 
 def value_at(schedule: Schedule, step: int) -> float:
@@ -21,16 +21,21 @@ def value_at(schedule: Schedule, step: int) -> float:
     return float(schedule(step)) if callable(schedule) else float(schedule)
 
 
-def learning_rate(step: int, total_steps: int, peak: float, kind: LearningRateKind, warmup_steps: int) -> float:
+def learning_rate(
+    step: int, total_steps: int, peak: float, kind: LearningRateKind, warmup_steps: int, half_steps: float = 20.0
+) -> float:
     """Return the learning rate of a global step.
 
-    Linear warm-up to the peak over warmup_steps (step 0 has peak/warmup_steps), then constant, or
-    `peak/2 · (1 + cos(π·u))` with u the share of the remaining steps that are done.
+    Linear warm-up to the peak over warmup_steps (step 0 has peak/warmup_steps), then constant,
+    `peak/2 · (1 + cos(π·u))` with u the share of the remaining steps that are done, or hyperbolic: `peak / (1 + s/T)`
+    after s further steps, T = half_steps, whatever total_steps is.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if kind == "constant":
         return peak
+    if kind == "hyperbolic":
+        return HyperbolicDecay(peak, half_steps)(step - warmup_steps)
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return peak / 2 * (1 + math.cos(math.pi * min(1.0, done)))
 

@@ -49,7 +49,7 @@ from dngd.train.metrics import (
 )
 from dngd.train.module_batches import ModuleBatchBuilder, ModuleFullBatches
 from dngd.train.objective import make_objective
-from dngd.train.optimizers import build_optimizer, load_moments, moments, set_learning_rate, wrap_optimizer
+from dngd.train.optimizers import TrainingSet, build_optimizer, load_moments, moments, set_learning_rate, wrap_optimizer
 from dngd.train.page_lock import CudaHostRegistration, PageLockedMemory
 from dngd.train.parts import RunParts, check_outputs, make_module
 from dngd.train.placement import choose_placement, free_gpu_bytes, place_features
@@ -134,8 +134,9 @@ class TrainingLoop:
         )
         self.evaluator.check(self.model, torch.cat([self.split.val, self.split.test]))
         if self.parts.optimizer is None:
+            training_set = TrainingSet(int(self.split.train.numel()), self.store.num_classes)
             self.optimizer = build_optimizer(
-                config, self.model, communicator, self.objective.kind, num_training_nodes=int(self.split.train.numel())
+                config, self.model, communicator, self.objective.kind, training_set=training_set
             )
         else:
             self.optimizer = wrap_optimizer(self.parts.optimizer(self.model))
@@ -348,8 +349,9 @@ class TrainingLoop:
             # max_steps cuts a run short without bending its schedule, so that it can be gone on with.
             self.plan.steps_per_epoch * self.config.epochs,
             self.config.learning_rate,
-            self.config.lr_schedule,
+            self.config.schedule,
             self.config.warmup_steps,
+            self.config.lr_half_steps,
         )
         set_learning_rate(self.optimizer.torch_optimizer, lr)
         self.gradients.zero_()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +10,31 @@ from torch import Tensor, nn
 from dngd.comm import Communicator
 from dngd.config import KFACConfig, TrainConfig
 from dngd.errors import UserError
-from dngd.optim import FactorLayout, HyperbolicDecay, KFACPreconditioner, LossKind, NaturalGradient, Schedule
+from dngd.optim import (
+    UNKNOWN_G_RATIO,
+    FactorLayout,
+    HyperbolicDecay,
+    KFACPreconditioner,
+    LossKind,
+    NaturalGradient,
+    Schedule,
+    default_damping,
+)
 
 OWN_RATE = "own_lr"
 """Where the groups of a custom optimizer keep the rate that they were made with."""
 OWN_NUMBERS = "own_numbers"
 """Where they keep the other numbers that they were made with: those that change are part of its state."""
+
+
+class TrainingSet(NamedTuple):
+    """What K-FAC's damping follows where it is left open; None: unknown."""
+
+    num_nodes: int | None = None
+    num_classes: int | None = None
+
+
+UNKNOWN_SET = TrainingSet()
 
 
 class StepOptimizer(Protocol):
@@ -82,15 +100,16 @@ def build_optimizer(
     communicator: Communicator,
     loss: LossKind = "cross_entropy",
     *,
-    num_training_nodes: int | None = None,
+    training_set: TrainingSet = UNKNOWN_SET,
 ) -> StepOptimizer:
     """Return the configured optimizer over a model's parameters.
 
-    loss: whose Fisher is measured. num_training_nodes: see damping_in_use.
+    loss: whose Fisher is measured. training_set: what its damping follows, see default_damping.
     """
     lr, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "kfac":
         kfac = config.kfac
+        damping, g_ratio = damping_in_use(kfac, training_set)
         return SecondOrder(
             NaturalGradient(
                 model,
@@ -102,9 +121,9 @@ def build_optimizer(
                 variant=kfac.variant,
                 momentum=kfac.momentum,
                 weight_decay=decay,
-                damping=damping_in_use(kfac, num_training_nodes),
+                damping=damping,
                 damping_mode=kfac.damping_mode,
-                damping_g_ratio=kfac.damping_g_ratio,
+                damping_g_ratio=g_ratio,
                 kl_clip=kl_clip_in_use(kfac),
                 norm_constraint=kfac.norm_constraint,
                 loss_reduction="sum",
@@ -135,17 +154,12 @@ def build_optimizer(
     return FirstOrder(torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay))
 
 
-def damping_in_use(kfac: KFACConfig, num_training_nodes: int | None) -> float:
-    """Return λ. Where it is left open and relative: `0.1 / √n`, n the number of training nodes, 1e-3 if it is unknown.
-
-    What λ leaves to be fitted are directions that n labels can tell from noise: with few labels weaker damping fits the
-    noise, with many stronger damping only takes longer.
-    """
-    if kfac.damping is not None:
-        return kfac.damping
+def damping_in_use(kfac: KFACConfig, training_set: TrainingSet) -> tuple[float, float]:
+    """Return λ and G's ratio. What is left open in relative mode is that of default_damping."""
     if kfac.damping_mode != "relative":
-        return 1e-2
-    return 1e-3 if not num_training_nodes else 0.1 / math.sqrt(num_training_nodes)
+        return kfac.damping or 1e-2, kfac.damping_g_ratio or UNKNOWN_G_RATIO
+    usual = default_damping(*training_set, damping=kfac.damping)
+    return usual["damping"], kfac.damping_g_ratio or usual["damping_g_ratio"]
 
 
 def kl_clip_in_use(kfac: KFACConfig) -> Schedule | None:

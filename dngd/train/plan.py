@@ -20,7 +20,7 @@ from dngd.sampling.pipeline import slots_of_sampler
 from dngd.train.evaluation_plan import LayerShape, block_rows, evaluation_bytes
 from dngd.train.memory import available_memory, private_memory
 from dngd.train.objective import make_objective
-from dngd.train.optimizers import damping_in_use, factor_layout
+from dngd.train.optimizers import TrainingSet, damping_in_use, factor_layout
 from dngd.train.placement import choose_placement, free_gpu_bytes, table_bytes
 
 FLOAT_BYTES = 4
@@ -155,11 +155,14 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split, module: nn.M
     batch_size = labelled + unlabelled
     total = per_epoch * config.epochs
     widths = [store.num_features] + [config.hidden] * (config.num_layers - 1) + [store.num_classes]
+    training_set = TrainingSet(num_train, store.num_classes)
     fan_in = 2 if config.model != "custom" and MODELS[config.model].aggregation == "mean" else 1
-    layers = tuple(_layer_plan(config, i, a, b, fan_in, num_train) for i, (a, b) in enumerate(zip(widths, widths[1:])))
+    layers = tuple(
+        _layer_plan(config, i, a, b, fan_in, training_set) for i, (a, b) in enumerate(zip(widths, widths[1:]))
+    )
     batch = _batch_bytes(config, store, layers, batch_size)
     if module is not None:
-        layers = _module_layers(config, module, num_train)
+        layers = _module_layers(config, module, training_set)
     parameters = sum(layer.parameters for layer in layers) if module is None else _num_parameters(module)
     copies = {"kfac": 1, "sgd": 1, "adam": 2, "adamw": 2, "custom": 2}[config.optimizer]
     statistics = sum(layer.factors.statistics for layer in layers)
@@ -208,7 +211,7 @@ def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
-def _module_layers(config: TrainConfig, module: nn.Module, num_training_nodes: int) -> tuple[LayerPlan, ...]:
+def _module_layers(config: TrainConfig, module: nn.Module, training_set: TrainingSet) -> tuple[LayerPlan, ...]:
     """Return a plan for each weight matrix of a module, [d_out, d_in], as if it were a layer with a bias."""
     eigenbasis = config.kfac.method == "ekfac" or config.kfac.update == "adam_eigenbasis"
     layout, kfac = factor_layout(config), config.kfac
@@ -224,22 +227,22 @@ def _module_layers(config: TrainConfig, module: nn.Module, num_training_nodes: i
                 kfac.inverse_precision,
                 eigenbasis=eigenbasis,
                 factor_wire=kfac.factor_wire,
-                shares=_damping_shares(config, num_training_nodes),
+                shares=_damping_shares(config, training_set),
             )
             plans.append(LayerPlan(name.removesuffix(".weight"), d_a, d_out, footprint))
     return tuple(plans)
 
 
-def _damping_shares(config: TrainConfig, num_training_nodes: int) -> tuple[float, float] | None:
+def _damping_shares(config: TrainConfig, training_set: TrainingSet) -> tuple[float, float] | None:
     """Return λ of A and G as shares of their traces; None where that depends on the factors."""
     if config.kfac.damping_mode != "relative":
         return None
-    damping = damping_in_use(config.kfac, num_training_nodes)
-    return damping, config.kfac.damping_g_ratio * damping
+    damping, g_ratio = damping_in_use(config.kfac, training_set)
+    return damping, g_ratio * damping
 
 
 def _layer_plan(
-    config: TrainConfig, index: int, width_in: int, width_out: int, fan_in: int, num_training_nodes: int
+    config: TrainConfig, index: int, width_in: int, width_out: int, fan_in: int, training_set: TrainingSet
 ) -> LayerPlan:
     """Return layer `index`'s plan; its rows are fan_in parts of width_in and a 1."""
     d_a = fan_in * width_in + 1
@@ -254,7 +257,7 @@ def _layer_plan(
         precision,
         eigenbasis=eigenbasis,
         factor_wire=config.kfac.factor_wire,
-        shares=_damping_shares(config, num_training_nodes),
+        shares=_damping_shares(config, training_set),
     )
     return LayerPlan(f"layers.{index}.linear", d_a, width_out, footprint)
 

@@ -17,7 +17,7 @@ from dngd.curvature import FactorLayout
 from dngd.optim import KFACPreconditioner, NaturalGradient, UpdateSchedule, layer_footprint
 from dngd.optim.plan import LayerSizes, Planner
 from dngd.optim.refresh import RefreshPipeline
-from dngd.train.optimizers import damping_in_use
+from dngd.train.optimizers import TrainingSet, damping_in_use
 from tests.helpers.mutants import assert_caught, mutant
 from tests.helpers.thread_world import ThreadCommunicator, run_threads
 
@@ -401,8 +401,8 @@ def law_traffic_target() -> None:
     widths = [(100, 256), (256, 256), (256, 47)]
     layers = [(2 * a + 1, b, (a, a + 1)) for a, b in widths]
     for num_training_nodes in (100, 10_000, 196_615):
-        damping = damping_in_use(kfac, num_training_nodes)
-        shares = (damping, kfac.damping_g_ratio * damping)
+        damping, g_ratio = damping_in_use(kfac, TrainingSet(num_training_nodes, 47))
+        shares = (damping, g_ratio * damping)
         known = footprints("float32", layers, layout, shares)
         sizes = {
             str(i): LayerSizes(of.inversion_flops, of.inverses_sent, 4 * d_a * d_g, of.statistics)

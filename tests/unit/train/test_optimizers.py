@@ -8,7 +8,7 @@ from torch import nn
 from dngd.comm import LocalCommunicator
 from dngd.config import TrainConfig
 from dngd.optim import value_at
-from dngd.train.optimizers import build_optimizer, damping_in_use, kl_clip_in_use
+from dngd.train.optimizers import TrainingSet, build_optimizer, damping_in_use, kl_clip_in_use
 
 
 def kfac(**settings: object) -> TrainConfig:
@@ -16,25 +16,30 @@ def kfac(**settings: object) -> TrainConfig:
 
 
 @pytest.mark.parametrize(
-    ("settings", "num_nodes", "expected"),
+    ("settings", "training_set", "a_share", "g_share"),
     [
-        ({}, 2500, 2e-3),
-        ({}, 250000, 2e-4),
-        ({}, None, 1e-3),
-        ({"damping": 0.05}, 2500, 0.05),
-        ({"damping_mode": "tikhonov"}, 2500, 1e-2),
+        ({}, TrainingSet(2500, 10), 2e-3, 0.05),
+        ({}, TrainingSet(250000, 2), 2e-4, 0.25),
+        ({}, TrainingSet(250000), 2e-4, 6e-3),
+        ({}, TrainingSet(), 1e-3, 0.03),
+        ({"damping": 0.05}, TrainingSet(2500, 10), 0.05, 0.05),
+        ({"damping": 0.05, "damping_g_ratio": 3.0}, TrainingSet(2500, 10), 0.05, 0.15),
+        ({"damping_g_ratio": 10.0}, TrainingSet(2500, 10), 2e-3, 0.02),
+        ({"damping_mode": "tikhonov"}, TrainingSet(2500, 10), 1e-2, 0.3),
     ],
 )
-def test_damping(settings: dict[str, object], num_nodes: int | None, expected: float) -> None:
-    assert damping_in_use(kfac(**settings).kfac, num_nodes) == pytest.approx(expected)
+def test_damping(settings: dict[str, object], training_set: TrainingSet, a_share: float, g_share: float) -> None:
+    damping, ratio = damping_in_use(kfac(**settings).kfac, training_set)
+    assert (damping, damping * ratio) == pytest.approx((a_share, g_share))
 
 
 def test_optimizer_takes_the_damping_of_its_training_set_and_a_falling_clip() -> None:
-    optimizer = build_optimizer(kfac(), nn.Linear(3, 2), LocalCommunicator(), num_training_nodes=2500)
+    optimizer = build_optimizer(kfac(), nn.Linear(3, 2), LocalCommunicator(), training_set=TrainingSet(2500, 4))
     pre = optimizer.preconditioner
     assert pre is not None
     assert pre.kl_clip is not None
     assert value_at(pre.damping, 0) == pytest.approx(2e-3)
+    assert value_at(pre.damping_g_ratio, 0) == pytest.approx(0.125 / 2e-3)
     assert [value_at(pre.kl_clip, step) for step in (0, 10, 30)] == pytest.approx([3e-2, 1.5e-2, 7.5e-3])
     assert optimizer.torch_optimizer.param_groups[0]["momentum"] == 0.8
     pre.close()
@@ -56,7 +61,7 @@ def test_clip_that_stays_and_none() -> None:
 
 def test_adam_in_the_eigenbasis_keeps_its_momentum() -> None:
     optimizer = build_optimizer(
-        kfac(update="adam_eigenbasis"), nn.Linear(3, 2), LocalCommunicator(), num_training_nodes=2500
+        kfac(update="adam_eigenbasis"), nn.Linear(3, 2), LocalCommunicator(), training_set=TrainingSet(2500, 2)
     )
     assert optimizer.torch_optimizer.param_groups[0]["momentum"] == 0.9
     assert optimizer.preconditioner is not None
