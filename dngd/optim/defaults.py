@@ -1,0 +1,36 @@
+"""Damping where only the training set's size and the number of classes are known."""
+
+from __future__ import annotations
+
+import math
+from typing import TypedDict
+
+UNKNOWN_DAMPING = 1e-3
+UNKNOWN_G_RATIO = 30.0
+A_SHARE = 0.1
+G_SHARE = 0.5
+
+
+class RelativeDamping(TypedDict):
+    """Arguments of NaturalGradient and KFACPreconditioner with damping_mode="relative"."""
+
+    damping: float
+    damping_g_ratio: float
+
+
+def default_damping(
+    num_samples: int | None = None, num_classes: int | None = None, *, damping: float | None = None
+) -> RelativeDamping:
+    """Return λ_A = 0.1/√n of tr A and λ_G = 0.5/C of tr G, n training samples and C classes.
+
+    `NaturalGradient(model, **default_damping(len(train_nodes), num_classes))`. What λ_A leaves to be fitted are
+    directions of the input that n labels can tell from noise: with few labels weaker damping fits the noise, with many
+    stronger damping only takes longer. G of a softmax over C classes has about C eigenvalues that matter, and tr G/C
+    is their mean: λ_G half as large evens them out only in part, alike for few classes and many.
+
+    n unknown: λ_A = 1e-3. C unknown: λ_G/λ_A = 30. damping: λ_A itself; λ_G stays 0.5/C.
+    """
+    if damping is None:
+        damping = UNKNOWN_DAMPING if not num_samples else A_SHARE / math.sqrt(num_samples)
+    ratio = UNKNOWN_G_RATIO if not num_classes else G_SHARE / num_classes / damping
+    return {"damping": damping, "damping_g_ratio": ratio}
