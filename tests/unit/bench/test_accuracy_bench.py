@@ -124,7 +124,7 @@ def test_full_batch_default_targets_and_means_over_seeds(store: GraphStore) -> N
     (data,) = result["panels"]
     assert (data["batch_size"], data["steps_per_epoch"]) == (240, 1)
     settings = data["settings"]
-    assert list(settings) == ["kfac lr=0.1", "adam lr=0.01", "adam lr=0.03"]
+    assert list(settings) == ["kfac lr=0.3", "adam lr=0.01", "adam lr=0.03"]
     adam = [of for of in settings.values() if of["group"] == "adam"]
     best = max(of["best"]["mean"] for of in adam)
     assert data["targets"] == pytest.approx([best - 0.005, best])
@@ -184,13 +184,13 @@ def test_a_search_ends_in_finals_and_a_killed_one_goes_on(
     (panel,) = result["panels"]
     finals = [before[-1], heats[0]]
     assert finals[0] == finals[1] == tuple(panel["settings"])
-    assert finals[0][0] == "kfac lr=0.1"
+    assert finals[0][0] == "kfac lr=0.3"
     groups = {of["group"] for of in panel["settings"].values()}
     assert groups == {"kfac", "adam"}, "Adam and AdamW are one"
     for of in panel["settings"].values():
         assert [run["seed"] for run in of["runs"]] == [0, 1]
     searched = panel["search"]["adam"]["settings"]
-    assert {of["label"] for of in searched if of["final"]} == set(finals[0]) - {"kfac lr=0.1"}
+    assert {of["label"] for of in searched if of["final"]} == set(finals[0]) - {"kfac lr=0.3"}
     best = max(of["best"]["mean"] for of in panel["settings"].values() if of["group"] == "adam")
     assert panel["targets"] == pytest.approx([best - 0.005, best])
     leading = {panel["comparison"][k]["groups"]["adam"]["seconds_setting"] for k in (0, 1)}

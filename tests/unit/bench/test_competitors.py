@@ -27,7 +27,7 @@ BASE = TrainConfig(dataset="x", engine="local", hidden=8, kfac={"damping": 0.05}
 
 def test_default_grids() -> None:
     settings = make_settings(BASE, ("kfac", "adam"), None, None)
-    assert [(s.group, s.lr) for s in settings] == [("kfac", 0.1), ("adam", 3e-3), ("adam", 1e-2), ("adam", 2e-2)]
+    assert [(s.group, s.lr) for s in settings] == [("kfac", 0.3), ("adam", 3e-3), ("adam", 1e-2), ("adam", 2e-2)]
 
 
 def test_grids_and_variants_make_settings_with_their_own_configuration() -> None:

@@ -14,6 +14,12 @@ def test_values() -> None:
     assert value_at(lambda step: step / 4, 10) == 2.5
 
 
+def test_hyperbolic_whatever_the_length() -> None:
+    for total_steps in (10, 1000):
+        rates = [learning_rate(step, total_steps, 0.4, "hyperbolic", 2, 20) for step in (0, 1, 2, 22, 62, 402)]
+        assert rates == pytest.approx([0.2, 0.4, 0.4, 0.2, 0.1, 0.4 / 21])
+
+
 def test_cosine() -> None:
     rates = [learning_rate(step, 100, 0.4, "cosine", 0) for step in range(101)]
     assert rates[0] == 0.4

@@ -1,0 +1,35 @@
+"""Damping by the size of the training set and the number of classes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dngd.optim import NaturalGradient, default_damping
+
+
+def test_shares_of_the_traces() -> None:
+    known = default_damping(10_000, 4)
+    assert known["damping"] == pytest.approx(1e-3)
+    assert known["damping"] * known["damping_g_ratio"] == pytest.approx(0.125)
+    given = default_damping(10_000, 4, damping=0.01)
+    assert (given["damping"], given["damping_g_ratio"]) == pytest.approx((0.01, 12.5))
+    assert default_damping() == {"damping": 1e-3, "damping_g_ratio": 30.0}
+
+
+def test_natural_gradient_takes_them() -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(6, 4).double()
+    usual = default_damping(400, 4)
+    optimizer = NaturalGradient(net, 1.0, momentum=0.0, kl_clip=None, inverse_precision="full", **usual)
+    nn.functional.cross_entropy(net(torch.randn(50, 6, dtype=torch.float64)), torch.randint(4, (50,))).backward()
+    before = torch.cat([net.weight, net.bias[:, None]], dim=1).detach().clone()
+    gradient = torch.cat([net.weight.grad, net.bias.grad[:, None]], dim=1)
+    optimizer.step(num_samples=50)
+    (factors,) = optimizer.preconditioner.factors().values()
+    a = factors.A + 0.1 / 20 * factors.A.trace() * torch.eye(7, dtype=torch.float64)
+    g = factors.G + 0.125 * factors.G.trace() * torch.eye(4, dtype=torch.float64)
+    after = torch.cat([net.weight, net.bias[:, None]], dim=1).detach()
+    assert torch.allclose(before - after, g.inverse() @ gradient @ a.inverse(), rtol=1e-9)
+    optimizer.preconditioner.close()
