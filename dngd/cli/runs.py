@@ -12,6 +12,7 @@ from rich.table import Table
 from dngd.cli.common import Interrupted, Json, field_help, out, print_json, size_text
 from dngd.config import TrainConfig, address_of_run, merge, parse_assignment, read_yaml
 from dngd.errors import RunInterrupted, UserError
+from dngd.report.text import metric_words
 
 
 def train(
@@ -152,7 +153,7 @@ def evaluate(
         return
     table = Table(title=f"{address_of_run(run) or run}: model of step {scores['step']}")
     metric = scores["metric"]
-    for column in ("nodes", metric, "loss"):
+    for column in ("nodes", metric_words(metric), "loss"):
         table.add_column(column)
     for part in ("train", "val", "test"):
         table.add_row(part, f"{scores[part][metric]:.4f}", f"{scores[part]['loss']:.4f}")
@@ -262,7 +263,7 @@ def doctor(
 
 def _print_result(result: dict[str, Any]) -> None:
     table = Table(title="Result", show_header=False)
-    metric = result["metric"].replace("_", " ")
+    metric = metric_words(result["metric"])
     table.add_row(f"best validation {metric}", f"{result['best_val_accuracy']:.4f}")
     table.add_row(f"test {metric} there", f"{result['test_accuracy']:.4f}")
     table.add_row(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dngd.comm import LocalCommunicator
 from dngd.config import TrainConfig
 from dngd.errors import UserError
-from dngd.report import write_report
+from dngd.report import metric_words, write_report
 from dngd.train import RunPlan, RunResult, check_run_folder, make_plan, prepare_run_folder, run_rank
 from dngd.train.callbacks import Callback
 from dngd.train.evaluate_run import evaluate_run
@@ -106,7 +106,8 @@ class Trainer:
         if self._reporter is not None:
             result = self._run(self._reporter)
         else:
-            with ConsoleReporter(Console(file=sys.stderr), self._parts.metric_name(self.config)) as reporter:
+            metric = metric_words(self._parts.metric_name(self.config))
+            with ConsoleReporter(Console(file=sys.stderr), metric) as reporter:
                 result = self._run(reporter)
         # The configuration's address has options, such as an endpoint, that the result's is without.
         run = self.config.run_dir if self.config.run_address else Path(result.run_dir)
