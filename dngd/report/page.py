@@ -89,7 +89,7 @@ def _header(summaries: Sequence[Summary], title: str) -> str:
     warnings = []
     if not same_nodes(runs):
         scored = metrics[0] if len(metrics) == 1 else "metrics"
-        warnings.append(f"These runs differ in data set or split: their {scored} and losses do not compare.")
+        warnings.append(f"These runs differ in data set, task or split: their {scored} and losses do not compare.")
     if len(metrics) > 1:
         warnings.append(
             f"These runs have different metrics ({', '.join(metrics)}), which do not compare: each has charts and "

@@ -80,9 +80,11 @@ def dataset_name(config: dict[str, Any]) -> str | None:
 
 
 def same_nodes(runs: Sequence[RunFiles]) -> bool:
-    """Whether the runs are scored on the same: data set and split; for a random split the same seed."""
+    """Whether the runs are scored on the same: data set, task and split; for a random split the same seed."""
 
     def scored_on(run: RunFiles) -> tuple[str, ...]:
+        if run.config.get("task") == "link":
+            return (str(dataset_name(run.config)), str(run.config.get("link_split")), str(run.config.get("seed")))
         split = str(run.config.get("split"))
         drawn = str(run.config.get("seed")) if split.startswith("random") else ""
         return (str(dataset_name(run.config)), split, drawn)

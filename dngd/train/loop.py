@@ -25,7 +25,7 @@ from dngd.config import TrainConfig
 from dngd.errors import DivergedError, RunInterrupted, TrainingError, UserError
 from dngd.graph import GraphStore, Progress, Split
 from dngd.models import GNN
-from dngd.models.graph_batch import GraphShape
+from dngd.models.decoder import pair_logits
 from dngd.optim import learning_rate
 from dngd.sampling import derive_seed
 from dngd.train.batch import BatchSource, DeviceBatch
@@ -56,6 +56,7 @@ from dngd.train.sources import BatchSources
 from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
 from dngd.train.supervision import Supervision
 from dngd.train.surroundings import load_weights, make_surroundings
+from dngd.train.task import evaluated_nodes, graph_of, shape_of, split_of
 from dngd.train.together import open_dataset, together
 
 logger = logging.getLogger(__name__)
@@ -96,15 +97,15 @@ class TrainingLoop:
             round_seconds=config.collective_timeout_seconds / 4,
             tell=reporter.message,
         )
-        self.split: Split = self.store.split(config.split, config.seed)
-        left_out = sum(self.split.dropped_unlabelled.values())
+        self.split = split_of(config, self.store)
+        self.graph = graph_of(self.store, self.split)
+        left_out = sum(self.split.dropped_unlabelled.values()) if isinstance(self.split, Split) else 0
         if left_out:
             reporter.message(f"{left_out} nodes of split {config.split} have no label and are left out")
-        self.objective = make_objective(config, self.store, self.split, self.parts.loss)
+        self.objective = make_objective(config, self.store, self.split.train, self.parts.loss)
         torch.manual_seed(derive_seed(config.seed, WEIGHTS_STREAM))
-        self.model: nn.Module = make_module(
-            config, self.parts, GraphShape(self.store.num_features, self.store.num_classes)
-        )
+        self.shape = shape_of(config, self.store)
+        self.model: nn.Module = make_module(config, self.parts, self.shape)
         self.plan = make_plan(config, self.store, self.split, None if isinstance(self.model, GNN) else self.model)
         check_fits(self.plan, config, workers_here, is_worker=True)
         self.semi = self._semi_supervision()
@@ -112,13 +113,13 @@ class TrainingLoop:
         placement = choose_placement(config, self.plan.feature_bytes, free, self.plan.gpu_bytes)
 
         self.model.to(self.device)
-        self.placed = place_features(self.store, placement, self.device, sampled=not config.constant_full_batch)
+        self.placed = place_features(self.graph, placement, self.device, sampled=not config.constant_full_batch)
         if self.placed.note:
             reporter.message(self.placed.note)
         self.features = self.placed.table
         self.builder, self.evaluator = make_surroundings(
             config,
-            self.store,
+            self.graph,
             self.model,
             communicator,
             device=self.device,
@@ -130,7 +131,7 @@ class TrainingLoop:
         )
         self.sources = BatchSources(
             config,
-            self.store,
+            self.graph,
             self.split.train,
             self.plan,
             self.model,
@@ -139,7 +140,7 @@ class TrainingLoop:
             self.device,
             self.clock,
         )
-        self.evaluator.check(self.model, torch.cat([self.split.val, self.split.test]))
+        self.evaluator.check(self.model, evaluated_nodes(self.split))
         if self.parts.optimizer is None:
             self.optimizer = build_optimizer(
                 config, self.model, communicator, self.objective.kind, num_training_nodes=int(self.split.train.numel())
@@ -333,13 +334,14 @@ class TrainingLoop:
         return loss.divisor
 
     def _outputs(self, batch: DeviceBatch) -> Tensor:
-        """Return the model's outputs for a batch's seeds, [n, C]."""
+        """Return the logits of a batch's seeds, [n, C], or of its pairs, [m, 1]."""
+        outputs: Tensor
         if batch.graph is None:
-            logits: Tensor = self.model(self.features, batch.propagations, batch.first_aggregation)
-            return logits
-        outputs: Tensor = self.model(batch.graph)
-        check_outputs(outputs, batch.seeds.numel(), self.store.num_classes)
-        return outputs
+            outputs = self.model(self.features, batch.propagations, batch.first_aggregation)
+        else:
+            outputs = self.model(batch.graph)
+            check_outputs(outputs, batch.seeds.numel(), self.shape.num_classes)
+        return outputs if batch.pairs is None else pair_logits(outputs, batch.pairs)
 
     def _account(self, sums: StepSums, step_in_epoch: int) -> None:
         self.state.loss = sums.loss_sum / sums.num_seeds if sums.num_seeds else float("nan")
@@ -470,8 +472,8 @@ class TrainingLoop:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
         said = {"step": str(record.step), "val_accuracy": repr(record.val_accuracy)}
         if self.config.model == "custom":
-            said |= {"num_features": str(self.store.num_features), "num_classes": str(self.store.num_classes)}
-        if self.store.is_multilabel:
+            said |= {"num_features": str(self.shape.num_features), "num_classes": str(self.shape.num_classes)}
+        if self.store.is_multilabel and self.config.task == "node":
             said["labels"] = "several"
         data: bytes = safetensors.torch.save(tensors, said)
         return data

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dngd.config import TrainConfig
 from dngd.graph import GraphStore
 from dngd.models import GNN
-from dngd.sampling import SamplerPipeline, UnlabelledSeeds
+from dngd.sampling import LinkSeeds, SamplerPipeline, UnlabelledSeeds
 from dngd.train.batch import BatchSource, PropagationBuilder, SampledBatches
 from dngd.train.feeder import CudaCopyStream, DeviceFeeder
 from dngd.train.full_batch import FullBatches, outside
@@ -25,11 +25,15 @@ from dngd.train.plan import RunPlan
 
 @dataclass(frozen=True)
 class BatchSources:
-    """What a run's batches are made of. train_nodes: int64 [n_l]. builder: of the model. device: where batches go."""
+    """What a run's batches are made of.
+
+    store: the graph whose edges the run may see. train: int64 [n], of the split: nodes, or entries of links. builder:
+    of the model. device: where batches go.
+    """
 
     config: TrainConfig
     store: GraphStore
-    train_nodes: Tensor
+    train: Tensor
     plan: RunPlan
     model: nn.Module
     builder: PropagationBuilder | ModuleBatchBuilder
@@ -60,7 +64,7 @@ class BatchSources:
             return ModuleFullBatches(
                 self.store,
                 self.builder,
-                self.train_nodes,
+                self.train,
                 with_unlabelled=with_unlabelled,
                 shards=shards,
                 num_shards=config.shards,
@@ -73,7 +77,7 @@ class BatchSources:
             self.builder,
             self.model,
             self.placed.table,
-            self.train_nodes,
+            self.train,
             with_unlabelled=with_unlabelled,
             shards=shards,
             num_shards=config.shards,
@@ -86,7 +90,7 @@ class BatchSources:
         own = isinstance(self.model, GNN)
         return SamplerPipeline(
             self.store,
-            self.train_nodes,
+            self.train,
             config.fanouts,
             config.seed,
             config.shards,
@@ -101,8 +105,9 @@ class BatchSources:
             on_mapped=None if locked is None else locked.add,
             on_host=None if placed.cache is None or not own else placed.cache.on_host,
             unlabelled=None if config.semi == "none" else self._unlabelled_seeds(),
+            links=LinkSeeds(self.store, config.negatives, config.seed) if config.task == "link" else None,
         )
 
     def _unlabelled_seeds(self) -> UnlabelledSeeds:
-        others = outside(self.train_nodes, self.store.num_nodes)
+        others = outside(self.train, self.store.num_nodes)
         return UnlabelledSeeds(others, self.config.seed, self.config.shards, self.plan.unlabelled)
