@@ -115,7 +115,14 @@ class Trainer:
         run = self.config.run_dir if self.config.run_address else Path(result.run_dir)
         assert run is not None
         folder = readable_folder(run)
-        send_report(run, write_report([folder.path], folder.report))
+        try:
+            report = write_report([folder.path], folder.report)
+        except UserError as error:
+            raise UserError(
+                f"the run is finished, but {str(error).rpartition('; ')[0]}; free space or fix permissions, then write "
+                f"it by dngd report {folder.shown} --out FILE"
+            ) from None
+        send_report(run, report)
         return result
 
     def resume(self) -> RunResult:
