@@ -43,7 +43,7 @@ class KFACConfig(_Section):
     fisher: Literal["empirical", "monte_carlo", "ggn"] | None = Field(None, description="labels behind G: the true ones, sampled ones, or the exact Gauss-Newton matrix (one backward a class); null: monte_carlo for batches above 1,024 seeds, in full batch, and where seeds are weighed, else empirical, also for the paper's variant", json_schema_extra=IDENTITY)
     variant: Literal["dngd", "paper"] = Field("dngd", description="paper: the factors of arXiv 2008.09624's code (gradients of the mean loss times the layer's width), for reproduction", json_schema_extra=IDENTITY)
     damping: float | None = Field(None, gt=0, description="λ; a share of tr A in relative mode, in units of the Fisher in tikhonov mode; null: 0.1/√(training nodes) in relative mode, else 0.01", json_schema_extra=IDENTITY)
-    damping_mode: Literal["relative", "tikhonov", "even"] = Field("relative", description="relative: λ·tr A and ratio·λ·tr G; tikhonov: √λ·π and √λ/π; even: √λ each", json_schema_extra=IDENTITY)
+    damping_mode: Literal["relative", "tikhonov", "even"] = Field("relative", description="relative: λ·tr A and ratio·λ·tr G; tikhonov: √λ·π and √λ/π, the default of task link; even: √λ each", json_schema_extra=IDENTITY)
     damping_g_ratio: float | None = Field(None, gt=0, description="relative mode: G's share over A's; null: G's share is 0.5/classes, 30 times A's where these are unknown", json_schema_extra=IDENTITY)
     factor_decay: float = Field(0.95, ge=0, lt=1, description="ρ of the running averages, per factor step", json_schema_extra=IDENTITY)
     factor_update_period: int = Field(10, ge=1, description="steps between factor steps", json_schema_extra=IDENTITY)
@@ -118,12 +118,16 @@ class TrainConfig(_Section):
     stage_dir: Path | None = Field(None, description="folder on each node's own disk where stores on s3:// or gs:// are kept, and a store folder (on a shared file system, say) is copied too, once a node; null: cache_dir, and a store folder is opened where it lies")
     stage_timeout_seconds: float = Field(3600.0, gt=0, description="limit for all nodes to have the graph, copied or converted, seconds")
     split: str = Field("masks", description="masks | masks:K | public | complete | random:TRAIN/VAL/TEST", json_schema_extra=IDENTITY)
+    task: Literal["node", "link"] = Field("node", description="what is predicted; node: labels of nodes; link: whether two nodes are linked, by the inner product of their embeddings", json_schema_extra=IDENTITY)
+    link_split: str = Field("0.8/0.1/0.1", description="task link: shares TRAIN/VAL/TEST of the links, by a hash of the seed and the two nodes; validation and test links are no edges of the graph that is trained on", json_schema_extra=IDENTITY)
+    negatives: int = Field(1, ge=1, description="task link: pairs of nodes drawn uniformly a training link and step, as examples of no link", json_schema_extra=IDENTITY)
+    embedding: int | None = Field(None, ge=1, description="task link: width of a node's embedding, the model's output; null: hidden", json_schema_extra=IDENTITY)
     model: Literal["gcn", "sage", "custom"] = Field("gcn", description="layer kind; custom: a module given to dngd.Trainer", json_schema_extra=IDENTITY)
     hidden: int = Field(256, ge=1, description="width of the hidden layers", json_schema_extra=IDENTITY)
     num_layers: int = Field(3, ge=1, le=16, description="number of graph layers", json_schema_extra=IDENTITY)
     fanout: tuple[int, ...] | None = Field(None, description="neighbours drawn per layer, input side first, -1 for all; null: 15,10,5 cut or repeated to num_layers, or with batch_size full all", json_schema_extra=IDENTITY)
     dropout: float = Field(0.5, ge=0, lt=1, description="between layers", json_schema_extra=IDENTITY)
-    batch_size: int | Literal["full"] = Field(1024, description="seeds a shard and step; full: all training nodes in one step, all neighbours unless fanout says otherwise", json_schema_extra=IDENTITY)
+    batch_size: int | Literal["full"] = Field(1024, description="seeds a shard and step, training nodes or links; full: all training nodes in one step, all neighbours unless fanout says otherwise", json_schema_extra=IDENTITY)
     semi: Literal["none", "two_means", "pooled"] = Field("none", description="loss of the nodes outside the training set, their own prediction as label, weight λ_u = semi_weight·(epoch/epochs)^semi_gamma; two_means: mean(labelled) + λ_u·mean(others); pooled: one weighted mean", json_schema_extra=IDENTITY)
     semi_gamma: float = Field(1.0, gt=0, allow_inf_nan=False, description="γ of λ_u, a number above 0; larger keeps the others out longer", json_schema_extra=IDENTITY)
     semi_weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="λ_u in the last epoch", json_schema_extra=IDENTITY)
@@ -133,11 +137,11 @@ class TrainConfig(_Section):
     epochs: int = Field(10, ge=1, description="passes over the training nodes; another number on resuming also bends a cosine schedule and λ_u")
     max_steps: int | None = Field(None, ge=1, description="stop after this many steps")
     optimizer: Literal["kfac", "adam", "adamw", "sgd", "custom"] = Field("kfac", description="kfac: natural gradient; custom: one given to dngd.Trainer, which brings its rates and weight decay", json_schema_extra=IDENTITY)
-    lr: float | None = Field(None, gt=0, description="peak learning rate; null: 0.1 kfac, 0.01 adam and adamw, 0.1 sgd", json_schema_extra=IDENTITY)
-    lr_schedule: LearningRateKind | None = Field(None, description="cosine: to 0 over all steps of the run; hyperbolic: lr/(1 + step/lr_half_steps), however long the run; null: hyperbolic for kfac with update=mean_gradient, else cosine", json_schema_extra=IDENTITY)
+    lr: float | None = Field(None, gt=0, description="peak learning rate; null: 0.3 kfac (0.1 for task link and update=momentum), 0.01 adam and adamw, 0.1 sgd", json_schema_extra=IDENTITY)
+    lr_schedule: LearningRateKind | None = Field(None, description="cosine: to 0 over all steps of the run; hyperbolic: lr/(1 + step/lr_half_steps), however long the run; null: hyperbolic for kfac with update=mean_gradient and task node, else cosine", json_schema_extra=IDENTITY)
     lr_half_steps: float = Field(20.0, gt=0, description="hyperbolic: steps after which the rate is halved", json_schema_extra=IDENTITY)
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up", json_schema_extra=IDENTITY)
-    metric: Literal["accuracy", "macro_f1", "roc_auc", "average_precision"] = Field("accuracy", description="what the best model is chosen by, on validation nodes; the run's files hold it as val_accuracy and test_accuracy", json_schema_extra=IDENTITY)
+    metric: Literal["accuracy", "macro_f1", "roc_auc", "average_precision"] = Field("accuracy", description="what the best model is chosen by, on validation nodes or links (there roc_auc by default); the run's files hold it as val_accuracy and test_accuracy", json_schema_extra=IDENTITY)
     class_weights: Literal["balanced"] | tuple[float, ...] | None = Field(None, description="weights of the classes' losses, one a class; balanced: nodes / (classes · nodes of the class), of the training set; null: all 1", json_schema_extra=IDENTITY)
     patience: int | None = Field(None, ge=1, description="evaluations in a row without a better validation metric after which the run ends; null: never")
     weight_decay: float = Field(0.0, ge=0, description="decoupled for kfac and adamw, L2 for adam and sgd", json_schema_extra=IDENTITY)
@@ -165,6 +169,20 @@ class TrainConfig(_Section):
     resume: bool = Field(False, description="go on from run_dir's newest good checkpoint; a folder without a run starts one")
 
     # fmt: on
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_links(cls, values: Any) -> Any:
+        """A logit is quadratic in the embeddings: where they are small, so is the Fisher, and damping that is a share of
+        it bounds no step (on Cora, a loss above 100 after the first)."""
+        if not isinstance(values, dict) or values.get("task") != "link":
+            return values
+        kfac = values.get("kfac", {})
+        if isinstance(kfac, KFACConfig):
+            kfac = kfac.model_dump(exclude_unset=True)
+        if isinstance(kfac, dict):
+            kfac = {"damping_mode": "tikhonov"} | kfac
+        return {"metric": "roc_auc"} | values | {"kfac": kfac}
+
     @field_validator("dataset", mode="after")
     @classmethod
     def _no_credentials(cls, value: str) -> str:
@@ -237,6 +255,14 @@ class TrainConfig(_Section):
             raise ValueError(f"class_weights and semi={self.semi} both weigh the seeds; leave one out")
         if self.class_weights is not None and self.optimizer == "kfac" and self.fisher == "empirical":
             raise ValueError("class_weights weigh the seeds unequally, which the empirical Fisher cannot do; leave kfac.fisher away, or use --set kfac.fisher=monte_carlo")
+        if self.task == "link":
+            for name, off, why in (
+                ("batch_size", self.batch_size != "full", "a step's own links are no edges of its messages, and full leaves none; use a number"),
+                ("semi", self.semi == "none", "it is about labels of nodes; leave it out"),
+                ("class_weights", self.class_weights is None, "it is about labels of nodes; leave it out"),
+            ):
+                if not off:
+                    raise ValueError(f"{name}={getattr(self, name)} does not go with task=link: {why}")
         if self.optimizer == "custom" and (self.lr is not None or self.weight_decay):
             raise ValueError("optimizer=custom brings its own learning rate and weight decay; leave lr and weight_decay out, and set them where the optimizer is made")
         if not self.use_gpu and self.feature_placement in ("device", "pinned"):
@@ -269,6 +295,11 @@ class TrainConfig(_Section):
     def unlabelled_of(self, batch_size: int) -> int:
         """Return how many of a mini-batch's seeds are nodes outside the training set."""
         return 0 if self.semi == "none" else round(self.semi_share * batch_size)
+
+    @property
+    def embedding_width(self) -> int:
+        """The width of a node's embedding in link prediction."""
+        return self.hidden if self.embedding is None else self.embedding
 
     @property
     def shards(self) -> int:
@@ -324,17 +355,21 @@ class TrainConfig(_Section):
         """The peak learning rate in use; of a custom optimizer, what its own rates are multiplied by."""
         if self.lr is not None:
             return self.lr
-        if self.optimizer == "kfac" and self.kfac.update != "momentum":
-            return {"mean_gradient": 0.3, "adam_eigenbasis": 0.01}[self.kfac.update]
-        return {"kfac": 0.1, "adam": 0.01, "adamw": 0.01, "sgd": 0.1, "custom": 1.0}[self.optimizer]
+        if self.optimizer == "kfac" and self.kfac.update == "adam_eigenbasis":
+            return 0.01
+        return {"kfac": 0.3 if self._rate_falls else 0.1, "adam": 0.01, "adamw": 0.01, "sgd": 0.1, "custom": 1.0}[self.optimizer]
 
     @property
     def schedule(self) -> LearningRateKind:
         """The learning rate's schedule in use."""
         if self.lr_schedule is not None:
             return self.lr_schedule
-        falls = self.optimizer == "kfac" and self.kfac.update == "mean_gradient"
-        return "hyperbolic" if falls else "cosine"
+        return "hyperbolic" if self._rate_falls else "cosine"
+
+    @property
+    def _rate_falls(self) -> bool:
+        """Whether the defaults are a high rate that falls from the first step on; for links that was not tried."""
+        return self.optimizer == "kfac" and self.kfac.update == "mean_gradient" and self.task == "node"
 
     @property
     def data_root_in_use(self) -> Path | None:
@@ -348,10 +383,10 @@ class TrainConfig(_Section):
         """Return the fields that define the run, flat, with defaults filled in."""
         flat = _flat_identity(self)
         flat |= {"fanout": list(self.fanouts), "num_shards": self.shards, "lr": self.learning_rate, "lr_schedule": self.schedule}
-        flat["kfac.fisher"] = self.fisher
+        flat["kfac.fisher"], flat["embedding"] = self.fisher, self.embedding_width
         flat = {key: value for key, value in flat.items() if self._has_effect(key)}
         # Fields that came later: a run that leaves them alone is the run that it was before.
-        for name, usual in (("metric", "accuracy"), ("class_weights", None)):
+        for name, usual in (("metric", "accuracy"), ("class_weights", None), ("task", "node")):
             if flat[name] == usual:
                 flat.pop(name)
         if self.optimizer != "kfac":
@@ -359,9 +394,13 @@ class TrainConfig(_Section):
         return flat
 
     def _has_effect(self, key: str) -> bool:
-        """Whether a field of the semi-supervised loss or of the rate's schedule is in use; True for all others."""
+        """Whether a field of the rate's schedule, of links, or of the semi-supervised loss is in use; True for all others."""
         if key == "lr_half_steps":
             return bool(self.schedule == "hyperbolic")
+        if key in ("link_split", "negatives", "embedding"):
+            return self.task == "link"
+        if key == "split":
+            return self.task == "node"
         if not key.startswith("semi_"):
             return True
         is_used = {"semi_temperature": self.semi_labels == "soft", "semi_share": self.batch_size != "full"}

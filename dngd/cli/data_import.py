@@ -59,7 +59,16 @@ def data_import(
     ] = None,
     label_column: Annotated[
         str | None,
-        typer.Option(help="Class numbers or names (default: label, if it is there)", rich_help_panel=_TABLES),
+        typer.Option(
+            help="Class numbers or names, or lists of 0 and 1 (default: label, if it is there)", rich_help_panel=_TABLES
+        ),
+    ] = None,
+    label_columns: Annotated[
+        str | None,
+        typer.Option(
+            help="Several labels a node: columns of 0 and 1, one a class, as a,b,c; instead of --label-column",
+            rich_help_panel=_TABLES,
+        ),
     ] = None,
     split_column: Annotated[
         str | None,
@@ -107,6 +116,7 @@ def data_import(
     columns = {
         "id": id_column,
         "label": label_column,
+        "labels": None if label_columns is None else [name.strip() for name in label_columns.split(",")],
         "split": split_column,
         "features": feature_column,
         "ignore": ignore_column,

@@ -12,6 +12,7 @@ from rich.table import Table
 from dngd.cli.common import Interrupted, Json, field_help, out, print_json, size_text
 from dngd.config import TrainConfig, address_of_run, merge, parse_assignment, read_yaml
 from dngd.errors import RunInterrupted, UserError
+from dngd.report.text import metric_words
 
 
 def train(
@@ -21,6 +22,9 @@ def train(
     stage_dir: Annotated[Path | None, typer.Option(help=field_help("stage_dir"))] = None,
     split: Annotated[str | None, typer.Option(help=field_help("split"))] = None,
     engine: Annotated[str | None, typer.Option(help=field_help("engine"))] = None,
+    task: Annotated[str | None, typer.Option(help=field_help("task"))] = None,
+    link_split: Annotated[str | None, typer.Option(help=field_help("link_split"))] = None,
+    negatives: Annotated[int | None, typer.Option(help=field_help("negatives"))] = None,
     num_workers: Annotated[int | None, typer.Option(help=field_help("num_workers"))] = None,
     min_workers: Annotated[
         int | None,
@@ -154,9 +158,9 @@ def evaluate(
         return
     table = Table(title=f"{address_of_run(run) or run}: model of step {scores['step']}")
     metric = scores["metric"]
-    for column in ("nodes", metric, "loss"):
+    for column in ("part", metric_words(metric), "loss"):
         table.add_column(column)
-    for part in ("train", "val", "test"):
+    for part in (part for part in ("train", "val", "test") if part in scores):
         table.add_row(part, f"{scores[part][metric]:.4f}", f"{scores[part]['loss']:.4f}")
     out.print(table)
 
@@ -167,6 +171,12 @@ def predict(
     nodes: Annotated[
         str, typer.Option(help="Which nodes: all, train, val, test (of the run's split) or unlabelled")
     ] = "all",
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Link prediction: table with columns src and dst of node ids [default: all nodes' embeddings]"
+        ),
+    ] = None,
     data_root: Annotated[Path | None, typer.Option(help=field_help("data_root"))] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Another graph, or where the run's graph is now [default: the run's]")
@@ -177,7 +187,7 @@ def predict(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is already there")] = False,
     as_json: Json = False,
 ) -> None:
-    """Predict the classes of nodes with a run's best model, on all their neighbours, into a Parquet file."""
+    """Predict classes of nodes, or links, with a run's best model, on all neighbours, into a Parquet file."""
     from dngd.train.evaluation_progress import evaluation_progress
     from dngd.train.predict import predict_run
 
@@ -186,6 +196,7 @@ def predict(
             run,
             output,
             nodes=nodes,
+            pairs=pairs,
             data_root=data_root,
             dataset=dataset,
             probabilities=probabilities,
@@ -196,7 +207,7 @@ def predict(
         print_json(written.to_json())
         return
     out.print(
-        f"{written.path}: {written.rows:,} nodes of {written.graph}, model of step {written.step}; columns "
+        f"{written.path}: {written.rows:,} {'nodes' if pairs is None else 'pairs'} of {written.graph}, model of step {written.step}; columns "
         + ", ".join(written.columns),
         highlight=False,
         soft_wrap=True,
@@ -264,7 +275,7 @@ def doctor(
 
 def _print_result(result: dict[str, Any]) -> None:
     table = Table(title="Result", show_header=False)
-    metric = result["metric"].replace("_", " ")
+    metric = metric_words(result["metric"])
     table.add_row(f"best validation {metric}", f"{result['best_val_accuracy']:.4f}")
     table.add_row(f"test {metric} there", f"{result['test_accuracy']:.4f}")
     table.add_row(
@@ -309,8 +320,9 @@ def _print_plan(plan: dict[str, Any], config: TrainConfig) -> None:
         table.add_row("mode", "constant full batch: all neighbours, the same layer graphs in each step, no sampler")
     else:
         table.add_row("samplers a worker", str(config.samplers) if config.samplers else "a thread")
-    parts = ("model", "optimizer", "curvature", "full_batch", "activation", "evaluation", "sampler")
+    parts = ("model", "optimizer", "curvature", "link", "full_batch", "activation", "evaluation", "sampler")
     unused = {"sampler"} if config.constant_full_batch else {"full_batch"}
+    unused |= {"link"} if config.task == "node" else set()
     notes = {
         "store": " (one shared mapping)",
         "feature": f" (of the store; {_FEATURE_PLACES[config.feature_placement, config.use_gpu]})",

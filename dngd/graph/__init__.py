@@ -16,6 +16,7 @@ from dngd.graph.catalog import available_datasets, resolve_dataset
 from dngd.graph.describe import describe
 from dngd.graph.dgl_graph import import_dgl
 from dngd.graph.import_options import ImportOptions
+from dngd.graph.links import LinkSplit, split_links
 from dngd.graph.manifest import FORMAT_VERSION, Manifest, PartitionInfo, Provenance
 from dngd.graph.npz import import_npz
 from dngd.graph.ogb import import_ogb
@@ -41,6 +42,7 @@ __all__ = [
     "GraphStore",
     "ImportOptions",
     "LikeConfig",
+    "LinkSplit",
     "Manifest",
     "Partition",
     "PartitionInfo",
@@ -70,6 +72,7 @@ __all__ = [
     "partition_by_ldg",
     "reorder_store",
     "resolve_dataset",
+    "split_links",
     "synthesize",
     "verify_store",
     "write_like",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from dngd.errors import UserError
@@ -14,7 +14,7 @@ from dngd.errors import UserError
 _POLL_SECONDS = 0.1
 
 
-@contextmanager
+@contextlib.contextmanager
 def file_lock(
     path: Path, *, purpose: str, wait_seconds: float, on_wait: Callable[[str], None] | None = None
 ) -> Iterator[None]:
@@ -45,8 +45,10 @@ def file_lock(
             if on_wait is not None:
                 on_wait(f"waiting for process {holder} to finish {purpose}")
             time.sleep(_POLL_SECONDS)
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        # On a full disk those who wait are not told who holds it; what is done under the lock says what is wrong.
+        with contextlib.suppress(OSError):
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)

@@ -135,8 +135,8 @@ def _mapping(data: Any, what: str) -> dict[str, Any]:
     if isinstance(data, tuple) and data:
         return _of_saved_dataset(data, what)
     if isinstance(data, dict):
-        return data
-    if type(data).__name__ == "HeteroData":
+        return _of_one_type(data, what)
+    if any(base.__name__ == "HeteroData" for base in type(data).__mro__):
         raise UserError(_heterogeneous(what))
     if isinstance(data, list) or (
         not isinstance(data, Tensor) and not hasattr(data, "edge_index") and hasattr(data, "__len__")
@@ -144,7 +144,7 @@ def _mapping(data: Any, what: str) -> dict[str, Any]:
         # A dataset, or a list of graphs.
         if len(data) != 1:
             raise UserError(f"{what} holds {len(data)} graphs; give one, say dataset[0]")
-        data = data[0]
+        return _mapping(data[0], what)
     to_dict = getattr(data, "to_dict", None)
     if to_dict is None:
         raise UserError(f"{what} is a {type(data).__name__}, not a PyG graph; give a torch_geometric.data.Data")
@@ -156,12 +156,22 @@ def _mapping(data: Any, what: str) -> dict[str, Any]:
 
 def _of_saved_dataset(data: tuple[Any, ...], what: str) -> dict[str, Any]:
     """Return the graph of an InMemoryDataset's file: (data, slices), or (data's dictionary, slices, its class)."""
+    values = _mapping(data[0], what)
     slices = data[1] if len(data) > 1 else None
     if isinstance(slices, dict):
         counts = {len(cut) - 1 for cut in slices.values() if hasattr(cut, "__len__")}
         if counts - {1}:
             raise UserError(f"{what} holds {max(counts)} graphs; give one, say torch.save(dataset[0], FILE)")
-    return _mapping(data[0], what)
+    return values
+
+
+def _of_one_type(values: dict[Any, Any], what: str) -> dict[str, Any]:
+    """Return a graph's attributes. Raises UserError for those of a HeteroData: a mapping for each type of nodes, and of
+    edges under (source, relation, target)."""
+    has_types = "edge_index" not in values and any(isinstance(value, dict) for value in values.values())
+    if has_types or any(isinstance(key, tuple) for key in values):
+        raise UserError(_heterogeneous(what))
+    return values
 
 
 def _heterogeneous(what: str) -> str:

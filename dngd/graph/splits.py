@@ -63,24 +63,23 @@ def parse_split(spec: str) -> SplitSpec:
     if kind in ("public", "complete") and not colon:
         return SplitSpec("public" if kind == "public" else "complete")
     if kind == "random":
-        return SplitSpec("random", fractions=_parse_fractions(spec, rest))
+        return SplitSpec("random", fractions=parse_fractions(f"split {spec!r}", rest, "random:0.5/0.25/0.25"))
     raise UserError(f"split {spec!r} is not known; use {SPLIT_FORMS}")
 
 
-def _parse_fractions(spec: str, text: str) -> tuple[float, float, float]:
+def parse_fractions(what: str, text: str, example: str) -> tuple[float, float, float]:
+    """Return three shares of a text A/B/C. what, example: for the UserError that other texts raise."""
     try:
         values = [float(part) for part in text.split("/")]
     except ValueError:
         values = []
     if len(values) != 3:
-        raise UserError(
-            f"split {spec!r} does not give three fractions; write random:TRAIN/VAL/TEST, such as random:0.5/0.25/0.25"
-        )
+        raise UserError(f"{what} does not give three fractions; write TRAIN/VAL/TEST, such as {example}")
     total = math.fsum(values)
     if not all(0 < v <= 1 for v in values) or total > 1 + _ROUNDING:
         raise UserError(
-            f"split {spec!r} has fractions that add up to {total:g}; each must be above 0 and at most 1, and "
-            "their sum at most 1: write such as random:0.5/0.25/0.25"
+            f"{what} has fractions that add up to {total:g}; each must be above 0 and at most 1, and their sum at most "
+            f"1: write such as {example}"
         )
     return values[0], values[1], values[2]
 

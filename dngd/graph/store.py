@@ -11,6 +11,7 @@ verification is `verify.py`. A graph too large for arrays in memory is written b
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,6 +47,7 @@ class GraphStore:
         edge_weight: float32 [num_edges], in the order of indices, or None.
         features: float32, float16 or bfloat16 [num_nodes, num_features]; num_features is 0 for a graph of structure
             only.
+        has_own_edges: whether the edges are in this process's memory instead of the files, see `with_edges`.
         labels: int64 [num_nodes], -1 for unlabelled nodes; of several labels a node (is_multilabel) int8 [num_nodes,
             num_classes] of 0 and 1, -1 throughout for unlabelled nodes.
     """
@@ -67,6 +69,7 @@ class GraphStore:
         self._node_ids_checked = False
         self._partitions: dict[int, Tensor] = {}
         self._masks: dict[str, Tensor] = {}
+        self.has_own_edges = False
         for mask, splits in manifest.masks.items():
             rows = [torch.from_numpy(columns[c]).view(torch.bool) for c in m.mask_columns(mask, splits)]
             self._masks[mask] = torch.stack(rows) if splits else rows[0]
@@ -283,6 +286,17 @@ class GraphStore:
             self._partitions[parts] = torch.from_numpy(columns["part"])
         return self._partitions[parts]
 
+    def with_edges(self, indptr: Tensor, indices: Tensor, edge_weight: Tensor | None) -> GraphStore:
+        """Return this graph with other edges, which stay in memory: all else are views of the same files.
+
+        The arguments are as the attributes. Its path and digest are the files'; it cannot be pickled.
+        """
+        other = copy.copy(self)
+        other.indptr, other.indices, other.edge_weight = indptr, indices, edge_weight
+        other.manifest = self.manifest.model_copy(update={"num_edges": int(indptr[-1])})
+        other.has_own_edges = True
+        return other
+
     def in_degrees(self) -> Tensor:
         """Return the number of edges into each node, int64 [num_nodes]."""
         return self.indptr.diff()
@@ -304,6 +318,8 @@ class GraphStore:
         return verify_store(self.path, progress=progress)
 
     def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        if self.has_own_edges:
+            raise TypeError("a graph with edges in memory cannot be pickled")
         return GraphStore.open, (self.path,)
 
     def __repr__(self) -> str:

@@ -24,7 +24,10 @@ class TableColumns:
 
     id: str = "id"
     label: str | None = None
-    """class numbers or names; missing values, empty names and -1 are unlabelled nodes. None: `label`, if it is there"""
+    """class numbers or names, or lists of 0 and 1, one entry a class (several labels a node); missing values, empty
+    names and -1 are unlabelled nodes. None: `label`, if it is there"""
+    labels: Sequence[str] = ()
+    """several labels a node: a column of 0 and 1 a class, in the order of the classes; in place of label"""
     split: str | None = None
     """train, val (valid, validation) or test, or nothing. None: `split`, else boolean train_mask, val_mask, test_mask,
     as far as they are there"""
@@ -47,6 +50,9 @@ class NodeColumns:
     id: str
     label: str | None = None
     label_is_name: bool = False
+    label_is_list: bool = False
+    labels: list[str] = field(default_factory=list)
+    """columns of several labels a node; label is None then"""
     split: str | None = None
     masks: dict[str, str] = field(default_factory=dict)
     """train | val | test -> column"""
@@ -57,7 +63,7 @@ class NodeColumns:
     @property
     def small(self) -> list[str]:
         """All but the features."""
-        return [c for c in (self.id, self.label, self.split, *self.masks.values()) if c is not None]
+        return [c for c in (self.id, self.label, *self.labels, self.split, *self.masks.values()) if c is not None]
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,8 @@ def node_columns(table: Table, names: TableColumns) -> NodeColumns:
         _need(table, name, "--ignore-column")
     ignored = set(names.ignore)
     _need(table, names.id, "--id-column")
-    label = _choose(table, names.label, "label", "--label-column", ignored)
+    labels = _label_columns(table, names, ignored)
+    label = None if labels else _choose(table, names.label, "label", "--label-column", ignored)
     split = _choose(table, names.split, "split", "--split-column", ignored)
     masks = {part: f"{part}_mask" for part in MASK_NAMES}
     masks = {part: name for part, name in masks.items() if _has(table, name) and name not in ignored}
@@ -108,10 +115,16 @@ def node_columns(table: Table, names: TableColumns) -> NodeColumns:
             f"{table.shown} tells its split twice, by {split!r} and {', '.join(masks.values())}; choose by "
             f"--split-column {split}, or leave it out by --ignore-column {split}"
         )
-    features, is_list = _features(table, names, {names.id, label, split, *masks.values(), *ignored})
+    features, is_list = _features(table, names, {names.id, label, *labels, split, *masks.values(), *ignored})
     if split is not None:
         masks = {}
-    _expect(table, [label], (*_NUMBERS, "string"), "a label is a class number or name, one for each node")
+    _expect(
+        table,
+        [label],
+        (*_NUMBERS, "string", "list"),
+        "a label is a class number or name, one for each node, or a list of 0 and 1",
+    )
+    _expect(table, labels, _NUMBERS, "of several labels a node each column holds 0 and 1")
     _expect(table, [split], ("string",), "a split is train, val or test")
     _expect(table, list(masks.values()), ("bool", "int"), "a mask is true or false for each node")
     for name in masks.values():
@@ -121,10 +134,15 @@ def node_columns(table: Table, names: TableColumns) -> NodeColumns:
         raise UserError(
             f"column {label!r} of {table.shown} holds numbers in some files and names in others; give one kind"
         )
+    if label is not None and "list" in label_kinds:
+        _expect(table, [label], ("list", "empty"), "labels are one list of 0 and 1 in each file, or a number in each")
+        _expect_list_of_numbers(table, label, "labels are lists of 0 and 1")
     return NodeColumns(
         id=names.id,
         label=label,
         label_is_name="string" in label_kinds,
+        label_is_list="list" in label_kinds,
+        labels=labels,
         split=split,
         masks=masks,
         features=features,
@@ -186,7 +204,7 @@ def csv_types(table: Table, used: NodeColumns | EdgeColumns, kind: IdKind) -> di
         numbers = [used.weight]
     else:
         types = {used.id: id_type}
-        numbers = [*used.features, None if used.label_is_name else used.label]
+        numbers = [*used.features, *used.labels, None if used.label_is_name else used.label]
         if used.split is not None:
             types[used.split] = pa.large_string()
         if used.label is not None and used.label_is_name:
@@ -201,6 +219,33 @@ def csv_types(table: Table, used: NodeColumns | EdgeColumns, kind: IdKind) -> di
     return types
 
 
+def _label_columns(table: Table, names: TableColumns, ignored: set[str]) -> list[str]:
+    """Return the columns of several labels a node; empty for one label, or a list of them."""
+    labels = list(names.labels)
+    if not labels:
+        return []
+    if len(labels) == 1:
+        raise UserError(
+            f"--label-columns names {labels[0]!r} alone, which makes one label a node; give it as --label-column"
+        )
+    repeated = [name for name in labels if labels.count(name) > 1]
+    if repeated:
+        raise UserError(f"--label-columns names {repeated[0]!r} {labels.count(repeated[0])} times; name it once")
+    for name in labels:
+        _need(table, name, "--label-columns")
+    if names.label is not None:
+        raise UserError(
+            f"--label-column {names.label} and --label-columns are both given; give the first for one label a node, or "
+            "the second for several"
+        )
+    if "label" not in (*labels, *ignored) and _has(table, "label"):
+        raise UserError(
+            f"{table.shown} tells its labels twice, by 'label' and by --label-columns; leave one out, 'label' by "
+            "--ignore-column label"
+        )
+    return labels
+
+
 def _features(table: Table, names: TableColumns, taken: set[str | None]) -> tuple[list[str], bool]:
     schemas = [schema for _, schema in _typed(table)]
     chosen = list(names.features)
@@ -210,7 +255,7 @@ def _features(table: Table, names: TableColumns, taken: set[str | None]) -> tupl
         _need(table, name, "--feature-column")
     if len(chosen) == 1 and "list" in _kinds(table, chosen[0]):
         _expect(table, chosen, ("list", "empty"), "features are one list in each file, or numbers in each")
-        _expect_list_of_numbers(table, chosen[0])
+        _expect_list_of_numbers(table, chosen[0], "features are lists of numbers")
         return chosen, True
     if not chosen:
         chosen = [name for name in (schemas[0].names if schemas else []) if name not in taken]
@@ -232,16 +277,14 @@ def _features(table: Table, names: TableColumns, taken: set[str | None]) -> tupl
     return chosen, False
 
 
-def _expect_list_of_numbers(table: Table, name: str) -> None:
+def _expect_list_of_numbers(table: Table, name: str, rule: str) -> None:
     widths: dict[int, TableFile] = {}
     for file, schema in _typed(table):
         arrow_type = schema.field(name).type
         if kind_of(arrow_type) == "empty":
             continue
         if kind_of(arrow_type.value_type) not in _NUMBERS:
-            raise UserError(
-                f"column {name!r} of {file.shown} has type {arrow_type}; features are lists of numbers: cast it"
-            )
+            raise UserError(f"column {name!r} of {file.shown} has type {arrow_type}; {rule}: cast it")
         if getattr(arrow_type, "list_size", None) is not None:
             widths.setdefault(arrow_type.list_size, file)
     if len(widths) > 1:

@@ -39,10 +39,11 @@ def id_values(column: Any, kind: IdKind, where: str) -> Any:
 
 
 class NodeValues:
-    """Collects ids, labels and masks over the batches of a node table."""
+    """Collects ids, labels and masks over the batches of a node table. num_labels: length of the lists of labels."""
 
-    def __init__(self, columns: NodeColumns, kind: IdKind) -> None:
+    def __init__(self, columns: NodeColumns, kind: IdKind, num_labels: int = 0) -> None:
         self._columns = columns
+        self._num_labels = num_labels
         self._kind = kind
         self._ids: list[Any] = []
         self._labels: list[Array] = []
@@ -55,7 +56,9 @@ class NodeValues:
         columns = self._columns
         where = f"column {columns.id!r} of {file.shown} from row {first_row} on"
         self._ids.append(id_values(batch.column(columns.id), self._kind, where))
-        if columns.label is not None:
+        if columns.labels or columns.label_is_list:
+            self._labels.append(self._label_rows(batch, file, first_row))
+        elif columns.label is not None:
             self._labels.append(self._label_values(batch.column(columns.label), file, first_row))
         if columns.split is not None:
             self._add_split(batch.column(columns.split), file, first_row)
@@ -73,11 +76,16 @@ class NodeValues:
         return pa.concat_arrays(parts) if parts else pa.array([], type=pa.large_string())
 
     def labels(self) -> tuple[Array | None, list[str] | None]:
-        """Return (labels or None, names of the classes if labels were names: sorted, class k is the k-th)."""
-        if self._columns.label is None:
+        """Return (labels or None, names of the classes if labels were names: sorted, class k is the k-th).
+
+        Several labels a node: int8 [nodes, classes], rows of -1 for unlabelled nodes, and the names of their columns.
+        """
+        if not self._labels:
             return None, None
         labels = np.concatenate(self._labels)
         self._labels = []
+        if self._columns.labels:
+            return labels, self._columns.labels
         if not self._columns.label_is_name:
             return labels, None
         names = sorted(self._label_codes)
@@ -88,6 +96,35 @@ class NodeValues:
     def masks(self) -> dict[str, Array] | None:
         """Return {train | val | test: bool [nodes]}, or None if the table tells no split."""
         return {part: np.concatenate(values) for part, values in self._masks.items()} or None
+
+    def _label_rows(self, batch: Any, file: TableFile, first_row: int) -> Array:
+        """Return a batch's rows of 0 and 1, int8 [rows, classes], -1 throughout where a row says nothing."""
+        columns = self._columns
+        if columns.labels:
+            names = [f"column {name!r} of {file.shown}" for name in columns.labels]
+            rows = _stacked(batch, columns.labels)
+        else:
+            name = f"column {columns.label!r} of {file.shown}"
+            names = [name] * self._num_labels
+            rows = _label_lists(batch.column(columns.label), self._num_labels, name, first_row)
+        known = np.nan_to_num(rows, nan=-1)
+        wrong = np.argwhere(~np.isin(known, (-1, 0, 1)))
+        if len(wrong):
+            row, k = wrong[0]
+            raise UserError(
+                f"{names[k]} has {rows[row, k]:g} in row {first_row + row} ({len(wrong)} such values in these rows); "
+                "of several labels a node each is 0 or 1"
+            )
+        unknown = (known < 0).sum(axis=1)
+        partly = np.flatnonzero((unknown > 0) & (unknown < known.shape[1]))
+        if len(partly):
+            row = partly[0]
+            k = int(np.flatnonzero(known[row] < 0)[0])
+            raise UserError(
+                f"{names[k]} has no label in row {first_row + row}, where others have ({len(partly)} such rows in "
+                "these); give 0 or 1 for every class, or nothing for all of an unlabelled node"
+            )
+        return known.astype(np.int8)
 
     def _label_values(self, column: Any, file: TableFile, first_row: int) -> Array:
         if self._columns.label_is_name:
@@ -144,10 +181,13 @@ class NodeValues:
 
 def feature_width(columns: NodeColumns, batches: Iterator[tuple[TableFile, int, Any]]) -> int:
     """Return the number of features: of columns their count, of lists the length of the first one."""
-    if not columns.is_list:
-        return len(columns.features)
+    return list_width(columns.features[0], batches) if columns.is_list else len(columns.features)
+
+
+def list_width(name: str, batches: Iterator[tuple[TableFile, int, Any]]) -> int:
+    """Return the length of the lists of a column: of the first one."""
     for _, _, batch in batches:
-        column = batch.column(columns.features[0])
+        column = batch.column(name)
         fixed = getattr(column.type, "list_size", None)
         if fixed is not None:
             return int(fixed)
@@ -208,6 +248,24 @@ def _stacked(batch: Any, names: list[str]) -> Array:
     for k, column in enumerate(columns):
         table[:, k] = column
     return table
+
+
+def _label_lists(column: Any, width: int, what: str, first_row: int) -> Array:
+    """Return a column of lists of labels as [rows, width], NaN where a row has none."""
+    import pyarrow.compute as pc
+
+    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+    there = column.is_valid().to_numpy(zero_copy_only=False)
+    bad = np.flatnonzero(there & (lengths != width))
+    if len(bad):
+        raise UserError(
+            f"{what} has {int(lengths[bad[0]])} labels in row {first_row + int(bad[0])} but {width} in the first list "
+            f"({len(bad)} such rows of the {len(lengths)} from row {first_row} on); give each labelled node one entry "
+            "a class"
+        )
+    rows = np.full((len(column), width), np.nan)
+    rows[there] = numbers(column.flatten()).reshape(-1, width)
+    return rows
 
 
 def _list_rows(column: Any, width: int, what: str, first_row: int) -> Array:

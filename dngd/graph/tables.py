@@ -37,7 +37,7 @@ from dngd.graph.table_columns import (
 )
 from dngd.graph.table_files import Table, make_table, open_table
 from dngd.graph.table_readers import CsvStyle, TableFormat
-from dngd.graph.table_values import NodeValues, feature_blocks, feature_width, id_values, numbers
+from dngd.graph.table_values import NodeValues, feature_blocks, feature_width, id_values, list_width, numbers
 
 Source = str | Path | Sequence[str | Path]
 
@@ -97,6 +97,8 @@ class _Plan(_Tables):
     edge_columns: EdgeColumns
     kind: IdKind
     num_features: int
+    num_labels: int
+    """length of the lists of labels; 0 where labels are no lists"""
 
     @property
     def id_bytes(self) -> int:
@@ -159,18 +161,20 @@ def _plan(tables: _Tables, names: TableColumns) -> _Plan:
         nodes = node_columns(tables.nodes, names)
         ids.insert(0, (tables.nodes, nodes.id))
     kind = id_kind(ids, names.id_type)
-    width = 0
+    width = num_labels = 0
     if tables.nodes is not None:
         types = csv_types(tables.nodes, nodes, kind)
         width = feature_width(nodes, tables.nodes.batches(nodes.features, _NUMBER_BYTES << 10, types))
-    return _Plan(tables.nodes, tables.edges, tables.name, tables.told, nodes, edges, kind, width)
+        if nodes.label is not None and nodes.label_is_list:
+            num_labels = list_width(nodes.label, tables.nodes.batches([nodes.label], _NUMBER_BYTES << 10))
+    return _Plan(tables.nodes, tables.edges, tables.name, tables.told, nodes, edges, kind, width, num_labels)
 
 
 def _read_nodes(table: Table, plan: _Plan, progress: Any) -> NodeValues:
     """Read all of a node table but its features, and check its split."""
     columns = plan.node_columns
-    values = NodeValues(columns, plan.kind)
-    row_bytes = plan.id_bytes + _STRING_BYTES * len(columns.small)
+    values = NodeValues(columns, plan.kind, plan.num_labels)
+    row_bytes = plan.id_bytes + _STRING_BYTES * len(columns.small) + _NUMBER_BYTES * plan.num_labels
     for file, first_row, batch in table.batches(columns.small, row_bytes, csv_types(table, columns, plan.kind)):
         values.add(file, first_row, batch)
         progress("nodes", values.num_rows, 0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dngd.comm import LocalCommunicator
 from dngd.config import TrainConfig
 from dngd.errors import UserError
-from dngd.report import write_report
+from dngd.report import metric_words, write_report
 from dngd.train import RunPlan, RunResult, check_run_folder, make_plan, prepare_run_folder, run_rank
 from dngd.train.callbacks import Callback
 from dngd.train.evaluate_run import evaluate_run
@@ -28,6 +28,7 @@ from dngd.train.progress import ConsoleReporter, Reporter, SilentReporter
 from dngd.train.remote_run import readable_folder, send_report
 from dngd.train.scoring import CustomMetric
 from dngd.train.supervision import Supervision
+from dngd.train.task import split_of
 from dngd.train.together import StageMessages, open_dataset
 from dngd.train.trained_model import load_trained
 
@@ -52,6 +53,7 @@ class Trainer:
         the Fisher must then be the empirical one.
     metric: a function (outputs [n, C], labels) -> a number, larger is better, of all validation (or test) nodes at
         once, in place of the configuration's metric.
+        Of link prediction outputs and labels of both are [m, 1], of pairs: logits, and 1 of links.
     callbacks: see Callback.
     reporter: hears of the progress; None shows a progress bar on a terminal's standard error and log lines elsewhere.
     quiet: shows nothing.
@@ -89,7 +91,7 @@ class Trainer:
         if config.engine == "local":
             check_device(config)
         store = open_dataset(config, StageMessages(tell or (lambda text: None)))
-        plan = make_plan(config, store, store.split(config.split, config.seed), self._parts.own_module(config, store))
+        plan = make_plan(config, store, split_of(config, store), self._parts.own_module(config, store))
         # On a cluster the workers check their own nodes; a local Ray puts them all on this machine.
         elsewhere = config.engine == "ray" and bool(config.ray.address or os.environ.get("RAY_ADDRESS"))
         if not elsewhere:
@@ -106,13 +108,21 @@ class Trainer:
         if self._reporter is not None:
             result = self._run(self._reporter)
         else:
-            with ConsoleReporter(Console(file=sys.stderr), self._parts.metric_name(self.config)) as reporter:
+            metric = metric_words(self._parts.metric_name(self.config))
+            with ConsoleReporter(Console(file=sys.stderr), metric) as reporter:
                 result = self._run(reporter)
         # The configuration's address has options, such as an endpoint, that the result's is without.
         run = self.config.run_dir if self.config.run_address else Path(result.run_dir)
         assert run is not None
         folder = readable_folder(run)
-        send_report(run, write_report([folder.path], folder.report))
+        try:
+            report = write_report([folder.path], folder.report)
+        except UserError as error:
+            raise UserError(
+                f"the run is finished, but {str(error).rpartition('; ')[0]}; free space or fix permissions, then write "
+                f"it by dngd report {folder.shown} --out FILE"
+            ) from None
+        send_report(run, report)
         return result
 
     def resume(self) -> RunResult:
@@ -126,14 +136,15 @@ class Trainer:
 
     def evaluate(self, dataset: str | None = None) -> dict[str, Any]:
         """Return {"step", "metric", "train", "val", "test"}: loss and metric of the run's best model, each part's as
-        {"loss": ..., metric: ...}, on all neighbours.
+        {"loss": ..., metric: ...}, on all neighbours. Link prediction has no "train".
 
         dataset: another graph, or where the run's is now. Raises UserError if there is no run with a model.
         """
         return evaluate_run(self._run_folder(), data_root=self.config.data_root, dataset=dataset, parts=self._parts)
 
     def predict(self, nodes: Tensor | None = None, dataset: str | None = None) -> Tensor:
-        """Return what the run's best model gives nodes, on all neighbours: probabilities float32 [n, C].
+        """Return what the run's best model gives nodes, on all neighbours: probabilities float32 [n, C], or in link
+        prediction embeddings [n, d].
 
         nodes: int64 [n], distinct; None for all. Rows are in the order of nodes. Of several labels a node each column
         is a probability by itself. dataset: another graph with the same features. Raises UserError if there is no run
@@ -143,16 +154,20 @@ class Trainer:
             self._run_folder(), nodes, data_root=self.config.data_root, dataset=dataset, parts=self._parts
         )
 
-    def predict_file(self, out: str | Path, *, nodes: str = "all", probabilities: bool = False) -> Predictions:
+    def predict_file(
+        self, out: str | Path, *, nodes: str = "all", pairs: str | Path | None = None, probabilities: bool = False
+    ) -> Predictions:
         """Write what the run's best model gives nodes to a Parquet file, with the nodes' own ids; see `dngd predict`.
 
-        nodes: all, train, val, test or unlabelled. probabilities: those of all classes too. Raises UserError if there
-        is no run with a model, no such node, or a file that is there already.
+        nodes: all, train, val, test or unlabelled. pairs: of link prediction, a table of the pairs to predict.
+        probabilities: those of all classes too. Raises UserError if there is no run with a model, no such node, or a
+        file that is there already.
         """
         return predict_run(
             self._run_folder(),
             Path(out),
             nodes=nodes,
+            pairs=None if pairs is None else Path(pairs),
             data_root=self.config.data_root,
             probabilities=probabilities,
             parts=self._parts,

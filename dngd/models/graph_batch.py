@@ -23,7 +23,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GraphShape:
-    """What a module must fit: width of the features, and number of outputs (classes, or labels of a node)."""
+    """What a module must fit: width of the features, and number of outputs (classes, labels of a node, or in link
+    prediction the width of its embedding)."""
 
     num_features: int
     num_classes: int

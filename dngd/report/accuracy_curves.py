@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dngd.report.axes import Axis, linear_axis
 from dngd.report.svg import Band, Line, Place, Point, line_chart
-from dngd.report.text import duration, escape, integer, percent, tick
+from dngd.report.text import duration, escape, integer, metric_words, percent, tick
 
 Unit = Literal["seconds", "step"]
 
@@ -74,7 +74,7 @@ def panel_chart(panel: Mapping[str, Any], unit: Unit, place: Place | None = None
     axis = linear_axis([low, top], bounds=(0.0, 1.0), count=9)
     return line_chart(
         lines,
-        label=f"Line chart of {metric_words(panel)} against {words}, {panel['name']}: {names}",
+        label=f"Line chart of {validation_metric(panel)} against {words}, {panel['name']}: {names}",
         x_title=words,
         y_axis=Axis(low, axis.high, tuple(value for value in axis.ticks if value >= low)),
         y_format=lambda value: f"{tick(round(100 * value, 6))}%",
@@ -84,9 +84,9 @@ def panel_chart(panel: Mapping[str, Any], unit: Unit, place: Place | None = None
     )
 
 
-def metric_words(panel: Mapping[str, Any]) -> str:
+def validation_metric(panel: Mapping[str, Any]) -> str:
     """Return a panel's metric in words."""
-    return {"accuracy": "validation accuracy", "roc_auc": "validation ROC-AUC"}[str(panel["metric"])]
+    return f"validation {metric_words(str(panel['metric']))}"
 
 
 def _end(panel: Mapping[str, Any], shown: Sequence[Shown], unit: Unit) -> float:

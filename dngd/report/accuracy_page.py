@@ -11,15 +11,15 @@ from dngd.report.accuracy_curves import (
     BASELINE,
     SUBJECT,
     legend_words,
-    metric_words,
     panel_chart,
     shown_settings,
+    validation_metric,
 )
 from dngd.report.document import card, card_list, document, section, write_file
 from dngd.report.style import picture_style
 from dngd.report.svg import HEIGHT, WIDTH, Place, guide_key, line_key, shorten
 from dngd.report.tables import table
-from dngd.report.text import NOTHING, duration, escape, integer, number, percent
+from dngd.report.text import NOTHING, capitalised, duration, escape, integer, number, percent
 
 WORDS = ("primary", "secondary")
 _COLUMNS = 3
@@ -171,7 +171,7 @@ def _panel(panel: Mapping[str, Any]) -> str:
     legend = f'<ul class="legend">{"".join(items)}</ul>'
     figures = []
     for title, unit in (("seconds", "seconds"), ("steps", "step")):
-        caption = f"<figcaption><h3>{escape(metric_words(panel).capitalize())} against {title}</h3></figcaption>"
+        caption = f"<figcaption><h3>{escape(capitalised(validation_metric(panel)))} against {title}</h3></figcaption>"
         chart = panel_chart(panel, "seconds" if unit == "seconds" else "step")
         figures.append(f'<figure class="card">{caption}{chart}</figure>')
     remarks = "".join(f"<li>{escape(remark)}</li>" for remark in panel["remarks"])

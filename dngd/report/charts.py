@@ -9,7 +9,17 @@ from dngd.report.axes import linear_axis, value_axis
 from dngd.report.run_files import Evaluation, RunFiles
 from dngd.report.summary import Summary
 from dngd.report.svg import SHAPES, Bar, Line, Point, Segment, drawable, line_chart, stacked_bars
-from dngd.report.text import byte_size, duration, integer, milliseconds, number, percent, tick
+from dngd.report.text import (
+    METRICS,
+    byte_size,
+    duration,
+    integer,
+    metric_value,
+    metric_words,
+    milliseconds,
+    number,
+    tick,
+)
 
 NUM_COLOURS = 8
 
@@ -60,17 +70,20 @@ def curves(
     measures: tuple[Measure, Measure],
     x: str,
     target: float | None = None,
+    metric: str | None = None,
 ) -> tuple[str, str]:
     """Return a line chart of two measures of every run, solid and dashed, and a note on what it leaves out.
 
-    x: "train_seconds" or "step".
+    x: "train_seconds" or "step". metric: what the measures are, where they are the runs' metric: runs of another one
+    are left out, as one axis cannot be of two. None: losses.
     """
-    share = measures[0].attribute.endswith("accuracy")
+    drawn = [(index, s) for index, s in enumerate(summaries) if metric in (None, s.run.metric)]
+    share = metric in METRICS
     by = "training seconds" if x == "train_seconds" else "steps"
-    what = f"{measures[0].words} and {measures[1].words} {'accuracy' if share else 'loss'}"
+    what = f"{measures[0].words} and {measures[1].words} {'loss' if metric is None else metric_words(metric)}"
     values = [
         float(getattr(record, measure.attribute))
-        for summary in summaries
+        for _, summary in drawn
         for record in summary.run.evaluations
         for measure in measures
     ]
@@ -78,13 +91,13 @@ def curves(
     lines = [
         _line(summary, measure, x, *line_style(index, dashed, len(summaries)), dashed=dashed)
         for dashed, measure in ((True, measures[1]), (False, measures[0]))
-        for index, summary in enumerate(summaries)
+        for index, summary in drawn
     ]
     missing = sum(not drawable(point, axis) for line in lines for point in line.points)
     notes = ["logarithmic scale"] if axis.log else []
     if missing:
         notes.append(f"{missing} value{'s' if missing > 1 else ''} not finite, left out")
-    names = ", ".join(summary.run.name for summary in summaries)
+    names = ", ".join(summary.run.name for _, summary in drawn)
     chart = line_chart(
         lines,
         label=f"Line chart of {what} against {by}: {names}",
@@ -168,7 +181,7 @@ def _line(summary: Summary, measure: Measure, x: str, colour: str, shape: str, *
         Point(
             float(getattr(record, x)),
             float(getattr(record, measure.attribute)),
-            _tooltip(summary.run.name, record, measure),
+            _tooltip(summary.run, record, measure),
         )
         for record in summary.run.evaluations
     ]
@@ -176,12 +189,13 @@ def _line(summary: Summary, measure: Measure, x: str, colour: str, shape: str, *
     return Line(points, colour, shape, dashed, best)
 
 
-def _tooltip(name: str, record: Evaluation, measure: Measure) -> str:
+def _tooltip(run: RunFiles, record: Evaluation, measure: Measure) -> str:
     value = getattr(record, measure.attribute)
-    shown = percent(value) if measure.attribute.endswith("accuracy") else number(value, 4)
-    kind = measure.attribute.rpartition("_")[2]
+    is_loss = measure.attribute.endswith("loss")
+    shown = number(value, 4) if is_loss else metric_value(run.metric, value)
+    kind = "loss" if is_loss else metric_words(run.metric)
     return (
-        f"{name}\n{measure.words} {kind} {shown}\n"
+        f"{run.name}\n{measure.words} {kind} {shown}\n"
         f"epoch {number(record.epoch, 4)}, step {integer(record.step)}, {duration(record.train_seconds)}"
     )
 

@@ -21,7 +21,16 @@ from dngd.report.charts import (
 from dngd.report.document import card, card_list, document, section, write_file
 from dngd.report.health import health_section
 from dngd.report.run_files import RunFiles, read_runs
-from dngd.report.summary import Summary, common_target, dataset_name, first_at, same_task, summarise
+from dngd.report.summary import (
+    Summary,
+    common_target,
+    dataset_name,
+    first_at,
+    metrics_of,
+    same_nodes,
+    same_task,
+    summarise,
+)
 from dngd.report.svg import guide_key, line_key
 from dngd.report.tables import (
     bytes_table,
@@ -32,7 +41,7 @@ from dngd.report.tables import (
     run_key,
     state,
 )
-from dngd.report.text import duration, escape, integer, number, percent
+from dngd.report.text import capitalised, duration, escape, integer, metric_value, metric_words, number
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -60,26 +69,36 @@ def render(runs: Sequence[RunFiles]) -> str:
         section("Configuration", card(configuration_tables(runs))),
         section("Environment", card(environment_table(runs))),
     ]
-    return document(title, [*parts, _FOOTER])
+    return document(title, [*parts, _footer(runs)])
 
 
-_FOOTER = (
-    "<footer>Training time leaves evaluation out. Test accuracy is that of the evaluation with the best "
-    "validation accuracy, the ringed point. Point at a marker or a bar for its values.</footer>\n"
-)
+def _footer(runs: Sequence[RunFiles]) -> str:
+    metrics = metrics_of(runs)
+    words = metric_words(metrics[0]) if len(metrics) == 1 else "metric"
+    return (
+        f"<footer>Training time leaves evaluation out. The test {escape(words)} is that of the evaluation with the "
+        f"best validation {escape(words)}, the ringed point. Point at a marker or a bar for its values.</footer>\n"
+    )
 
 
 def _header(summaries: Sequence[Summary], title: str) -> str:
     runs = [summary.run for summary in summaries]
     badge = state(runs[0]) if len(runs) == 1 else ""
     caption = _one_run_caption(summaries[0]) if len(runs) == 1 else _datasets(runs)
-    warning = ""
-    if not same_task(runs):
-        text = "These runs differ in data set or split: their accuracies and losses do not compare."
-        warning = f'<p class="warning">{text}</p>'
+    metrics = [metric_words(metric) for metric in metrics_of(runs)]
+    warnings = []
+    if not same_nodes(runs):
+        scored = metrics[0] if len(metrics) == 1 else "metrics"
+        warnings.append(f"These runs differ in data set, task or split: their {scored} and losses do not compare.")
+    if len(metrics) > 1:
+        warnings.append(
+            f"These runs have different metrics ({', '.join(metrics)}), which do not compare: each has charts and "
+            "columns of its own."
+        )
     return (
         f'<header><p class="eyebrow">dngd training report</p><h1>{escape(title)}{badge}</h1>'
-        f'<p class="caption">{escape(caption)}</p></header>{warning}'
+        f'<p class="caption">{escape(caption)}</p></header>'
+        + "".join(f'<p class="warning">{escape(text)}</p>' for text in warnings)
     )
 
 
@@ -105,11 +124,12 @@ def _cards(summary: Summary) -> str:
     dropped_note = f"{integer(dropped)} dropped as not finite" if dropped else ""
     recoveries = summary.run.number("recoveries")
     recovered_note = f"{integer(recoveries)} recoveries from lost ones" if recoveries else ""
+    metric, words = summary.run.metric, metric_words(summary.run.metric)
     to_best = f"best after {duration(summary.seconds_to_best_val)}" if summary.best is not None else ""
     return card_list(
         [
-            ("Best val accuracy", percent(summary.best_val_accuracy), to_best),
-            ("Test accuracy", percent(summary.test_accuracy), "at best validation"),
+            (f"Best val {words}", metric_value(metric, summary.best_val_accuracy), to_best),
+            (f"Test {words}", metric_value(metric, summary.test_accuracy), "at best validation"),
             ("Training time", duration(summary.train_seconds), epochs),
             ("Steps", integer(summary.steps), dropped_note or pace),
             ("Seeds a second", integer(summary.seeds_per_second), "all workers"),
@@ -121,11 +141,13 @@ def _cards(summary: Summary) -> str:
 def _comparison_cards(summaries: Sequence[Summary], target: float | None) -> str:
     """Return the headline numbers of several runs: the best of each, and whose it is."""
     cards = []
+    metric = summaries[0].run.metric
     scored = [s for s in summaries if s.best is not None]
     if scored and same_task([s.run for s in summaries]):
         best = max(scored, key=lambda s: s.run.evaluations[s.best or 0].val_accuracy)
-        cards.append(("Best val accuracy", percent(best.best_val_accuracy), best.run.name))
-        cards.append(("Its test accuracy", percent(best.test_accuracy), best.run.name))
+        metric_name = metric_words(metric)
+        cards.append((f"Best val {metric_name}", metric_value(metric, best.best_val_accuracy), best.run.name))
+        cards.append((f"Its test {metric_name}", metric_value(metric, best.test_accuracy), best.run.name))
     if target is not None:
         reached = [(record, s) for s in summaries if (record := first_at(s.run, target)) is not None]
         for words, attribute, form in (
@@ -136,7 +158,7 @@ def _comparison_cards(summaries: Sequence[Summary], target: float | None) -> str
             first, last = (float(getattr(ranked[end][0], attribute)) for end in (0, -1))
             ratio = f"; the last took {number(last / first, 2)}×" if 0 < first < last else ""
             name = ranked[0][1].run.name
-            cards.append((f"{words} to {percent(target, 1)}", form(first), f"{name}{ratio}"))
+            cards.append((f"{words} to {metric_value(metric, target, 1)}", form(first), f"{name}{ratio}"))
     paced = [s for s in summaries if s.seeds_per_second is not None]
     if paced:
         top = max(paced, key=lambda s: s.seeds_per_second or 0.0)
@@ -145,20 +167,18 @@ def _comparison_cards(summaries: Sequence[Summary], target: float | None) -> str
 
 
 def _learning(summaries: Sequence[Summary], target: float | None) -> str:
-    accuracy, loss = (VAL_ACCURACY, TEST_ACCURACY), (VAL_LOSS, TRAIN_LOSS)
-    charts = [
-        ("Accuracy against training seconds", accuracy, "train_seconds", target),
-        ("Accuracy against steps", accuracy, "step", target),
-        ("Loss against training seconds", loss, "train_seconds", None),
-        ("Loss against steps", loss, "step", None),
-    ]
     figures = []
-    for title, measures, x, guide in charts:
-        chart, note = curves(summaries, measures, x, guide)
-        more = f'<p class="note">{escape(note)}</p>' if note else ""
-        legend = _line_legend(measures, len(summaries), guide)
-        caption = f"<figcaption><h3>{escape(title)}</h3>{legend}{more}</figcaption>"
-        figures.append(f'<figure class="card">{caption}{chart}</figure>')
+    for metric in (*metrics_of([s.run for s in summaries]), None):
+        measures = (VAL_LOSS, TRAIN_LOSS) if metric is None else (VAL_ACCURACY, TEST_ACCURACY)
+        words = "loss" if metric is None else metric_words(metric)
+        guide = None if metric is None or target is None else metric_value(metric, target)
+        for x, by in (("train_seconds", "training seconds"), ("step", "steps")):
+            chart, note = curves(summaries, measures, x, None if guide is None else target, metric)
+            more = f'<p class="note">{escape(note)}</p>' if note else ""
+            legend = _line_legend(measures, len(summaries), guide)
+            title = f"{capitalised(words)} against {by}"
+            caption = f"<figcaption><h3>{escape(title)}</h3>{legend}{more}</figcaption>"
+            figures.append(f'<figure class="card">{caption}{chart}</figure>')
     runs = ""
     if len(summaries) > 1:
         items = "".join(f"<li>{run_key(i)}{escape(s.run.name)}</li>" for i, s in enumerate(summaries))
@@ -166,13 +186,13 @@ def _learning(summaries: Sequence[Summary], target: float | None) -> str:
     return f'{runs}<div class="grid2">{"".join(figures)}</div>'
 
 
-def _line_legend(measures: tuple[Measure, Measure], num_runs: int, guide: float | None) -> str:
+def _line_legend(measures: tuple[Measure, Measure], num_runs: int, guide: str | None) -> str:
     items = []
     for second, measure in enumerate(measures):
         colour, shape = line_style(0, bool(second), num_runs) if num_runs == 1 else ("plain", None)
         items.append(f"<li>{line_key(colour, shape, dashed=bool(second))}{escape(measure.words)}</li>")
     if guide is not None:
-        items.append(f"<li>{guide_key()}{percent(guide)}, reached by all</li>")
+        items.append(f"<li>{guide_key()}{escape(guide)}, reached by all</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 

@@ -38,6 +38,8 @@ class Evaluation:
 class RunFiles:
     """A run folder's content. name: unique among the runs of a page; config: flat, dotted keys.
 
+    metric: what the evaluations' accuracies are.
+
     health: a (step, {layer: {measure: value}}) an evaluation, without what is not known; empty without factors.
     """
 
@@ -47,6 +49,7 @@ class RunFiles:
     evaluations: tuple[Evaluation, ...]
     result: dict[str, Any]
     health: tuple[tuple[int, dict[str, dict[str, float]]], ...] = ()
+    metric: str = "accuracy"
 
     @property
     def finished(self) -> bool:
@@ -93,11 +96,12 @@ def read_run(path: Path, name: str) -> RunFiles:
             f"folder {path} holds no run (no config.yaml, metrics.jsonl or result.json); "
             "give the folder that dngd train wrote (--run-dir)"
         )
-    config, evaluations, result = _mapping(files[0]), _evaluations(files[1]), _mapping(files[2])
+    config, lines, result = _mapping(files[0]), _lines(files[1]), _mapping(files[2])
+    evaluations, metric = tuple(map(_evaluation, lines)), _metric(config, lines, result)
     steps = as_number(result.get("steps"))
     if steps is not None and any(evaluation.step > steps for evaluation in evaluations):
         result = {}  # the run was resumed with more epochs and is going on: result.json is of its past
-    return RunFiles(name, path, flatten(config), evaluations, result, _health(path / "health.jsonl"))
+    return RunFiles(name, path, flatten(config), evaluations, result, _health(path / "health.jsonl"), metric)
 
 
 def unique_names(folders: Sequence[Path]) -> list[str]:
@@ -134,9 +138,21 @@ def as_number(value: object) -> float | None:
         return math.inf if value > 0 else -math.inf
 
 
-def _evaluations(path: Path) -> tuple[Evaluation, ...]:
+def _metric(config: dict[str, Any], lines: Sequence[dict[str, Any]], result: dict[str, Any]) -> str:
+    """Return a run's metric. One's own is not in the configuration, but evaluations and result name it."""
+    evaluated = lines[-1].get("metric", "accuracy") if lines else None
+    found = (result.get("metric"), evaluated, config.get("metric"))
+    return next((metric for metric in found if isinstance(metric, str)), "accuracy")
+
+
+def _evaluation(values: dict[str, Any]) -> Evaluation:
+    numbers = {name: as_number(values.get(name)) for name in Evaluation.__dataclass_fields__}
+    return Evaluation(**{k: NOT_A_NUMBER if v is None else v for k, v in numbers.items()})
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
     """Return metrics.jsonl's lines up to the first that a killed process cut short."""
-    records = []
+    records: list[dict[str, Any]] = []
     for line in _text(path).splitlines():
         try:
             values = json.loads(line)
@@ -144,9 +160,8 @@ def _evaluations(path: Path) -> tuple[Evaluation, ...]:
             break
         if not isinstance(values, dict):
             break
-        numbers = {name: as_number(values.get(name)) for name in Evaluation.__dataclass_fields__}
-        records.append(Evaluation(**{k: NOT_A_NUMBER if v is None else v for k, v in numbers.items()}))
-    return tuple(records)
+        records.append(values)
+    return records
 
 
 def _health(path: Path) -> tuple[tuple[int, dict[str, dict[str, float]]], ...]:

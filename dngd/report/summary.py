@@ -1,4 +1,7 @@
-"""What a page says about a run: headline numbers, and when it reached the accuracy that all runs reached."""
+"""What a page says about a run: headline numbers, and when it reached the accuracy that all runs reached.
+
+"accuracy" in names of fields is, as in the run's files, the run's metric, whichever it is.
+"""
 
 from __future__ import annotations
 
@@ -76,21 +79,33 @@ def dataset_name(config: dict[str, Any]) -> str | None:
     return None if value is None else (PurePath(str(value)).name or str(value)).removesuffix(".npz")
 
 
-def same_task(runs: Sequence[RunFiles]) -> bool:
-    """Whether accuracies may be compared: same data set and split; for a random split the same seed."""
+def same_nodes(runs: Sequence[RunFiles]) -> bool:
+    """Whether the runs are scored on the same: data set, task and split; for a random split the same seed."""
 
-    def task(run: RunFiles) -> tuple[str, ...]:
+    def scored_on(run: RunFiles) -> tuple[str, ...]:
+        if run.config.get("task") == "link":
+            return (str(dataset_name(run.config)), str(run.config.get("link_split")), str(run.config.get("seed")))
         split = str(run.config.get("split"))
         drawn = str(run.config.get("seed")) if split.startswith("random") else ""
         return (str(dataset_name(run.config)), split, drawn)
 
-    return len({task(run) for run in runs}) <= 1
+    return len({scored_on(run) for run in runs}) <= 1
+
+
+def metrics_of(runs: Sequence[RunFiles]) -> list[str]:
+    """Return the metrics of the runs, each once, in their order."""
+    return list(dict.fromkeys(run.metric for run in runs))
+
+
+def same_task(runs: Sequence[RunFiles]) -> bool:
+    """Whether the runs' metrics may be compared."""
+    return same_nodes(runs) and len(metrics_of(runs)) <= 1
 
 
 def common_target(summaries: Sequence[Summary]) -> float | None:
-    """Return the validation accuracy that every run reached: the worst of their bests.
+    """Return the value of the validation metric that every run reached: the worst of their bests.
 
-    None for a single run, for runs of different tasks, and if a run has no finite evaluation.
+    None for a single run, for runs of different tasks or metrics, and if a run has no finite evaluation.
     """
     if len(summaries) < 2 or not same_task([summary.run for summary in summaries]):
         return None
@@ -99,5 +114,5 @@ def common_target(summaries: Sequence[Summary]) -> float | None:
 
 
 def first_at(run: RunFiles, target: float) -> Evaluation | None:
-    """Return the first evaluation with at least a validation accuracy."""
+    """Return the first evaluation with at least a value of the validation metric."""
     return next((record for record in run.evaluations if record.val_accuracy >= target), None)

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from dngd.report.charts import BYTES, PHASES, phase_parts, phase_words, run_style, sent_bytes
 from dngd.report.run_files import RunFiles
-from dngd.report.summary import Summary, first_at
+from dngd.report.summary import Summary, first_at, metrics_of
 from dngd.report.svg import line_key, shorten, square_key
-from dngd.report.text import NOTHING, byte_size, duration, escape, integer, milliseconds, number, percent
+from dngd.report.text import (
+    NOTHING,
+    byte_size,
+    duration,
+    escape,
+    integer,
+    metric_value,
+    metric_words,
+    milliseconds,
+    number,
+    percent,
+)
 
 _LONGEST_NAME = 44
 """Characters of a run's name in a table's head; the comparison's rows, charts' tooltips and legends have it whole."""
@@ -32,17 +44,25 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], label: str, css: s
 
 
 def comparison_table(summaries: Sequence[Summary], target: float | None) -> str:
-    """Return one row a run; the best value of a column that has a better end is marked."""
-    columns: list[tuple[str, list[float | None], Callable[[float | None], str], int]] = [
-        ("best val", [s.best_val_accuracy for s in summaries], percent, 1),
-        ("test at best val", [s.test_accuracy for s in summaries], percent, 1),
-    ]
+    """Return one row a run; the best value of a column that has a better end is marked.
+
+    Each metric has columns of its own, which are empty for runs of another one.
+    """
+    columns: list[tuple[str, list[float | None], Callable[[float | None], str], int]] = []
+    for metric in metrics_of([s.run for s in summaries]):
+        own = [s.run.metric == metric for s in summaries]
+        form, better = partial(metric_value, metric), 1 if sum(own) > 1 else 0
+        best = [s.best_val_accuracy if is_own else None for s, is_own in zip(summaries, own)]
+        test = [s.test_accuracy if is_own else None for s, is_own in zip(summaries, own)]
+        columns.append((f"best val {metric_words(metric)}", best, form, better))
+        columns.append((f"test {metric_words(metric)} there", test, form, better))
     if target is not None:
+        shown = metric_value(summaries[0].run.metric, target)
         reached = [first_at(s.run, target) for s in summaries]
         seconds = [record.train_seconds if record else None for record in reached]
         steps = [record.step if record else None for record in reached]
-        columns.append((f"time to {percent(target)}", seconds, duration, -1))
-        columns.append((f"steps to {percent(target)}", steps, integer, -1))
+        columns.append((f"time to {shown}", seconds, duration, -1))
+        columns.append((f"steps to {shown}", steps, integer, -1))
     columns += [
         ("time to best val", [s.seconds_to_best_val for s in summaries], duration, 0),
         ("training time", [s.train_seconds for s in summaries], duration, 0),
@@ -54,8 +74,8 @@ def comparison_table(summaries: Sequence[Summary], target: float | None) -> str:
     ]
     cells = [_marked(values, form, better) for _, values, form, better in columns]
     rows = [
-        [f"{run_key(index)}{_whole_name(s.run)}{state(s.run)}<small>{escape(s.caption)}</small>", *own]
-        for index, (s, own) in enumerate(zip(summaries, zip(*cells)))
+        [f"{run_key(index)}{_whole_name(s.run)}{state(s.run)}<small>{escape(s.caption)}</small>", *row]
+        for index, (s, row) in enumerate(zip(summaries, zip(*cells)))
     ]
     head = ["run", *(escape(name) for name, *_ in columns)]
     return table(head, rows, "Comparison of the runs", "numeric runs-table")

@@ -73,6 +73,30 @@ def byte_size(value: float | None) -> str:
     return f"{number(value)} {unit}"
 
 
+METRICS = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+    "roc_auc": "ROC-AUC",
+    "average_precision": "average precision",
+}
+"""Metrics of a run, in words; all of them are shares of 1. One's own is called what its function is."""
+
+
+def metric_words(metric: str) -> str:
+    """Return a metric in words."""
+    return METRICS.get(metric, metric.replace("_", " "))
+
+
+def metric_value(metric: str, value: float | None, decimals: int = 2) -> str:
+    """Return a metric's value: a percentage, of one's own, which may be no share, a number."""
+    return percent(value, decimals) if metric in METRICS else number(value, decimals + 2)
+
+
+def capitalised(words: str) -> str:
+    """Return words as a title begins."""
+    return words[:1].upper() + words[1:]
+
+
 def tick(value: float) -> str:
     """Return an axis label, exact and short: 0.05, 250, 12k, 3M."""
     size = abs(value)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from dngd.sampling.dgl_import import PartStatus, dgl_parts, import_dgl, install_import_hook
 
 if TYPE_CHECKING:
-    from dngd.sampling.minibatch import BatchCoordinates, LayerGraph, MiniBatch
+    from dngd.sampling.link_seeds import LinkSeeds
+    from dngd.sampling.minibatch import BatchCoordinates, LayerGraph, MiniBatch, SeedPairs
     from dngd.sampling.partitioning import parse_order, partition_nodes, reorder_by
     from dngd.sampling.pipeline import SamplerPipeline
     from dngd.sampling.sampler import NeighborSampler
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
 _HOME = {
     "BatchCoordinates": "minibatch",
     "LayerGraph": "minibatch",
+    "LinkSeeds": "link_seeds",
     "MiniBatch": "minibatch",
     "SamplerPipeline": "pipeline",
+    "SeedPairs": "minibatch",
     "UnlabelledSeeds": "schedule",
     "NeighborSampler": "sampler",
     "derive_seed": "schedule",
@@ -42,10 +45,12 @@ _HOME = {
 __all__ = [
     "BatchCoordinates",
     "LayerGraph",
+    "LinkSeeds",
     "MiniBatch",
     "NeighborSampler",
     "PartStatus",
     "SamplerPipeline",
+    "SeedPairs",
     "UnlabelledSeeds",
     "derive_seed",
     "dgl_parts",

@@ -45,9 +45,11 @@ class BatchDrawer:
             read_randomly(features)
         return cls(sampler, first_rows, SlotWriter(setup["slots"]))
 
-    def draw(self, seeds: Tensor, rng_seed: int, slot: int) -> tuple[dict[str, Any], list[Tensor]]:
+    def draw(
+        self, seeds: Tensor, rng_seed: int, slot: int, excluded: Tensor | None = None
+    ) -> tuple[dict[str, Any], list[Tensor]]:
         """Return the header and the arrays of an answer; arrays is empty where they were laid out in the slot."""
-        layers = self._sampler.sample(seeds, rng_seed)
+        layers = self._sampler.sample(seeds, rng_seed, excluded)
         sizes, arrays = wire.pack_layers(layers)
         first = self._first_rows
         operator = None if first is None else first.operator(layers[0])

@@ -37,7 +37,8 @@ class LayerGraph:
         input layer), else a row of the layer before (`layers[l - 1].dst_nodes[indices]` are the global ids).
     num_src: rows that indices may name: all nodes of the graph for the input layer, else the layer
         before's num_dst, of which the first num_dst rows are this layer's own destinations.
-    degrees: int64 [num_dst], in-degree of each destination in the full graph.
+    degrees: int64 [num_dst], in-degree of each destination in the full graph, without edges that are excluded from
+        the batch.
     edge_weight: float32 [num_edges], or None on a graph without weights.
     dst_nodes: int64 [num_dst], global ids.
 
@@ -69,6 +70,15 @@ class Drawn(NamedTuple):
 
 
 @dataclass(frozen=True)
+class SeedPairs:
+    """Pairs of seeds of link prediction. rows: int64 [m, 2], places among the batch's seeds; the first num_links are
+    links, the others negatives."""
+
+    rows: Tensor
+    num_links: int
+
+
+@dataclass(frozen=True)
 class MiniBatch:
     """A shard's part of one step.
 
@@ -77,8 +87,9 @@ class MiniBatch:
     first_rows: float32 [layers[0].num_dst, width], the rows that enter the first layer's `nn.Linear`, where the
     pipeline was asked for them (SamplerPipeline's aggregation). first_operator: the input layer's, from the table of
     all nodes, where first_rows lacks the part of the nodes whose features a device keeps (SamplerPipeline's on_host):
-    what CachedRows.part adds it with. Arrays that a sampler process sent lie in memory that
-    is used again once nothing refers to them; clone what is to outlive the batch for long.
+    what CachedRows.part adds it with. pairs: of link prediction, where seeds are the pairs' end nodes. excluded: int64,
+    ascending, entries of the graph's indices that no layer graph has. Arrays that a sampler process sent lie in memory
+    that is used again once nothing refers to them; clone what is to outlive the batch for long.
     """
 
     seeds: Tensor
@@ -87,6 +98,8 @@ class MiniBatch:
     first_rows: Tensor | None = None
     first_operator: Propagation | None = None
     num_labelled: int | None = None
+    pairs: SeedPairs | None = None
+    excluded: Tensor | None = None
 
     @property
     def num_edges(self) -> int:

@@ -22,6 +22,7 @@ from dngd.errors import TrainingError, UserError
 from dngd.graph.advice import read_randomly
 from dngd.models.message_passing import Aggregation
 from dngd.sampling.inline import inline_sampling_is_canonical, submit_to_sampling_thread
+from dngd.sampling.link_seeds import LinkSeeds
 from dngd.sampling.minibatch import BatchCoordinates, Drawn, LayerGraph, MiniBatch
 from dngd.sampling.operators import FirstRows, first_rows_of, node_norm
 from dngd.sampling.process import SamplerProcess
@@ -59,6 +60,8 @@ class SamplerPipeline:
         with the operator to add it (MiniBatch.first_operator).
     random_reads: whether to tell the system that features are read here and there (see dngd.graph.advice).
     unlabelled: further seeds of each shard, behind those of train_nodes; distinct from them.
+    links: of link prediction: train_nodes are entries of the graph's indices then, one a training link, and the seeds
+        are the end nodes of a shard's links and negatives.
 
     Raises UserError for arguments that cannot be; iterating raises TrainingError, which names the batch, when
     a child fails, dies or is silent. After an error and after close() the pipeline is finished.
@@ -87,10 +90,12 @@ class SamplerPipeline:
         on_host: Tensor | None = None,
         random_reads: bool = False,
         unlabelled: UnlabelledSeeds | None = None,
+        links: LinkSeeds | None = None,
     ) -> None:
         graph = open_store(store) if isinstance(store, str | Path) else store
         fanouts = check_fanouts(fanouts)
-        _check_nodes(train_nodes, graph.indptr.shape[0] - 1)
+        if links is None:
+            _check_nodes(train_nodes, graph.indptr.shape[0] - 1)
         for name, value, least in (
             ("num_shards", num_shards, 1),
             ("batch_size", batch_size, 1),
@@ -108,6 +113,7 @@ class SamplerPipeline:
         self._train_nodes = train_nodes
         self._run_seed = run_seed
         self._unlabelled = unlabelled
+        self._links = links
         self._num_shards = num_shards
         self._batch_size = batch_size
         self._shards = tuple(shards)
@@ -226,6 +232,8 @@ class SamplerPipeline:
             self._order = (at.epoch, epoch_permutation(self._train_nodes, self._run_seed, at.epoch))
         bounds = shard_bounds(self._train_nodes.shape[0], at.step, self._num_shards, self._batch_size)
         seeds = self._order[1][bounds[at.shard] : bounds[at.shard + 1]]
+        if self._links is not None:
+            return self._links.batch(seeds, at)
         if self._unlabelled is None:
             return MiniBatch(seeds=seeds, layers=(), coordinates=at)
         others = self._unlabelled.of(at.epoch, at.step, at.shard)
@@ -239,7 +247,7 @@ class SamplerPipeline:
         while len(self._pending) <= inline.ahead:
             batch = self._next_seeds()
             self._pending.append(batch)
-            inline.request(batch.seeds, self._rng_seed(batch.coordinates))
+            inline.request(batch, self._rng_seed(batch.coordinates))
         batch = self._pending.popleft()
         try:
             drawn = inline.answer(self._timeout_seconds)
@@ -256,7 +264,7 @@ class SamplerPipeline:
         batch = self._next_seeds()
         number = self._num_requested
         process = self._processes[number % len(self._processes)]
-        process.request(number, self._rng_seed(batch.coordinates), batch.seeds, str(batch.coordinates))
+        process.request(number, self._rng_seed(batch.coordinates), batch)
         self._pending.append(batch)
         self._num_requested += 1
 
@@ -278,10 +286,11 @@ class _InlineSampler:
         self._first_rows = first_rows
         self._drawn: deque[Future[tuple[LayerGraph, ...]]] = deque()
 
-    def request(self, seeds: Tensor, rng_seed: int) -> None:
+    def request(self, batch: MiniBatch, rng_seed: int) -> None:
         """Queue a draw."""
         sampler = self._sampler
-        self._drawn.append(submit_to_sampling_thread(lambda: sampler.sample(seeds, rng_seed)))
+        drawn = submit_to_sampling_thread(lambda: sampler.sample(batch.seeds, rng_seed, batch.excluded))
+        self._drawn.append(drawn)
 
     @property
     def has_answer(self) -> bool:

@@ -26,7 +26,7 @@ from dngd.errors import TrainingError
 from dngd.models.message_passing import Aggregation
 from dngd.sampling import wire
 from dngd.sampling.draw import NO_SLOT, setup_message, unpack_answer
-from dngd.sampling.minibatch import Drawn
+from dngd.sampling.minibatch import Drawn, MiniBatch
 from dngd.sampling.slots import SlotPool
 from dngd.sampling.topology import SharedTopology
 
@@ -97,11 +97,12 @@ class SamplerProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def request(self, number: int, rng_seed: int, seeds: Tensor, what: str) -> None:
-        """Ask for a batch. what: names it in errors. Raises TrainingError."""
+    def request(self, number: int, rng_seed: int, batch: MiniBatch) -> None:
+        """Ask for the layers of a batch. Raises TrainingError, which names it."""
         slot = self._slots.acquire()
         asked = {"request": number, "rng_seed": rng_seed, "slot": NO_SLOT if slot is None else slot}
-        self._send(asked, [seeds], what)
+        arrays = [batch.seeds] if batch.excluded is None else [batch.seeds, batch.excluded]
+        self._send(asked, arrays, str(batch.coordinates))
 
     @property
     def has_answer(self) -> bool:

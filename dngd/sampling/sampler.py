@@ -86,9 +86,11 @@ class NeighborSampler:
         no_edge_ids = torch.empty(0, dtype=torch.int64)
         self._graph = self._dgl.graph(("csc", (indptr, indices, no_edge_ids)), num_nodes=self.num_nodes)
 
-    def sample(self, seeds: Tensor, rng_seed: int) -> tuple[LayerGraph, ...]:
+    def sample(self, seeds: Tensor, rng_seed: int, excluded: Tensor | None = None) -> tuple[LayerGraph, ...]:
         """Return one layer graph a fanout, input side first, drawn for seeds: int64 [n], distinct, n >= 0.
 
+        excluded: int64, ascending, entries of indices that are left out. They are drawn and then dropped, so that a
+        destination with some has up to min(fanout, in-degree) of its other in-edges, fewer where some were drawn.
         rng_seed: in [0, 2³¹). In a canonical thread the result is a function of the arguments alone.
         """
         assert 0 <= rng_seed <= MAX_SEED, rng_seed
@@ -99,18 +101,23 @@ class NeighborSampler:
             self._dgl.seed(rng_seed)
             dst_nodes = seeds
             for layer in reversed(range(len(self.fanouts))):
-                drawn, src_nodes = self._sample_layer(dst_nodes, self.fanouts[layer], is_input=layer == 0)
+                drawn, src_nodes = self._sample_layer(dst_nodes, self.fanouts[layer], excluded, is_input=layer == 0)
                 layers.append(drawn)
                 dst_nodes = src_nodes
         return tuple(reversed(layers))
 
-    def _sample_layer(self, dst_nodes: Tensor, fanout: int, is_input: bool) -> tuple[LayerGraph, Tensor]:
+    def _sample_layer(
+        self, dst_nodes: Tensor, fanout: int, excluded: Tensor | None, is_input: bool
+    ) -> tuple[LayerGraph, Tensor]:
         """Return the layer graph into dst_nodes, and the global ids of its sources (none for the input)."""
         degrees = self._indptr[dst_nodes + 1] - self._indptr[dst_nodes]
         counts = degrees if fanout == -1 else degrees.clamp(max=fanout)
         indptr = torch.zeros(dst_nodes.shape[0] + 1, dtype=torch.int64)
         torch.cumsum(counts, 0, out=indptr[1:])
         frontier, edge_ids = self._draw(dst_nodes, fanout, indptr)
+        if excluded is not None and excluded.numel():
+            degrees = degrees - self._count(excluded, dst_nodes)
+            frontier, edge_ids, indptr = self._without(excluded, frontier, edge_ids, indptr)
         if is_input:
             indices, _ = frontier.edges()
             src_nodes = dst_nodes.new_empty(0)
@@ -130,6 +137,20 @@ class NeighborSampler:
             global_indices=is_input,
         )
         return graph, src_nodes
+
+    def _count(self, excluded: Tensor, dst_nodes: Tensor) -> Tensor:
+        """Return how many excluded entries each destination has."""
+        ends = torch.searchsorted(excluded, self._indptr[dst_nodes + 1])
+        return ends - torch.searchsorted(excluded, self._indptr[dst_nodes])
+
+    def _without(self, excluded: Tensor, frontier: Any, edge_ids: Tensor, indptr: Tensor) -> tuple[Any, Tensor, Tensor]:
+        """Return the sampled edges, their ids and rows without the excluded ones."""
+        places = torch.searchsorted(excluded, edge_ids).clamp(max=excluded.numel() - 1)
+        stays = excluded[places] != edge_ids
+        kept = torch.cat([indptr.new_zeros(1), stays.cumsum(0)])[indptr]
+        sources, destinations = frontier.edges()
+        edges = (sources[stays], destinations[stays])
+        return self._dgl.graph(edges, num_nodes=self.num_nodes), edge_ids[stays], kept
 
     def _draw(self, dst_nodes: Tensor, fanout: int, indptr: Tensor) -> tuple[Any, Tensor]:
         """Return the sampled edges as a DGL graph on all nodes, and their ids; rows as in indptr."""

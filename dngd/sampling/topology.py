@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-_NAMES = ("indptr", "indices", "edge_weight", "features")
+_EDGE_NAMES = ("indptr", "indices", "edge_weight")
+_NAMES = (*_EDGE_NAMES, "features")
 
 
 class HasTopology(Protocol):
@@ -39,7 +40,7 @@ class Topology:
 
 
 class SharedTopology:
-    """What a child process needs to open a graph: its store's path, or open files that hold a copy.
+    """What a child process needs to open a graph: its store's path, or open files that hold copies of what it has not.
 
     extra: further arrays by name, which the child gets as they are. description: for open_shared in the child.
     fds: to be inherited by the child.
@@ -49,10 +50,11 @@ class SharedTopology:
         path = getattr(graph, "path", None)
         arrays = dict(extra or {})
         self.description: dict[str, Any] = {}
+        own: tuple[str, ...] = _NAMES
         if path is not None:
             self.description["store"] = str(Path(path).absolute())
-        else:
-            arrays |= {name: array for name in _NAMES if (array := getattr(graph, name, None)) is not None}
+            own = _EDGE_NAMES if getattr(graph, "has_own_edges", False) else ()
+        arrays |= {name: array for name in own if (array := getattr(graph, name, None)) is not None}
         self.fds: tuple[int, ...] = ()
         try:
             described = {}
@@ -86,10 +88,13 @@ def open_shared(description: dict[str, Any]) -> tuple[HasTopology, dict[str, Ten
     Nothing is copied.
     """
     arrays = {name: _map_file(*file) for name, file in description["arrays"].items()}
+    own = {name: arrays.pop(name) for name in _NAMES if name in arrays}
     if "store" in description:
-        return open_store(description["store"]), arrays
-    graph = Topology(**{name: arrays.pop(name) for name in _NAMES if name in arrays})
-    return graph, arrays
+        store = open_store(description["store"])
+        if not own:
+            return store, arrays
+        own["features"] = store.features  # type: ignore[attr-defined]  # a GraphStore
+    return Topology(**own), arrays
 
 
 def _memory_file(name: str, array: Tensor) -> int:

@@ -42,9 +42,9 @@ def main(argv: list[str]) -> int:
             return 1
         wire.send(replies, {"kind": "ready", "canonical": is_canonical})
         while True:
-            request, (seeds,) = wire.receive(requests)
+            request, (seeds, *excluded) = wire.receive(requests)
             try:
-                header, arrays = drawer.draw(seeds, request["rng_seed"], request["slot"])
+                header, arrays = drawer.draw(seeds, request["rng_seed"], request["slot"], *excluded)
             except Exception:
                 failure = {"kind": "error", "request": request["request"]}
                 wire.send(replies, {**failure, "traceback": traceback.format_exc()})

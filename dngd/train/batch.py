@@ -29,7 +29,8 @@ class DeviceBatch:
     seeds: int64 [n], global ids. labels: int64 [m], of the first m seeds; m = n but for semi-supervised losses.
     propagations: one a layer. first_aggregation: [num_dst, in_rows], the first layer's aggregated rows where they are
     kept from step to step; there is no propagation of the first layer then. graph: of a module of one's own, in place
-    of propagations.
+    of propagations. pairs: int64 [p, 2], of link prediction: rows of the outputs whose inner products are the logits;
+    labels are int64 [p, 1] then, 1 of links and 0 of negatives.
     """
 
     seeds: Tensor
@@ -37,10 +38,13 @@ class DeviceBatch:
     propagations: tuple[Propagation, ...]
     first_aggregation: Tensor | None = None
     graph: GraphBatch | None = None
+    pairs: Tensor | None = None
 
     def device_tensors(self) -> Iterator[Tensor]:
         """Yield all that lies on the device."""
         yield self.labels
+        if self.pairs is not None:
+            yield self.pairs
         for p in self.propagations:
             yield from (p.indptr, p.indices)
             yield from (t for t in (p.edge_coefficients, p.self_coefficients, p.destinations) if t is not None)
@@ -96,12 +100,13 @@ class PropagationBuilder:
         rows = mini_batch.first_rows
         operators = self.operators
         propagations = operators.of_layers(mini_batch.layers) if rows is None else operators.behind(mini_batch.layers)
-        labels = self._store.labels[mini_batch.seeds[: mini_batch.num_labelled]]
+        labels, pairs = targets(self._store, mini_batch, move)
         return DeviceBatch(
             mini_batch.seeds,
-            move(labels),
+            labels,
             tuple(_moved(p, move) for p in propagations),
             None if rows is None else self._whole_rows(move(rows), mini_batch.first_operator, move),
+            pairs=pairs,
         )
 
     def propagation(
@@ -119,6 +124,14 @@ class PropagationBuilder:
             return rows
         assert self._cache is not None, "rows without a part that no device keeps"
         return rows + self._cache.part(self.operators.aggregation, _moved(operator, move))
+
+
+def targets(store: GraphStore, mini_batch: MiniBatch, move: Move) -> tuple[Tensor, Tensor | None]:
+    """Return a mini-batch's labels and pairs on the device; see DeviceBatch."""
+    if mini_batch.pairs is None:
+        return move(store.labels[mini_batch.seeds[: mini_batch.num_labelled]]), None
+    rows, num_links = mini_batch.pairs.rows, mini_batch.pairs.num_links
+    return move((torch.arange(len(rows)) < num_links)[:, None].long()), move(rows)
 
 
 def _moved(operator: Propagation, move: Move) -> Propagation:

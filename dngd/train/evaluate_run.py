@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from dngd.graph import LinkSplit
 from dngd.train.evaluation import EvaluationProgress
 from dngd.train.objective import make_objective
 from dngd.train.parts import RunParts
+from dngd.train.task import split_of
 from dngd.train.trained_model import evaluator_of, load_trained, open_graph
 
 
@@ -22,7 +24,7 @@ def evaluate_run(
     parts: RunParts | None = None,
 ) -> dict[str, Any]:
     """Return {"step", "metric", "train", "val", "test"}: the loss and, under its name, the run's metric of its best
-    model on all neighbours.
+    model on all neighbours. Link prediction has no "train": the model sees those links as edges.
 
     run: its folder or address. data_root: where the data set is now, if not where the run had it. dataset: another
     graph to evaluate on, or where the run's is now; the run's split is taken there. progress: see EvaluationProgress.
@@ -33,12 +35,16 @@ def evaluate_run(
     parts = parts or RunParts()
     trained = load_trained(run, parts)
     store = open_graph(trained, dataset, data_root)
-    split = store.split(trained.config.split, trained.config.seed)
-    sets = {"train": split.train, "val": split.val, "test": split.test}
-    objective = make_objective(trained.config, store, split, parts.loss)
+    split = split_of(trained.config, store)
+    objective = make_objective(trained.config, store, split.train, parts.loss)
     chosen = parts.metric_of(trained.config)
-    evaluator = evaluator_of(trained, store, torch.cat(list(sets.values())), progress, objective, chosen)
-    found = evaluator.scores_of(trained.model, sets)
+    if isinstance(split, LinkSplit):
+        evaluator = evaluator_of(trained, split.graph, None, progress, objective, chosen)
+        found = evaluator.scores(trained.model, split)
+    else:
+        sets = {"train": split.train, "val": split.val, "test": split.test}
+        evaluator = evaluator_of(trained, store, torch.cat(list(sets.values())), progress, objective, chosen)
+        found = evaluator.scores_of(trained.model, sets)
     metric = parts.metric_name(trained.config)
     scores = {name: {metric: score.accuracy, "loss": score.loss} for name, score in found.items()}
     return {"step": trained.step, "metric": metric} | scores

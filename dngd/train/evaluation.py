@@ -45,7 +45,8 @@ EvaluationProgress = Callable[[int, int], None]
 
 
 class Evaluator(Protocol):
-    """What evaluates a model on all neighbours: ExactEvaluator, or ModuleEvaluator for modules of one's own."""
+    """What evaluates a model on all neighbours: ExactEvaluator, or ModuleEvaluator for modules of one's own; in link
+    prediction LinkEvaluator over one of them, whose splits and parts are of links."""
 
     def check(self, model: Any, nodes: Tensor | None) -> None:
         """Raise UserError if there is no room for what it needs. All ranks enter."""
@@ -53,10 +54,10 @@ class Evaluator(Protocol):
     def predictions(self, model: Any, nodes: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (ids, outputs) of this rank's part of the nodes, ascending; to be read to its end."""
 
-    def scores(self, model: Any, split: Split) -> dict[str, Scores]:
-        """Return the scores on "val" and "test" nodes, alike on all ranks."""
+    def scores(self, model: Any, split: Any) -> dict[str, Scores]:
+        """Return the scores on "val" and "test" nodes (or links), alike on all ranks."""
 
-    def scores_of(self, model: Any, parts: Mapping[str, Tensor]) -> dict[str, Scores]:
+    def scores_of(self, model: Any, parts: Mapping[str, Any]) -> dict[str, Scores]:
         """Return each part's scores, alike on all ranks."""
 
 

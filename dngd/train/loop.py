@@ -7,12 +7,11 @@ the gradients of the summed loss are reduced and divided by the global divisor (
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -26,15 +25,13 @@ from dngd.config import TrainConfig
 from dngd.errors import DivergedError, RunInterrupted, TrainingError, UserError
 from dngd.graph import GraphStore, Progress, Split
 from dngd.models import GNN
-from dngd.models.graph_batch import GraphShape
+from dngd.models.decoder import pair_logits
 from dngd.optim import learning_rate
-from dngd.sampling import SamplerPipeline, UnlabelledSeeds, derive_seed
-from dngd.train.batch import BatchSource, DeviceBatch, PropagationBuilder, SampledBatches
+from dngd.sampling import derive_seed
+from dngd.train.batch import BatchSource, DeviceBatch
 from dngd.train.callbacks import Callbacks, RunState
 from dngd.train.checkpoint import CheckpointFolder, Snapshot, check_same_run, replace_file
 from dngd.train.checkpoint_writer import CheckpointSchedule, CheckpointWriter
-from dngd.train.feeder import CudaCopyStream, DeviceFeeder
-from dngd.train.full_batch import FullBatches, outside
 from dngd.train.health_log import HealthLog
 from dngd.train.loggers import make_loggers
 from dngd.train.losses import UnlabelledWeight
@@ -47,19 +44,26 @@ from dngd.train.metrics import (
     peak_rss_bytes,
     versions,
 )
-from dngd.train.module_batches import ModuleBatchBuilder, ModuleFullBatches
 from dngd.train.objective import make_objective
-from dngd.train.optimizers import TrainingSet, build_optimizer, load_moments, moments, set_learning_rate, wrap_optimizer
-from dngd.train.page_lock import CudaHostRegistration, PageLockedMemory
+from dngd.train.optimizers import (
+    build_optimizer,
+    load_moments,
+    moments,
+    set_learning_rate,
+    training_set_of,
+    wrap_optimizer,
+)
 from dngd.train.parts import RunParts, check_outputs, make_module
 from dngd.train.placement import choose_placement, free_gpu_bytes, place_features
 from dngd.train.plan import check_device, check_fits, make_plan
 from dngd.train.progress import Reporter, StepRecord
 from dngd.train.run_folder import RunFolder, resume_command, spill_folders
 from dngd.train.semi import SemiSupervision
+from dngd.train.sources import BatchSources
 from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
 from dngd.train.supervision import Supervision
 from dngd.train.surroundings import load_weights, make_surroundings
+from dngd.train.task import evaluated_nodes, graph_of, shape_of, split_of
 from dngd.train.together import open_dataset, together
 
 logger = logging.getLogger(__name__)
@@ -100,15 +104,15 @@ class TrainingLoop:
             round_seconds=config.collective_timeout_seconds / 4,
             tell=reporter.message,
         )
-        self.split: Split = self.store.split(config.split, config.seed)
-        left_out = sum(self.split.dropped_unlabelled.values())
+        self.split = split_of(config, self.store)
+        self.graph = graph_of(self.store, self.split)
+        left_out = sum(self.split.dropped_unlabelled.values()) if isinstance(self.split, Split) else 0
         if left_out:
             reporter.message(f"{left_out} nodes of split {config.split} have no label and are left out")
-        self.objective = make_objective(config, self.store, self.split, self.parts.loss)
+        self.objective = make_objective(config, self.store, self.split.train, self.parts.loss)
         torch.manual_seed(derive_seed(config.seed, WEIGHTS_STREAM))
-        self.model: nn.Module = make_module(
-            config, self.parts, GraphShape(self.store.num_features, self.store.num_classes)
-        )
+        self.shape = shape_of(config, self.store)
+        self.model: nn.Module = make_module(config, self.parts, self.shape)
         self.plan = make_plan(config, self.store, self.split, None if isinstance(self.model, GNN) else self.model)
         check_fits(self.plan, config, workers_here, is_worker=True)
         self.semi = self._semi_supervision()
@@ -116,13 +120,13 @@ class TrainingLoop:
         placement = choose_placement(config, self.plan.feature_bytes, free, self.plan.gpu_bytes)
 
         self.model.to(self.device)
-        self.placed = place_features(self.store, placement, self.device, sampled=not config.constant_full_batch)
+        self.placed = place_features(self.graph, placement, self.device, sampled=not config.constant_full_batch)
         if self.placed.note:
             reporter.message(self.placed.note)
         self.features = self.placed.table
         self.builder, self.evaluator = make_surroundings(
             config,
-            self.store,
+            self.graph,
             self.model,
             communicator,
             device=self.device,
@@ -132,9 +136,20 @@ class TrainingLoop:
             objective=self.objective,
             metric=self.parts.metric_of(config),
         )
-        self.evaluator.check(self.model, torch.cat([self.split.val, self.split.test]))
+        self.sources = BatchSources(
+            config,
+            self.graph,
+            self.split.train,
+            self.plan,
+            self.model,
+            self.builder,
+            self.placed,
+            self.device,
+            self.clock,
+        )
+        self.evaluator.check(self.model, evaluated_nodes(self.split))
         if self.parts.optimizer is None:
-            training_set = TrainingSet(int(self.split.train.numel()), self.store.num_classes)
+            training_set = training_set_of(config, self.split.train.numel(), self.store.num_classes)
             self.optimizer = build_optimizer(
                 config, self.model, communicator, self.objective.kind, training_set=training_set
             )
@@ -202,7 +217,10 @@ class TrainingLoop:
         self.callbacks.start(self.state)
         # Past the last step there is nothing to sample: a finished run that is resumed only reports.
         if not self._is_over():
-            with self.supervision.stops, self._batches(shards) as source:
+            started = time.perf_counter()
+            with self.supervision.stops, self.sources.open(shards, self.step) as source:
+                if self.config.constant_full_batch:
+                    self.train_seconds += time.perf_counter() - started  # of what no step has to do again
                 self.schedule.start(self.step)
                 while not self._is_over():
                     stop = self._train_step(source, shards)
@@ -249,80 +267,10 @@ class TrainingLoop:
             return False
         return sum(record.step > self.best.step for record in self.history) >= self.config.patience
 
-    @contextlib.contextmanager
-    def _batches(self, shards: Sequence[int]) -> Iterator[BatchSource]:
-        config = self.config
-        if config.constant_full_batch and isinstance(self.builder, ModuleBatchBuilder):
-            yield ModuleFullBatches(
-                self.store,
-                self.builder,
-                self.split.train,
-                with_unlabelled=config.semi != "none",
-                shards=shards,
-                num_shards=config.shards,
-                num_layers=config.num_layers,
-                device=self.device,
-            )
-            return
-        if config.constant_full_batch:
-            assert isinstance(self.model, GNN)
-            assert isinstance(self.builder, PropagationBuilder)
-            started = time.perf_counter()
-            full = FullBatches(
-                self.store,
-                self.builder,
-                self.model,
-                self.features,
-                self.split.train,
-                with_unlabelled=config.semi != "none",
-                shards=shards,
-                num_shards=config.shards,
-                rows=config.eval_rows,
-                device=self.device,
-            )
-            self.train_seconds += time.perf_counter() - started
-            yield full
-            return
-        on_gpu = self.device.type == "cuda"
-        # Closed in the reverse order: copies end before the memory that they read goes.
-        with contextlib.ExitStack() as stack:
-            locked = stack.enter_context(PageLockedMemory(CudaHostRegistration(self.device))) if on_gpu else None
-            pipeline = stack.enter_context(self._pipeline(shards, locked))
-            if on_gpu:
-                copies = CudaCopyStream(self.device)
-                yield stack.enter_context(DeviceFeeder(pipeline, self.builder, self.clock, copies))
-            else:
-                yield SampledBatches(pipeline, self.builder, self.clock)
-
-    def _pipeline(self, shards: Sequence[int], locked: PageLockedMemory | None) -> SamplerPipeline:
-        config, placed = self.config, self.placed
-        return SamplerPipeline(
-            self.store,
-            self.split.train,
-            config.fanouts,
-            config.seed,
-            config.shards,
-            self.plan.labelled,
-            shards,
-            num_samplers=config.samplers,
-            prefetch=config.prefetch,
-            start=divmod(self.step, self.plan.steps_per_epoch),
-            timeout_seconds=config.collective_timeout_seconds,
-            # On a GPU that holds the table, the first rows are taken there.
-            aggregation=self.model.aggregation if placed.on_host and isinstance(self.model, GNN) else None,
-            on_mapped=None if locked is None else locked.add,
-            on_host=None if placed.cache is None or not isinstance(self.model, GNN) else placed.cache.on_host,
-            unlabelled=None if self.semi is None else self._unlabelled_seeds(),
-        )
-
     def _semi_supervision(self) -> SemiSupervision | None:
         num_labelled = self.split.train.numel()
         others = self.store.num_nodes - num_labelled
         return SemiSupervision.of(self.config, num_labelled, others, self.plan.labelled, self.plan.unlabelled)
-
-    def _unlabelled_seeds(self) -> UnlabelledSeeds:
-        others = outside(self.split.train, self.store.num_nodes)
-        return UnlabelledSeeds(others, self.config.seed, self.config.shards, self.plan.unlabelled)
 
     def _interrupt(self) -> None:
         """Leave after a checkpoint of this step, as Ctrl-C asked for. All ranks enter."""
@@ -395,13 +343,14 @@ class TrainingLoop:
         return loss.divisor
 
     def _outputs(self, batch: DeviceBatch) -> Tensor:
-        """Return the model's outputs for a batch's seeds, [n, C]."""
+        """Return the logits of a batch's seeds, [n, C], or of its pairs, [m, 1]."""
+        outputs: Tensor
         if batch.graph is None:
-            logits: Tensor = self.model(self.features, batch.propagations, batch.first_aggregation)
-            return logits
-        outputs: Tensor = self.model(batch.graph)
-        check_outputs(outputs, batch.seeds.numel(), self.store.num_classes)
-        return outputs
+            outputs = self.model(self.features, batch.propagations, batch.first_aggregation)
+        else:
+            outputs = self.model(batch.graph)
+            check_outputs(outputs, batch.seeds.numel(), self.shape.num_classes)
+        return outputs if batch.pairs is None else pair_logits(outputs, batch.pairs)
 
     def _account(self, sums: StepSums, step_in_epoch: int) -> None:
         self.state.loss = sums.loss_sum / sums.num_seeds if sums.num_seeds else float("nan")
@@ -532,8 +481,8 @@ class TrainingLoop:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
         said = {"step": str(record.step), "val_accuracy": repr(record.val_accuracy)}
         if self.config.model == "custom":
-            said |= {"num_features": str(self.store.num_features), "num_classes": str(self.store.num_classes)}
-        if self.store.is_multilabel:
+            said |= {"num_features": str(self.shape.num_features), "num_classes": str(self.shape.num_classes)}
+        if self.store.is_multilabel and self.config.task == "node":
             said["labels"] = "several"
         data: bytes = safetensors.torch.save(tensors, said)
         return data

@@ -11,7 +11,7 @@ from dngd.graph import GraphStore
 from dngd.models.graph_batch import GraphBatch, LayerEdges
 from dngd.sampling import MiniBatch
 from dngd.sampling.minibatch import LayerGraph
-from dngd.train.batch import DeviceBatch, Move
+from dngd.train.batch import DeviceBatch, Move, targets
 from dngd.train.full_batch import in_edges, layer_graph, outside, part
 
 
@@ -43,7 +43,8 @@ class ModuleBatchBuilder:
             layers.append(self.edges(layer, below, move))
             below = layer.dst_nodes
         graph = GraphBatch(self.rows(self._features, nodes, move), tuple(layers), nodes, mini_batch.seeds)
-        return DeviceBatch(mini_batch.seeds, move(self._store.labels[mini_batch.seeds]), (), graph=graph)
+        labels, pairs = targets(self._store, mini_batch, move)
+        return DeviceBatch(mini_batch.seeds, labels, (), graph=graph, pairs=pairs)
 
     def whole(self, seeds: Tensor, num_layers: int) -> GraphBatch:
         """Return the seeds' batch with all neighbours in every layer. seeds: int64 [n], distinct."""

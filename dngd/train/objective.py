@@ -1,7 +1,8 @@
 """What a run minimises: the loss of its seeds, by the graph's kind of labels, and the Fisher that belongs to it.
 
 One label a node: cross-entropy over softmax. Several labels a node: binary cross-entropy, summed over the classes'
-independent sigmoids, whose Fisher is that of independent Bernoulli variables. Class weights multiply a seed's loss by
+independent sigmoids, whose Fisher is that of independent Bernoulli variables. A pair of nodes, linked or not, is one
+such label of one class. Class weights multiply a seed's loss by
 w of its class, and the divisor of the step is Σ w instead of the number of seeds (torch's weighted mean).
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dngd.config import TrainConfig
 from dngd.errors import UserError
-from dngd.graph import GraphStore, Split
+from dngd.graph import GraphStore
 from dngd.train.losses import ShardLoss, UnlabelledWeight, shard_loss
 
 CustomLoss = Callable[[Tensor, Tensor], Tensor]
@@ -74,11 +75,15 @@ class Objective:
         return ShardLoss((weights * losses).sum(), float(weights.sum()), weights)
 
 
-def make_objective(config: TrainConfig, store: GraphStore, split: Split, custom: CustomLoss | None = None) -> Objective:
-    """Return what a run minimises on a graph.
+def make_objective(
+    config: TrainConfig, store: GraphStore, train: Tensor, custom: CustomLoss | None = None
+) -> Objective:
+    """Return what a run minimises on a graph. train: of its split.
 
     Raises UserError for class weights or a semi-supervised loss that the graph's labels do not allow.
     """
+    if config.task == "link":
+        return Objective(is_multilabel=True, custom=custom)
     weights = config.class_weights
     if store.is_multilabel:
         for field, off in (("class_weights", weights is None), ("semi", config.semi == "none")):
@@ -91,8 +96,8 @@ def make_objective(config: TrainConfig, store: GraphStore, split: Split, custom:
     if weights is None:
         return Objective(custom=custom)
     if weights == "balanced":
-        counts = torch.bincount(store.labels[split.train], minlength=store.num_classes)
-        balanced = split.train.numel() / (store.num_classes * counts.clamp_min(1).float())
+        counts = torch.bincount(store.labels[train], minlength=store.num_classes)
+        balanced = train.numel() / (store.num_classes * counts.clamp_min(1).float())
         return Objective(class_weights=balanced, custom=custom)
     if len(weights) != store.num_classes:
         raise UserError(

@@ -18,6 +18,7 @@ from dngd.models.graph_batch import GraphShape
 from dngd.train.callbacks import Callback
 from dngd.train.objective import CustomLoss
 from dngd.train.scoring import CustomMetric, Metric
+from dngd.train.task import shape_of
 
 ModuleFactory = Callable[[GraphShape], nn.Module]
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
@@ -38,7 +39,7 @@ class RunParts:
         if self.module is None:
             return None
         with torch.random.fork_rng(devices=[]):
-            return make_module(config, self, GraphShape(store.num_features, store.num_classes))
+            return make_module(config, self, shape_of(config, store))
 
     def metric_of(self, config: TrainConfig) -> Metric | CustomMetric:
         """Return what the best model is chosen by."""
@@ -112,11 +113,11 @@ def make_module(config: TrainConfig, parts: RunParts, shape: GraphShape) -> nn.M
     return module
 
 
-def check_outputs(outputs: object, num_seeds: int, num_classes: int) -> None:
-    """Raise UserError unless a module's outputs are [num_seeds, num_classes]."""
+def check_outputs(outputs: object, num_seeds: int, width: int) -> None:
+    """Raise UserError unless a module's outputs are [num_seeds, width]. width: GraphShape.num_classes."""
     shape = list(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-    if shape != [num_seeds, num_classes]:
+    if shape != [num_seeds, width]:
         raise UserError(
-            f"the module returned {shape} for {num_seeds} seeds of a graph with {num_classes} classes; return "
-            f"[{num_seeds}, {num_classes}], the rows of the last layer's destinations"
+            f"the module returned {shape} for {num_seeds} seeds and {width} classes (of link prediction, numbers of an "
+            f"embedding); return [{num_seeds}, {width}], the rows of the last layer's destinations"
         )

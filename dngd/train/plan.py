@@ -12,7 +12,7 @@ from torch import nn
 from dngd.comm.gradients import TRAILING
 from dngd.config import TrainConfig
 from dngd.errors import UserError
-from dngd.graph import GraphStore, Split
+from dngd.graph import GraphStore, LinkSplit
 from dngd.models import MODELS
 from dngd.optim import Footprint, inverse_bytes_held, layer_footprint
 from dngd.sampling import steps_per_epoch
@@ -20,8 +20,9 @@ from dngd.sampling.pipeline import slots_of_sampler
 from dngd.train.evaluation_plan import LayerShape, block_rows, evaluation_bytes
 from dngd.train.memory import available_memory, private_memory
 from dngd.train.objective import make_objective
-from dngd.train.optimizers import TrainingSet, damping_in_use, factor_layout
+from dngd.train.optimizers import TrainingSet, damping_in_use, factor_layout, training_set_of
 from dngd.train.placement import choose_placement, free_gpu_bytes, table_bytes
+from dngd.train.task import TaskSplit, evaluated_nodes, graph_of, shape_of
 
 FLOAT_BYTES = 4
 PROCESS_BYTES = 350 * 1024 * 1024
@@ -48,11 +49,12 @@ class LayerPlan:
 class RunPlan:
     """Estimates, in bytes a worker unless said otherwise; upper bounds where sampling makes them vary.
 
-    mode: whether steps are "sampled" or a "constant full batch". batch_size: most seeds of a shard, of which at most
-    unlabelled are outside the training set (of a semi-supervised loss). full_batch_bytes: what a constant full batch
-    keeps from step to step, its shards' layer graphs and first aggregations. feature_bytes: the feature table, part of
-    store_bytes. evaluation_table_bytes: exact evaluation's tables, one copy a machine; they go to disk where memory is
-    short.
+    mode: whether steps are "sampled" or a "constant full batch". batch_size: most seeds of a shard (links, in link
+    prediction, of which each brings negatives), of which at most unlabelled are outside the training set (of a
+    semi-supervised loss). link_bytes: the training links, and the graph without the others. full_batch_bytes: what a
+    constant full batch keeps from step to step, its shards' layer graphs and first aggregations. feature_bytes: the
+    feature table, part of store_bytes. evaluation_table_bytes: exact evaluation's tables, one copy a machine; they go
+    to disk where memory is short.
     """
 
     mode: str
@@ -66,6 +68,7 @@ class RunPlan:
     model_bytes: int
     optimizer_bytes: int
     curvature_bytes: int
+    link_bytes: int
     full_batch_bytes: int
     activation_bytes: int
     evaluation_bytes: int
@@ -89,6 +92,7 @@ class RunPlan:
             + self.model_bytes
             + self.optimizer_bytes
             + self.curvature_bytes
+            + self.link_bytes
             + self.full_batch_bytes
             + max(self.activation_bytes, self.evaluation_bytes)
             + self.sampler_bytes
@@ -126,18 +130,21 @@ def batch_size_of(config: TrainConfig, num_train: int) -> int:
         fix = f"use --batch-size {largest} or less, or --batch-size full" if largest else "use fewer shards"
         kind = "seeds (shards x batch_size)" if config.semi == "none" else "labelled seeds (shards x their share)"
         raise UserError(
-            f"a step of {config.shards} x {labelled} {kind} is larger than the training set of {num_train} nodes; {fix}"
+            f"a step of {config.shards} x {labelled} {kind} is larger than the training set of {num_train} "
+            f"{config.task}s; {fix}"
         )
     return labelled
 
 
-def make_plan(config: TrainConfig, store: GraphStore, split: Split, module: nn.Module | None = None) -> RunPlan:
-    """Return the plan of a run. module: of one's own, whose activations are taken for those of `hidden` wide layers.
+def make_plan(config: TrainConfig, store: GraphStore, split: TaskSplit, module: nn.Module | None = None) -> RunPlan:
+    """Return the plan of a run. store: the whole graph. module: of one's own, whose activations are taken for those of
+    `hidden` wide layers.
 
     Raises UserError for a batch larger than the training set, a semi-supervised loss without unlabelled nodes, or a
     loss that the graph's labels do not allow.
     """
-    make_objective(config, store, split)
+    make_objective(config, store, split.train)
+    graph = graph_of(store, split)
     num_train = int(split.train.numel())
     labelled = batch_size_of(config, num_train)
     per_epoch = steps_per_epoch(num_train, config.shards, labelled)
@@ -154,13 +161,15 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split, module: nn.M
             unlabelled = min(unlabelled, config.unlabelled_of(config.batch_size))
     batch_size = labelled + unlabelled
     total = per_epoch * config.epochs
-    widths = [store.num_features] + [config.hidden] * (config.num_layers - 1) + [store.num_classes]
-    training_set = TrainingSet(num_train, store.num_classes)
+    outputs = shape_of(config, store).num_classes
+    widths = [store.num_features] + [config.hidden] * (config.num_layers - 1) + [outputs]
+    training_set = training_set_of(config, num_train, store.num_classes)
     fan_in = 2 if config.model != "custom" and MODELS[config.model].aggregation == "mean" else 1
     layers = tuple(
         _layer_plan(config, i, a, b, fan_in, training_set) for i, (a, b) in enumerate(zip(widths, widths[1:]))
     )
-    batch = _batch_bytes(config, store, layers, batch_size)
+    num_ends = 2 * (1 + config.negatives) * batch_size if config.task == "link" else batch_size
+    batch = _batch_bytes(config, graph, layers, min(num_ends, store.num_nodes))
     if module is not None:
         layers = _module_layers(config, module, training_set)
     parameters = sum(layer.parameters for layer in layers) if module is None else _num_parameters(module)
@@ -170,7 +179,8 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split, module: nn.M
     ranks = config.num_workers if config.engine == "ray" else 1
     shapes = [LayerShape(a, b, fan_in) for a, b in zip(widths, widths[1:])]
     block = block_rows(store.num_nodes, config.eval_rows, on_gpu=config.use_gpu)
-    evaluation = evaluation_bytes(store, shapes, torch.cat([split.val, split.test]), block)
+    evaluation = evaluation_bytes(graph, shapes, evaluated_nodes(split), block)
+    embeddings = store.num_nodes * outputs * FLOAT_BYTES if config.task == "link" else 0
     return RunPlan(
         mode="constant full batch" if config.constant_full_batch else "sampled",
         batch_size=batch_size,
@@ -189,10 +199,11 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split, module: nn.M
             if kfac
             else 0
         ),
+        link_bytes=_link_bytes(config, split),
         full_batch_bytes=math.ceil(config.shards / ranks) * batch.kept,
         activation_bytes=batch.activation,
         evaluation_bytes=evaluation.block,
-        evaluation_table_bytes=evaluation.tables + evaluation.kept,
+        evaluation_table_bytes=evaluation.tables + evaluation.kept + embeddings,
         sampler_bytes=0
         if config.constant_full_batch
         else config.samplers * (PROCESS_BYTES + slots_of_sampler(config.prefetch) * (batch.edges + batch.first_rows)),
@@ -205,6 +216,16 @@ def make_plan(config: TrainConfig, store: GraphStore, split: Split, module: nn.M
         if kfac and config.kfac.strategy == "share_gradient"
         else 0,
     )
+
+
+def _link_bytes(config: TrainConfig, split: TaskSplit) -> int:
+    """Return what a worker keeps of its links, and the graph whose edges it may see, which is no file."""
+    if not isinstance(split, LinkSplit):
+        return 0
+    graph = split.graph
+    edges = sum(tensor.nbytes for tensor in (graph.indptr, graph.indices, graph.edge_weight) if tensor is not None)
+    copies = 2 if config.samplers else 1  # sampler processes share one
+    return copies * edges + 2 * split.train.nbytes  # once more in an epoch's order
 
 
 def _num_parameters(module: nn.Module) -> int:
@@ -316,6 +337,7 @@ def check_fits(plan: RunPlan, config: TrainConfig, workers_here: int, *, is_work
     if needed > free:
         parts = {
             "curvature": plan.curvature_bytes,
+            "links": plan.link_bytes,
             "full batch": plan.full_batch_bytes,
             "activations": plan.activation_bytes,
             "evaluation": max(plan.evaluation_bytes, tables),
@@ -325,6 +347,7 @@ def check_fits(plan: RunPlan, config: TrainConfig, workers_here: int, *, is_work
         constant = config.constant_full_batch
         fix = {
             "curvature": "use a first-order --optimizer or a graph with fewer features",
+            "links": "use a machine with more memory, or fewer workers a machine",
             "full batch": "use a number as --batch-size with a --fanout, which samples",
             "activations": "use more --num-shards, or a number as --batch-size with a --fanout"
             if constant

@@ -17,20 +17,23 @@ from dngd.errors import UserError
 from dngd.graph import GraphStore
 from dngd.graph.manifest import dngd_version
 from dngd.train.evaluation import EvaluationProgress
+from dngd.train.link_predict import pair_batches, pair_fields, read_pairs
 from dngd.train.new_file import new_file
 from dngd.train.parts import RunParts
 from dngd.train.trained_model import TrainedModel, evaluator_of, load_trained, open_graph, trained_on
 
 NODES = ("all", "train", "val", "test", "unlabelled")
 
+_FLOATS = pa.list_(pa.field("item", pa.float32(), nullable=False))
+
 ROW_GROUP_ROWS = 128 * 1024
 ROW_GROUP_BYTES = 64 * 1024 * 1024
-"""Of probabilities: a row group of many classes has fewer rows."""
+"""Of probabilities and embeddings: a row group of wide ones has fewer rows."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was written. path: the file. rows: number of nodes. graph: name of the graph. step: of the model."""
+    """What was written. path: the file. rows: number of nodes, or pairs. graph: its name. step: of the model."""
 
     path: str
     rows: int
@@ -52,6 +55,7 @@ def predict_run(
     out: Path,
     *,
     nodes: str = "all",
+    pairs: Path | None = None,
     data_root: Path | None = None,
     dataset: str | None = None,
     probabilities: bool = False,
@@ -67,6 +71,9 @@ def predict_run(
     1/2), and, as before, probabilities. Rows are in the order of the graph's nodes. The file's metadata (dngd.run,
     dngd.step, dngd.model, dngd.graph, dngd.graph_digest, dngd.nodes, dngd.version) say what made it.
 
+    Of link prediction, on all edges of the graph: node_id and embedding, a list of float32; with pairs, a table whose
+    columns src and dst name nodes: src, dst and probability, float32, of a link.
+
     run: its folder or address. nodes: all, train, val, test (of the run's split, taken in the graph), or unlabelled.
     data_root: where the run's data set is now. dataset: another graph with the same features, or where the run's is
     now. overwrite: replace a file. progress: see EvaluationProgress. parts: with the module of a run that had one of
@@ -76,16 +83,28 @@ def predict_run(
     out = out.expanduser()
     _check_out(out, overwrite)
     trained = load_trained(run, parts)
+    _check_task(trained, nodes, pairs, probabilities)
     store = open_graph(trained, dataset, data_root)
-    chosen = _chosen(trained, store, nodes)
-    names = _class_names(trained, store, dataset)
-    schema = _schema(trained, store, nodes, with_names=names is not None, probabilities=probabilities)
-    evaluator = evaluator_of(trained, store, chosen, progress)
+    fields: list[pa.Field]
+    batches: Iterator[pa.RecordBatch]
+    is_wide = probabilities
+    if pairs is not None:
+        ends = read_pairs(pairs, store)
+        fields = pair_fields(store)
+        schema = pa.schema(fields, _said(trained, store, "pairs"))
+        batches = pair_batches(trained, store, *ends, schema, progress)
+    else:
+        chosen = _chosen(trained, store, nodes)
+        names = _class_names(trained, store, dataset)
+        fields = _fields(trained, store, with_names=names is not None, probabilities=probabilities)
+        schema = pa.schema(fields, _said(trained, store, nodes))
+        evaluator = evaluator_of(trained, store, chosen, progress)
+        batches = _batches(evaluator.predictions(trained.model, chosen), store, schema, names)
+        is_wide |= trained.config.task == "link"
     written = 0
     try:
         with new_file(out, overwrite=overwrite) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-            blocks = evaluator.predictions(trained.model, chosen)
-            for group in _groups(_batches(blocks, store, schema, names), _group_rows(trained, probabilities)):
+            for group in _groups(batches, _group_rows(trained, is_wide)):
                 writer.write_table(group, row_group_size=group.num_rows)
                 written += group.num_rows
     except FileExistsError:
@@ -97,7 +116,7 @@ def predict_run(
     return Predictions(
         path=str(out),
         rows=written,
-        nodes=nodes,
+        nodes=nodes if pairs is None else "pairs",
         run=_run_name(trained),
         step=trained.step,
         model=trained.config.model,
@@ -115,7 +134,8 @@ def probabilities_of_run(
     dataset: str | None = None,
     parts: RunParts | None = None,
 ) -> Tensor:
-    """Return the probabilities that a run's best model gives nodes, from all their neighbours: float32 [n, C].
+    """Return the probabilities that a run's best model gives nodes, from all their neighbours: float32 [n, C]; of link
+    prediction the nodes' embeddings.
 
     nodes: int64 [n], distinct, in any order; None for all. The others as in `predict_run`. Raises UserError for what
     `evaluate_run` does, and for nodes that the graph has not.
@@ -133,7 +153,10 @@ def probabilities_of_run(
     row_of[wanted] = torch.arange(wanted.numel())
     out = torch.empty(wanted.numel(), trained.num_classes)
     for ids, logits in evaluator.predictions(trained.model, nodes):
-        shares = logits.float().sigmoid() if trained.is_multilabel else logits.float().softmax(dim=1)
+        if trained.config.task == "link":
+            shares = logits.float()
+        else:
+            shares = logits.float().sigmoid() if trained.is_multilabel else logits.float().softmax(dim=1)
         out[row_of[ids]] = shares.cpu()
     return out
 
@@ -158,6 +181,25 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 def _exists(out: Path) -> str:
     return f"--out {out} exists; give another path, or --overwrite to replace it"
+
+
+def _check_task(trained: TrainedModel, nodes: str, pairs: Path | None, probabilities: bool) -> None:
+    """Raise UserError for what a run of this task cannot predict."""
+    run, is_link = trained.folder.shown, trained.config.task == "link"
+    if pairs is not None and not is_link:
+        raise UserError(f"run {run} predicts labels of nodes, not links; leave --pairs out")
+    if not is_link:
+        return
+    if nodes != "all":
+        raise UserError(
+            f"--nodes {nodes} is a part of labelled nodes, but run {run} predicts links; leave it out for all nodes' "
+            "embeddings, or give --pairs"
+        )
+    if probabilities:
+        raise UserError(
+            f"--probabilities are those of classes, but run {run} predicts links; give --pairs, or leave it out for "
+            "all nodes' embeddings"
+        )
 
 
 def _chosen(trained: TrainedModel, store: GraphStore, nodes: str) -> Tensor | None:
@@ -190,11 +232,11 @@ def _run_name(trained: TrainedModel) -> str:
     return trained.folder.path.resolve().name
 
 
-def _schema(
-    trained: TrainedModel, store: GraphStore, nodes: str, *, with_names: bool, probabilities: bool
-) -> pa.Schema:
+def _fields(trained: TrainedModel, store: GraphStore, *, with_names: bool, probabilities: bool) -> list[pa.Field]:
     fields = [pa.field("node_id", store.ids_of(0, 1).type, nullable=False)]
-    if trained.is_multilabel:
+    if trained.config.task == "link":
+        fields.append(pa.field("embedding", _FLOATS, nullable=False))
+    elif trained.is_multilabel:
         fields.append(pa.field("classes", pa.list_(pa.field("item", pa.int64(), nullable=False)), nullable=False))
     else:
         fields.append(pa.field("class", pa.int64(), nullable=False))
@@ -202,8 +244,11 @@ def _schema(
             fields.append(pa.field("class_name", pa.string(), nullable=False))
         fields.append(pa.field("probability", pa.float32(), nullable=False))
     if probabilities:
-        item = pa.field("item", pa.float32(), nullable=False)
-        fields.append(pa.field("probabilities", pa.list_(item), nullable=False))
+        fields.append(pa.field("probabilities", _FLOATS, nullable=False))
+    return fields
+
+
+def _said(trained: TrainedModel, store: GraphStore, nodes: str) -> dict[str, str]:
     said = {
         "run": _run_name(trained),
         "step": str(trained.step),
@@ -213,11 +258,11 @@ def _schema(
         "nodes": nodes,
         "version": dngd_version(),
     }
-    return pa.schema(fields, {f"dngd.{key}": value for key, value in said.items()})
+    return {f"dngd.{key}": value for key, value in said.items()}
 
 
-def _group_rows(trained: TrainedModel, probabilities: bool) -> int:
-    if not probabilities:
+def _group_rows(trained: TrainedModel, is_wide: bool) -> int:
+    if not is_wide:
         return ROW_GROUP_ROWS
     return max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // (4 * trained.num_classes)))
 
@@ -232,8 +277,8 @@ def _batches(
 
 def _batch(ids: Tensor, logits: Tensor, store: GraphStore, schema: pa.Schema, names: pa.Array | None) -> pa.RecordBatch:
     """Return the rows of nodes ids, ascending, from logits [n, num_classes]."""
-    is_multilabel = "classes" in schema.names
-    shares = logits.sigmoid() if is_multilabel else logits.softmax(dim=1)
+    is_multilabel, is_embedding = "classes" in schema.names, "embedding" in schema.names
+    shares = logits if is_embedding else logits.sigmoid() if is_multilabel else logits.softmax(dim=1)
     bad = ~shares.isfinite().all(dim=1)
     if bool(bad.any()):
         first = int(ids[bad][0])
@@ -242,7 +287,9 @@ def _batch(ids: Tensor, logits: Tensor, store: GraphStore, schema: pa.Schema, na
             "features with dngd data verify, and the run's model with dngd evaluate"
         )
     columns: dict[str, Any] = {"node_id": _ids(store, ids)}
-    if is_multilabel:
+    if is_embedding:
+        columns["embedding"] = _lists(logits)
+    elif is_multilabel:
         found = logits > 0
         ends = torch.cat([torch.zeros(1, dtype=torch.int64), found.sum(dim=1).cumsum(0)]).to(torch.int32)
         values = found.nonzero()[:, 1].numpy()
@@ -254,10 +301,14 @@ def _batch(ids: Tensor, logits: Tensor, store: GraphStore, schema: pa.Schema, na
     if names is not None:
         columns["class_name"] = names.take(columns["class"])
     if "probabilities" in schema.names:
-        offsets = torch.arange(0, shares.numel() + 1, shares.shape[1], dtype=torch.int32)
-        kind = schema.field("probabilities").type
-        columns["probabilities"] = pa.ListArray.from_arrays(offsets.numpy(), shares.view(-1).numpy(), type=kind)
+        columns["probabilities"] = _lists(shares)
     return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
+
+
+def _lists(rows: Tensor) -> pa.ListArray:
+    """Return rows [n, C] as n lists."""
+    offsets = torch.arange(0, rows.numel() + 1, rows.shape[1], dtype=torch.int32)
+    return pa.ListArray.from_arrays(offsets.numpy(), rows.contiguous().view(-1).numpy(), type=_FLOATS)
 
 
 def _ids(store: GraphStore, ids: Tensor) -> Any:

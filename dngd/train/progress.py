@@ -62,7 +62,7 @@ class SilentReporter:
 class ConsoleReporter:
     """A rich progress bar on a terminal; otherwise a line every ten seconds and every evaluation.
 
-    metric: what the evaluations' accuracies are.
+    metric: what the evaluations' accuracies are, in words.
     """
 
     def __init__(self, console: Console, metric: str = "accuracy") -> None:

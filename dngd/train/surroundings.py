@@ -16,10 +16,12 @@ from dngd.models import GNN
 from dngd.sampling.cached_rows import CachedRows
 from dngd.train.batch import PropagationBuilder
 from dngd.train.evaluation import EvaluationProgress, Evaluator, ExactEvaluator
+from dngd.train.link_evaluation import LinkEvaluator
 from dngd.train.module_batches import ModuleBatchBuilder
 from dngd.train.module_evaluation import ModuleEvaluator
 from dngd.train.objective import Objective
 from dngd.train.scoring import CustomMetric, Metric
+from dngd.train.tables import TableSpace
 
 
 def make_surroundings(
@@ -37,10 +39,15 @@ def make_surroundings(
     keeps_first: bool = True,
     progress: EvaluationProgress | None = None,
 ) -> tuple[PropagationBuilder | ModuleBatchBuilder, Evaluator]:
-    """Return the batch builder and the evaluator of a model on a graph. The arguments are theirs."""
+    """Return the batch builder and the evaluator of a model on a graph. The arguments are theirs.
+
+    store: the graph whose edges the model may see.
+    """
+    builder: PropagationBuilder | ModuleBatchBuilder
+    evaluator: Evaluator
     if isinstance(model, GNN):
         builder = PropagationBuilder(store, model.aggregation, device, cache)
-        return builder, ExactEvaluator(
+        evaluator = ExactEvaluator(
             store,
             builder,
             communicator,
@@ -54,18 +61,32 @@ def make_surroundings(
             objective=objective,
             metric=metric,
         )
-    batches = ModuleBatchBuilder(store, features, device)
-    return batches, ModuleEvaluator(
+    else:
+        builder = ModuleBatchBuilder(store, features, device)
+        evaluator = ModuleEvaluator(
+            store,
+            builder,
+            communicator,
+            num_layers=config.num_layers,
+            rows=config.eval_rows,
+            device=device,
+            features=features,
+            folders=folders,
+            memory_bytes=config.eval_memory_bytes,
+            progress=progress,
+            objective=objective,
+            metric=metric,
+        )
+    if config.task == "node":
+        return builder, evaluator
+    space = TableSpace(communicator, folders=folders, memory_bytes=config.eval_memory_bytes, device=device)
+    return builder, LinkEvaluator(
+        evaluator,
         store,
-        batches,
         communicator,
-        num_layers=config.num_layers,
-        rows=config.eval_rows,
+        space,
+        width=config.embedding_width,
         device=device,
-        features=features,
-        folders=folders,
-        memory_bytes=config.eval_memory_bytes,
-        progress=progress,
         objective=objective,
         metric=metric,
     )

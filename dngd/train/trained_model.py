@@ -30,7 +30,8 @@ from dngd.train.surroundings import load_weights, make_surroundings
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A run's best model. step: when it was evaluated. num_features, num_classes: what it takes and gives.
+    """A run's best model. step: when it was evaluated. num_features, num_classes: what it takes and gives, in link
+    prediction numbers of an embedding.
     is_multilabel: whether its outputs are of several labels a node."""
 
     folder: RunFolder
@@ -108,6 +109,8 @@ def open_graph(trained: TrainedModel, dataset: str | None = None, data_root: Pat
             f"graph {store.name} has {store.num_features} features a node but the model of run {trained.folder.path} "
             f"was trained on {trained.num_features}; give a graph with the same features"
         )
+    if config.task == "link":
+        return store
     if store.is_multilabel != trained.is_multilabel and bool(store.labelled.any()):
         kinds = {True: "several labels a node", False: "one label a node"}
         raise UserError(

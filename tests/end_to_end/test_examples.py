@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from dngd.graph import GraphStore
+import dngd
+from dngd import cli
+from dngd.graph import GraphStore, like_config, write_like
+from tests.helpers.job_server import job_server
 from tests.helpers.ray_cluster import Cluster
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -51,6 +57,59 @@ def test_custom_model(
     assert accuracy is not None
     assert float(accuracy[1]) > 0.5, "of five classes"
     assert said.count("attention") == 4
+
+
+def test_cora_like_the_paper(
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the tests' graph; the real one is the user's."""
+    flags = ["--dataset", str(store.path), "--split", "masks", "--seeds", "2", "--epochs", "30"]
+    run("cora_like_the_paper.py", monkeypatch, tmp_path, *flags)
+    said = capsys.readouterr().out
+    found = re.search(r"test accuracy: ([\d.]+) ± [\d.]+ over 2 seeds; the paper: 82.84 ± 0.87", said)
+    assert found is not None, said
+    assert float(found[1]) > 60, "of five classes"
+    assert said.count("validation") == 2
+    kept = dngd.TrainConfig.from_yaml(tmp_path / "runs/cora-like-the-paper/seed-1/config.yaml")
+    assert (kept.optimizer, kept.constant_full_batch, kept.hidden, kept.num_layers) == ("kfac", True, 16, 2)
+
+
+def test_products_on_a_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file's own commands: planned and trained on a generated graph of that kind, and sent to a job server."""
+    name = "products_on_a_cluster.yaml"
+    commands = [
+        shlex.split(line.removeprefix("#"))[1:]
+        for line in (EXAMPLES / name).read_text().splitlines()
+        if line.startswith("#   dngd ")
+    ]
+    assert [command[0] for command in commands] == ["data", "train", "submit"]
+    small = write_like(tmp_path / "small", like_config("ogbn-products", scale=0.001), name="small")
+    here = ["--dataset", str(small.path), "--engine", "local", "--run-dir", str(tmp_path / "run")]
+    monkeypatch.chdir(EXAMPLES.parent)
+
+    def dngd_command(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(arguments))
+        said = capsys.readouterr()
+        assert not ended.value.code, said.err
+        return said.out
+
+    assert "seeds a step" in dngd_command(*commands[1], *here, "--batch-size", "20")
+    scaled = ["--batch-size", "20", "--hidden", "16", "--max-steps", "3", "--quiet"]
+    dngd_command(*(part for part in commands[1] if part != "--dry-run"), *here, *scaled)
+    assert (tmp_path / "run" / "report.html").exists()
+
+    for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with job_server() as server:
+        dngd_command(*(server.address if "HEAD" in part else part for part in commands[2]))
+    [sent] = server.submitted
+    assert sent["entrypoint"].endswith(f"train --config {name}")
+    [package] = server.packages.values()
+    assert name in zipfile.ZipFile(io.BytesIO(package)).namelist()
 
 
 @pytest.mark.slow

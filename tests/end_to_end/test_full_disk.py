@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from dngd.graph import GraphStore
 from dngd.train.checkpoint import CheckpointFolder, HostSnapshot
 from dngd.train.progress import SilentReporter
 from tests.helpers import survival
+from tests.helpers.full_disk import fill
 
 
 class Listener(SilentReporter):
@@ -28,20 +31,6 @@ class Listener(SilentReporter):
 def settings(store: GraphStore, run_dir: Path, **changes: Any) -> dngd.TrainConfig:
     fields: dict[str, Any] = {"engine": "local", "num_workers": 1, "num_samplers": 0, "epochs": 2} | changes
     return survival.settings(store, run_dir, **fields)
-
-
-def fill(path: Path) -> Path:
-    """Write a file until there is no page left."""
-    ballast = path / "ballast"
-    descriptor = os.open(ballast, os.O_WRONLY | os.O_CREAT)
-    try:
-        while True:
-            os.write(descriptor, bytes(4096))
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
-    return ballast
 
 
 @pytest.fixture
@@ -92,3 +81,25 @@ def test_a_run_that_cannot_write_its_metrics_stops_and_is_gone_on_with(
     assert any(text.startswith("resumed from step 3 of") for text in listener.texts)
     dngd.Trainer(settings(store, tmp_path / "straight", **changes), quiet=True).fit()
     survival.assert_same_run(small_disk / "run", tmp_path / "straight")
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_report_that_finds_no_space(store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is finished all the same, and the sentence says what is left to do."""
+    monkeypatch.setattr("dngd.report.document.os", SimpleNamespace(replace=no_space, getpid=os.getpid))
+    with pytest.raises(
+        dngd.UserError, match=r"the run is finished, but report .*No space left.*dngd report .*/run --out"
+    ):
+        dngd.Trainer(settings(store, tmp_path / "run", epochs=1, max_steps=2), quiet=True).fit()
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_disk_without_a_page_has_no_room_for_the_graph(store: GraphStore, tmp_path: Path, small_disk: Path) -> None:
+    """Not even for the lock's content."""
+    fill(small_disk)
+    config = settings(store, tmp_path / "run", stage_dir=small_disk)
+    with pytest.raises(dngd.UserError, match=f"{small_disk} on .* has 0 free; .*--stage-dir"):
+        dngd.Trainer(config).plan()

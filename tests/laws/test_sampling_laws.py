@@ -136,8 +136,8 @@ def one_too_few() -> AbstractContextManager[None]:
 def changed_layer(change: Callable[[LayerGraph], dict[str, Any]]) -> AbstractContextManager[None]:
     original = NeighborSampler._sample_layer
 
-    def mutant(self: NeighborSampler, nodes: torch.Tensor, fanout: int, is_input: bool) -> Any:
-        layer, sources = original(self, nodes, fanout, is_input)
+    def mutant(self: NeighborSampler, *drawn: Any, **options: Any) -> Any:
+        layer, sources = original(self, *drawn, **options)
         return LayerGraph(**{**vars(layer), **change(layer)}), sources
 
     return patched(NeighborSampler, "_sample_layer", mutant)
@@ -159,8 +159,8 @@ def sorted_sources() -> AbstractContextManager[None]:
     """Source rows renumbered by node id: destinations are no longer the first of them."""
     original = NeighborSampler._sample_layer
 
-    def mutant(self: NeighborSampler, nodes: torch.Tensor, fanout: int, is_input: bool) -> Any:
-        layer, sources = original(self, nodes, fanout, is_input)
+    def mutant(self: NeighborSampler, *drawn: Any, **options: Any) -> Any:
+        layer, sources = original(self, *drawn, **options)
         return layer, sources.sort().values
 
     return patched(NeighborSampler, "_sample_layer", mutant)

@@ -1,4 +1,4 @@
-"""Constant full batch, and semi-supervised mini-batches, on several real processes: the same shards, the same curve."""
+"""Constant full batch, semi-supervised mini-batches and links on several real processes: the same shards and curve."""
 
 from __future__ import annotations
 
@@ -39,22 +39,26 @@ def test_any_world_size_is_the_same_run(store: GraphStore, tmp_path: Path) -> No
 
 
 def sampled(store: GraphStore, folder: Path) -> list[dict[str, Any]]:
-    """Four shards of 15 labelled and 15 unlabelled seeds, with dropout."""
+    """Four shards of 15 labelled and 15 unlabelled seeds, or of 30 links, with dropout."""
     made = []
-    for semi, labels, optimizer in (("two_means", "argmax", "kfac"), ("pooled", "soft", "adam")):
-        run_dir = folder / semi
+    different: list[dict[str, Any]] = [
+        {"semi": "two_means", "semi_labels": "argmax", "optimizer": "kfac"},
+        {"semi": "pooled", "semi_labels": "soft", "optimizer": "adam"},
+        {"task": "link", "optimizer": "kfac", "negatives": 2, "max_steps": 12},
+    ]
+    for number, changes in enumerate(different):
+        run_dir = folder / str(number)
         run_dir.mkdir(parents=True)
         fields = {"dataset": str(store.path), "engine": "local", "batch_size": 30, "num_layers": 2, "hidden": 16}
         fields |= {"fanout": [5, 5], "epochs": 2, "num_shards": 4, "run_dir": str(run_dir), "num_samplers": 0}
-        fields |= {"semi": semi, "semi_labels": labels, "optimizer": optimizer}
-        made.append(fields)
+        made.append(fields | changes)
     return made
 
 
 @pytest.mark.parametrize(
     "world_size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
 )
-def test_any_world_size_draws_the_same_unlabelled_seeds(store: GraphStore, tmp_path: Path, world_size: int) -> None:
+def test_any_world_size_draws_the_same_seeds(store: GraphStore, tmp_path: Path, world_size: int) -> None:
     alone = [fit(LocalCommunicator(), scenario) for scenario in sampled(store, tmp_path / "alone")]
     together = run_ranks("tests.multiprocess.full_batch:fit", world_size, sampled(store, tmp_path / "together"))
     for expected, (one, *others) in zip(alone, together, strict=True):

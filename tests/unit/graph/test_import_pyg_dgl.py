@@ -166,6 +166,33 @@ def test_bad_pyg_graphs(tmp_path: Path, graph: Any, words: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+class OwnTypes(HeteroData):
+    """A class of one's own."""
+
+
+@pytest.mark.parametrize("has_edges", [True, False])
+def test_several_types_are_refused_however_they_come(tmp_path: Path, has_edges: bool) -> None:
+    """As an object, of a class of one's own, in a list, in the two kinds of file, and of DGL in a file."""
+    graphs = [HeteroData(), OwnTypes()]
+    for graph in graphs:
+        graph["author"].x = torch.ones(3, 2)
+        graph["paper"].x = torch.ones(2, 4)
+        if has_edges:
+            graph["author", "writes", "paper"].edge_index = torch.tensor([[0, 1, 2], [0, 1, 1]])
+    torch.save(graphs[0], tmp_path / "data.pt")
+    InMemoryDataset.save([graphs[0]], str(tmp_path / "dataset.pt"))
+    for source in (*graphs, [graphs[0]], tmp_path / "data.pt", tmp_path / "dataset.pt"):
+        with pytest.raises(UserError, match=r"has several types of nodes or edges.*data\.to_homogeneous\(\)"):
+            import_pyg(source, tmp_path / "store")
+    dgl = dgl_module()
+    edges = ([0, 1], [1, 0])
+    relations = {("a", "r", "a"): edges, ("a", "s", "a"): edges} if has_edges else {("a", "r", "b"): edges}
+    dgl.save_graphs(str(tmp_path / "types.bin"), [dgl.heterograph(relations)])
+    with pytest.raises(UserError, match=r"has [12] types of nodes and [12] of edges.*dgl\.to_homogeneous"):
+        import_dgl_file(tmp_path / "types.bin", tmp_path / "store", {})
+    assert not (tmp_path / "store").exists()
+
+
 def test_bad_files(tmp_path: Path) -> None:
     dgl = dgl_module()
     (tmp_path / "junk.pt").write_bytes(b"junk" * 10)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dngd import cli
 from dngd.errors import UserError
 from dngd.graph import CsvStyle, GraphStore, TableColumns, import_tables, table_readers, tables
 from dngd.graph.id_map import IntegerIds
@@ -160,6 +161,61 @@ def test_labels_that_are_missing_or_negative_are_unlabelled(tmp_path: Path, suff
         assert import_tables(folder, folder / "out").labels.tolist() == [1, -1, -1, 0]
 
 
+LABEL_ROWS = np.random.default_rng(3).integers(0, 2, (50, 4))
+LABEL_ROWS[[7, 30, 31]] = -1
+
+
+def label_arrays(kind: str) -> list[pa.Array]:
+    """LABEL_ROWS by column, unlabelled nodes as nothing, as -1, or among floats and booleans."""
+    missing = LABEL_ROWS < 0
+    types = [pa.int8(), pa.float64(), pa.bool_(), pa.int64()] if kind == "mixed" else [pa.int64()] * 4
+    return [
+        pa.array(LABEL_ROWS[:, k], mask=None if kind == "negative" else missing[:, k]).cast(types[k]) for k in range(4)
+    ]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("kind", ["missing", "negative", "mixed"])
+def test_several_labels_by_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, kind: str) -> None:
+    features = np.random.default_rng(0).standard_normal((50, 2)).astype(np.float32)
+    ends = np.random.default_rng(1).integers(0, 50, (2, 200))
+    columns = dict(zip("dbca", label_arrays(kind)))
+    nodes = node_table(np.arange(50), x=features[:, 0], **columns, y=features[:, 1])
+    write_parts(tmp_path, "nodes", nodes, suffix, [0, 17, 40])
+    write_parts(tmp_path, "edges", edge_table(*ends), suffix, [])
+    monkeypatch.setattr("dngd.graph.table_files._MAX_BATCH_ROWS", 3)
+    store = import_tables(tmp_path, tmp_path / "out", columns=TableColumns(labels=list("dbca")))
+    expected = GraphStore.write(tmp_path / "expected", features=features, labels=LABEL_ROWS, edge_index=ends)
+    assert store.digest == expected.digest
+    assert store.is_multilabel
+    assert store.manifest.provenance.options["label_names"] == list("dbca")
+    assert store.verify() == []
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize("is_fixed", [True, False])
+def test_several_labels_as_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, is_fixed: bool) -> None:
+    lists = [None if row[0] < 0 else row.tolist() for row in LABEL_ROWS]
+    kind = pa.list_(pa.int8(), 4) if is_fixed else pa.list_(pa.float32())
+    write_parts(tmp_path, "nodes", node_table(np.arange(50), label=pa.array(lists, kind)), suffix, [7, 20])
+    write_table(tmp_path / f"edges.{suffix}", edge_table([0, 1], [1, 2]))
+    monkeypatch.setattr("dngd.graph.table_files._MAX_BATCH_ROWS", 3)
+    store = import_tables(tmp_path, tmp_path / "out")
+    assert np.array_equal(store.labels.numpy(), LABEL_ROWS)
+    assert store.num_classes == 4
+
+
+def test_label_columns_at_the_command_line(tmp_path: Path) -> None:
+    nodes = node_table([10, 20, 30, 40], red=[0, 1, 1, None], green=[1, 1, 0, None], size=[1.0, 2.0, 3.0, 4.0])
+    folder = small_set(tmp_path / "set", nodes, suffix="csv")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["data", "import", str(folder), "--out", str(tmp_path / "out"), "--label-columns", "red, green"])
+    assert not ended.value.code
+    store = GraphStore.open(tmp_path / "out")
+    assert store.labels.tolist() == [[0, 1], [1, 1], [1, 0], [-1, -1]]
+    assert store.num_features == 1
+
+
 def test_masks_by_column_and_columns_by_name(tmp_path: Path) -> None:
     nodes = node_table(
         [1, 2, 3],
@@ -271,7 +327,11 @@ NAN = float("nan")
         (node_table(NODES, x=[1.0, NAN, None, np.inf]), None, "3 NaN or infinite values.* node 1 column 0, node 2"),
         (node_table(NODES, label=[0.5, 1, 1, 1]), None, "label 0.5 in row 0 .* is no whole number"),
         (node_table(NODES, label=[0, -2, 1, 1]), None, "label -2 of node 1 is out of range"),
-        (node_table(NODES, label=[[0], [1], [0], [1]]), None, "column 'label' .* a label is a class number or name"),
+        (node_table(NODES, label=[["a"], ["b"], ["a"], ["b"]]), None, "labels are lists of 0 and 1: cast it"),
+        (node_table(NODES, label=[[0, 1], [1, 2], [3, 0], None]), None, r"'label' .* has 2 in row 1 \(2 such values"),
+        (node_table(NODES, label=[[0, 1], [1], [3, 0, 1], None]), None, r"has 1 labels in row 1 but 2 .*\(2 such rows"),
+        (node_table(NODES, label=[[1, 1], None, [None, 0], [0, 0]]), None, "has no label in row 2, where others have"),
+        (node_table(NODES, label=pa.array([0, 1, 0, 1], pa.date32())), None, "a label is a class number or name"),
         (node_table(NODES, split=["train", "test", "dev", "val"]), None, "split 'dev' in row 2 .* is not known"),
         (node_table(NODES, split=["val", "test", "", None]), None, "a split without training nodes"),
         (node_table(NODES, split=["train"] + ["val"] * 3, label=[-1, 0, 1, 0]), None, "none of them has a label"),
@@ -307,6 +367,12 @@ def test_bad_tables(tmp_path: Path, nodes: pa.Table | None, edges: pa.Table | No
         ({"features": ["x", "z"]}, "no column 'z'.*--feature-column"),
         ({"ignore": ["z"]}, "no column 'z'.*--ignore-column"),
         ({"weight": "w"}, "no column 'w'.*--weight-column"),
+        ({"labels": ["x", "z"]}, "no column 'z'.*--label-columns"),
+        ({"labels": ["x"]}, "--label-columns names 'x' alone, .*--label-column"),
+        ({"labels": ["x", "y", "x"]}, "--label-columns names 'x' 2 times"),
+        ({"labels": ["x", "y"]}, "tells its labels twice, by 'label' and by --label-columns.*--ignore-column label"),
+        ({"labels": ["x", "y"], "label": "label"}, "--label-column label and --label-columns are both given"),
+        ({"labels": ["x", "y"], "ignore": ["label"]}, r"column 'x' of .*nodes.parquet has 2 in row 2 \(3 such"),
         ({"id_type": "float"}, "--id-type 'float' is not known"),
     ],
 )

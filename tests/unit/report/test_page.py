@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,6 +128,63 @@ def test_runs_of_different_data_are_not_ranked(tmp_path: Path) -> None:
     assert "do not compare" in page.text
     assert "reached by all" not in page.text
     assert "Best val accuracy" not in page.text
+
+
+def named(records: list[dict[str, float]], metric: str) -> list[dict[str, Any]]:
+    return [line | {"metric": metric} for line in records]
+
+
+@pytest.mark.parametrize(
+    ("metric", "words", "title"),
+    [
+        ("roc_auc", "ROC-AUC", "ROC-AUC against steps"),
+        ("macro_f1", "macro-F1", "Macro-F1 against steps"),
+        ("average_precision", "average precision", "Average precision against steps"),
+    ],
+)
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_the_page_says_what_the_metric_is(
+    tmp_path: Path, metric: str, words: str, title: str, is_finished: bool
+) -> None:
+    records = named([record(10, 0.5), record(30, 0.8125)], metric)
+    outcome = result() | {"metric": metric} if is_finished else {}
+    page = page_of(write_run(tmp_path / "run", config={"metric": metric}, records=records, outcome=outcome))
+    for text in (title, f"Best val {words}", f"Test {words}", f"validation {words} 81.25%", f"test {words} is that of"):
+        assert text in page.text, text
+    assert "accuracy" not in page.text.lower()
+    assert sum(f"validation and test {words}" in chart["aria-label"] for chart in page.all("svg", "chart")) == 2
+
+
+def test_a_metric_of_ones_own_is_no_percentage(tmp_path: Path) -> None:
+    """Its name stands in the run's lines alone, and its values may lie anywhere."""
+    records = named([record(10, -3.5), record(30, 12.25)], "lift_at_ten")
+    outcome = result() | {"metric": "lift_at_ten", "best_val_accuracy": 12.25}
+    page = page_of(write_run(tmp_path / "run", config={"metric": "accuracy"}, records=records, outcome=outcome))
+    assert "Lift at ten against steps" in page.text
+    assert "12.25" in page.text
+    assert "1225" not in page.text
+    assert "accuracy" not in page.text.lower().replace("metric accuracy", "")
+
+
+def test_runs_of_several_metrics_share_no_axis(tmp_path: Path) -> None:
+    auc = named([record(10, 0.5), record(30, 0.9)], "roc_auc")
+    outcomes = {"one": result(), "two": result() | {"metric": "roc_auc", "best_val_accuracy": 0.9}, "three": result()}
+    runs = [
+        write_run(tmp_path / name, outcome=outcome, records=auc if name == "two" else None)
+        for name, outcome in outcomes.items()
+    ]
+    page = page_of(*runs)
+    assert "different metrics (accuracy, ROC-AUC), which do not compare" in page.text
+    labels = [chart["aria-label"] for chart in page.all("svg", "chart")]
+    for words, drawn in (("accuracy", {"one", "three"}), ("ROC-AUC", {"two"}), ("loss", {"one", "two", "three"})):
+        charts = [label for label in labels if f" {words} against" in label]
+        assert len(charts) == 2, words
+        assert all({name for name in outcomes if name in label.split(": ")[1]} == drawn for label in charts)
+    assert {"best val accuracy", "best val ROC-AUC"} <= {word.strip() for word in page.words}
+    assert "reached by all" not in page.text
+    assert "Best val" not in page.text
+    assert "<strong>90.00%</strong>" not in page.markup, "the only value of its metric is not the best of several"
+    assert page.markup.count("<strong>81.25%</strong>") == 2
 
 
 def test_many_runs_look_different(tmp_path: Path) -> None:

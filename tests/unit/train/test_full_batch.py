@@ -15,7 +15,7 @@ import dngd
 from dngd import cli
 from dngd.comm import LocalCommunicator
 from dngd.graph import GraphStore
-from dngd.train import TrainingLoop, loop, make_plan, prepare_run_folder
+from dngd.train import TrainingLoop, make_plan, prepare_run_folder, sources
 from dngd.train.batch import PropagationBuilder
 from dngd.train.full_batch import FullBatches
 from dngd.train.plan import check_fits
@@ -91,7 +91,7 @@ def test_one_tensor_is_every_steps_first_input(
     store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The curvature knows a constant input by its identity and version; and no sampler is started."""
-    monkeypatch.setattr(loop, "SamplerPipeline", None)
+    monkeypatch.setattr(sources, "SamplerPipeline", None)
     made = prepare(config(store, tmp_path / "run"))
     seen: list[tuple[Tensor, int]] = []
 

@@ -44,7 +44,7 @@ def test_labels_are_of_the_training_nodes_alone(store: GraphStore, tmp_path: Pat
     made = prepare(config(store, tmp_path / "run", semi="pooled", **SETTINGS))
     train = set(made.split.train.tolist())
     seen: set[int] = set()
-    with made._batches([0, 1]) as source:
+    with made.sources.open([0, 1], 0) as source:
         for step in range(3):
             for shard in (0, 1):
                 batch = source.batch(0, step, shard)
