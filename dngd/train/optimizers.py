@@ -38,7 +38,7 @@ UNKNOWN_SET = TrainingSet()
 
 
 def training_set_of(config: TrainConfig, num_seeds: int, num_classes: int) -> TrainingSet:
-    """Return what damping follows in a run. num_seeds: of the training set; num_classes: the graph's, if it has labels."""
+    """Return what damping follows in a run. num_seeds: of the training set. num_classes: the graph's."""
     return TrainingSet(num_seeds, num_classes if config.task == "node" else None)
 
 
