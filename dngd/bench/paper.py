@@ -153,6 +153,7 @@ def _cell(options: PaperOptions, place: Place, workforce: Workforce) -> dict[str
                 ],
                 "test_accuracy": test,
                 "val_accuracy": _spread([100 * run.val_accuracy for run in runs]),
+                "test_accuracy_at_highest_val_accuracy": _spread([100 * run.test_accuracy_there for run in runs]),
                 "seconds": statistics.median(run.seconds for run in runs),
                 "passes_the_paper": test["mean"] > mean,
                 "runs": [
@@ -162,6 +163,8 @@ def _cell(options: PaperOptions, place: Place, workforce: Workforce) -> dict[str
                         "val_accuracy": 100 * run.val_accuracy,
                         "val_loss": _finite(run.val_loss),
                         "epoch": run.epoch,
+                        "highest_val_accuracy": 100 * run.highest_val_accuracy,
+                        "test_accuracy_at_highest_val_accuracy": 100 * run.test_accuracy_there,
                     }
                     for seed, run in enumerate(runs)
                 ],

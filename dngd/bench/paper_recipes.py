@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 Optimizer = Literal["adam", "sgd"]
 Factors = Literal["paper", "dngd"]
-Features = Literal["row", "raw"]
+Features = Literal["row", "l2", "raw"]
 
 DATASETS = ("cora", "citeseer", "pubmed")
 SPLITS = ("public", "complete")
@@ -34,25 +34,30 @@ class Recipe:
     """One way to train.
 
     factors: None for none, "paper" for those of the paper's code, "dngd" for this project's (Monte-Carlo Fisher,
-    damping relative to the traces, unit scale; see dngd.optim.KFACPreconditioner). The preconditioned gradient goes to
-    the optimizer, as in the paper's code, and weight decay is added behind it. momentum: of sgd. damping: λ; of "dngd"
-    a share of A's trace, and damping_g a share of G's. period: steps between two refreshes. semi: the weight λ_u of the
-    other nodes in the last epoch, 0 for none; gamma: of its schedule; temperature: of soft labels, None: the arg-max.
-    features: "row" divides a node's features by their sum (if that is above 1), as the paper does; "raw" leaves them.
+    unit scale; see dngd.optim.KFACPreconditioner). The preconditioned gradient goes to the optimizer, as in the paper's
+    code, and weight decay is added behind it: to all weights or, with decay "first", to the first layer's. momentum: of
+    sgd. damping: λ; of "dngd" a multiple of A's mean eigenvalue (scale "mean") or a share of its trace ("trace"), and
+    damping_g one of G's. period: steps between two refreshes. semi: the weight λ_u of the other nodes in the last
+    epoch, 0 for none; gamma: of its schedule; temperature: of soft labels, None: the arg-max. smoothing: of the true labels.
+    features: "row" divides a node's features by their sum (if that is above 1), as the paper does, "l2" by their norm;
+    "raw" leaves them.
     """
 
     optimizer: Optimizer
     lr: float
     factors: Factors | None = None
     weight_decay: float = 0.0
+    decay: Literal["all", "first"] = "all"
     momentum: float = 0.9
     schedule: Literal["constant", "cosine"] = "constant"
     damping: float = 0.01
     damping_g: float = 0.1
+    scale: Literal["trace", "mean"] = "trace"
     period: int = 50
     semi: float = 0.0
     gamma: float = 1.0
     temperature: float | None = None
+    smoothing: float = 0.0
     hidden: int = 16
     num_layers: int = 2
     dropout: float = 0.5
