@@ -59,6 +59,7 @@ class PaperGraph:
             rows=_ROWS_AT_A_TIME,
         ).batch(0, 0, 0)
         assert batch.first_aggregation is not None
+        operator = _matrix(batch.propagations[0])
         row_of = torch.empty_like(batch.seeds)
         row_of[batch.seeds] = torch.arange(batch.seeds.numel())
         labels = store.labels[batch.seeds]
@@ -66,8 +67,8 @@ class PaperGraph:
             store,
             split.train.numel(),
             batch.first_aggregation,
-            ConstantMatrix(batch.first_aggregation),
-            ConstantMatrix(_matrix(batch.propagations[0])),
+            ConstantMatrix(operator, table[batch.seeds]),
+            ConstantMatrix(operator),
             labels,
             row_of[split.val],
             row_of[split.test],

@@ -38,9 +38,9 @@ class Recipe:
     code, and weight decay is added behind it: to all weights or, with decay "first", to the first layer's. momentum: of
     sgd. damping: λ; of "dngd" a multiple of A's mean eigenvalue (scale "mean") or a share of its trace ("trace"), and
     damping_g one of G's. period: steps between two refreshes. semi: the weight λ_u of the other nodes in the last
-    epoch, 0 for none; gamma: of its schedule; temperature: of soft labels, None: the arg-max. smoothing: of the true labels.
-    features: "row" divides a node's features by their sum (if that is above 1), as the paper does, "l2" by their norm;
-    "raw" leaves them.
+    epoch, 0 for none; gamma: of its schedule; temperature: of soft labels, None: the arg-max. smoothing: of the true
+    labels. features: "row" divides a node's features by their sum (if that is above 1), as the paper does, "l2" by their
+    norm; "raw" leaves them.
     """
 
     optimizer: Optimizer

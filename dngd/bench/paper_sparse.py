@@ -14,19 +14,20 @@ DENSEST = 0.4
 
 
 class ConstantMatrix:
-    """M, [r, d], multiplied as `M·x`; its transpose is kept beside it for the gradient `Mᵀ·g`."""
+    """M, [r, d], multiplied as `M·x`; transposes are kept for the gradient `Mᵀ·g`.
 
-    def __init__(self, matrix: Tensor | scipy.sparse.csr_matrix) -> None:
-        rows = scipy.sparse.csr_matrix(matrix)
-        is_sparse = rows.nnz <= DENSEST * rows.shape[0] * rows.shape[1]
-        dense = None if is_sparse else torch.from_numpy(rows.toarray())
-        self._forward = _compressed(rows) if dense is None else dense
-        self._backward = _compressed(rows.T.tocsr()) if dense is None else dense.t()
+    factors: M is their product, multiplied with one after another: `Â(X·w)` takes fewer operations than `(Â·X)w`, which
+    has more entries that are not zero.
+    """
+
+    def __init__(self, *factors: Tensor | scipy.sparse.csr_matrix) -> None:
+        self._factors = [_both_ways(scipy.sparse.csr_matrix(factor)) for factor in factors]
 
     def times(self, x: Tensor) -> Tensor:
         """Return `M·x`, [r, k], of x [d, k]."""
-        out: Tensor = _Product.apply(x, self._forward, self._backward)  # type: ignore[no-untyped-call]
-        return out
+        for factor in reversed(self._factors):
+            x = _Product.apply(x, *factor)  # type: ignore[no-untyped-call]
+        return x
 
     def enter(self, linear: nn.Linear) -> None:
         """Let a layer compute `M Wᵀ + b` from the compressed rows when it is called with M, and only with M.
@@ -35,17 +36,25 @@ class ConstantMatrix:
         """
 
         def product(rows: Tensor) -> Tensor:
-            assert rows.shape == self._forward.shape
+            assert rows.shape == (self._factors[0][0].shape[0], self._factors[-1][0].shape[1])
             return self.times(linear.weight.t()) + linear.bias
 
-        linear.forward = product  # type: ignore[method-assign]
+        linear.forward = product  # type: ignore[assignment, method-assign]
+
+
+def _both_ways(rows: scipy.sparse.csr_matrix) -> tuple[Tensor, Tensor]:
+    """Return a matrix and its transpose."""
+    if rows.nnz > DENSEST * rows.shape[0] * rows.shape[1]:
+        dense = torch.from_numpy(rows.toarray())
+        return dense, dense.t()
+    return _compressed(rows), _compressed(rows.T.tocsr())
 
 
 def _compressed(rows: scipy.sparse.csr_matrix) -> Tensor:
-    parts = (torch.from_numpy(part) for part in (rows.indptr, rows.indices, rows.data))
+    starts, columns, values = (torch.from_numpy(part) for part in (rows.indptr, rows.indices, rows.data))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says once that its compressed rows are a beta
-        return torch.sparse_csr_tensor(*parts, size=rows.shape)
+        return torch.sparse_csr_tensor(starts, columns, values, rows.shape)
 
 
 class _Product(torch.autograd.Function):
@@ -55,5 +64,5 @@ class _Product(torch.autograd.Function):
         return matrix @ x
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return ctx.transposed @ gradient, None, None

@@ -24,9 +24,10 @@ from dngd.train.losses import shard_loss, sharpened, unlabelled_share, unlabelle
 from dngd.train.optimizers import set_learning_rate
 from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
 
-WIDEST_DENSE, RANK = 640, 128
-"""Of A in this project's factors: what `dngd train` has by default."""
-FACTOR_PERIOD, DENSE_STEPS = 10, 20
+WIDEST_DENSE, RANK = 400, 64
+"""Of A in this project's factors. Directions whose eigenvalue is far below the damping are left as they are: few have to
+be known."""
+FACTOR_PERIOD, DENSE_STEPS, CHANGE_THRESHOLD = 10, 1, 0.01
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,7 @@ def _preconditioner(recipe: Recipe, model: GNN, seed: int) -> KFACPreconditioner
         unit_scale=True,
         factor_update_period=FACTOR_PERIOD,
         dense_steps=DENSE_STEPS,
+        change_threshold=CHANGE_THRESHOLD,
         layout=FactorLayout(WIDEST_DENSE, "low_rank", RANK),
         **shared,
     )
