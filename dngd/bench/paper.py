@@ -181,7 +181,9 @@ def _standing(outcomes: Sequence[Outcome]) -> tuple[float, float]:
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values)}
+    """Return mean, standard deviation, and the mean's standard error by it: of the seeds, not of the test nodes."""
+    deviation = statistics.stdev(values)
+    return {"mean": statistics.fmean(values), "std": deviation, "standard_error": deviation / math.sqrt(len(values))}
 
 
 def _finite(value: float) -> float | None:

@@ -25,8 +25,8 @@ from dngd.train.optimizers import set_learning_rate
 from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
 
 WIDEST_DENSE, RANK = 400, 64
-"""Of A in this project's factors. Directions whose eigenvalue is far below the damping are left as they are: few have to
-be known."""
+"""Of A in this project's factors. Directions whose eigenvalue is far below the damping stay as they are: few have to be
+known."""
 FACTOR_PERIOD, DENSE_STEPS, CHANGE_THRESHOLD = 10, 1, 0.01
 
 
@@ -74,6 +74,8 @@ class _Trainer:
         self._graph = graph
         self._recipe = recipe
         self._model = model
+        self._evaluated = _twin(graph, recipe, model) if recipe.average > 0 else model
+        """The model, or one of the running mean of its weights."""
         self._optimizer = optimizer_of(recipe, model)
         self._preconditioner = None if recipe.factors is None else _preconditioner(recipe, model, seed)
         self._train_labels = graph.labels[: graph.num_train]
@@ -83,11 +85,12 @@ class _Trainer:
     def run(self) -> Outcome:
         started = time.perf_counter()
         for epoch in range(self._recipe.epochs):
-            first = self._first_output()
+            first = self._first_output(self._model)
             prediction = self._evaluate(first, epoch)
             self._step(first, prediction, epoch)
+            self._average(epoch)
         with torch.no_grad():
-            self._evaluate(self._first_output(), self._recipe.epochs)
+            self._evaluate(self._first_output(self._model), self._recipe.epochs)
         lowest, highest = self._lowest, self._highest
         return Outcome(
             val_loss=lowest.val_loss,
@@ -103,15 +106,27 @@ class _Trainer:
         if self._preconditioner is not None:
             self._preconditioner.close()
 
-    def _first_output(self) -> Tensor:
-        out: Tensor = self._model.graph_layers()[0].linear(self._graph.first)
+    def _first_output(self, model: GNN) -> Tensor:
+        out: Tensor = model.graph_layers()[0].linear(self._graph.first)
         return out
 
     @torch.no_grad()
+    def _average(self, epoch: int) -> None:
+        if self._evaluated is self._model:
+            return
+        decay = min(self._recipe.average, (epoch + 1) / (epoch + 10))
+        for mean, weight in zip(self._evaluated.parameters(), self._model.parameters()):
+            mean.lerp_(weight, 1 - decay)
+
+    @torch.no_grad()
     def _evaluate(self, first: Tensor, epoch: int) -> Tensor:
-        """Return all nodes' logits without dropout, and keep the epoch's accuracies if its validation is the best."""
-        self._model.eval()
-        logits = self._graph.logits(self._model, first)
+        """Return all nodes' logits without dropout, by the weights or their mean, and keep the epoch's accuracies if
+        its validation is the best."""
+        evaluated = self._evaluated
+        if evaluated is not self._model:
+            first = self._first_output(evaluated)
+        evaluated.eval()
+        logits = self._graph.logits(evaluated, first)
         self._model.train()
         if epoch > 0:
             val, labels = self._graph.val, self._graph.labels
@@ -148,6 +163,13 @@ class _Trainer:
             num_samples=loss.divisor, factor_samples=num_train + share * num_others
         ):
             self._optimizer.step()
+
+
+def _twin(graph: PaperGraph, recipe: Recipe, model: GNN) -> GNN:
+    with torch.random.fork_rng(devices=[]):
+        twin = graph.model(recipe)
+    twin.load_state_dict(model.state_dict())
+    return twin
 
 
 def optimizer_of(recipe: Recipe, model: GNN) -> torch.optim.Optimizer:

@@ -156,6 +156,28 @@ def test_weight_decay_of_the_first_layer_alone(graph: PaperGraph) -> None:
     assert shares == {"all": [0.5, 0.5], "first": [0.5, 0.0]}
 
 
+def test_the_mean_of_the_weights_is_evaluated(graph: PaperGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the steps' weights w_0, w_1, w_2: m ← r·m + (1 - r)·w with r = min(average, t/(t + 9)), t = 1, 2."""
+    recipe = replace(SGD, lr=0.5, dropout=0.0, epochs=2)
+    seen: dict[float, list[torch.Tensor]] = {}
+    logits_of = PaperGraph.logits
+    for average in (0.0, 0.12):
+        seen[average] = []
+
+        def logits(self: PaperGraph, model: Any, first: torch.Tensor, average: float = average) -> torch.Tensor:
+            if not model.training:
+                seen[average].append(model.graph_layers()[0].linear.weight.detach().clone())
+            return logits_of(self, model, first)
+
+        monkeypatch.setattr(PaperGraph, "logits", logits)
+        train(graph, replace(recipe, average=average), 0)
+    start, first, second = seen[0.0]
+    mean = 0.1 * start + 0.9 * first
+    assert torch.allclose(seen[0.12][1], mean, atol=1e-6)
+    assert torch.allclose(seen[0.12][2], 0.12 * mean + 0.88 * second, atol=1e-6)
+    assert not torch.allclose(second, mean, atol=1e-4)
+
+
 def test_the_highest_accuracy_is_that_of_its_epoch(graph: PaperGraph) -> None:
     outcome = train(graph, replace(ADAM, epochs=30), 0)
     assert outcome.highest_val_accuracy >= outcome.val_accuracy
