@@ -181,7 +181,10 @@ ALIKE: dict[tuple[str, str], Grid] = {
     ("pubmed", "public"): [replace(ADAM, weight_decay=1e-3, **_SHARPENED)],
     ("cora", "complete"): [replace(_FLAT, lr=0.005, dropout=0.6, **_SHARPENED)],
     ("citeseer", "complete"): [replace(_FLAT, decay="first", **(_SHARPENED | {"semi": 0.5}))],
-    ("pubmed", "complete"): [replace(_FLAT, weight_decay=2e-5, dropout=0.3)],
+    ("pubmed", "complete"): [
+        replace(_FLAT, weight_decay=2e-5, dropout=0.3),
+        replace(ADAM, lr=0.02, weight_decay=2e-5),
+    ],
 }
 """Adam's own candidates, from the same search with as much time."""
 _WIDE_FLAT = replace(_COMPLETE, damping=300.0, features="l2", weight_decay=1e-3, average=0.95)
