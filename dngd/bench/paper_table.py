@@ -45,8 +45,8 @@ def _print_accuracies(result: Mapping[str, Any], console: Console) -> None:
             )
     console.print(table)
     console.print(
-        "Bold: above the paper's best. ± is the standard deviation over the seeds; their mean's standard error is a "
-        f"{seeds**0.5:.1f}th of it. That 500 other test nodes (complete) would give another accuracy comes on top: 1.3 "
+        "Bold: above the paper's best. ± is the standard deviation over the seeds; their mean's standard error is "
+        f"that over √{seeds}. That 500 other test nodes (complete) would give another accuracy comes on top: 1.3 "
         "points at 90 %, 1.8 at 80 %, for every row and for the paper's figures alike.",
         highlight=False,
     )
