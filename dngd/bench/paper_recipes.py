@@ -186,7 +186,7 @@ ALIKE: dict[tuple[str, str], Grid] = {
         replace(ADAM, lr=0.02, weight_decay=2e-5),
     ],
 }
-"""Adam's own candidates, from the same search with as much time."""
+"""Adam's own candidates, from a shorter search of the same kind."""
 _WIDE_FLAT = replace(_COMPLETE, damping=300.0, features="l2", weight_decay=1e-3, average=0.95)
 WIDE: dict[tuple[str, str], Grid] = {
     ("cora", "public"): [replace(_MUCH_DROPOUT, hidden=64)],
