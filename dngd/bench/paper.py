@@ -153,6 +153,7 @@ def _cell(options: PaperOptions, place: Place, workforce: Workforce) -> dict[str
                 ],
                 "test_accuracy": test,
                 "val_accuracy": _spread([100 * run.val_accuracy for run in runs]),
+                "test_accuracy_at_highest_val_accuracy": _spread([100 * run.test_accuracy_there for run in runs]),
                 "seconds": statistics.median(run.seconds for run in runs),
                 "passes_the_paper": test["mean"] > mean,
                 "runs": [
@@ -162,6 +163,8 @@ def _cell(options: PaperOptions, place: Place, workforce: Workforce) -> dict[str
                         "val_accuracy": 100 * run.val_accuracy,
                         "val_loss": _finite(run.val_loss),
                         "epoch": run.epoch,
+                        "highest_val_accuracy": 100 * run.highest_val_accuracy,
+                        "test_accuracy_at_highest_val_accuracy": 100 * run.test_accuracy_there,
                     }
                     for seed, run in enumerate(runs)
                 ],
@@ -178,7 +181,9 @@ def _standing(outcomes: Sequence[Outcome]) -> tuple[float, float]:
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values)}
+    """Return mean, standard deviation, and the mean's standard error by it: of the seeds, not of the test nodes."""
+    deviation = statistics.stdev(values)
+    return {"mean": statistics.fmean(values), "std": deviation, "standard_error": deviation / math.sqrt(len(values))}
 
 
 def _finite(value: float) -> float | None:

@@ -14,7 +14,7 @@ from dngd.bench.paper_training import Outcome
 from dngd.errors import UserError
 
 _FILE = "trainings.jsonl"
-_VERSION = 1
+_VERSION = 2
 """To be raised where the same recipe and seed train differently than before."""
 
 

@@ -37,18 +37,28 @@ def _print_accuracies(result: Mapping[str, Any], console: Console) -> None:
             table.add_section()
             group = row["group"]
         found = [cell["rows"][i] for cell in cells]
-        table.add_row(row["name"], *(_marked(of) for of in found))
+        table.add_row(row["name"], *(_marked(of["test_accuracy"], cell) for of, cell in zip(found, cells)))
+        if row["group"] != "table":
+            name = "test_accuracy_at_highest_val_accuracy"
+            table.add_row(
+                "  at its highest validation accuracy", *(_marked(of[name], cell) for of, cell in zip(found, cells))
+            )
     console.print(table)
-    console.print("Bold: above the paper's best. ± is the standard deviation over the seeds.", highlight=False)
+    console.print(
+        "Bold: above the paper's best. ± is the standard deviation over the seeds; their mean's standard error is "
+        f"that over √{seeds}. That 500 other test nodes (complete) would give another accuracy comes on top: 1.3 "
+        "points at 90 %, 1.8 at 80 %, for every row and for the paper's figures alike.",
+        highlight=False,
+    )
 
 
 def _figure(spread: Mapping[str, float]) -> str:
     return f"{spread['mean']:.2f} ± {spread['std']:.2f}"
 
 
-def _marked(row: Mapping[str, Any]) -> str:
-    text = _figure(row["test_accuracy"])
-    return f"[bold]{text}[/bold]" if row["passes_the_paper"] else text
+def _marked(spread: Mapping[str, float], cell: Mapping[str, Any]) -> str:
+    text = _figure(spread)
+    return f"[bold]{text}[/bold]" if spread["mean"] > cell["paper"]["mean"] else text
 
 
 def _print_seconds(seconds: Mapping[str, Any], console: Console) -> None:

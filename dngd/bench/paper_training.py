@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dngd.bench.paper_graph import PaperGraph
 from dngd.bench.paper_recipes import Recipe
@@ -24,21 +24,33 @@ from dngd.train.losses import shard_loss, sharpened, unlabelled_share, unlabelle
 from dngd.train.optimizers import set_learning_rate
 from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
 
-WIDEST_DENSE, RANK = 640, 128
-"""Of A in this project's factors: what `dngd train` has by default."""
-FACTOR_PERIOD, DENSE_STEPS = 10, 20
+WIDEST_DENSE, RANK = 400, 64
+"""Of A in this project's factors. Directions whose eigenvalue is far below the damping stay as they are: few have to be
+known."""
+FACTOR_PERIOD, DENSE_STEPS, CHANGE_THRESHOLD = 10, 1, 0.01
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """val_loss: the lowest; the accuracies (of 1) are those of its epoch, counted from 1. seconds: of the steps and
-    evaluations."""
+    """val_loss: the lowest; the accuracies (of 1) are those of its epoch, counted from 1. highest_val_accuracy: of all
+    epochs, and test_accuracy_there: of that epoch, the one of lowest loss if there are several. seconds: of the steps
+    and evaluations."""
 
     val_loss: float
     val_accuracy: float
     test_accuracy: float
     epoch: int
     seconds: float
+    highest_val_accuracy: float
+    test_accuracy_there: float
+
+
+@dataclass(frozen=True)
+class _Reading:
+    epoch: int
+    val_loss: float
+    val_accuracy: float
+    test_accuracy: float
 
 
 def train(graph: PaperGraph, recipe: Recipe, seed: int) -> Outcome:
@@ -62,43 +74,68 @@ class _Trainer:
         self._graph = graph
         self._recipe = recipe
         self._model = model
-        self._optimizer = _optimizer(recipe, model)
+        self._evaluated = _twin(graph, recipe, model) if recipe.average > 0 else model
+        """The model, or one of the running mean of its weights."""
+        self._optimizer = optimizer_of(recipe, model)
         self._preconditioner = None if recipe.factors is None else _preconditioner(recipe, model, seed)
         self._train_labels = graph.labels[: graph.num_train]
-        self._best = Outcome(math.inf, 0.0, 0.0, 0, 0.0)
+        self._lowest = _Reading(0, math.inf, 0.0, 0.0)
+        self._highest = self._lowest
 
     def run(self) -> Outcome:
         started = time.perf_counter()
         for epoch in range(self._recipe.epochs):
-            first = self._first_output()
+            first = self._first_output(self._model)
             prediction = self._evaluate(first, epoch)
             self._step(first, prediction, epoch)
+            self._average(epoch)
         with torch.no_grad():
-            self._evaluate(self._first_output(), self._recipe.epochs)
-        best = self._best
-        seconds = time.perf_counter() - started
-        return Outcome(best.val_loss, best.val_accuracy, best.test_accuracy, best.epoch, seconds)
+            self._evaluate(self._first_output(self._model), self._recipe.epochs)
+        lowest, highest = self._lowest, self._highest
+        return Outcome(
+            val_loss=lowest.val_loss,
+            val_accuracy=lowest.val_accuracy,
+            test_accuracy=lowest.test_accuracy,
+            epoch=lowest.epoch,
+            seconds=time.perf_counter() - started,
+            highest_val_accuracy=highest.val_accuracy,
+            test_accuracy_there=highest.test_accuracy,
+        )
 
     def close(self) -> None:
         if self._preconditioner is not None:
             self._preconditioner.close()
 
-    def _first_output(self) -> Tensor:
-        out: Tensor = self._model.graph_layers()[0].linear(self._graph.first)
+    def _first_output(self, model: GNN) -> Tensor:
+        out: Tensor = model.graph_layers()[0].linear(self._graph.first)
         return out
 
     @torch.no_grad()
+    def _average(self, epoch: int) -> None:
+        if self._evaluated is self._model:
+            return
+        decay = min(self._recipe.average, (epoch + 1) / (epoch + 10))
+        for mean, weight in zip(self._evaluated.parameters(), self._model.parameters()):
+            mean.lerp_(weight, 1 - decay)
+
+    @torch.no_grad()
     def _evaluate(self, first: Tensor, epoch: int) -> Tensor:
-        """Return all nodes' logits without dropout, and keep the epoch's accuracies if its loss is the lowest."""
-        self._model.eval()
-        logits = self._graph.logits(self._model, first)
+        """Return all nodes' logits without dropout, by the weights or their mean, and keep the epoch's accuracies if
+        its validation is the best."""
+        evaluated = self._evaluated
+        if evaluated is not self._model:
+            first = self._first_output(evaluated)
+        evaluated.eval()
+        logits = self._graph.logits(evaluated, first)
         self._model.train()
         if epoch > 0:
             val, labels = self._graph.val, self._graph.labels
             val_loss = float(F.cross_entropy(logits[val], labels[val]))
-            if val_loss < self._best.val_loss:
-                val_accuracy, test_accuracy = (self._accuracy(logits, rows) for rows in (val, self._graph.test))
-                self._best = Outcome(val_loss, val_accuracy, test_accuracy, epoch, 0.0)
+            val_accuracy, test_accuracy = (self._accuracy(logits, rows) for rows in (val, self._graph.test))
+            reading = _Reading(epoch, val_loss, val_accuracy, test_accuracy)
+            self._lowest = min(self._lowest, reading, key=lambda r: r.val_loss)
+            if math.isfinite(val_loss):
+                self._highest = max(self._highest, reading, key=lambda r: (r.val_accuracy, -r.val_loss))
         return logits
 
     def _accuracy(self, logits: Tensor, rows: Tensor) -> float:
@@ -118,7 +155,7 @@ class _Trainer:
                 soft_labels = sharpened(prediction[num_train:], recipe.temperature)
         else:
             logits = logits[:num_train]
-        loss = shard_loss(logits, self._train_labels, rule, soft_labels)
+        loss = shard_loss(logits, self._train_labels, rule, soft_labels, recipe.smoothing)
         if self._preconditioner is not None:
             self._preconditioner.observe(logits, weights=loss.weights)
         (loss.loss_sum / loss.divisor).backward()  # type: ignore[no-untyped-call]
@@ -128,14 +165,25 @@ class _Trainer:
             self._optimizer.step()
 
 
-def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    decay = recipe.weight_decay
+def _twin(graph: PaperGraph, recipe: Recipe, model: GNN) -> GNN:
+    with torch.random.fork_rng(devices=[]):
+        twin = graph.model(recipe)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def optimizer_of(recipe: Recipe, model: GNN) -> torch.optim.Optimizer:
+    """Return a recipe's optimizer, a parameter group a layer."""
+    first, *others = (list(layer.parameters()) for layer in model.graph_layers())
+    behind = recipe.weight_decay if recipe.decay == "all" else 0.0
+    groups = [{"params": first, "weight_decay": recipe.weight_decay}]
+    groups += [{"params": layer, "weight_decay": behind} for layer in others]
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=decay)
-    return torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=decay)
+        return torch.optim.Adam(groups, lr=recipe.lr)
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
 
 
-def _preconditioner(recipe: Recipe, model: nn.Module, seed: int) -> KFACPreconditioner:
+def _preconditioner(recipe: Recipe, model: GNN, seed: int) -> KFACPreconditioner:
     shared: dict[str, Any] = {"inverse_update_period": recipe.period, "max_dropped_steps": None, "seed": seed}
     if recipe.factors == "paper":
         # As its code does: measured and inverted every `period` steps, no average, √λ added to each.
@@ -155,11 +203,12 @@ def _preconditioner(recipe: Recipe, model: nn.Module, seed: int) -> KFACPrecondi
         model,
         fisher="monte_carlo",
         damping=recipe.damping,
-        damping_mode="relative",
+        damping_mode="mean" if recipe.scale == "mean" else "relative",
         damping_g_ratio=recipe.damping_g / recipe.damping,
         unit_scale=True,
         factor_update_period=FACTOR_PERIOD,
         dense_steps=DENSE_STEPS,
+        change_threshold=CHANGE_THRESHOLD,
         layout=FactorLayout(WIDEST_DENSE, "low_rank", RANK),
         **shared,
     )

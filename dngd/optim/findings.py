@@ -27,6 +27,10 @@ class Damping:
     mode: DampingMode
     g_ratio: float
 
+    def split(self, state: LayerState, a_diagonal: Tensor, g_diagonal: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (λ_A, λ_G) of a layer whose factors have these diagonals."""
+        return damping_split(a_diagonal, g_diagonal, self.value, self.mode, self.g_ratio, has_ones=state.has_ones)
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -101,7 +105,7 @@ class Findings:
             state.structure(which).diagonal(state.folded.sums(which)) / state.folded.counts[i]
             for i, which in enumerate("AG")
         ]
-        split = damping_split(diagonals[0], diagonals[1], damping.value, damping.mode, damping.g_ratio)
+        split = damping.split(state, *diagonals)
         for which, diagonal, lam in zip("AG", diagonals, split):
             is_damped = bears_rounding(float(lam), self._factor_wire, float(diagonal.sum()))
             out[which] = state.structure(which).bears_rounding and is_damped
@@ -122,7 +126,7 @@ class Findings:
             if averages is None:
                 continue
             diagonals = state.a.diagonal(averages[0]), state.g.diagonal(averages[1])
-            split = damping_split(*diagonals, damping.value, damping.mode, damping.g_ratio)
+            split = damping.split(state, *diagonals)
             for which, sums, diagonal, lam, old in zip("AG", averages, diagonals, map(float, split), state.damping):
                 structure = state.structure(which)
                 probe = structure.matvec(sums, _probe_vector(structure.dimension, sums[0]))

@@ -15,7 +15,8 @@ from dngd.optim.inverses import StoredInverse, Wanted
 class LayerState:
     """Everything the preconditioner keeps for one layer.
 
-    a, g: the factors' structures. unfolded: this rank's sums since the last launch; None on a single rank,
+    a, g: the factors' structures. has_ones: whether A's last row is the bias's 1. unfolded: this rank's sums since the
+    last launch; None on a single rank,
     where every sum is folded at once. folded: the sums over all ranks up to the last fold. decay: product
     of ρ since the last launch, which the next fold owes to `folded`. inverses: in use, by "A" and "G";
     launched_step: when their refresh was launched (-1: none yet). attempted_step: launch of the last
@@ -30,6 +31,7 @@ class LayerState:
     g: FactorStructure
     unfolded: FactorStatistics | None
     folded: FactorStatistics
+    has_ones: bool = False
     decay: float = 1.0
     inverses: dict[str, StoredInverse] = field(default_factory=dict)
     launched_step: int = -1

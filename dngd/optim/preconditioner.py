@@ -59,8 +59,9 @@ class KFACPreconditioner:
     model: linear layers of torch and PyG, graph convolutions of dngd, PyG and DGL, Embedding, BatchNorm and
         LayerNorm are preconditioned; other parameters keep their gradient and are named in one warning, or
         refused with `strict`. A module used twice has the rows of both uses; a weight shared by two modules is refused.
-    damping: λ > 0. damping_mode: "tikhonov" (√λ·π and √λ/π, in units of the loss's Fisher), "even" (√λ each)
-        or "relative" (λ·tr A and damping_g_ratio·λ·tr G, free of units). A LevenbergMarquardt adapts it.
+    damping: λ > 0. damping_mode: "tikhonov" (√λ·π and √λ/π, in units of the loss's Fisher), "even" (√λ each),
+        "relative" (λ·tr A and damping_g_ratio·λ·tr G, free of units) or "mean" (λ and damping_g_ratio·λ times their
+        mean eigenvalues, the bias's 1 in A aside). A LevenbergMarquardt adapts it.
     loss_reduction: whether the loss that is back-propagated is the seeds' "mean" or their "sum".
     fisher: "empirical" (the labels' own gradients), "monte_carlo" or "ggn", which need
         `pre.observe(outputs)` between forward and backward; see dngd.curvature.fisher. loss: what the outputs mean.
@@ -193,7 +194,7 @@ class KFACPreconditioner:
         alone = self.communicator.world_size == 1
         self.states = {
             layer.name: LayerState(
-                layer.a, layer.g, None if alone else layer.empty_statistics(), layer.empty_statistics()
+                layer.a, layer.g, None if alone else layer.empty_statistics(), layer.empty_statistics(), layer.has_ones
             )
             for layer in layers
         }

@@ -74,17 +74,22 @@ def sharpened(logits: Tensor, temperature: float) -> Tensor:
 
 
 def shard_loss(
-    logits: Tensor, labels: Tensor, unlabelled: UnlabelledWeight | None, soft_labels: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    unlabelled: UnlabelledWeight | None,
+    soft_labels: Tensor | None = None,
+    smoothing: float = 0.0,
 ) -> ShardLoss:
     """Return a shard's loss sum, its share of the divisor and its seeds' weights.
 
     logits: [n, classes]. labels: int64 [m], of the first m seeds; the other n - m are unlabelled and take their own
     prediction, as a constant. unlabelled: what each of these brings; None: there are none. soft_labels: [n - m,
-    classes], probabilities in place of the arg-max.
+    classes], probabilities in place of the arg-max. smoothing: the share of a labelled seed's target that all classes
+    get alike.
     Seeds of weight 0 take no part: they add no rounding, and a value that is not finite there stays without effect.
     """
     num_labelled = labels.shape[0]
-    loss_sum = F.cross_entropy(logits[:num_labelled], labels, reduction="sum")
+    loss_sum = F.cross_entropy(logits[:num_labelled], labels, reduction="sum", label_smoothing=smoothing)
     if unlabelled is None:
         assert logits.shape[0] == num_labelled, (logits.shape, labels.shape)
         return ShardLoss(loss_sum, num_labelled, None)

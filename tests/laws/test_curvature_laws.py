@@ -216,6 +216,10 @@ def law_precondition_is_the_damped_solve(seed: int, mode: str) -> None:
         elif mode == "tikhonov":
             pi = ((a.trace() / a.shape[0]) / (g.trace() / g.shape[0])) ** 0.5
             lambda_a, lambda_g = lam**0.5 * pi, lam**0.5 / pi
+        elif mode == "mean":
+            features = len(a) - 1  # and a 1 for the bias, the last
+            lambda_a = lam * a.diagonal()[:features].sum() / features
+            lambda_g = 10 * lam * g.trace() / len(g)
         else:
             lambda_a, lambda_g = lam * a.trace(), 10 * lam * g.trace()
         damped = torch.kron(
@@ -232,7 +236,7 @@ def law_precondition_is_the_damped_solve(seed: int, mode: str) -> None:
     pre.close()
 
 
-@pytest.mark.parametrize("mode", ["tikhonov", "relative", "even"])
+@pytest.mark.parametrize("mode", ["tikhonov", "relative", "mean", "even"])
 @pytest.mark.parametrize("seed", range(3))
 def test_precondition_is_the_damped_solve(seed: int, mode: str) -> None:
     law_precondition_is_the_damped_solve(seed, mode)

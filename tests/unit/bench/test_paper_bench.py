@@ -12,15 +12,18 @@ import torch
 
 import dngd
 from dngd import cli
-from dngd.bench import PaperOptions, paper, paper_work, run_paper_bench
+from dngd.bench import PaperOptions, paper, paper_training, paper_work, run_paper_bench
 from dngd.bench.paper_cache import Finished, training_key
 from dngd.bench.paper_graph import PaperGraph
 from dngd.bench.paper_recipes import ADAM, PAPER, ROWS, SGD, Recipe, Row
+from dngd.bench.paper_sparse import ConstantMatrix
 from dngd.bench.paper_training import Outcome, train
 from dngd.comm import LocalCommunicator
 from dngd.errors import UserError
 from dngd.graph import GraphStore
+from dngd.optim import KFACPreconditioner
 from dngd.train import TrainingLoop, prepare_run_folder
+from dngd.train.full_batch import outside
 from dngd.train.progress import SilentReporter
 
 SEMI = {"semi": 0.7, "gamma": 2.0}
@@ -94,12 +97,91 @@ def test_rows_that_sum_to_one(store: GraphStore, tmp_path: Path) -> None:
         num_classes=store.num_classes,
     )
     row, raw = (PaperGraph.make(positive, store.split("masks"), features) for features in ("row", "raw"))  # type: ignore[arg-type]
-    selves = row.operator.self_coefficients
-    assert selves is not None
-    sums = row.operator.neighbour_rows(torch.ones_like(row.first))[:, 0] + selves
+    sums = row.operator.times(torch.ones_like(row.first))[:, 0]
     assert torch.allclose(row.first.sum(dim=1), sums, atol=1e-5)
     assert bool((raw.first.sum(dim=1) > sums).all())
     assert torch.equal(row.labels[row.val], store.labels[store.split("masks").val])
+
+
+def test_rows_of_norm_one(store: GraphStore) -> None:
+    split = store.split("masks")
+    graph = PaperGraph.make(store, split, "l2")
+    order = torch.cat([split.train.sort().values, outside(split.train, store.num_nodes)])
+    wanted = graph.operator.times(torch.nn.functional.normalize(store.features[order], dim=1))
+    assert torch.allclose(graph.first, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_a_constant_matrix_is_its_dense_product(share: float) -> None:
+    """Compressed or not: values, gradients, and what K-FAC sees of a layer whose input it is."""
+    torch.manual_seed(0)
+    matrix = torch.randn(40, 12) * (torch.rand(40, 12) < share)
+    x = torch.randn(12, 3, requires_grad=True)
+    weights = torch.randn(40, 3)
+    (wanted,) = torch.autograd.grad(((matrix @ x) * weights).sum(), x)
+    swap = torch.eye(40)[torch.arange(39, -1, -1)]
+    product = ConstantMatrix(swap, swap @ matrix)
+    assert torch.allclose(product.times(x), matrix @ x, atol=1e-5)
+    (found,) = torch.autograd.grad((product.times(x) * weights).sum(), x)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    gradients = []
+    for enters in (False, True):
+        torch.manual_seed(1)
+        linear = torch.nn.Linear(12, 3)
+        if enters:
+            product.enter(linear)
+        preconditioner = KFACPreconditioner(linear, damping=300.0, damping_mode="mean", unit_scale=True)
+        torch.nn.functional.cross_entropy(linear(matrix), torch.arange(40) % 3).backward()
+        preconditioner.step(num_samples=40)
+        assert linear.weight.grad is not None
+        assert linear.bias.grad is not None
+        gradients.append(torch.cat([linear.weight.grad, linear.bias.grad[:, None]], dim=1))
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6)
+    plain = torch.nn.Linear(12, 3)
+    assert not torch.allclose(gradients[0], plain.weight.new_zeros(3, 13))
+
+
+def test_weight_decay_of_the_first_layer_alone(graph: PaperGraph) -> None:
+    recipe = replace(ADAM, weight_decay=0.5, epochs=5)
+    outcomes = [train(graph, replace(recipe, decay=decay), 0).val_loss for decay in ("all", "first")]  # type: ignore[arg-type]
+    assert outcomes[0] != outcomes[1]
+    model = graph.model(recipe)
+    shares = {
+        decay: [
+            group["weight_decay"]
+            for group in paper_training.optimizer_of(replace(recipe, decay=decay), model).param_groups
+        ]
+        for decay in ("all", "first")
+    }
+    assert shares == {"all": [0.5, 0.5], "first": [0.5, 0.0]}
+
+
+def test_the_mean_of_the_weights_is_evaluated(graph: PaperGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the steps' weights w_0, w_1, w_2: m ← r·m + (1 - r)·w with r = min(average, t/(t + 9)), t = 1, 2."""
+    recipe = replace(SGD, lr=0.5, dropout=0.0, epochs=2)
+    seen: dict[float, list[torch.Tensor]] = {}
+    logits_of = PaperGraph.logits
+    for average in (0.0, 0.12):
+        seen[average] = []
+
+        def logits(self: PaperGraph, model: Any, first: torch.Tensor, average: float = average) -> torch.Tensor:
+            if not model.training:
+                seen[average].append(model.graph_layers()[0].linear.weight.detach().clone())
+            return logits_of(self, model, first)
+
+        monkeypatch.setattr(PaperGraph, "logits", logits)
+        train(graph, replace(recipe, average=average), 0)
+    start, first, second = seen[0.0]
+    mean = 0.1 * start + 0.9 * first
+    assert torch.allclose(seen[0.12][1], mean, atol=1e-6)
+    assert torch.allclose(seen[0.12][2], 0.12 * mean + 0.88 * second, atol=1e-6)
+    assert not torch.allclose(second, mean, atol=1e-4)
+
+
+def test_the_highest_accuracy_is_that_of_its_epoch(graph: PaperGraph) -> None:
+    outcome = train(graph, replace(ADAM, epochs=30), 0)
+    assert outcome.highest_val_accuracy >= outcome.val_accuracy
+    assert 0.2 < outcome.test_accuracy_there <= 1
 
 
 def scripted(row_test_accuracy: float) -> Any:
@@ -108,7 +190,7 @@ def scripted(row_test_accuracy: float) -> Any:
 
     def train_at(place: Any, recipe: Recipe, seed: int) -> Outcome:
         val, test = known[recipe.lr]
-        return Outcome(1.0, val + seed / 100, test + seed / 100, 3, 1.0)
+        return Outcome(1.0, val + seed / 100, test + seed / 100, 3, 1.0, val, test)
 
     return train_at
 

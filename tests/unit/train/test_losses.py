@@ -24,6 +24,17 @@ def test_weights_and_divisors() -> None:
     assert (pooled.weight, pooled.divisor) == (0.5, 0.5)
 
 
+def test_smoothing_is_of_the_true_labels_alone() -> None:
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 2, 1])
+    rule = unlabelled_weight("two_means", 0.5, 3, 2)
+    soft = torch.full((2, 3), 1 / 3)
+    plain, smooth = (shard_loss(logits, labels, rule, soft, share).loss_sum for share in (0.0, 0.3))
+    targets = 0.7 * F.one_hot(labels, 3) + 0.1
+    labelled = -(targets * logits[:3].log_softmax(dim=1)).sum()
+    others = plain - F.cross_entropy(logits[:3], labels, reduction="sum")
+    assert torch.allclose(smooth, labelled + others)
+
+
 def test_plain_loss_is_the_sum_over_its_seeds() -> None:
     logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
     loss = shard_loss(logits, labels, None)
