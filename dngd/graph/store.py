@@ -36,6 +36,17 @@ from dngd.graph.writer import Progress, write_store
 class GraphStore:
     """A read-only graph on disk. Open with `GraphStore.open`, create with `GraphStore.write`.
 
+    >>> import tempfile, torch
+    >>> folder = tempfile.mkdtemp() + "/path"
+    >>> edges = torch.tensor([[0, 1, 2], [1, 2, 3]])
+    >>> GraphStore.write(folder, features=torch.eye(4), labels=[0, 0, 1, 1], edge_index=edges, add_reverse=True)
+    GraphStore(...)
+    >>> store = GraphStore.open(folder)
+    >>> store.num_nodes, store.num_edges, store.num_classes
+    (4, 6, 2)
+    >>> store.indices[store.indptr[1] : store.indptr[2]].tolist()  # the sources of the edges into node 1
+    [0, 2]
+
     Tensors view the files through private copy-on-write mappings: opening reads no array, processes share
     the pages, and writing to a tensor changes only this process's view, never the file.
     Pickling sends the path alone; the receiver opens it again.

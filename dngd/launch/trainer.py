@@ -36,11 +36,14 @@ from dngd.train.trained_model import load_trained
 class Trainer:
     """Trains what a TrainConfig describes, with a module, optimizer, loss, metric and callbacks of one's own if wanted.
 
-    ::
-
-        import dngd
-        result = dngd.Trainer(dngd.TrainConfig(dataset="products-mini", engine="local")).fit()
-        print(result.test_accuracy, result.run_dir)
+    >>> import dngd, tempfile
+    >>> config = dngd.TrainConfig(
+    ...     dataset="products-mini", engine="local", num_layers=2, hidden=32, batch_size=512, max_steps=20,
+    ...     run_dir=tempfile.mkdtemp() + "/run",
+    ... )
+    >>> result = dngd.Trainer(config, quiet=True).fit()
+    >>> result.steps, result.test_accuracy > 0.5
+    (20, True)
 
     config: the run.
     module: a torch.nn.Module over GraphBatch (see there, and PyGStack for PyG's layers), or a function of a GraphShape

@@ -23,10 +23,15 @@ def default_damping(
 ) -> RelativeDamping:
     """Return λ_A = 0.1/√n of tr A and λ_G = 0.5/C of tr G, n training samples and C classes.
 
-    `NaturalGradient(model, **default_damping(len(train_nodes), num_classes))`. What λ_A leaves to be fitted are
-    directions of the input that n labels can tell from noise: with few labels weaker damping fits the noise, with many
-    stronger damping only takes longer. G of a softmax over C classes has about C eigenvalues that matter, and tr G/C
-    is their mean: λ_G half as large evens them out only in part, alike for few classes and many.
+    >>> default_damping(num_samples=10_000, num_classes=5)
+    {'damping': 0.001, 'damping_g_ratio': 100.0}
+
+    Give them on as `NaturalGradient(model, **default_damping(len(train_nodes), num_classes))`.
+
+    What λ_A leaves to be fitted are directions of the input that n labels can tell from noise: with few labels weaker
+    damping fits the noise, with many stronger damping only takes longer. G of a softmax over C classes has about C
+    eigenvalues that matter, and tr G/C is their mean: λ_G half as large evens them out only in part, alike for few
+    classes and many.
 
     n unknown: λ_A = 1e-3. C unknown: λ_G/λ_A = 30. damping: λ_A itself; λ_G stays 0.5/C.
     """

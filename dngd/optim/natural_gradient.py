@@ -39,6 +39,14 @@ ADAM_EPSILON = 1e-8
 class NaturalGradient(torch.optim.Optimizer):
     """K-FAC in place of Adam: `optimizer = NaturalGradient(model)`, and `optimizer.step(num_samples=n)` after backward.
 
+    >>> from dngd.optim import default_damping
+    >>> model = torch.nn.Linear(3, 2)
+    >>> optimizer = NaturalGradient(model, **default_damping(num_samples=1000, num_classes=2))
+    >>> optimizer.zero_grad()
+    >>> torch.nn.functional.cross_entropy(model(torch.rand(8, 3)), torch.arange(8) % 2).backward()
+    >>> optimizer.step(num_samples=8)
+    >>> optimizer.preconditioner.close()
+
     update "mean_gradient": `m ← μm + (1-μ)∇`, `W ← W - η(v + w·W)`, v the preconditioned, KL-clipped m, divided by the
     weights that m sums (dngd.optim.KFACPreconditioner), μ the momentum, w the decoupled weight decay. The clip then
     bounds what the gradients have in common; of a single mini-batch's natural gradient most is noise.

@@ -44,11 +44,19 @@ from dngd.optim.state import load_preconditioner_state, preconditioner_state
 class KFACPreconditioner:
     """Replaces each layer's gradient by `(G + λ_G I)⁻¹ ∇W (A + λ_A I)⁻¹`, its natural gradient.
 
-    Use, in any loop of torch, PyG or DGL modules::
+    In any loop of torch, PyG or DGL modules:
 
-        pre = KFACPreconditioner(model)
-        ...
-        loss.backward(); pre.step(num_samples=len(seeds)); optimizer.step()
+    >>> model = torch.nn.Linear(3, 2)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> pre = KFACPreconditioner(model)
+    >>> loss = torch.nn.functional.cross_entropy(model(torch.rand(8, 3)), torch.arange(8) % 2)
+    >>> loss.backward()
+    >>> pre.step(num_samples=8)  # whether the step counts: False where a gradient is not finite
+    True
+    >>> optimizer.step()
+    >>> {name: (tuple(f.A.shape), tuple(f.G.shape)) for name, f in pre.factors().items()}
+    {'': ((4, 4), (2, 2))}
+    >>> pre.close()
 
     The factors are `A = (1/r) Σ m_i m_iᵀ` over the r input rows m_i that the loss reaches (a 1 appended for the
     bias; aggregated rows for graph convolutions) and `G = (1/n) Σ g_i g_iᵀ` over n seeds, g_i the gradient of

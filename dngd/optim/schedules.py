@@ -44,6 +44,10 @@ def learning_rate(
 class HyperbolicDecay:
     """A schedule that falls as `value / (1 + step / steps)`: half of the first value after `steps` steps.
 
+    >>> rate = HyperbolicDecay(0.3, steps=20)
+    >>> [round(rate(step), 3) for step in (0, 20, 40, 180)]
+    [0.3, 0.15, 0.1, 0.03]
+
     The rate that makes online natural gradient efficient falls as 1/t (Amari 1998); a bound of the squared step
     that falls so is its square root, which leaves enough where gradients keep changing.
     """
