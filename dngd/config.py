@@ -137,7 +137,7 @@ class TrainConfig(_Section):
     epochs: int = Field(10, ge=1, description="passes over the training nodes; another number on resuming also bends a cosine schedule and λ_u")
     max_steps: int | None = Field(None, ge=1, description="stop after this many steps")
     optimizer: Literal["kfac", "adam", "adamw", "sgd", "custom"] = Field("kfac", description="kfac: natural gradient; custom: one given to dngd.Trainer, which brings its rates and weight decay", json_schema_extra=IDENTITY)
-    lr: float | None = Field(None, gt=0, description="peak learning rate; null: 0.3 kfac (0.1 for task link and update=momentum), 0.01 adam and adamw, 0.1 sgd", json_schema_extra=IDENTITY)
+    lr: float | None = Field(None, gt=0, description="peak learning rate; null: 0.3 kfac with its falling schedule, else 0.1, 0.01 adam and adamw, 0.1 sgd", json_schema_extra=IDENTITY)
     lr_schedule: LearningRateKind | None = Field(None, description="cosine: to 0 over all steps of the run; hyperbolic: lr/(1 + step/lr_half_steps), however long the run; null: hyperbolic for kfac with update=mean_gradient and task node, else cosine", json_schema_extra=IDENTITY)
     lr_half_steps: float = Field(20.0, gt=0, description="hyperbolic: steps after which the rate is halved", json_schema_extra=IDENTITY)
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up", json_schema_extra=IDENTITY)
@@ -357,7 +357,7 @@ class TrainConfig(_Section):
             return self.lr
         if self.optimizer == "kfac" and self.kfac.update == "adam_eigenbasis":
             return 0.01
-        return {"kfac": 0.3 if self._rate_falls else 0.1, "adam": 0.01, "adamw": 0.01, "sgd": 0.1, "custom": 1.0}[self.optimizer]
+        return {"kfac": 0.3 if self._rate_falls and self.schedule == "hyperbolic" else 0.1, "adam": 0.01, "adamw": 0.01, "sgd": 0.1, "custom": 1.0}[self.optimizer]
 
     @property
     def schedule(self) -> LearningRateKind:

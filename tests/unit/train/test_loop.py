@@ -47,9 +47,9 @@ def run(configuration: dngd.TrainConfig) -> TrainingLoop:
     return made
 
 
-@pytest.mark.parametrize(("chosen", "used"), [(None, "hyperbolic"), ("cosine", "cosine")])
+@pytest.mark.parametrize(("chosen", "used", "peak"), [(None, "hyperbolic", 0.3), ("cosine", "cosine", 0.1)])
 def test_each_step_has_its_rate_its_seeds_and_mean_gradients(
-    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None, used: LearningRateKind
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None, used: LearningRateKind, peak: float
 ) -> None:
     seen: list[tuple[float, float, bool]] = []
     original = NaturalGradient.step
@@ -62,8 +62,8 @@ def test_each_step_has_its_rate_its_seeds_and_mean_gradients(
     num_train = len(store.split("masks").train)
     made = run(config(store, tmp_path / "run", batch_size=50, warmup_steps=2, lr_schedule=chosen, lr_half_steps=7))
     per_epoch = made.plan.steps_per_epoch
-    assert made.config.learning_rate == 0.3
-    rates = [learning_rate(step, 2 * per_epoch, 0.3, used, 2, 7) for step in range(2 * per_epoch)]
+    assert made.config.learning_rate == peak
+    rates = [learning_rate(step, 2 * per_epoch, peak, used, 2, 7) for step in range(2 * per_epoch)]
     assert [rate for rate, _, _ in seen] == rates
     sizes = [min(100, num_train - 100 * step) for step in range(per_epoch)]
     assert [n for _, n, _ in seen] == sizes * 2
