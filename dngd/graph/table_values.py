@@ -185,14 +185,17 @@ def feature_width(columns: NodeColumns, batches: Iterator[tuple[TableFile, int, 
 
 
 def list_width(name: str, batches: Iterator[tuple[TableFile, int, Any]]) -> int:
-    """Return the length of the lists of a column: of the first one."""
+    """Return the length of the lists of a column: of the first one that is not empty; 0 if there is none."""
+    import pyarrow.compute as pc
+
     for _, _, batch in batches:
         column = batch.column(name)
         fixed = getattr(column.type, "list_size", None)
         if fixed is not None:
             return int(fixed)
-        if len(column.drop_null()):
-            return len(column.drop_null()[0])
+        lengths = pc.list_value_length(column).drop_null().to_numpy(zero_copy_only=False)
+        if lengths.any():
+            return int(lengths[lengths.nonzero()[0][0]])
     return 0
 
 
@@ -260,7 +263,7 @@ def _label_lists(column: Any, width: int, what: str, first_row: int) -> Array:
     if len(bad):
         raise UserError(
             f"{what} has {int(lengths[bad[0]])} labels in row {first_row + int(bad[0])} but {width} in the first list "
-            f"({len(bad)} such rows of the {len(lengths)} from row {first_row} on); give each labelled node one entry "
+            f"with any ({len(bad)} such rows of the {len(lengths)} from row {first_row} on); give each labelled node one entry "
             "a class"
         )
     rows = np.full((len(column), width), np.nan)

@@ -167,6 +167,12 @@ def _plan(tables: _Tables, names: TableColumns) -> _Plan:
         width = feature_width(nodes, tables.nodes.batches(nodes.features, _NUMBER_BYTES << 10, types))
         if nodes.label is not None and nodes.label_is_list:
             num_labels = list_width(nodes.label, tables.nodes.batches([nodes.label], _NUMBER_BYTES << 10))
+            if num_labels < 2:
+                found = "no list with entries" if num_labels == 0 else "lists of one entry"
+                raise UserError(
+                    f"column {nodes.label} of {tables.nodes.shown} has {found}; give a list of 0 and 1 with an entry a "
+                    "class, a class number in the place of lists, or no such column for a graph without labels"
+                )
     return _Plan(tables.nodes, tables.edges, tables.name, tables.told, nodes, edges, kind, width, num_labels)
 
 

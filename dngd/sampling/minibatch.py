@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dngd.models.message_passing import Propagation
+from dngd.sampling.left_out import LeftOut
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class LayerGraph:
     degrees: int64 [num_dst], in-degree of each destination in the full graph, without edges that are excluded from
         the batch.
     edge_weight: float32 [num_edges], or None on a graph without weights.
-    dst_nodes: int64 [num_dst], global ids.
+    dst_nodes: int64 [num_dst], global ids. left_out: what excluded edges take from degrees, those of sources too.
 
     Edges stand in the order of their destination and, within it, of the draw: a function of the random
     seed alone. With all neighbours (fanout -1) that is the order in the graph.
@@ -54,6 +55,7 @@ class LayerGraph:
     edge_weight: Tensor | None
     dst_nodes: Tensor
     global_indices: bool
+    left_out: LeftOut | None = None
 
     @property
     def num_edges(self) -> int:

@@ -23,6 +23,7 @@ from dngd.models.message_passing import (
     mean_coefficients,
 )
 from dngd.sampling.cached_rows import host_part
+from dngd.sampling.left_out import LeftOut
 from dngd.sampling.minibatch import LayerGraph
 from dngd.sampling.topology import HasTopology
 
@@ -39,17 +40,34 @@ class LayerOperators:
         self.norm = node_norm(graph) if norm is None and aggregation == "gcn" else norm
 
     def propagation(
-        self, graph: LayerGraphLike, source_ids: Tensor, destination_ids: Tensor, destinations: Tensor | None
+        self,
+        graph: LayerGraphLike,
+        source_ids: Tensor,
+        destination_ids: Tensor,
+        destinations: Tensor | None,
+        left_out: LeftOut | None = None,
     ) -> Propagation:
         """Return one layer's operator.
 
         source_ids: global id of each edge's source, [num_edges]. destination_ids: global ids, [num_dst].
-        destinations: the destinations' rows in the source table, None if they are its first rows.
+        destinations: the destinations' rows in the source table, None if they are its first rows. left_out: what the
+        degrees lack.
         """
         if self.norm is None:
             return Propagation(graph.indptr, graph.indices, mean_coefficients(graph), None, destinations)
-        edges, selves = gcn_coefficients(graph, self.norm[source_ids], self.norm[destination_ids])
+        edges, selves = gcn_coefficients(
+            graph, self._norm_of(source_ids, left_out), self._norm_of(destination_ids, left_out)
+        )
         return Propagation(graph.indptr, graph.indices, edges, selves, destinations)
+
+    def _norm_of(self, nodes: Tensor, left_out: LeftOut | None) -> Tensor:
+        """Return d^(-1/2) of nodes, without the edges that are left out."""
+        assert self.norm is not None
+        norm = self.norm[nodes]
+        if left_out is None:
+            return norm
+        lost = left_out.weights_of(nodes)
+        return torch.where(lost == 0, norm, (norm.double().pow(-2) - lost).rsqrt().to(norm.dtype))
 
     def of_layers(self, layers: Sequence[LayerGraph]) -> tuple[Propagation, ...]:
         """Return the operators of layer graphs, input side first; their sources are global ids or the layer before."""
@@ -60,20 +78,21 @@ class LayerOperators:
                 operators.append(self.first(layer))
             else:
                 assert below is not None, "a layer graph behind none"
-                operators.append(self.propagation(layer, below.dst_nodes[layer.indices], layer.dst_nodes, None))
+                sources = below.dst_nodes[layer.indices]
+                operators.append(self.propagation(layer, sources, layer.dst_nodes, None, layer.left_out))
             below = layer
         return tuple(operators)
 
     def behind(self, layers: Sequence[LayerGraph]) -> tuple[Propagation, ...]:
         """Return the operators of all layer graphs but the first, whose rows are known already."""
         return tuple(
-            self.propagation(layer, below.dst_nodes[layer.indices], layer.dst_nodes, None)
+            self.propagation(layer, below.dst_nodes[layer.indices], layer.dst_nodes, None, layer.left_out)
             for below, layer in zip(layers, layers[1:])
         )
 
     def first(self, layer: LayerGraph) -> Propagation:
         """Return the input layer's operator, from the table of all nodes."""
-        return self.propagation(layer, layer.indices, layer.dst_nodes, layer.dst_nodes)
+        return self.propagation(layer, layer.indices, layer.dst_nodes, layer.dst_nodes, layer.left_out)
 
 
 class FirstRows:

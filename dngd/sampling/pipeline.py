@@ -22,6 +22,7 @@ from dngd.errors import TrainingError, UserError
 from dngd.graph.advice import read_randomly
 from dngd.models.message_passing import Aggregation
 from dngd.sampling.inline import inline_sampling_is_canonical, submit_to_sampling_thread
+from dngd.sampling.left_out import left_out_by
 from dngd.sampling.link_seeds import LinkSeeds
 from dngd.sampling.minibatch import BatchCoordinates, Drawn, LayerGraph, MiniBatch
 from dngd.sampling.operators import FirstRows, first_rows_of, node_norm
@@ -110,6 +111,7 @@ class SamplerPipeline:
         epoch, step = start
         if epoch < 0 or not 0 <= step < self.steps_per_epoch:
             raise UserError(f"start={tuple(start)} is not in this run; an epoch has {self.steps_per_epoch} steps")
+        self._graph = graph
         self._train_nodes = train_nodes
         self._run_seed = run_seed
         self._unlabelled = unlabelled
@@ -273,6 +275,10 @@ class SamplerPipeline:
         number = self._num_requested - len(self._pending)
         process = self._processes[number % len(self._processes)]
         drawn = process.answer(number, str(batch.coordinates))
+        if batch.excluded is not None:
+            # Two arrays of a few nodes: sooner computed again than sent.
+            left_out = left_out_by(self._graph.indptr, self._graph.edge_weight, batch.excluded)
+            drawn = drawn._replace(layers=tuple(replace(layer, left_out=left_out) for layer in drawn.layers))
         self._pending.popleft()
         return replace(batch, **drawn._asdict())
 

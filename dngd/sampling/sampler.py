@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from dngd.errors import UserError
 from dngd.sampling.dgl_import import import_dgl
+from dngd.sampling.left_out import left_out_by
 from dngd.sampling.minibatch import LayerGraph
 
 MAX_SEED = 2**31 - 1
@@ -97,12 +99,13 @@ class NeighborSampler:
         assert (seeds.dtype, seeds.dim()) == (torch.int64, 1), (seeds.dtype, seeds.shape)
         assert torch.unique(seeds).shape == seeds.shape, "seeds must be distinct"
         layers: list[LayerGraph] = []
+        left_out = left_out_by(self._indptr, self._edge_weight, excluded)
         with one_dgl_thread():
             self._dgl.seed(rng_seed)
             dst_nodes = seeds
             for layer in reversed(range(len(self.fanouts))):
                 drawn, src_nodes = self._sample_layer(dst_nodes, self.fanouts[layer], excluded, is_input=layer == 0)
-                layers.append(drawn)
+                layers.append(replace(drawn, left_out=left_out))
                 dst_nodes = src_nodes
         return tuple(reversed(layers))
 

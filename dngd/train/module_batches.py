@@ -88,13 +88,17 @@ class ModuleBatchBuilder:
 
     def _edges(self, graph: LayerGraph, indices: Tensor, sources: Tensor, move: Move) -> LayerEdges:
         destinations = torch.repeat_interleave(torch.arange(graph.num_dst), graph.indptr.diff())
-        weight = graph.edge_weight
+        weight, left_out = graph.edge_weight, graph.left_out
+        degrees, totals = self._degrees[sources], self._totals[sources]
+        if left_out is not None:
+            degrees = degrees - left_out.counts_of(sources).to(degrees.dtype)
+            totals = totals - left_out.weights_of(sources).to(totals.dtype)
         return LayerEdges(
             move(torch.stack([indices, destinations])),
             sources.numel(),
             graph.num_dst,
-            move(self._degrees[sources]),
-            move(self._totals[sources]),
+            move(degrees),
+            move(totals),
             None if weight is None else move(weight),
         )
 

@@ -127,7 +127,9 @@ def batch_size_of(config: TrainConfig, num_train: int) -> int:
     if labelled * config.shards > num_train:
         share = 1.0 if config.semi == "none" else 1 - config.semi_share
         largest = math.floor(num_train // config.shards / share)
-        fix = f"use --batch-size {largest} or less, or --batch-size full" if largest else "use fewer shards"
+        fix = f"use --batch-size {largest} or less" if largest else "use fewer shards"
+        if largest and config.task == "node":
+            fix += ", or --batch-size full"
         kind = "seeds (shards x batch_size)" if config.semi == "none" else "labelled seeds (shards x their share)"
         raise UserError(
             f"a step of {config.shards} x {labelled} {kind} is larger than the training set of {num_train} "

@@ -193,7 +193,7 @@ def test_what_cannot_be_predicted(
         ({"semi": "pooled"}, "semi=pooled does not go with task=link"),
         ({"class_weights": "balanced"}, "class_weights=balanced does not go with task=link"),
         ({"link_split": "0.5/0.5"}, "does not give three fractions"),
-        ({"batch_size": 3000}, "larger than the training set of [0-9]+ links; use --batch-size"),
+        ({"batch_size": 3000}, "larger than the training set of [0-9]+ links; use --batch-size [0-9]+ or less$"),
         ({"negatives": 0}, "negatives=0 is not valid"),
     ],
 )

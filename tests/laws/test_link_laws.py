@@ -23,11 +23,15 @@ from torch import Tensor, nn
 from dngd.comm import Communicator, FlatGradients, LocalCommunicator, shards_of_rank
 from dngd.graph import GraphStore, split_links
 from dngd.models import decoder
+from dngd.models.message_passing import aggregate_rows
 from dngd.optim import KFACPreconditioner, NaturalGradient, capture
 from dngd.sampling import LinkSeeds, NeighborSampler, SamplerPipeline, epoch_permutation
+from dngd.sampling.left_out import LeftOut
 from dngd.sampling.minibatch import BatchCoordinates, MiniBatch
+from dngd.sampling.operators import LayerOperators
 from dngd.sampling.schedule import shard_bounds
 from dngd.train import batch as batch_module
+from dngd.train.module_batches import ModuleBatchBuilder
 from tests.helpers.mutants import assert_caught
 from tests.helpers.thread_world import run_threads
 from tests.unit.graph.test_links import edges_of, write
@@ -105,6 +109,58 @@ def test_no_batch_sees_its_own_links(tmp_path: Path, fanouts: tuple[int, ...], i
     original = LinkSeeds._entries_of
     one_way = lambda self, pairs: original(self, pairs)[: len(pairs)]  # noqa: E731
     assert_caught(lambda: law_of_batches(store, fanouts), LinkSeeds, "_entries_of", one_way)
+
+
+def law_of_coefficients(graph: GraphStore, num_samplers: int, store: GraphStore) -> None:
+    """A batch's first and second aggregation are those of a GCN on the graph without the batch's links."""
+    num_nodes = graph.num_nodes
+    features = torch.randn(num_nodes, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    operators, modules = LayerOperators(graph, "gcn"), ModuleBatchBuilder(graph, features, torch.device("cpu"))
+    links, train = LinkSeeds(graph, 2, 5), split_links(store, "0.8/0.1/0.1", 1).train
+    with SamplerPipeline(
+        graph,
+        train,
+        (-1, -1),
+        5,
+        1,
+        20,
+        [0],
+        num_samplers=num_samplers,
+        links=links,
+    ) as batches:
+        for batch in (next(batches) for _ in range(4)):
+            own = own_links(batch)
+            dense = torch.eye(num_nodes, dtype=torch.float64)
+            for u, v in edges_of(graph):
+                dense[v, u] += (u, v) not in own
+            norm = dense.sum(dim=1).rsqrt()
+            hidden = norm[:, None] * dense * norm[None, :] @ features
+            wanted = (norm[:, None] * dense * norm[None, :] @ hidden)[batch.seeds]
+            first, second = operators.of_layers(batch.layers)
+            rows = aggregate_rows("gcn", features, first)
+            assert torch.allclose(rows, hidden[batch.layers[0].dst_nodes], rtol=1e-5, atol=1e-6)
+            assert torch.allclose(aggregate_rows("gcn", rows, second), wanted, rtol=1e-5, atol=1e-6)
+            assert torch.equal(operators.behind(batch.layers)[0].edge_coefficients, second.edge_coefficients)
+            graph_batch = modules.batch(batch).graph
+            assert graph_batch is not None
+            rows = graph_batch.x
+            for layer in graph_batch.layers:
+                (source, destination), coefficients = layer.gcn()
+                out = rows.new_zeros(layer.num_dst, 5)
+                rows = out.index_add_(0, destination, rows[source] * coefficients[:, None])
+            assert torch.allclose(rows, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_samplers", "is_directed"), [(0, True), (0, False), (1, False)])
+def test_degrees_do_not_tell_of_the_links_either(tmp_path: Path, num_samplers: int, is_directed: bool) -> None:
+    generator = np.random.default_rng(0)
+    edges = np.minimum(generator.geometric(0.08, (300, 2)) - 1, 39)
+    store = write(tmp_path / "g", edges, 40, add_reverse=not is_directed)
+    graph = split_links(store, "0.8/0.1/0.1", 1).graph
+    law = lambda: law_of_coefficients(graph, num_samplers, store)  # noqa: E731
+    unchanged = lambda self, nodes: torch.zeros_like(nodes)  # noqa: E731
+    assert_caught(law, LeftOut, "weights_of", unchanged)
+    assert_caught(law, LeftOut, "counts_of", unchanged)
 
 
 def test_batches_are_the_same_for_any_number_of_samplers_and_start(store: GraphStore) -> None:

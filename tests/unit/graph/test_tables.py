@@ -205,6 +205,20 @@ def test_several_labels_as_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert store.num_classes == 4
 
 
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ([None, [], []], "label of .* has no list with entries; "),
+        ([[1], [0], None], "label of .* has lists of one entry; "),
+        ([[], [0, 1], [1, 1]], "has 0 labels in row 0 but 2 in the first list with any"),
+    ],
+)
+def test_label_lists_that_are_none(tmp_path: Path, lists: list[list[int] | None], message: str) -> None:
+    table = node_table([0, 1, 2], label=pa.array(lists, pa.list_(pa.int8())))
+    with pytest.raises(UserError, match=message):
+        import_tables(small_set(tmp_path, table), tmp_path / "out")
+
+
 def test_label_columns_at_the_command_line(tmp_path: Path) -> None:
     nodes = node_table([10, 20, 30, 40], red=[0, 1, 1, None], green=[1, 1, 0, None], size=[1.0, 2.0, 3.0, 4.0])
     folder = small_set(tmp_path / "set", nodes, suffix="csv")

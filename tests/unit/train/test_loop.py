@@ -49,7 +49,12 @@ def run(configuration: dngd.TrainConfig) -> TrainingLoop:
 
 @pytest.mark.parametrize(("chosen", "used", "peak"), [(None, "hyperbolic", 0.3), ("cosine", "cosine", 0.1)])
 def test_each_step_has_its_rate_its_seeds_and_mean_gradients(
-    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None, used: LearningRateKind, peak: float
+    store: GraphStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    chosen: str | None,
+    used: LearningRateKind,
+    peak: float,
 ) -> None:
     seen: list[tuple[float, float, bool]] = []
     original = NaturalGradient.step
