@@ -263,8 +263,8 @@ def _label_lists(column: Any, width: int, what: str, first_row: int) -> Array:
     if len(bad):
         raise UserError(
             f"{what} has {int(lengths[bad[0]])} labels in row {first_row + int(bad[0])} but {width} in the first list "
-            f"with any ({len(bad)} such rows of the {len(lengths)} from row {first_row} on); give each labelled node one entry "
-            "a class"
+            f"with any ({len(bad)} such rows of the {len(lengths)} from row {first_row} on); give each labelled node "
+            "one entry a class"
         )
     rows = np.full((len(column), width), np.nan)
     rows[there] = numbers(column.flatten()).reshape(-1, width)
