@@ -244,6 +244,7 @@ def test_a_module_loss_and_metric_of_ones_own(store: GraphStore, tmp_path: Path)
     assert trainer.evaluate()["test"]["share_right"] == pytest.approx(result.test_accuracy, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_two_ray_workers_give_the_run_of_two_shards(cluster: Cluster, store: GraphStore, tmp_path: Path) -> None:
     flags = ["--task", "link", "--num-layers", "2", "--fanout", "5,5", "--hidden", "24", "--batch-size", "128"]
     common = ["train", "--dataset", str(store.path), *flags, "--epochs", "2", "--num-workers", "2"]
