@@ -17,7 +17,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from dngd.config import RayConfig
 from dngd.errors import UserError
-from dngd.launch.head import ask_head, check_versions, token_sentence
+from dngd.launch.head import ask_head, check_versions, noted_but_gone, token_sentence
 
 START_SECONDS = 45.0
 SCALING_SECONDS = 900.0
@@ -35,22 +35,25 @@ def connect(config: RayConfig, *, environment: dict[str, str]) -> bool:
     if ray.is_initialized():
         return False
     address = config.address or os.environ.get("RAY_ADDRESS") or None
+    if address is None and noted_but_gone() is not None:
+        address = "local"
     head = None if address is None else ask_head(address)
     if address is not None and head is not None:
         check_versions(address, head)
     try:
         # Dashboard and per-line driver logs only slow a local cluster's start.
-        extra: dict[str, Any] = {} if address else {"include_dashboard": False}
+        extra: dict[str, Any] = {} if address not in (None, "local") else {"include_dashboard": False}
         if environment:
             extra["runtime_env"] = {"env_vars": environment}
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **extra)
     except AuthenticationError as error:
         raise UserError(token_sentence(address or "this machine's address", str(error))) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
-        if address is None and isinstance(error, ValueError):
+        is_local = address in (None, "local")
+        if is_local and isinstance(error, ValueError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if address is None:
+        if is_local:
             raise UserError(
                 f"no Ray cluster could be joined or started on this machine ({reason}); if `ray status` shows none, "
                 "clear what one left with `ray stop`, or give a cluster's address with --address, or use --engine local"

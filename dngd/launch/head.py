@@ -21,6 +21,7 @@ CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 5.0
 LIMIT_SECONDS = 10.0
 RETRY_SECONDS = 0.5
+NOTED_SECONDS = 3.0
 
 PRIVATE_GONE = (ImportError, AttributeError)
 """What is raised where a version of Ray has its private parts elsewhere."""
@@ -74,6 +75,27 @@ def ask_head(address: str) -> Head | None:
     if not {"ray_version", "python_version"} <= metadata.keys():
         return None  # of a head that only starts, say
     return Head(metadata["ray_version"], metadata["python_version"])
+
+
+def noted_but_gone() -> str | None:
+    """Return the address that Ray noted as this machine's running cluster, if nobody listens there any more.
+
+    A cluster that was killed leaves its note, and `ray.init` without an address tries it for minutes.
+    """
+    try:
+        from ray._private.utils import read_ray_address
+
+        address = read_ray_address()
+    except PRIVATE_GONE:
+        return None
+    if not address:
+        return None
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=NOTED_SECONDS).close()
+    except (OSError, ValueError):
+        return str(address)
+    return None
 
 
 def check_versions(address: str, head: Head) -> None:

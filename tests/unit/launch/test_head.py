@@ -25,6 +25,7 @@ def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setattr("ray._private.utils.read_ray_address", lambda: "")  # whatever ran on this machine before
 
 
 class Failing(grpc.RpcError):  # type: ignore[misc]
@@ -133,3 +134,21 @@ def test_a_local_cluster_that_fails_is_told_in_a_sentence(
     monkeypatch.setattr(ray, "init", fail)
     with pytest.raises(UserError, match=r"on this machine \(could not connect\); if `ray status`"):
         cluster.connect(RayConfig(), environment={})
+
+
+def test_a_killed_cluster_of_this_machine_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's note of it stays; a local cluster is started in its place."""
+    asked: list[str | None] = []
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", lambda address, **_: asked.append(address))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        note = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr("ray._private.utils.read_ray_address", lambda: note)
+        assert head.noted_but_gone() is None
+        cluster.connect(RayConfig(), environment={})
+    assert head.noted_but_gone() == note
+    cluster.connect(RayConfig(), environment={})
+    for nothing in ("", "no address"):
+        monkeypatch.setattr("ray._private.utils.read_ray_address", lambda nothing=nothing: nothing)
+        assert head.noted_but_gone() == (nothing or None)
+    assert asked == [None, "local"]
