@@ -4,7 +4,7 @@ Import from here: `from dngd.optim import KFACPreconditioner, NaturalGradient`.
 """
 
 from dngd.curvature import FactorLayout, LossKind
-from dngd.optim.defaults import UNKNOWN_G_RATIO, default_damping
+from dngd.optim.defaults import default_damping
 from dngd.optim.footprint import Footprint, inverse_bytes_held, layer_footprint
 from dngd.optim.natural_gradient import NaturalGradient
 from dngd.optim.preconditioner import KFACPreconditioner
@@ -12,7 +12,6 @@ from dngd.optim.schedules import HyperbolicDecay, Period, Schedule, UpdateSchedu
 from dngd.optim.trust import LevenbergMarquardt
 
 __all__ = [
-    "UNKNOWN_G_RATIO",
     "FactorLayout",
     "Footprint",
     "HyperbolicDecay",

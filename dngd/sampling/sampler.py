@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from dngd.errors import UserError
 from dngd.sampling.dgl_import import import_dgl
-from dngd.sampling.left_out import left_out_by
+from dngd.sampling.left_out import LeftOut, left_out_by
 from dngd.sampling.minibatch import LayerGraph
 
 MAX_SEED = 2**31 - 1
@@ -104,13 +103,15 @@ class NeighborSampler:
             self._dgl.seed(rng_seed)
             dst_nodes = seeds
             for layer in reversed(range(len(self.fanouts))):
-                drawn, src_nodes = self._sample_layer(dst_nodes, self.fanouts[layer], excluded, is_input=layer == 0)
-                layers.append(replace(drawn, left_out=left_out))
+                drawn, src_nodes = self._sample_layer(
+                    dst_nodes, self.fanouts[layer], excluded, left_out, is_input=layer == 0
+                )
+                layers.append(drawn)
                 dst_nodes = src_nodes
         return tuple(reversed(layers))
 
     def _sample_layer(
-        self, dst_nodes: Tensor, fanout: int, excluded: Tensor | None, is_input: bool
+        self, dst_nodes: Tensor, fanout: int, excluded: Tensor | None, left_out: LeftOut | None, is_input: bool
     ) -> tuple[LayerGraph, Tensor]:
         """Return the layer graph into dst_nodes, and the global ids of its sources (none for the input)."""
         degrees = self._indptr[dst_nodes + 1] - self._indptr[dst_nodes]
@@ -118,8 +119,8 @@ class NeighborSampler:
         indptr = torch.zeros(dst_nodes.shape[0] + 1, dtype=torch.int64)
         torch.cumsum(counts, 0, out=indptr[1:])
         frontier, edge_ids = self._draw(dst_nodes, fanout, indptr)
-        if excluded is not None and excluded.numel():
-            degrees = degrees - self._count(excluded, dst_nodes)
+        if excluded is not None and left_out is not None:
+            degrees = degrees - left_out.counts_of(dst_nodes)
             frontier, edge_ids, indptr = self._without(excluded, frontier, edge_ids, indptr)
         if is_input:
             indices, _ = frontier.edges()
@@ -138,13 +139,9 @@ class NeighborSampler:
             edge_weight=None if self._edge_weight is None else self._edge_weight[edge_ids],
             dst_nodes=dst_nodes,
             global_indices=is_input,
+            left_out=left_out,
         )
         return graph, src_nodes
-
-    def _count(self, excluded: Tensor, dst_nodes: Tensor) -> Tensor:
-        """Return how many excluded entries each destination has."""
-        ends = torch.searchsorted(excluded, self._indptr[dst_nodes + 1])
-        return ends - torch.searchsorted(excluded, self._indptr[dst_nodes])
 
     def _without(self, excluded: Tensor, frontier: Any, edge_ids: Tensor, indptr: Tensor) -> tuple[Any, Tensor, Tensor]:
         """Return the sampled edges, their ids and rows without the excluded ones."""

@@ -11,7 +11,6 @@ from dngd.comm import Communicator
 from dngd.config import KFACConfig, TrainConfig
 from dngd.errors import UserError
 from dngd.optim import (
-    UNKNOWN_G_RATIO,
     FactorLayout,
     HyperbolicDecay,
     KFACPreconditioner,
@@ -161,9 +160,10 @@ def build_optimizer(
 
 def damping_in_use(kfac: KFACConfig, training_set: TrainingSet) -> tuple[float, float]:
     """Return λ and G's ratio. What is left open in relative mode is that of default_damping."""
-    if kfac.damping_mode != "relative":
-        return kfac.damping or 1e-2, kfac.damping_g_ratio or UNKNOWN_G_RATIO
-    usual = default_damping(*training_set, damping=kfac.damping)
+    if kfac.damping_mode == "relative":
+        usual = default_damping(*training_set, damping=kfac.damping)
+    else:
+        usual = default_damping(damping=kfac.damping or 1e-2)
     return usual["damping"], kfac.damping_g_ratio or usual["damping_g_ratio"]
 
 
