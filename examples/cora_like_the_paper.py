@@ -42,6 +42,8 @@ def main():
             batch_size="full",
             semi="two_means",
             weight_decay=5e-3,
+            lr_schedule="cosine",
+            kfac={"damping_g_ratio": 30},
             epochs=arguments.epochs,
             eval_period=5,
             seed=seed,
