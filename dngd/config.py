@@ -25,6 +25,9 @@ _CREDENTIALS_FIX = "leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCE
 MOST_SEEDS_EMPIRICAL = 1024
 """Seeds a shard up to which the empirical Fisher is the default."""
 
+AVERAGE_SHARE = 0.3
+"""The last part of the steps over which K-FAC's weights are averaged for evaluation."""
+
 
 LearningRateKind = Literal["constant", "cosine", "hyperbolic"]
 
@@ -49,7 +52,7 @@ class KFACConfig(_Section):
     factor_update_period: int = Field(10, ge=1, description="steps between factor steps", json_schema_extra=IDENTITY)
     inverse_update_period: int = Field(50, ge=1, description="steps between two refreshes of a layer", json_schema_extra=IDENTITY)
     eigenvalue_update_period: int = Field(10, ge=1, description="ekfac: steps between two corrections of the eigenvalues", json_schema_extra=IDENTITY)
-    dense_steps: int = Field(1, ge=0, description="first steps that are all factor steps; above 0, also those at powers of two, with new inverses from there on, in the first period", json_schema_extra=IDENTITY)
+    dense_steps: int = Field(4, ge=0, description="first steps in which all factors are measured and all inverses renewed; above 0, also from steps at powers of two on, in the first period", json_schema_extra=IDENTITY)
     inverse_delay: int = Field(0, ge=0, description="steps from a refresh's launch to its adoption; 0 waits at once", json_schema_extra=IDENTITY)
     change_threshold: float = Field(0.0, ge=0, description="a factor whose relative change since its inversion is at most this is not inverted again", json_schema_extra=IDENTITY)
     kl_clip: float | None = Field(3e-2, gt=0, description="κ, bound of η²·⟨natural gradient, gradient⟩, twice a step's predicted KL; null for none", json_schema_extra=IDENTITY)
@@ -146,6 +149,7 @@ class TrainConfig(_Section):
     patience: int | None = Field(None, ge=1, description="evaluations in a row without a better validation metric after which the run ends; null: never")
     weight_decay: float = Field(0.0, ge=0, description="decoupled for kfac and adamw, L2 for adam and sgd", json_schema_extra=IDENTITY)
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd", json_schema_extra=IDENTITY)
+    average_share: float | None = Field(None, ge=0, le=1, description="the weights that are evaluated and kept are the mean of those of about this last share of the steps; 0: the last step's; null: 0.3 for kfac on nodes in mini-batches, else 0", json_schema_extra=IDENTITY)
     kfac: KFACConfig = Field(default_factory=lambda: KFACConfig(), description="natural-gradient settings")
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, splits, batches, sampling, dropout", json_schema_extra=IDENTITY)
     engine: Literal["local", "ray"] = Field("ray", description="ray: Ray Train workers; local: this process")
@@ -360,6 +364,14 @@ class TrainConfig(_Section):
         return {"kfac": 0.3 if self._rate_falls and self.schedule == "hyperbolic" else 0.1, "adam": 0.01, "adamw": 0.01, "sgd": 0.1, "custom": 1.0}[self.optimizer]
 
     @property
+    def averaging(self) -> float:
+        """The share of the steps over whose last part the evaluated weights are averaged; 0: they are not."""
+        if self.average_share is not None:
+            return self.average_share
+        in_use = self.optimizer == "kfac" and self.task == "node" and self.batch_size != "full"
+        return AVERAGE_SHARE if in_use else 0.0
+
+    @property
     def schedule(self) -> LearningRateKind:
         """The learning rate's schedule in use."""
         if self.lr_schedule is not None:
@@ -384,9 +396,10 @@ class TrainConfig(_Section):
         flat = _flat_identity(self)
         flat |= {"fanout": list(self.fanouts), "num_shards": self.shards, "lr": self.learning_rate, "lr_schedule": self.schedule}
         flat["kfac.fisher"], flat["embedding"] = self.fisher, self.embedding_width
+        flat["average_share"] = self.averaging
         flat = {key: value for key, value in flat.items() if self._has_effect(key)}
         # Fields that came later: a run that leaves them alone is the run that it was before.
-        for name, usual in (("metric", "accuracy"), ("class_weights", None), ("task", "node")):
+        for name, usual in (("metric", "accuracy"), ("class_weights", None), ("task", "node"), ("average_share", 0.0)):
             if flat[name] == usual:
                 flat.pop(name)
         if self.optimizer != "kfac":

@@ -60,8 +60,10 @@ class Competitor:
             preconditioner.pipeline.drain()
 
     def state_bytes(self) -> int:
-        """Return the bytes of state held now: moments, and K-FAC's statistics and inverses."""
+        """Return the bytes of state held now: moments, K-FAC's statistics and inverses, and the weights' average."""
         size = tensor_bytes([dict(o.state) for o in self.torch_optimizers], exclude=self._parameters())
+        if self.step_optimizer.average is not None:
+            size += self.step_optimizer.average.nbytes
         preconditioner = self.step_optimizer.preconditioner
         return size if preconditioner is None else size + preconditioner.memory_bytes()
 

@@ -21,6 +21,7 @@ from dngd.optim import learning_rate
 from dngd.sampling import BatchCoordinates, MiniBatch, SamplerPipeline
 from dngd.sampling.inline import on_sampling_thread
 from dngd.train.batch import DeviceBatch
+from dngd.train.optimizers import evaluated_weights
 
 SETTLE_SECONDS = 0.03
 SETTLE_LIMIT_SECONDS = 60.0
@@ -142,7 +143,8 @@ class Run:
 
     def evaluate(self, scores: Callable[[GNN], dict[str, Scored]]) -> None:
         """Add a point to the curve, off the clock."""
-        found = scores(self.learner.model)
+        with evaluated_weights(self.learner.competitor.step_optimizer):
+            found = scores(self.learner.model)
         val, test = found["val"], found["test"]
         self.evaluations.append(
             {

@@ -4,6 +4,7 @@ Import from here: `from dngd.optim import KFACPreconditioner, NaturalGradient`.
 """
 
 from dngd.curvature import FactorLayout, LossKind
+from dngd.optim.averaging import WeightAverage
 from dngd.optim.defaults import default_damping
 from dngd.optim.footprint import Footprint, inverse_bytes_held, layer_footprint
 from dngd.optim.natural_gradient import NaturalGradient
@@ -22,6 +23,7 @@ __all__ = [
     "Period",
     "Schedule",
     "UpdateSchedule",
+    "WeightAverage",
     "default_damping",
     "inverse_bytes_held",
     "layer_footprint",

@@ -1,11 +1,11 @@
 """Checkpoints: written whole or not at all, verified before they are believed.
 
 A checkpoint is a folder `checkpoints/step-00000120/` with `state.json` (format version, position, sha256 of every
-other file), `model.safetensors`, `optimizer.safetensors`, and with curvature `curvature-shared.safetensors`
-and one `curvature-rank-K.safetensors` a rank. It is built in a hidden folder, flushed to disk, and renamed into
-place; a process killed at any moment, and a disk that is full, leave the last good one. Random states are not in it:
-every stream is derived from (run seed, epoch, step, shard), so the position says all. Only rank 0 touches the folder:
-the other ranks' parts travel through the communicator. Nothing in it is a pickle.
+other file), `model.safetensors`, `optimizer.safetensors`, `average.safetensors` where weights are averaged, and with
+curvature `curvature-shared.safetensors` and one `curvature-rank-K.safetensors` a rank. It is built in a hidden folder,
+flushed to disk, and renamed into place; a process killed at any moment, and a disk that is full, leave the last good
+one. Random states are not in it: every stream is derived from (run seed, epoch, step, shard), so the position says
+all. Only rank 0 touches the folder: the other ranks' parts travel through the communicator. Nothing in it is a pickle.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ STATE_NAME = "state.json"
 class Snapshot:
     """What a checkpoint holds.
 
-    position: plain numbers and texts of the loop. identity: the fields that define the run.
-    curvature: the preconditioner's state, "shared.*" and this rank's "local.*"; None without one.
-    best_model: the run's model.safetensors at that step (rank 0), so that a resumed run has its own best.
+    position: plain numbers and texts of the loop. identity: the fields that define the run. average: the weights'
+    mean; None without one. curvature: the preconditioner's state, "shared.*" and this rank's "local.*"; None without
+    one. best_model: the run's model.safetensors at that step (rank 0), so that a resumed run has its own best.
     On loading, `rank_curvatures` are the states of all the ranks that saved, in rank order.
     """
 
@@ -49,6 +49,7 @@ class Snapshot:
     optimizer: dict[str, Tensor]
     curvature: dict[str, Tensor] | None = None
     best_model: bytes | None = None
+    average: dict[str, Tensor] | None = None
     rank_curvatures: list[dict[str, Tensor]] = field(default_factory=list)
 
 
@@ -97,7 +98,11 @@ class CheckpointFolder:
         if shared is not None:
             shared = _copies({k: v for k, v in shared.items() if k.startswith("shared.")})
         copied = replace(
-            snapshot, model=_copies(snapshot.model), optimizer=_copies(snapshot.optimizer), curvature=shared
+            snapshot,
+            model=_copies(snapshot.model),
+            optimizer=_copies(snapshot.optimizer),
+            average=None if snapshot.average is None else _copies(snapshot.average),
+            curvature=shared,
         )
         return HostSnapshot(copied, rank_locals)
 
@@ -119,6 +124,8 @@ class CheckpointFolder:
             "model.safetensors": _to_bytes(snapshot.model),
             "optimizer.safetensors": _to_bytes(snapshot.optimizer),
         }
+        if snapshot.average is not None:
+            files["average.safetensors"] = _to_bytes(snapshot.average)
         if snapshot.curvature is not None:
             assert locals_by_rank is not None
             shared = {k: v for k, v in snapshot.curvature.items() if k.startswith("shared.")}
@@ -255,6 +262,7 @@ def _parse(files: dict[str, bytes]) -> Snapshot:
             identity=state["identity"],
             model=safetensors.torch.load(files["model.safetensors"]),
             optimizer=safetensors.torch.load(files["optimizer.safetensors"]),
+            average=safetensors.torch.load(files["average.safetensors"]) if "average.safetensors" in files else None,
             rank_curvatures=ranks,
             best_model=files.get("best-model.safetensors"),
         )

@@ -26,7 +26,7 @@ from dngd.errors import DivergedError, RunInterrupted, TrainingError, UserError
 from dngd.graph import GraphStore, Progress, Split
 from dngd.models import GNN
 from dngd.models.decoder import pair_logits
-from dngd.optim import learning_rate
+from dngd.optim import WeightAverage, learning_rate
 from dngd.sampling import derive_seed
 from dngd.train.batch import BatchSource, DeviceBatch
 from dngd.train.callbacks import Callbacks, RunState
@@ -47,6 +47,7 @@ from dngd.train.metrics import (
 from dngd.train.objective import make_objective
 from dngd.train.optimizers import (
     build_optimizer,
+    evaluated_weights,
     load_moments,
     moments,
     set_learning_rate,
@@ -154,7 +155,8 @@ class TrainingLoop:
                 config, self.model, communicator, self.objective.kind, training_set=training_set
             )
         else:
-            self.optimizer = wrap_optimizer(self.parts.optimizer(self.model))
+            average = WeightAverage(self.model, config.average_share) if config.average_share else None
+            self.optimizer = wrap_optimizer(self.parts.optimizer(self.model), average)
         self.gradients = FlatGradients(p for p in self.model.parameters() if p.requires_grad)
         self.checkpoints = CheckpointFolder(
             self.folder.checkpoints,
@@ -413,6 +415,12 @@ class TrainingLoop:
 
     def _evaluate(self) -> None:
         self._share_buffers()
+        with evaluated_weights(self.optimizer):
+            if self.optimizer.average is not None:
+                self._share_buffers()
+            self._evaluate_model()
+
+    def _evaluate_model(self) -> None:
         scores = self.evaluator.scores(self.model, self.split)
         record = EvaluationRecord(
             epoch=self.step / self.plan.steps_per_epoch,
@@ -507,6 +515,7 @@ class TrainingLoop:
                 identity=self.config.identity(),
                 model=dict(self.model.state_dict()),
                 optimizer=moments(self.optimizer.torch_optimizer),
+                average=None if self.optimizer.average is None else self.optimizer.average.state_dict(),
                 curvature=None if preconditioner is None else preconditioner.state_dict(),
                 best_model=self.best_model,
             )
@@ -535,6 +544,8 @@ class TrainingLoop:
             )
         load_weights(self.model, snapshot.model, f"the checkpoint of step {snapshot.step} in {self.folder.shown}")
         load_moments(self.optimizer.torch_optimizer, snapshot.optimizer)
+        if self.optimizer.average is not None:
+            self.optimizer.average.load_state_dict(snapshot.average or {})
         if self.optimizer.preconditioner is not None:
             self.optimizer.preconditioner.load_state_dict(*snapshot.rank_curvatures)
         if self.comm.rank == 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,6 +19,7 @@ from dngd.optim import (
     LossKind,
     NaturalGradient,
     Schedule,
+    WeightAverage,
     default_damping,
 )
 
@@ -62,14 +65,19 @@ class StepOptimizer(Protocol):
     def preconditioner(self) -> KFACPreconditioner | None:
         """The curvature, if the optimizer has any."""
 
+    @property
+    def average(self) -> WeightAverage | None:
+        """The weights' running mean, updated by each finite step, if they have one."""
+
 
 class FirstOrder:
     """Adam, AdamW or SGD of torch."""
 
     preconditioner = None
 
-    def __init__(self, torch_optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, torch_optimizer: torch.optim.Optimizer, average: WeightAverage | None = None) -> None:
         self.torch_optimizer = torch_optimizer
+        self.average = average
 
     def observe(self, outputs: Tensor, *, weights: Tensor | None, key: int) -> None:
         return None
@@ -77,13 +85,16 @@ class FirstOrder:
     def step(self, *, num_seeds_here: float, finite: bool, factor_samples: float | None = None) -> None:
         if finite:
             self.torch_optimizer.step()
+            if self.average is not None:
+                self.average.update()
 
 
 class SecondOrder:
     """NaturalGradient. The loop back-propagates sums, so captured gradients carry no 1/n."""
 
-    def __init__(self, natural_gradient: NaturalGradient) -> None:
+    def __init__(self, natural_gradient: NaturalGradient, average: WeightAverage | None = None) -> None:
         self.torch_optimizer = self._natural_gradient = natural_gradient
+        self.average = average
 
     @property
     def preconditioner(self) -> KFACPreconditioner:
@@ -96,6 +107,8 @@ class SecondOrder:
         self._natural_gradient.step(
             num_samples=num_seeds_here, finite=finite, mean_gradients=True, factor_samples=factor_samples
         )
+        if finite and self.average is not None:
+            self.average.update()
 
 
 def build_optimizer(
@@ -111,6 +124,7 @@ def build_optimizer(
     loss: whose Fisher is measured. training_set: what its damping follows, see default_damping.
     """
     lr, decay = config.learning_rate, config.weight_decay
+    average = WeightAverage(model, config.averaging) if config.averaging else None
     if config.optimizer == "kfac":
         kfac = config.kfac
         damping, g_ratio = damping_in_use(kfac, training_set)
@@ -148,14 +162,15 @@ def build_optimizer(
                 max_dropped_steps=None,  # the loop counts them itself
                 seed=config.seed,
                 communicator=communicator,
-            )
+            ),
+            average,
         )
     parameters = list(model.parameters())
     if config.optimizer == "adam":
-        return FirstOrder(torch.optim.Adam(parameters, lr=lr, weight_decay=decay))
+        return FirstOrder(torch.optim.Adam(parameters, lr=lr, weight_decay=decay), average)
     if config.optimizer == "adamw":
-        return FirstOrder(torch.optim.AdamW(parameters, lr=lr, weight_decay=decay))
-    return FirstOrder(torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay))
+        return FirstOrder(torch.optim.AdamW(parameters, lr=lr, weight_decay=decay), average)
+    return FirstOrder(torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay), average)
 
 
 def damping_in_use(kfac: KFACConfig, training_set: TrainingSet) -> tuple[float, float]:
@@ -186,7 +201,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get(OWN_RATE, 1.0)
 
 
-def wrap_optimizer(optimizer: object) -> FirstOrder:
+def wrap_optimizer(optimizer: object, average: WeightAverage | None = None) -> FirstOrder:
     """Return an optimizer of one's own for the loop; its groups' rates are what the schedule multiplies.
 
     Raises UserError if it is no torch optimizer, or a NaturalGradient, whose settings are the configuration's.
@@ -204,7 +219,7 @@ def wrap_optimizer(optimizer: object) -> FirstOrder:
     for group in optimizer.param_groups:
         group[OWN_RATE] = float(group.get("lr", 1.0))
         group[OWN_NUMBERS] = _numbers(group)
-    return FirstOrder(optimizer)
+    return FirstOrder(optimizer, average)
 
 
 def _numbers(group: dict[str, Any]) -> dict[str, Tensor]:
@@ -269,3 +284,13 @@ def _load_number(optimizer: torch.optim.Optimizer, place: str, value: Tensor) ->
     else:
         present = group.get(name)
         group[name] = value.to(present.device if isinstance(present, Tensor) else group["params"][0].device, copy=True)
+
+
+@contextmanager
+def evaluated_weights(optimizer: StepOptimizer) -> Iterator[None]:
+    """Have the weights that are evaluated in the model's place: their average, if there is one."""
+    if optimizer.average is None:
+        yield
+    else:
+        with optimizer.average.applied():
+            yield

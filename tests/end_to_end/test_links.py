@@ -98,9 +98,7 @@ def test_resume_equals_never_having_stopped(store: GraphStore, tmp_path: Path) -
     assert rest.best_val_accuracy == whole.best_val_accuracy
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     for change in ({"task": "node"}, {"link_split": "0.6/0.2/0.2"}, {"negatives": 2}, {"embedding": 5}):
-        with pytest.raises(
-            UserError, match=f"cannot resume with another .*{next(iter(change))}|another embedding=None"
-        ):
+        with pytest.raises(UserError, match=f"cannot resume with another .*({next(iter(change))}|embedding=None)"):
             fit(config(store, run, **(fields | {"resume": True} | change)))
 
 

@@ -179,8 +179,15 @@ dngd.Trainer(dngd.TrainConfig.from_yaml(__import__("pathlib").Path(sys.argv[1]))
 
 @pytest.mark.parametrize(
     ("point", "survive"),
-    # files a checkpoint: model, optimizer, shared curvature, one rank's, best model, state.json
-    [("write_flushed", 6), ("write_flushed", 9), ("write_flushed", 11), ("replace", 1), ("flush_folder", 3)],
+    # files a checkpoint: model, optimizer, average, shared curvature, one rank's, best model, state.json
+    [
+        ("write_flushed", 7),
+        ("write_flushed", 9),
+        ("write_flushed", 10),
+        ("write_flushed", 13),
+        ("replace", 1),
+        ("flush_folder", 3),
+    ],
 )
 def test_kill_during_a_checkpoint_write(store: GraphStore, tmp_path: Path, point: str, survive: int) -> None:
     """SIGKILL in the middle of the second checkpoint; --resume goes on from a good one, on the same curve."""

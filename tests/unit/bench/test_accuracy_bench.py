@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -102,7 +103,8 @@ def test_sampled_runs_do_equal_work_in_turns(store: GraphStore, monkeypatch: pyt
 
 
 def test_evaluation_is_off_the_clock() -> None:
-    learner = cast(Learner, type("Stub", (), {"model": None}))
+    step_optimizer = SimpleNamespace(average=None)
+    learner = cast(Learner, SimpleNamespace(model=None, competitor=SimpleNamespace(step_optimizer=step_optimizer)))
     run = Run(Setting("adam", "adam", 0.01), config(), learner, cast(FullFeed, None), 1, seconds=2.0, idle_seconds=0.5)
     scores = {"val": Scored(float("nan"), 0.5, 0.75), "test": Scored(1.0, 0.25, 0.5)}
     run.evaluate(lambda _: scores)

@@ -38,7 +38,7 @@ def test_warm_up_then_constant() -> None:
 def test_every_layer_is_refreshed_once_a_period(period: int, num_layers: int, dense_steps: int) -> None:
     schedule = UpdateSchedule(10, period, dense_steps)
     assert schedule.layers_due(0, num_layers) == list(range(num_layers))
-    for start in (period, 5 * period):
+    for start in (-(-max(period, dense_steps) // period) * period, 50 * period):
         due = [layer for step in range(start, start + period) for layer in schedule.layers_due(step, num_layers)]
         assert sorted(due) == list(range(num_layers))
         if period >= num_layers:
@@ -46,11 +46,12 @@ def test_every_layer_is_refreshed_once_a_period(period: int, num_layers: int, de
 
 
 def test_dense_at_first() -> None:
-    schedule = UpdateSchedule(10, 50, 20)
-    assert [step for step in range(41) if schedule.is_factor_step(step)] == [*range(20), 20, 30, 32, 40]
-    assert [step for step in range(50) if schedule.layers_due(step, 2) == [0, 1]] == [0]
-    assert [step for step in range(50) if schedule.layers_due(step, 2) == [0]] == [2, 4, 8, 16, 32]
-    assert [step for step in range(50) if schedule.layers_due(step, 2) == [1]] == [3, 5, 9, 17, 25, 33]
+    schedule = UpdateSchedule(10, 50, 6)
+    assert [step for step in range(41) if schedule.is_factor_step(step)] == [*range(6), 8, 10, 16, 20, 30, 32, 40]
+    assert [step for step in range(50) if schedule.layers_due(step, 2) == [0, 1]] == [*range(6)]
+    assert [step for step in range(50) if schedule.layers_due(step, 2) == [0]] == [8, 16, 32]
+    assert [step for step in range(50) if schedule.layers_due(step, 2) == [1]] == [9, 17, 25, 33]
+    assert [step for step in range(50) if UpdateSchedule(10, 50, 1).layers_due(step, 2)][:5] == [0, 2, 3, 4, 5]
     assert [step for step in range(50) if UpdateSchedule(10, 50, 0).layers_due(step, 2)] == [0, 25]
 
 
