@@ -52,7 +52,7 @@ class KFACConfig(_Section):
     factor_update_period: int = Field(10, ge=1, description="steps between factor steps", json_schema_extra=IDENTITY)
     inverse_update_period: int = Field(50, ge=1, description="steps between two refreshes of a layer", json_schema_extra=IDENTITY)
     eigenvalue_update_period: int = Field(10, ge=1, description="ekfac: steps between two corrections of the eigenvalues", json_schema_extra=IDENTITY)
-    dense_steps: int = Field(4, ge=0, description="first steps in which all factors are measured and all inverses renewed; above 0, also from steps at powers of two on, in the first period", json_schema_extra=IDENTITY)
+    dense_steps: int = Field(1, ge=0, description="first steps that are all factor steps; above 0, also those at powers of two, with new inverses from there on, in the first period", json_schema_extra=IDENTITY)
     inverse_delay: int = Field(0, ge=0, description="steps from a refresh's launch to its adoption; 0 waits at once", json_schema_extra=IDENTITY)
     change_threshold: float = Field(0.0, ge=0, description="a factor whose relative change since its inversion is at most this is not inverted again", json_schema_extra=IDENTITY)
     kl_clip: float | None = Field(3e-2, gt=0, description="κ, bound of η²·⟨natural gradient, gradient⟩, twice a step's predicted KL; null for none", json_schema_extra=IDENTITY)

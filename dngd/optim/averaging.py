@@ -20,15 +20,17 @@ class WeightAverage:
 
     After the t-th update, t = 0, 1, ...:
 
-        w̄ ← w̄ + (w - w̄) / (1 + share·t)
+        w̄ ← w̄ + (w - w̄) / (1 + share · max(0, t - begin))
 
-    which is polynomial-decay averaging (Shamir & Zhang 2013, arXiv 1212.1824, with η = 1/share - 1): the weights after
-    step s count as `s^η`, so that the mean's age is `share/(1 + share)` of the steps, however many they are. share = 1
-    is the plain mean of all. Floating-point buffers (running means of a BatchNorm) are averaged, too; others stay the
-    last step's. The mean is kept in each entry's own type and on its device: one more copy of the module.
+    which is polynomial-decay averaging (Shamir & Zhang 2013, arXiv 1212.1824, with η = 1/share - 1) from the step
+    `begin` on; up to there the mean is the last step's weights, which move too far for a mean to help. The weights
+    after step s count about as `s^η`, so that the mean's age comes to `share/(1 + share)` of the steps, however many
+    they are. share = 1 and begin = 0 is the plain mean of all. Floating-point buffers (running means of a BatchNorm)
+    are averaged, too; others stay the last step's. The mean is kept in each entry's own type and on its device: one
+    more copy of the module.
 
     >>> net = nn.Linear(1, 1, bias=False)
-    >>> average = WeightAverage(net, share=0.5)
+    >>> average = WeightAverage(net, share=0.5, begin=0)
     >>> for value in (1.0, 4.0, 4.0):
     ...     _ = net.weight.data.fill_(value)
     ...     average.update()
@@ -39,10 +41,13 @@ class WeightAverage:
     4.0
     """
 
-    def __init__(self, module: nn.Module, share: float = 0.3) -> None:
+    def __init__(self, module: nn.Module, share: float = 0.3, begin: int = 5) -> None:
         if not 0 < share <= 1:
             raise UserError(f"share={share} is no share of the steps; give a number above 0, at most 1")
+        if begin < 0:
+            raise UserError(f"begin={begin} is no number of steps; give one of at least 0")
         self.share = share
+        self.begin = begin
         self.steps = 0
         self._module = module
         self._mean = {name: tensor.clone() for name, tensor in self._current().items()}
@@ -55,7 +60,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Take the weights of the step that has ended into the mean."""
-        weight = 1.0 / (1.0 + self.share * self.steps)
+        weight = 1.0 / (1.0 + self.share * max(0, self.steps - self.begin))
         torch._foreach_lerp_(list(self._mean.values()), list(self._current().values()), weight)
         self.steps += 1
 

@@ -90,7 +90,7 @@ class NaturalGradient(torch.optim.Optimizer):
         factor_update_period: Period = 10,
         inverse_update_period: Period = 50,
         eigenvalue_update_period: Period = 10,
-        dense_steps: int = 4,
+        dense_steps: int = 1,
         inverse_delay: int = 0,
         change_threshold: float = 0.0,
         weight_sharing: WeightSharing = "expand",

@@ -76,7 +76,7 @@ class KFACPreconditioner:
     variant: "dngd", or "paper" for the factors of the method's published code; see dngd.optim.capture.Variant.
     method: "kfac", "ekfac" (eigenvalues corrected every eigenvalue_update_period steps), or "rotate".
     factor_decay: ρ in [0, 1) per factor step. factor_update_period, inverse_update_period: in steps.
-    dense_steps: in this many first steps all factors and inverses are renewed; afterwards also from powers of two on.
+    dense_steps: this many first steps are all factor steps, and inverses are renewed from powers of two on.
     inverse_delay: steps between the launch of a refresh and its adoption by all ranks; 0 waits at once.
     change_threshold: a factor whose relative change since its inversion is at most this is not inverted again.
     unit_scale: multiply each layer's direction by λ_A·λ_G, `(I + G/λ_G)⁻¹ ∇W (I + A/λ_A)⁻¹`: it shortens the gradient
@@ -128,7 +128,7 @@ class KFACPreconditioner:
         factor_update_period: Period = 10,
         inverse_update_period: Period = 100,
         eigenvalue_update_period: Period = 10,
-        dense_steps: int = 4,
+        dense_steps: int = 20,
         inverse_delay: int = 0,
         change_threshold: float = 0.0,
         unit_scale: bool = False,

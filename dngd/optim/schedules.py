@@ -63,12 +63,13 @@ class HyperbolicDecay:
 class UpdateSchedule:
     """When factors are measured and when inverses are renewed; a pure function of the step.
 
-    factor_update_period: steps between factor steps. inverse_update_period: steps between two refreshes of a layer;
-    layer i of L has its turn at steps congruent to `i·period // L`. Curvature moves fast at first, so each of the first
-    dense_steps steps is a factor step and refreshes all layers (step 0 does in any case: there is nothing else to
-    precondition with); and with dense_steps > 0 there are also rounds from steps 2^k on (L <= 2^k, within the first
-    period), layer i at `2^k + i`, and the steps 2^k are factor steps. No other step refreshes two layers, if L is at
-    most the period. Both periods may be functions of the step.
+    factor_update_period: steps between factor steps after the first dense_steps steps, in which
+    every step is one. inverse_update_period: steps between two refreshes of a layer; layer i of L has its
+    turn at steps congruent to `i·period // L`. Curvature moves fast at first, so with dense_steps > 0
+    there are also rounds from steps 2^k on (within the first period), layer i at `2^k + i`, and the steps 2^k are
+    factor steps. A round that the next one would cut short (2^k < L) refreshes all layers at once, as step 0 does:
+    there is nothing else to precondition with, and what was measured of an untrained network is of no use for long. No
+    other step refreshes two layers, if L is at most the period. Both periods may be functions of the step.
     """
 
     factor_update_period: Period
@@ -89,12 +90,15 @@ class UpdateSchedule:
 
     def layers_due(self, step: int, num_layers: int) -> list[int]:
         """Return the positions of the layers whose inverses are renewed at this step."""
-        if step < max(1, self.dense_steps):
+        if step == 0:
             return list(range(num_layers))
         period = period_at(self.inverse_update_period, step)
         if self._is_early(step):
             start = 1 << (step.bit_length() - 1)
-            if start >= num_layers and step - start < num_layers:
+            if start < num_layers:
+                if step == start:
+                    return list(range(num_layers))
+            elif step - start < num_layers:
                 return [step - start]
         return [i for i in range(num_layers) if step % period == i * period // num_layers]
 

@@ -55,8 +55,7 @@ def after_two_steps(
     net: nn.Module, x: Tensor, y: Tensor, **options: Any
 ) -> tuple[KFACPreconditioner, dict[str, Tensor]]:
     """A preconditioner after two steps on one batch (the first finds the basis), and the second step's gradients."""
-    once: dict[str, Any] = {"dense_steps": 1, "eigenvalue_update_period": 1}
-    pre = KFACPreconditioner(net, method="ekfac", factor_decay=0.0, **once, **options)
+    pre = KFACPreconditioner(net, method="ekfac", factor_decay=0.0, eigenvalue_update_period=1, **options)
     gradients = {}
     for _ in range(2):
         net.zero_grad()

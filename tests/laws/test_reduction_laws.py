@@ -260,7 +260,7 @@ def law_a_layer_that_one_rank_never_uses() -> None:
             nn.init.normal_(parameter, generator=generator)
             parameter.grad = torch.zeros_like(parameter)
         pre = KFACPreconditioner(
-            net, loss_reduction="sum", method="ekfac", eigenvalue_update_period=1, dense_steps=1, communicator=comm
+            net, loss_reduction="sum", method="ekfac", eigenvalue_update_period=1, communicator=comm
         )
         for step in range(2):
             here = 0

@@ -33,17 +33,18 @@ def train(net: nn.Module, average: WeightAverage, steps: int) -> list[dict[str, 
 
 
 @settings(deadline=None)
-@given(st.floats(0.05, 1.0), st.integers(1, 12))
-def test_the_mean_is_the_products_written_out(share: float, steps: int) -> None:
+@given(st.floats(0.05, 1.0), st.integers(0, 5), st.integers(1, 12))
+def test_the_mean_is_the_products_written_out(share: float, begin: int, steps: int) -> None:
     net = module()
-    average = WeightAverage(net, share)
+    average = WeightAverage(net, share, begin)
     seen = train(net, average, steps)
-    # Step s keeps 1/(1 + share·s) of itself, and of that each later step t leaves 1 - 1/(1 + share·t).
+    # Step s keeps 1/(1 + share·(s - begin)) of itself, of which each later step t leaves 1 - 1/(1 + share·(t - begin)).
+    taken = [1 / (1 + share * max(0, t - begin)) for t in range(steps)]
     weights = []
     for s in range(steps):
-        weight = 1 / (1 + share * s)
+        weight = taken[s]
         for t in range(s + 1, steps):
-            weight *= 1 - 1 / (1 + share * t)
+            weight *= 1 - taken[t]
         weights.append(weight)
     assert sum(weights) == pytest.approx(1)
     with average.applied():
@@ -59,7 +60,7 @@ def test_the_mean_is_the_products_written_out(share: float, steps: int) -> None:
 def test_a_share_of_one_is_the_plain_mean_and_the_age_is_as_said() -> None:
     net = nn.Linear(1, 1, bias=False).double()
     for share in (1.0, 0.5, 0.25):
-        average = WeightAverage(net, share)
+        average = WeightAverage(net, share, begin=7)
         steps = 4000
         for step in range(steps):
             net.weight.data.fill_(float(step))
@@ -71,7 +72,7 @@ def test_a_share_of_one_is_the_plain_mean_and_the_age_is_as_said() -> None:
 
 def test_the_module_has_its_own_weights_again_bit_for_bit() -> None:
     net = module()
-    average = WeightAverage(net, 0.3)
+    average = WeightAverage(net, 0.3, begin=2)
     train(net, average, 5)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     places = [parameter.data_ptr() for parameter in net.parameters()]
@@ -89,7 +90,7 @@ def test_the_module_has_its_own_weights_again_bit_for_bit() -> None:
 
 def test_what_is_changed_meanwhile_is_changed_in_the_mean() -> None:
     net = module()
-    average = WeightAverage(net, 0.3)
+    average = WeightAverage(net, 0.3, begin=0)
     train(net, average, 3)
     own = net[1].running_mean.clone()
     with average.applied():
@@ -110,12 +111,12 @@ def test_before_the_first_step_there_is_nothing_to_average() -> None:
 
 def test_a_state_goes_on_bitwise() -> None:
     net, other = module(), module()
-    average = WeightAverage(net, 0.3)
+    average = WeightAverage(net, 0.3, begin=2)
     train(net, average, 4)
     saved = {name: tensor.clone() for name, tensor in average.state_dict().items()}
     weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     train(net, average, 7)
-    again = WeightAverage(other, 0.3)
+    again = WeightAverage(other, 0.3, begin=2)
     other.load_state_dict(weights)
     again.load_state_dict(saved)
     train(other, again, 7)
@@ -135,6 +136,11 @@ def test_a_state_of_another_model_is_refused() -> None:
 def test_a_share_that_is_none_is_refused(share: float) -> None:
     with pytest.raises(UserError, match="no share of the steps"):
         WeightAverage(module(), share)
+
+
+def test_steps_before_the_beginning_are_no_steps() -> None:
+    with pytest.raises(UserError, match="begin=-1"):
+        WeightAverage(module(), begin=-1)
 
 
 def test_it_is_one_more_copy() -> None:

@@ -252,7 +252,7 @@ def test_relative_damping_and_its_ratio() -> None:
 def test_factor_decay_is_a_schedule() -> None:
     decays = [0.0, 0.5, 0.9, 0.0, 0.3, 0.99, 0.5]
     net = make_net()
-    pre = KFACPreconditioner(net, factor_decay=by_step(decays), factor_update_period=1)
+    pre = KFACPreconditioner(net, factor_decay=by_step(decays))
     total, count = torch.zeros(5, 5, dtype=F64), 0.0
 
     def after(step: int) -> None:
@@ -663,7 +663,7 @@ def test_describe() -> None:
 def law_health() -> None:
     """Numbers against direct computation; the condition is never above (σ_max + λ)/λ and never below the true one."""
     net = make_net()
-    pre = KFACPreconditioner(net, damping=0.02, factor_decay=0.0, dense_steps=1)
+    pre = KFACPreconditioner(net, damping=0.02, factor_decay=0.0)
     assert math.isnan(pre.health()["0"]["a_condition"])
     assert pre.health()["0"]["staleness"] == -1.0
     back_propagate(net)

@@ -38,7 +38,7 @@ def test_warm_up_then_constant() -> None:
 def test_every_layer_is_refreshed_once_a_period(period: int, num_layers: int, dense_steps: int) -> None:
     schedule = UpdateSchedule(10, period, dense_steps)
     assert schedule.layers_due(0, num_layers) == list(range(num_layers))
-    for start in (-(-max(period, dense_steps) // period) * period, 50 * period):
+    for start in (period, 5 * period):
         due = [layer for step in range(start, start + period) for layer in schedule.layers_due(step, num_layers)]
         assert sorted(due) == list(range(num_layers))
         if period >= num_layers:
@@ -46,13 +46,21 @@ def test_every_layer_is_refreshed_once_a_period(period: int, num_layers: int, de
 
 
 def test_dense_at_first() -> None:
-    schedule = UpdateSchedule(10, 50, 6)
-    assert [step for step in range(41) if schedule.is_factor_step(step)] == [*range(6), 8, 10, 16, 20, 30, 32, 40]
-    assert [step for step in range(50) if schedule.layers_due(step, 2) == [0, 1]] == [*range(6)]
-    assert [step for step in range(50) if schedule.layers_due(step, 2) == [0]] == [8, 16, 32]
-    assert [step for step in range(50) if schedule.layers_due(step, 2) == [1]] == [9, 17, 25, 33]
-    assert [step for step in range(50) if UpdateSchedule(10, 50, 1).layers_due(step, 2)][:5] == [0, 2, 3, 4, 5]
+    schedule = UpdateSchedule(10, 50, 20)
+    assert [step for step in range(41) if schedule.is_factor_step(step)] == [*range(20), 20, 30, 32, 40]
+    assert [step for step in range(50) if schedule.layers_due(step, 2) == [0, 1]] == [0, 1]
+    assert [step for step in range(50) if schedule.layers_due(step, 2) == [0]] == [2, 4, 8, 16, 32]
+    assert [step for step in range(50) if schedule.layers_due(step, 2) == [1]] == [3, 5, 9, 17, 25, 33]
     assert [step for step in range(50) if UpdateSchedule(10, 50, 0).layers_due(step, 2)] == [0, 25]
+
+
+def test_a_round_that_would_be_cut_short_is_of_all_layers_at_once() -> None:
+    schedule = UpdateSchedule(10, 50, 1)
+    due = {layers: [schedule.layers_due(step, layers) for step in range(9)] for layers in (1, 3, 5)}
+    assert due[1] == [[0], [0], [0], [], [0], [], [], [], [0]]
+    assert due[3] == [[0, 1, 2]] * 3 + [[], [0], [1], [2], [], [0]]
+    every = [*range(5)]
+    assert due[5] == [every, every, every, [], every, [], [], [], [0]]
 
 
 def test_early_rounds_begin_with_a_factor_step() -> None:
