@@ -25,9 +25,6 @@ _CREDENTIALS_FIX = "leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCE
 MOST_SEEDS_EMPIRICAL = 1024
 """Seeds a shard up to which the empirical Fisher is the default."""
 
-AVERAGE_SHARE = 0.3
-"""The last part of the steps over which K-FAC's weights are averaged for evaluation."""
-
 
 LearningRateKind = Literal["constant", "cosine", "hyperbolic"]
 
@@ -56,7 +53,7 @@ class KFACConfig(_Section):
     inverse_delay: int = Field(0, ge=0, description="steps from a refresh's launch to its adoption; 0 waits at once", json_schema_extra=IDENTITY)
     change_threshold: float = Field(0.0, ge=0, description="a factor whose relative change since its inversion is at most this is not inverted again", json_schema_extra=IDENTITY)
     kl_clip: float | None = Field(3e-2, gt=0, description="κ, bound of η²·⟨natural gradient, gradient⟩, twice a step's predicted KL; null for none", json_schema_extra=IDENTITY)
-    kl_clip_steps: float | None = Field(10.0, gt=0, description="steps T after which κ is halved: κ/(1 + step/T); null: κ stays", json_schema_extra=IDENTITY)
+    kl_clip_steps: float | None = Field(10.0, gt=0, description="T of κ/(1 + step/T)², so that steps that the clip binds fall as 1/t; null: κ stays", json_schema_extra=IDENTITY)
     norm_constraint: float | None = Field(None, gt=0, description="bound of a step's length η‖v‖ before momentum; null for none", json_schema_extra=IDENTITY)
     momentum: float | None = Field(None, ge=0, lt=1, description="μ, of the gradients' mean, or of the natural gradients; null: 0.8 for mean_gradient, else 0.9", json_schema_extra=IDENTITY)
     max_rows: int | None = Field(512, ge=1, description="rows of a layer and shard that are measured at most, an unbiased draw; null for all", json_schema_extra=IDENTITY)
@@ -149,7 +146,7 @@ class TrainConfig(_Section):
     patience: int | None = Field(None, ge=1, description="evaluations in a row without a better validation metric after which the run ends; null: never")
     weight_decay: float = Field(0.0, ge=0, description="decoupled for kfac and adamw, L2 for adam and sgd", json_schema_extra=IDENTITY)
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd", json_schema_extra=IDENTITY)
-    average_share: float | None = Field(None, ge=0, le=1, description="the weights that are evaluated and kept are the mean of those of about this last share of the steps; 0: the last step's; null: 0.3 for kfac on nodes in mini-batches, else 0", json_schema_extra=IDENTITY)
+    average_share: float = Field(0.0, ge=0, le=1, description="the weights that are evaluated and kept are the mean of those of about this last share of the steps, 0.3, say; 0: the last step's", json_schema_extra=IDENTITY)
     kfac: KFACConfig = Field(default_factory=lambda: KFACConfig(), description="natural-gradient settings")
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, splits, batches, sampling, dropout", json_schema_extra=IDENTITY)
     engine: Literal["local", "ray"] = Field("ray", description="ray: Ray Train workers; local: this process")
@@ -364,14 +361,6 @@ class TrainConfig(_Section):
         return {"kfac": 0.3 if self._rate_falls and self.schedule == "hyperbolic" else 0.1, "adam": 0.01, "adamw": 0.01, "sgd": 0.1, "custom": 1.0}[self.optimizer]
 
     @property
-    def averaging(self) -> float:
-        """The share of the steps over whose last part the evaluated weights are averaged; 0: they are not."""
-        if self.average_share is not None:
-            return self.average_share
-        in_use = self.optimizer == "kfac" and self.task == "node" and self.batch_size != "full"
-        return AVERAGE_SHARE if in_use else 0.0
-
-    @property
     def schedule(self) -> LearningRateKind:
         """The learning rate's schedule in use."""
         if self.lr_schedule is not None:
@@ -396,7 +385,6 @@ class TrainConfig(_Section):
         flat = _flat_identity(self)
         flat |= {"fanout": list(self.fanouts), "num_shards": self.shards, "lr": self.learning_rate, "lr_schedule": self.schedule}
         flat["kfac.fisher"], flat["embedding"] = self.fisher, self.embedding_width
-        flat["average_share"] = self.averaging
         flat = {key: value for key, value in flat.items() if self._has_effect(key)}
         # Fields that came later: a run that leaves them alone is the run that it was before.
         for name, usual in (("metric", "accuracy"), ("class_weights", None), ("task", "node"), ("average_share", 0.0)):

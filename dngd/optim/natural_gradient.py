@@ -26,7 +26,7 @@ CHEAP_LAYOUT = FactorLayout(max_dimension=640, wide="low_rank", rank=128)
 """No more than tr M / λ eigenvalues can exceed λ: rank 128 holds all of those from λ = tr M / 128 on. Weaker damping
 leaves some to the diagonal that low rank keeps beside it, which costs little (docs/defaults.md, 6)."""
 
-KL_CLIP = HyperbolicDecay(3e-2, 10)
+KL_CLIP = HyperbolicDecay(3e-2, 10, power=2)
 """Long steps while everything is still to be learnt, short ones against the noise of mini-batches later."""
 
 RATES: dict[Update, float] = {"mean_gradient": 0.1, "momentum": 0.1, "adam_eigenbasis": 1e-2}

@@ -42,21 +42,23 @@ def learning_rate(
 
 @dataclass(frozen=True)
 class HyperbolicDecay:
-    """A schedule that falls as `value / (1 + step / steps)`: half of the first value after `steps` steps.
+    """A schedule that falls as `value / (1 + step / steps)^power`: half of the first value after `steps` steps, with
+    power 1.
 
     >>> rate = HyperbolicDecay(0.3, steps=20)
     >>> [round(rate(step), 3) for step in (0, 20, 40, 180)]
     [0.3, 0.15, 0.1, 0.03]
 
-    The rate that makes online natural gradient efficient falls as 1/t (Amari 1998); a bound of the squared step
-    that falls so is its square root, which leaves enough where gradients keep changing.
+    The rate that makes online natural gradient efficient falls as 1/t (Amari 1998). A KL clip bounds the squared step,
+    so that power 2 lets the steps that it binds fall alike.
     """
 
     value: float
     steps: float
+    power: float = 1.0
 
     def __call__(self, step: int) -> float:
-        return self.value / (1.0 + step / self.steps)
+        return float(self.value / (1.0 + step / self.steps) ** self.power)
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def build_optimizer(
     loss: whose Fisher is measured. training_set: what its damping follows, see default_damping.
     """
     lr, decay = config.learning_rate, config.weight_decay
-    average = WeightAverage(model, config.averaging) if config.averaging else None
+    average = WeightAverage(model, config.average_share) if config.average_share else None
     if config.optimizer == "kfac":
         kfac = config.kfac
         damping, g_ratio = damping_in_use(kfac, training_set)
@@ -186,7 +186,7 @@ def kl_clip_in_use(kfac: KFACConfig) -> Schedule | None:
     """Return κ as a number or a function of the step."""
     if kfac.kl_clip is None or kfac.kl_clip_steps is None:
         return kfac.kl_clip
-    return HyperbolicDecay(kfac.kl_clip, kfac.kl_clip_steps)
+    return HyperbolicDecay(kfac.kl_clip, kfac.kl_clip_steps, power=2)
 
 
 def factor_layout(config: TrainConfig) -> FactorLayout:

@@ -175,7 +175,7 @@ def make_plan(config: TrainConfig, store: GraphStore, split: TaskSplit, module: 
     if module is not None:
         layers = _module_layers(config, module, training_set)
     parameters = sum(layer.parameters for layer in layers) if module is None else _num_parameters(module)
-    copies = {"kfac": 1, "sgd": 1, "adam": 2, "adamw": 2, "custom": 2}[config.optimizer] + (config.averaging > 0)
+    copies = {"kfac": 1, "sgd": 1, "adam": 2, "adamw": 2, "custom": 2}[config.optimizer] + (config.average_share > 0)
     statistics = sum(layer.factors.statistics for layer in layers)
     kfac = config.optimizer == "kfac"
     ranks = config.num_workers if config.engine == "ray" else 1

@@ -191,10 +191,10 @@ dngd.Trainer(dngd.TrainConfig.from_yaml(__import__("pathlib").Path(sys.argv[1]))
 )
 def test_kill_during_a_checkpoint_write(store: GraphStore, tmp_path: Path, point: str, survive: int) -> None:
     """SIGKILL in the middle of the second checkpoint; --resume goes on from a good one, on the same curve."""
-    straight = fit(config(store, tmp_path / "straight"))
+    straight = fit(config(store, tmp_path / "straight", average_share=0.3))
     run = tmp_path / "killed"
     settings = tmp_path / "config.yaml"
-    settings.write_text(config(store, run).to_yaml())
+    settings.write_text(config(store, run, average_share=0.3).to_yaml())
     killed = subprocess.run(
         [sys.executable, "-c", KILLED_WRITER, str(settings), str(survive), point], timeout=120, capture_output=True
     )
@@ -202,7 +202,7 @@ def test_kill_during_a_checkpoint_write(store: GraphStore, tmp_path: Path, point
     complete = {p.name for p in (run / "checkpoints").glob("step-*")}
     # The fourth flush is of the folder that the second checkpoint was just renamed into.
     assert complete == {"step-00000006"} | ({"step-00000012"} if point == "flush_folder" else set())
-    resumed = fit(config(store, run, resume=True))
+    resumed = fit(config(store, run, average_share=0.3, resume=True))
     assert curve(resumed) == curve(straight)
     assert not list((run / "checkpoints").glob(".writing-*")), "left-overs stay behind"
 

@@ -33,7 +33,6 @@ def loop_of(store: GraphStore, run_dir: Path, **changes: Any) -> TrainingLoop:
         "epochs": 3,
         "fanout": (-1, -1),
         "num_samplers": 0,
-        "average_share": 0.0,
         "run_dir": run_dir,
         "kfac": {"fisher": "ggn", "max_rows": None, "inverse_precision": "full", "inverse_update_period": 1},
     }

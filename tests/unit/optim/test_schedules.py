@@ -80,3 +80,5 @@ def test_early_rounds_begin_with_a_factor_step() -> None:
 def test_hyperbolic_decay() -> None:
     schedule = HyperbolicDecay(0.4, 10)
     assert [value_at(schedule, step) for step in (0, 10, 30)] == pytest.approx([0.4, 0.2, 0.1])
+    squared = HyperbolicDecay(0.4, 10, power=2)
+    assert [value_at(squared, step) for step in (0, 10, 30)] == pytest.approx([0.4, 0.1, 0.025])

@@ -40,7 +40,7 @@ def test_optimizer_takes_the_damping_of_its_training_set_and_a_falling_clip() ->
     assert pre.kl_clip is not None
     assert value_at(pre.damping, 0) == pytest.approx(2e-3)
     assert value_at(pre.damping_g_ratio, 0) == pytest.approx(0.125 / 2e-3)
-    assert [value_at(pre.kl_clip, step) for step in (0, 10, 30)] == pytest.approx([3e-2, 1.5e-2, 7.5e-3])
+    assert [value_at(pre.kl_clip, step) for step in (0, 10, 30)] == pytest.approx([3e-2, 7.5e-3, 1.875e-3])
     assert optimizer.torch_optimizer.param_groups[0]["momentum"] == 0.8
     pre.close()
 
