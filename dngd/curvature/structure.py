@@ -55,6 +55,9 @@ class FactorStructure(Protocol):
     def matvec(self, sums: Tensors, vector: Tensor) -> Tensor:
         """Return `M v`, [d]."""
 
+    def probe(self, sums: Tensors) -> Tensor:
+        """Return `M p` for a fixed vector p with entries of both signs: whether it moves tells whether M did."""
+
     def dense(self, sums: Tensors) -> Tensor:
         """Return M as [d, d]."""
 
@@ -103,6 +106,9 @@ class Dense:
 
     def matvec(self, sums: Tensors, vector: Tensor) -> Tensor:
         return self.dense(sums) @ vector
+
+    def probe(self, sums: Tensors) -> Tensor:
+        return self.matvec(sums, probe_vector(self.dimension, sums[0]))
 
     def dense(self, sums: Tensors) -> Tensor:
         return unpack_symmetric(sums[0], self.dimension)
@@ -155,6 +161,9 @@ class Diagonal:
 
     def matvec(self, sums: Tensors, vector: Tensor) -> Tensor:
         return sums[0] * vector
+
+    def probe(self, sums: Tensors) -> Tensor:
+        return self.matvec(sums, probe_vector(self.dimension, sums[0]))
 
     def dense(self, sums: Tensors) -> Tensor:
         return torch.diag(sums[0])
@@ -217,6 +226,9 @@ class BlockDiagonal:
     def matvec(self, sums: Tensors, vector: Tensor) -> Tensor:
         parts = torch.split(vector, list(self.sizes))
         return torch.cat([unpack_symmetric(t, s) @ part for t, s, part in zip(sums, self.sizes, parts)])
+
+    def probe(self, sums: Tensors) -> Tensor:
+        return self.matvec(sums, probe_vector(self.dimension, sums[0]))
 
     def dense(self, sums: Tensors) -> Tensor:
         return _block_diagonal([unpack_symmetric(t, s) for t, s in zip(sums, self.sizes)])
@@ -311,20 +323,24 @@ class LowRank:
         low, rest = self._parts(sums)
         return low @ (low.T @ vector) + rest * vector
 
+    def probe(self, sums: Tensors) -> Tensor:
+        # p = Ω q, so that M p = Y q is at hand, of M itself and without F.
+        return sums[0] @ probe_vector(self.rank, sums[0])
+
     def dense(self, sums: Tensors) -> Tensor:
         low, rest = self._parts(sums)
         return low @ low.T + torch.diag(rest)
 
     def _parts(self, sums: Tensors) -> tuple[Tensor, Tensor]:
         """Return F [d, k] and the diagonal D [d] >= 0 that it leaves over."""
-        sketch, diagonal = sums[0].double(), sums[1]
-        core = self.test_matrix(diagonal.dtype, sketch.device).double().T @ sketch
+        sketch, diagonal = sums
+        core = (self.test_matrix(diagonal.dtype, sketch.device).T @ sketch).double()
         values, vectors = torch.linalg.eigh((core + core.T) / 2)
         # Below the sums' own rounding a direction of the core is noise; its inverse would amplify it.
         floor = values.amax().clamp_min(0) * self.dimension * torch.finfo(diagonal.dtype).eps
         kept = values > floor
         scale = torch.where(kept, torch.where(kept, values, 1.0).rsqrt(), 0.0)
-        low = (sketch @ (vectors * scale)).to(diagonal.dtype)
+        low = sketch @ (vectors * scale).to(diagonal.dtype)
         return low, (diagonal - low.square().sum(dim=1)).clamp_min(0)
 
     def invert(self, averages: Tensors, damping: Tensor | float) -> InverseResult:
@@ -332,16 +348,16 @@ class LowRank:
         if not (lam > 0 and all(bool(torch.isfinite(t).all()) for t in averages)):
             return InverseResult(None, lam, 0)
         low, rest = self._parts(averages)
-        inverse_diagonal = (rest.double() + lam).reciprocal()
-        scaled = inverse_diagonal[:, None] * low.double()
-        core = low.double().T @ scaled
+        inverse_diagonal = (rest + lam).reciprocal()
+        scaled = inverse_diagonal[:, None] * low
+        core = (low.T @ scaled).double()  # only what is [k, k] is worth double precision
         core.diagonal().add_(1.0)
         factor, info = torch.linalg.cholesky_ex(core)
         if int(info) != 0:
             return InverseResult(None, lam, 1)
-        correction = torch.linalg.solve_triangular(factor, scaled.T, upper=False).T
-        dtype = averages[1].dtype
-        return InverseResult((inverse_diagonal.to(dtype), correction.to(dtype).contiguous()), lam, 0)
+        identity = torch.eye(self.rank, dtype=core.dtype, device=core.device)
+        inverse_factor = torch.linalg.solve_triangular(factor, identity, upper=False)
+        return InverseResult((inverse_diagonal, scaled @ inverse_factor.T.to(scaled.dtype)), lam, 0)
 
     def inverse_shapes(self) -> list[tuple[tuple[int, ...], bool]]:
         return [((self.dimension,), False), ((self.dimension, self.rank), False)]
@@ -355,6 +371,12 @@ class LowRank:
 
     def eigenbasis_shapes(self) -> list[tuple[int, ...]]:
         return [(self.dimension,)]
+
+
+def probe_vector(dimension: int, like: Tensor) -> Tensor:
+    """Return a fixed Gaussian vector, the same on every rank."""
+    generator = torch.Generator().manual_seed(dimension)
+    return torch.randn(dimension, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
 
 
 def gram(rows: Tensor, ones: bool) -> Tensor:

@@ -129,7 +129,7 @@ class Findings:
             split = damping.split(state, *diagonals)
             for which, sums, diagonal, lam, old in zip("AG", averages, diagonals, map(float, split), state.damping):
                 structure = state.structure(which)
-                probe = structure.matvec(sums, _probe_vector(structure.dimension, sums[0]))
+                probe = structure.probe(sums)
                 is_unchanged = which in state.inverses and self._is_unchanged(state.probes.get(which), probe, old, lam)
                 rounds = self._wanted.rounds(float(diagonal.sum()), lam)
                 out.append(Measured((name, which), sums, lam, probe, is_unchanged, rounds))
@@ -144,9 +144,3 @@ class Findings:
         change = float(torch.linalg.vector_norm(new - old)) / max(float(torch.linalg.vector_norm(old)), 1e-300)
         # An eigenbasis does not depend on the damping.
         return change <= limit and (self._wanted.eigenbasis or abs(damping - old_damping) <= limit * old_damping)
-
-
-def _probe_vector(dimension: int, like: Tensor) -> Tensor:
-    """Return a fixed vector with entries of both signs: its product with a factor shows whether that changed."""
-    generator = torch.Generator().manual_seed(dimension)
-    return torch.randn(dimension, generator=generator, dtype=torch.float64).to(like.device, like.dtype)

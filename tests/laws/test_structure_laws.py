@@ -20,6 +20,7 @@ from dngd.curvature import (
     eigendecomposition,
     structure,
 )
+from dngd.curvature.structure import probe_vector
 from dngd.errors import UserError
 from tests.helpers.mutants import assert_caught
 
@@ -109,6 +110,11 @@ def law_dense_is_the_definition(seed: int, count: int, d_in: int, rank: int, one
         assert close(kind.diagonal(sums), 3.0 * m.square().sum(dim=0), 1e-12)
         assert close(dense.diagonal(), kind.diagonal(sums), 1e-7)
         assert close(kind.matvec(sums, vector), dense @ vector, 1e-12)
+        # Of M itself under the mask, and of a low rank's M without its being cut off.
+        fixed = probe_vector(d_in + ones, sums[0])
+        if isinstance(kind, LowRank):
+            fixed = kind.test_matrix(F64, CPU) @ probe_vector(kind.rank, sums[0])
+        assert close(kind.probe(sums), 3.0 * (m.T @ m) * mask_of(kind) @ fixed, 1e-10)
 
 
 def law_low_rank(seed: int, count: int, d_in: int, rank: int, ones: bool, log_condition: float) -> None:
