@@ -55,7 +55,8 @@ def after_two_steps(
     net: nn.Module, x: Tensor, y: Tensor, **options: Any
 ) -> tuple[KFACPreconditioner, dict[str, Tensor]]:
     """A preconditioner after two steps on one batch (the first finds the basis), and the second step's gradients."""
-    pre = KFACPreconditioner(net, method="ekfac", factor_decay=0.0, eigenvalue_update_period=1, **options)
+    periods: dict[str, Any] = {"dense_steps": 0, "factor_update_period": 1, "eigenvalue_update_period": 1}
+    pre = KFACPreconditioner(net, method="ekfac", factor_decay=0.0, **periods, **options)
     gradients = {}
     for _ in range(2):
         net.zero_grad()

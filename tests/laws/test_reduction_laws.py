@@ -259,9 +259,8 @@ def law_a_layer_that_one_rank_never_uses() -> None:
         for parameter in net.parameters():
             nn.init.normal_(parameter, generator=generator)
             parameter.grad = torch.zeros_like(parameter)
-        pre = KFACPreconditioner(
-            net, loss_reduction="sum", method="ekfac", eigenvalue_update_period=1, communicator=comm
-        )
+        periods: dict[str, Any] = {"dense_steps": 0, "factor_update_period": 1, "eigenvalue_update_period": 1}
+        pre = KFACPreconditioner(net, loss_reduction="sum", method="ekfac", communicator=comm, **periods)
         for step in range(2):
             here = 0
             for shard in range(comm.rank, 2, comm.world_size):
