@@ -54,6 +54,7 @@ class KFACConfig(_Section):
     change_threshold: float = Field(0.0, ge=0, description="a factor whose relative change since its inversion is at most this is not inverted again", json_schema_extra=IDENTITY)
     kl_clip: float | None = Field(3e-2, gt=0, description="κ, bound of η²·⟨natural gradient, gradient⟩, twice a step's predicted KL; null for none", json_schema_extra=IDENTITY)
     kl_clip_steps: float | None = Field(10.0, gt=0, description="T of κ/(1 + step/T)², so that steps that the clip binds fall as 1/t; null: κ stays", json_schema_extra=IDENTITY)
+    kl_clip_power: float = Field(2.0, ge=0, description="power of that fall; 1: κ/(1 + step/T)", json_schema_extra=IDENTITY)
     norm_constraint: float | None = Field(None, gt=0, description="bound of a step's length η‖v‖ before momentum; null for none", json_schema_extra=IDENTITY)
     momentum: float | None = Field(None, ge=0, lt=1, description="μ, of the gradients' mean, or of the natural gradients; null: 0.8 for mean_gradient, else 0.9", json_schema_extra=IDENTITY)
     max_rows: int | None = Field(512, ge=1, description="rows of a layer and shard that are measured at most, an unbiased draw; null for all", json_schema_extra=IDENTITY)
@@ -387,9 +388,9 @@ class TrainConfig(_Section):
         flat["kfac.fisher"], flat["embedding"] = self.fisher, self.embedding_width
         flat = {key: value for key, value in flat.items() if self._has_effect(key)}
         # Fields that came later: a run that leaves them alone is the run that it was before.
-        for name, usual in (("metric", "accuracy"), ("class_weights", None), ("task", "node"), ("average_share", 0.0)):
-            if flat[name] == usual:
-                flat.pop(name)
+        for name, usual in (("metric", "accuracy"), ("class_weights", None), ("task", "node"), ("average_share", 0.0), ("kfac.kl_clip_power", 1.0)):
+            if flat.get(name) == usual:
+                flat.pop(name, None)
         if self.optimizer != "kfac":
             flat = {key: value for key, value in flat.items() if not key.startswith("kfac.")}
         return flat

@@ -24,6 +24,10 @@ SKETCH_SEED = 20_080_962
 """Of the fixed test matrices of low-rank sketches: every rank and every run draws the same."""
 
 
+FLOAT32_DAMPING = 1e-4
+"""Share of the trace above which damping lets a low-rank factor be inverted in single precision."""
+
+
 class FactorStructure(Protocol):
     """What statistics, inverses and communication need to know of a [d, d] factor."""
 
@@ -320,34 +324,46 @@ class LowRank:
         return sums[1]
 
     def matvec(self, sums: Tensors, vector: Tensor) -> Tensor:
-        low, rest = self._parts(sums)
-        return low @ (low.T @ vector) + rest * vector
+        low, rest = self._parts(sums, torch.float64)
+        wide = vector.double()
+        return (low @ (low.T @ wide) + rest * wide).to(vector.dtype)
 
     def probe(self, sums: Tensors) -> Tensor:
         # p = Ω q, so that M p = Y q is at hand, of M itself and without F.
         return sums[0] @ probe_vector(self.rank, sums[0])
 
     def dense(self, sums: Tensors) -> Tensor:
-        low, rest = self._parts(sums)
-        return low @ low.T + torch.diag(rest)
+        low, rest = self._parts(sums, torch.float64)
+        return (low @ low.T + torch.diag(rest)).to(sums[1].dtype)
 
-    def _parts(self, sums: Tensors) -> tuple[Tensor, Tensor]:
-        """Return F [d, k] and the diagonal D [d] >= 0 that it leaves over."""
-        sketch, diagonal = sums
-        core = (self.test_matrix(diagonal.dtype, sketch.device).T @ sketch).double()
+    def _parts(self, sums: Tensors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return F [d, k] and the diagonal D [d] >= 0 that it leaves over, in the type that products are taken in."""
+        sketch, diagonal = (tensor.to(dtype) for tensor in sums)
+        core = (self.test_matrix(sums[1].dtype, sketch.device).to(dtype).T @ sketch).double()
         values, vectors = torch.linalg.eigh((core + core.T) / 2)
         # Below the sums' own rounding a direction of the core is noise; its inverse would amplify it.
-        floor = values.amax().clamp_min(0) * self.dimension * torch.finfo(diagonal.dtype).eps
+        floor = values.amax().clamp_min(0) * self.dimension * torch.finfo(sums[1].dtype).eps
         kept = values > floor
         scale = torch.where(kept, torch.where(kept, values, 1.0).rsqrt(), 0.0)
-        low = sketch @ (vectors * scale).to(diagonal.dtype)
+        low = sketch @ (vectors * scale).to(dtype)
         return low, (diagonal - low.square().sum(dim=1)).clamp_min(0)
 
     def invert(self, averages: Tensors, damping: Tensor | float) -> InverseResult:
         lam = float(damping)
         if not (lam > 0 and all(bool(torch.isfinite(t).all()) for t in averages)):
             return InverseResult(None, lam, 0)
-        low, rest = self._parts(averages)
+        dtype = averages[1].dtype
+        with torch.autocast(averages[1].device.type, enabled=False):
+            return self._woodbury(averages, lam, dtype if self._bears_float32(averages[1], lam) else torch.float64)
+
+    def _bears_float32(self, diagonal: Tensor, lam: float) -> bool:
+        """Whether products of width d may be taken in the sums' own type: Woodbury's error is about eps · tr M / λ.
+        Not on a GPU, where float32 may be TF32 and double precision is at hand."""
+        return diagonal.device.type == "cpu" and lam > FLOAT32_DAMPING * float(diagonal.sum())
+
+    def _woodbury(self, averages: Tensors, lam: float, working: torch.dtype) -> InverseResult:
+        dtype = averages[1].dtype
+        low, rest = self._parts(averages, working)
         inverse_diagonal = (rest + lam).reciprocal()
         scaled = inverse_diagonal[:, None] * low
         core = (low.T @ scaled).double()  # only what is [k, k] is worth double precision
@@ -357,7 +373,8 @@ class LowRank:
             return InverseResult(None, lam, 1)
         identity = torch.eye(self.rank, dtype=core.dtype, device=core.device)
         inverse_factor = torch.linalg.solve_triangular(factor, identity, upper=False)
-        return InverseResult((inverse_diagonal, scaled @ inverse_factor.T.to(scaled.dtype)), lam, 0)
+        correction = scaled @ inverse_factor.T.to(working)
+        return InverseResult((inverse_diagonal.to(dtype), correction.to(dtype)), lam, 0)
 
     def inverse_shapes(self) -> list[tuple[tuple[int, ...], bool]]:
         return [((self.dimension,), False), ((self.dimension, self.rank), False)]

@@ -13,10 +13,11 @@ from dngd.errors import UserError
 STEPS = "steps"
 """The entry of a state that counts steps; names of weights have a prefix."""
 _WEIGHT = "weight."
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class WeightAverage:
-    """The mean of a module's weights over about the last `share` of the steps so far.
+    """The mean of a module's parameters over about the last `share` of the steps so far.
 
     After the t-th update, t = 0, 1, ...:
 
@@ -25,9 +26,9 @@ class WeightAverage:
     which is polynomial-decay averaging (Shamir & Zhang 2013, arXiv 1212.1824, with η = 1/share - 1) from the step
     `begin` on; up to there the mean is the last step's weights, which move too far for a mean to help. The weights
     after step s count about as `s^η`, so that the mean's age comes to `share/(1 + share)` of the steps, however many
-    they are. share = 1 and begin = 0 is the plain mean of all. Floating-point buffers (running means of a BatchNorm)
-    are averaged, too; others stay the last step's. The mean is kept in each entry's own type and on its device: one
-    more copy of the module.
+    they are. share = 1 and begin = 0 is the plain mean of all. Buffers (running means of a BatchNorm, say) stay the
+    last step's. The mean is one more copy of the parameters, of 16-bit ones in float32; while it is applied there is
+    another, of the module's own.
 
     >>> net = nn.Linear(1, 1, bias=False)
     >>> average = WeightAverage(net, share=0.5, begin=0)
@@ -44,13 +45,16 @@ class WeightAverage:
     def __init__(self, module: nn.Module, share: float = 0.3, begin: int = 5) -> None:
         if not 0 < share <= 1:
             raise UserError(f"share={share} is no share of the steps; give a number above 0, at most 1")
-        if begin < 0:
+        if not begin >= 0:
             raise UserError(f"begin={begin} is no number of steps; give one of at least 0")
         self.share = share
         self.begin = begin
         self.steps = 0
         self._module = module
-        self._mean = {name: tensor.clone() for name, tensor in self._current().items()}
+        self._mean = {
+            name: tensor.to(torch.float32 if tensor.dtype in _HALF else tensor.dtype, copy=True)
+            for name, tensor in self._current().items()
+        }
 
     @property
     def nbytes(self) -> int:
@@ -60,16 +64,20 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Take the weights of the step that has ended into the mean."""
-        weight = 1.0 / (1.0 + self.share * max(0, self.steps - self.begin))
-        torch._foreach_lerp_(list(self._mean.values()), list(self._current().values()), weight)
+        age = max(0, self.steps - self.begin)
         self.steps += 1
+        if age == 0:
+            _copy(self._mean.values(), self._current().values())
+            return
+        means = list(self._mean.values())
+        current = [tensor.to(mean.dtype) for tensor, mean in zip(self._current().values(), means, strict=True)]
+        torch._foreach_lerp_(means, current, 1.0 / (1.0 + self.share * age))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Have the mean in the module's place; on leaving, its own weights again, bit for bit.
 
-        What is changed in between (rank 0's buffers for all ranks, say) is changed in the mean. Before the first update
-        the module stays as it is.
+        Before the first update the module stays as it is.
         """
         if self.steps == 0:
             yield
@@ -80,7 +88,6 @@ class WeightAverage:
         try:
             yield
         finally:
-            _copy(self._mean.values(), current)
             _copy(current, own)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -97,12 +104,10 @@ class WeightAverage:
         self.steps = int(state[STEPS])
 
     def _current(self) -> dict[str, Tensor]:
-        """The module's tensors as they are now: a module may replace its buffers."""
-        entries = (*self._module.named_parameters(), *self._module.named_buffers())
-        return {name: tensor.data for name, tensor in entries if tensor.is_floating_point()}
+        return {name: parameter.data for name, parameter in self._module.named_parameters()}
 
 
 @torch.no_grad()
 def _copy(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
-    for target, source in zip(targets, sources):
+    for target, source in zip(targets, sources, strict=True):
         target.copy_(source)

@@ -157,7 +157,9 @@ class KFACPreconditioner:
         self.damping_g_ratio = damping_g_ratio
         self.loss_reduction: LossReduction = loss_reduction
         self.factor_decay = factor_decay
-        self.schedule = UpdateSchedule(factor_update_period, inverse_update_period, dense_steps)
+        self.schedule = UpdateSchedule(
+            factor_update_period, inverse_update_period, dense_steps, at_once=inverse_delay == 0
+        )
         self.inverse_delay = inverse_delay
         self.kl_clip = kl_clip
         self.norm_constraint = norm_constraint

@@ -69,14 +69,16 @@ class UpdateSchedule:
     every step is one. inverse_update_period: steps between two refreshes of a layer; layer i of L has its
     turn at steps congruent to `i·period // L`. Curvature moves fast at first, so with dense_steps > 0
     there are also rounds from steps 2^k on (within the first period), layer i at `2^k + i`, and the steps 2^k are
-    factor steps. A round that the next one would cut short (2^k < L) refreshes all layers at once, as step 0 does:
-    there is nothing else to precondition with, and what was measured of an untrained network is of no use for long. No
-    other step refreshes two layers, if L is at most the period. Both periods may be functions of the step.
+    factor steps. A round that the next one would cut short (2^k < L) refreshes all layers at once, as step 0 does
+    since there is nothing else to precondition with: what was measured of an untrained network is of no use for long.
+    No other step refreshes two layers, if L is at most the period. at_once=False leaves such rounds out: where a
+    refresh takes steps until it is adopted, it would hold up the next ones. Both periods may be functions of the step.
     """
 
     factor_update_period: Period
     inverse_update_period: Period
     dense_steps: int = 0
+    at_once: bool = True
 
     def is_factor_step(self, step: int) -> bool:
         """Return whether the step's rows are measured."""
@@ -98,7 +100,7 @@ class UpdateSchedule:
         if self._is_early(step):
             start = 1 << (step.bit_length() - 1)
             if start < num_layers:
-                if step == start:
+                if self.at_once and step == start:
                     return list(range(num_layers))
             elif step - start < num_layers:
                 return [step - start]

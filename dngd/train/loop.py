@@ -416,8 +416,6 @@ class TrainingLoop:
     def _evaluate(self) -> None:
         self._share_buffers()
         with evaluated_weights(self.optimizer):
-            if self.optimizer.average is not None:
-                self._share_buffers()
             self._evaluate_model()
 
     def _evaluate_model(self) -> None:

@@ -186,7 +186,7 @@ def kl_clip_in_use(kfac: KFACConfig) -> Schedule | None:
     """Return κ as a number or a function of the step."""
     if kfac.kl_clip is None or kfac.kl_clip_steps is None:
         return kfac.kl_clip
-    return HyperbolicDecay(kfac.kl_clip, kfac.kl_clip_steps, power=2)
+    return HyperbolicDecay(kfac.kl_clip, kfac.kl_clip_steps, kfac.kl_clip_power)
 
 
 def factor_layout(config: TrainConfig) -> FactorLayout:

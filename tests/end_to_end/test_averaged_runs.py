@@ -14,6 +14,7 @@ import dngd
 from dngd.graph import GraphStore
 from dngd.optim import WeightAverage
 from dngd.train import optimizers
+from dngd.train.plan import make_plan
 from tests.end_to_end.test_local_runs import config, curve, fit
 from tests.helpers.mutants import assert_caught
 
@@ -76,35 +77,21 @@ def test_a_resumption_with_another_share_is_refused(store: GraphStore, tmp_path:
         fit(config(store, tmp_path / "run", average_share=SHARE, resume=True))
 
 
-def test_buffers_are_averaged_and_training_keeps_its_own(store: GraphStore, tmp_path: Path) -> None:
-    class Net(torch.nn.Module):
-        def __init__(self, shape: Any) -> None:
-            super().__init__()
-            self.norm = torch.nn.BatchNorm1d(shape.num_features)
-            self.out = torch.nn.Linear(shape.num_features, shape.num_classes)
+def test_a_custom_optimizer_is_resumed_with_its_average(store: GraphStore, tmp_path: Path) -> None:
+    def sgd(module: torch.nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
 
-        def forward(self, batch: dngd.GraphBatch) -> torch.Tensor:
-            out: torch.Tensor = self.out(self.norm(batch.x[: batch.seeds.numel()]))
-            return out
+    def run(folder: str, **changes: Any) -> dngd.RunResult:
+        settings = config(store, tmp_path / folder, optimizer="custom", average_share=SHARE, **changes)
+        return dngd.Trainer(settings, optimizer=sgd, quiet=True).fit()
 
-    evaluated: list[float] = []
-    between: list[float] = []
+    whole = run("whole")
+    run("parts", max_steps=10)
+    assert curve(run("parts", resume=True))[-1] == curve(whole)[-1]
 
-    class Watch(dngd.Callback):
-        def on_step(self, run: Any) -> None:
-            between.append(float(run.model.norm.running_mean[0]))
 
-        def on_evaluation(self, run: Any, record: Any) -> None:
-            evaluated.append(float(run.model.norm.running_mean[0]))
-
-    settings = config(store, tmp_path / "run", model="custom", optimizer="adam", average_share=SHARE)
-    trainer = dngd.Trainer(settings, module=Net, callbacks=[Watch()], quiet=True)
-    trainer.fit()
-    per_epoch = len(between) // len(evaluated)
-    mean = 0.0
-    for step, value in enumerate(between):
-        mean += (value - mean) / (1 + SHARE * max(0, step - 5))
-        if (step + 1) % per_epoch == 0:
-            assert evaluated[step // per_epoch] == pytest.approx(mean, rel=1e-5)
-    assert mean != pytest.approx(between[-1], rel=1e-3)
-    assert float(load_file(tmp_path / "run" / "model.safetensors")["norm.running_mean"][0]) in evaluated
+def test_the_plan_has_one_more_copy(store: GraphStore, tmp_path: Path) -> None:
+    plans = [
+        make_plan(config(store, tmp_path, average_share=share), store, store.split("masks")) for share in (0.0, SHARE)
+    ]
+    assert plans[1].optimizer_bytes - plans[0].optimizer_bytes == plans[0].model_bytes // 2

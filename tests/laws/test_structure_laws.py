@@ -130,7 +130,7 @@ def law_low_rank(seed: int, count: int, d_in: int, rank: int, ones: bool, log_co
     for k in range(1, d + 1):
         kind = LowRank(d, k)
         sums = sums_of(kind, [(rows, 1.0)], ones)
-        low, rest = kind._parts(sums)
+        low, rest = kind._parts(sums, F64)
         assert low.shape == (d, k)
         assert float(rest.min()) >= 0
         assert float(torch.linalg.eigvalsh(exact - low @ low.T).min()) >= -1e-6 * norm
@@ -235,8 +235,8 @@ def test_mutants_of_the_sums_are_caught() -> None:
     assert_caught(lambda: law_low_rank(**ARGUMENTS), LowRank, "test_matrix", another_sketch)
     assert_caught(lambda: law_sums_are_linear(**ARGUMENTS), LowRank, "test_matrix", another_sketch)
 
-    def overshooting(self: LowRank, sums: Any) -> tuple[Tensor, Tensor]:
-        low, rest = original_parts(self, sums)
+    def overshooting(self: LowRank, sums: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        low, rest = original_parts(self, sums, dtype)
         return low * 1.01, rest
 
     original_parts = LowRank._parts
@@ -331,3 +331,35 @@ def test_no_block_is_wider_than_asked(dimension: int, limit: int, rank: int, wid
 def test_layout_out_of_range(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         FactorLayout(**fields)
+
+
+def law_weak_damping(share: float) -> None:
+    """In float32: the inverse of what is kept, M with an exact rank below k, to 1e-4 of its largest entry."""
+    d, k = 300, 64
+    rows = make_rows(0, 400, d, 40, 3.0).float()
+    kind = LowRank(d, k)
+    sums = tuple(t / len(rows) for t in sums_of(kind, [(rows, 1.0)], False))
+    lam = share * float(sums[1].sum())
+    inverse = kind.invert(sums, lam).inverse
+    assert inverse is not None
+    found = kind.multiply(torch.eye(d), inverse)
+    low, rest = kind._parts(sums, F64)
+    expected = torch.linalg.inv(low @ low.T + torch.diag(rest + lam))
+    assert close(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize("share", [1e-8, 1e-6, 9e-5, 1.1e-4, 1e-2])
+def test_weak_damping(share: float) -> None:
+    law_weak_damping(share)
+    kind = LowRank(300, 64)
+    sums = sums_of(kind, [(make_rows(0, 400, 300, 40, 3.0).float(), 1.0)], False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inverse = kind.invert(sums, share * float(sums[1].sum())).inverse
+    plain = kind.invert(sums, share * float(sums[1].sum())).inverse
+    assert inverse is not None
+    assert plain is not None
+    assert all(torch.equal(a, b) for a, b in zip(inverse, plain))
+
+
+def test_single_precision_under_weak_damping_is_caught() -> None:
+    assert_caught(lambda: law_weak_damping(1e-6), LowRank, "_bears_float32", lambda *_: True)

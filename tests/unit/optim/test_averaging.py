@@ -49,12 +49,13 @@ def test_the_mean_is_the_products_written_out(share: float, begin: int, steps: i
     assert sum(weights) == pytest.approx(1)
     with average.applied():
         held = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    parameters = dict(net.named_parameters())
     for name, tensor in held.items():
-        if tensor.is_floating_point():
+        if name in parameters:
             expected = sum(w * entry[name] for w, entry in zip(weights, seen))
             torch.testing.assert_close(tensor, expected, rtol=1e-12, atol=1e-12)
-        else:
-            assert tensor == seen[-1][name]
+        else:  # buffers stay as they are
+            assert torch.equal(tensor, seen[-1][name])
 
 
 def test_a_share_of_one_is_the_plain_mean_and_the_age_is_as_said() -> None:
@@ -88,16 +89,31 @@ def test_the_module_has_its_own_weights_again_bit_for_bit() -> None:
     assert places == [parameter.data_ptr() for parameter in net.parameters()]
 
 
-def test_what_is_changed_meanwhile_is_changed_in_the_mean() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64])
+def test_short_and_complex_parameters(dtype: torch.dtype) -> None:
+    """A 16-bit mean would stand still: its steps round to nothing."""
+    net = nn.Linear(2, 1, bias=False).to(dtype)
+    average = WeightAverage(net, 0.3)
+    for value, steps in ((1.0, 100), (1.05, 5000)):
+        net.weight.data.fill_(value)
+        for _ in range(steps):
+            average.update()
+    last = net.weight.clone()
+    with average.applied():
+        assert complex(net.weight[0, 0]).real == pytest.approx(1.05, abs=0.005)
+    assert torch.equal(net.weight, last)
+
+
+def test_buffers_that_are_infinite_or_come_later_do_no_harm() -> None:
     net = module()
+    net.register_buffer("mask", torch.tensor([0.0, -torch.inf]).expand(3, 2))
     average = WeightAverage(net, 0.3, begin=0)
     train(net, average, 3)
-    own = net[1].running_mean.clone()
+    net.register_buffer("late", torch.ones(2))
+    average.update()
     with average.applied():
-        net[1].running_mean.fill_(7.0)
-    assert torch.equal(net[1].running_mean, own)
-    with average.applied():
-        assert net[1].running_mean.tolist() == [7.0] * 4
+        assert net.mask[0].tolist() == [0.0, -torch.inf]
+        assert all(bool(torch.isfinite(p).all()) for p in net.parameters())
 
 
 def test_before_the_first_step_there_is_nothing_to_average() -> None:
@@ -141,9 +157,11 @@ def test_a_share_that_is_none_is_refused(share: float) -> None:
 def test_steps_before_the_beginning_are_no_steps() -> None:
     with pytest.raises(UserError, match="begin=-1"):
         WeightAverage(module(), begin=-1)
+    with pytest.raises(UserError, match="begin=nan"):
+        WeightAverage(module(), begin=float("nan"))  # type: ignore[arg-type]
 
 
 def test_it_is_one_more_copy() -> None:
     net = module()
-    sizes = (t.numel() * t.element_size() for t in net.state_dict().values() if t.is_floating_point())
+    sizes = (t.numel() * t.element_size() for t in net.parameters())
     assert WeightAverage(net).nbytes == sum(sizes)

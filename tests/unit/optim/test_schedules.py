@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from dngd.optim import HyperbolicDecay, UpdateSchedule, learning_rate, value_at
+from dngd.optim import HyperbolicDecay, KFACPreconditioner, UpdateSchedule, learning_rate, value_at
 
 
 def test_values() -> None:
@@ -61,6 +62,16 @@ def test_a_round_that_would_be_cut_short_is_of_all_layers_at_once() -> None:
     assert due[3] == [[0, 1, 2]] * 3 + [[], [0], [1], [2], [], [0]]
     every = [*range(5)]
     assert due[5] == [every, every, every, [], every, [], [], [], [0]]
+
+
+def test_such_rounds_are_left_out_where_a_refresh_takes_steps() -> None:
+    schedule = UpdateSchedule(10, 50, 1, at_once=False)
+    assert [step for step in range(9) if schedule.layers_due(step, 3)] == [0, 4, 5, 6, 8]
+    late = KFACPreconditioner(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), inverse_delay=3)
+    prompt = KFACPreconditioner(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    assert (late.schedule.at_once, prompt.schedule.at_once) == (False, True)
+    late.close()
+    prompt.close()
 
 
 def test_early_rounds_begin_with_a_factor_step() -> None:

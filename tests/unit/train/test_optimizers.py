@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from dngd.comm import LocalCommunicator
@@ -66,3 +67,26 @@ def test_adam_in_the_eigenbasis_keeps_its_momentum() -> None:
     assert optimizer.torch_optimizer.param_groups[0]["momentum"] == 0.9
     assert optimizer.preconditioner is not None
     optimizer.preconditioner.close()
+
+
+@pytest.mark.parametrize("name", ["kfac", "adam"])
+def test_a_dropped_step_is_none_of_the_average(name: str) -> None:
+    config = TrainConfig(dataset="products-mini", optimizer=name, average_share=0.3)
+    net = nn.Linear(3, 2)
+    optimizer = build_optimizer(config, net, LocalCommunicator(), training_set=TrainingSet(2500, 2))
+    assert optimizer.average is not None
+    for finite in (True, False, True):
+        net.zero_grad()
+        nn.functional.cross_entropy(net(torch.randn(4, 3)), torch.tensor([0, 1, 0, 1]), reduction="sum").backward()
+        optimizer.step(num_seeds_here=4, finite=finite)
+    assert optimizer.average.steps == 2
+    if optimizer.preconditioner is not None:
+        optimizer.preconditioner.close()
+
+
+def test_a_run_of_the_former_clip_is_told_apart() -> None:
+    assert kfac().identity()["kfac.kl_clip_power"] == 2.0
+    assert "kfac.kl_clip_power" not in kfac(kl_clip_power=1.0).identity()
+    clip = kl_clip_in_use(kfac(kl_clip_power=1.0).kfac)
+    assert clip is not None
+    assert value_at(clip, 10) == pytest.approx(1.5e-2)
