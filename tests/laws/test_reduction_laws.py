@@ -117,7 +117,9 @@ def eager(scenario: Scenario) -> dict[str, Any]:
     """The definition: every factor step's rows of all ranks at once, `S ← ρS + ΔS`, no pipeline."""
     net = make_net()
     names = ["0", "2"]
-    schedule = UpdateSchedule(scenario.factor_period, scenario.inverse_period, scenario.dense_steps)
+    schedule = UpdateSchedule(
+        scenario.factor_period, scenario.inverse_period, scenario.dense_steps, at_once=scenario.delay == 0
+    )
     sums = {name: [torch.zeros(d, d, dtype=torch.float64) for d in (d_a, 2)] for name, d_a in zip(names, (4, 3))}
     rows_seen = dict.fromkeys(names, 0.0)
     inverses: dict[str, tuple[Tensor, Tensor] | None] = dict.fromkeys(names)
