@@ -396,7 +396,9 @@ class TrainConfig(_Section):
         return flat
 
     def _has_effect(self, key: str) -> bool:
-        """Whether a field of the rate's schedule, of links, or of the semi-supervised loss is in use; True for all others."""
+        """Whether a field of a schedule, of links, or of the semi-supervised loss is in use; True for all others."""
+        if key == "kfac.kl_clip_power":
+            return self.kfac.kl_clip is not None and self.kfac.kl_clip_steps is not None
         if key == "lr_half_steps":
             return bool(self.schedule == "hyperbolic")
         if key in ("link_split", "negatives", "embedding"):

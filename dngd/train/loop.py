@@ -26,7 +26,7 @@ from dngd.errors import DivergedError, RunInterrupted, TrainingError, UserError
 from dngd.graph import GraphStore, Progress, Split
 from dngd.models import GNN
 from dngd.models.decoder import pair_logits
-from dngd.optim import WeightAverage, learning_rate
+from dngd.optim import learning_rate
 from dngd.sampling import derive_seed
 from dngd.train.batch import BatchSource, DeviceBatch
 from dngd.train.callbacks import Callbacks, RunState
@@ -52,6 +52,7 @@ from dngd.train.optimizers import (
     moments,
     set_learning_rate,
     training_set_of,
+    weight_average,
     wrap_optimizer,
 )
 from dngd.train.parts import RunParts, check_outputs, make_module
@@ -155,8 +156,7 @@ class TrainingLoop:
                 config, self.model, communicator, self.objective.kind, training_set=training_set
             )
         else:
-            average = WeightAverage(self.model, config.average_share) if config.average_share else None
-            self.optimizer = wrap_optimizer(self.parts.optimizer(self.model), average)
+            self.optimizer = wrap_optimizer(self.parts.optimizer(self.model), weight_average(config, self.model))
         self.gradients = FlatGradients(p for p in self.model.parameters() if p.requires_grad)
         self.checkpoints = CheckpointFolder(
             self.folder.checkpoints,

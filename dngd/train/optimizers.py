@@ -124,7 +124,7 @@ def build_optimizer(
     loss: whose Fisher is measured. training_set: what its damping follows, see default_damping.
     """
     lr, decay = config.learning_rate, config.weight_decay
-    average = WeightAverage(model, config.average_share) if config.average_share else None
+    average = weight_average(config, model)
     if config.optimizer == "kfac":
         kfac = config.kfac
         damping, g_ratio = damping_in_use(kfac, training_set)
@@ -171,6 +171,11 @@ def build_optimizer(
     if config.optimizer == "adamw":
         return FirstOrder(torch.optim.AdamW(parameters, lr=lr, weight_decay=decay), average)
     return FirstOrder(torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay), average)
+
+
+def weight_average(config: TrainConfig, model: nn.Module) -> WeightAverage | None:
+    """Return the running mean of a model's weights that a run asks for, if any."""
+    return WeightAverage(model, config.average_share) if config.average_share else None
 
 
 def damping_in_use(kfac: KFACConfig, training_set: TrainingSet) -> tuple[float, float]:

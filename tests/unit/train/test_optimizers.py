@@ -87,6 +87,8 @@ def test_a_dropped_step_is_none_of_the_average(name: str) -> None:
 def test_a_run_of_the_former_clip_is_told_apart() -> None:
     assert kfac().identity()["kfac.kl_clip_power"] == 2.0
     assert "kfac.kl_clip_power" not in kfac(kl_clip_power=1.0).identity()
+    assert "kfac.kl_clip_power" not in kfac(kl_clip_steps=None).identity()
+    assert "kfac.kl_clip_power" not in kfac(kl_clip=None).identity()
     clip = kl_clip_in_use(kfac(kl_clip_power=1.0).kfac)
     assert clip is not None
     assert value_at(clip, 10) == pytest.approx(1.5e-2)
