@@ -32,12 +32,8 @@ def precondition(grad: Tensor, factors: KroneckerFactors, damping: float) -> Ten
 def precondition_with_inverses(
     grad: Tensor, a: FactorStructure, a_inverse: Tensors, g: FactorStructure, g_inverse: Tensors
 ) -> Tensor:
-    """Return `G⁻¹ · grad · A⁻¹` for damped inverses in their structures; grad: [d_out, d_in].
-
-    The narrower side is applied first where that is cheaper; the order does not change the result.
-    """
-    left = g.multiply(grad.T, g_inverse).T
-    return a.multiply(left, a_inverse)
+    """Return `G⁻¹ · grad · A⁻¹` for damped inverses in their structures; grad: [d_out, d_in]."""
+    return a.multiply(g.multiply_from_left(grad, g_inverse), a_inverse)
 
 
 def rotate(grad: Tensor, a_basis: Tensors, g_basis: Tensors) -> Tensor:
@@ -84,7 +80,7 @@ def inner_product(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """Return `Σ_l ⟨v_l, ∇_l⟩` as a 0-d tensor, without a host synchronisation; 0 without pairs."""
     total: Tensor | None = None
     for preconditioned, gradient in pairs:
-        product = (preconditioned * gradient).sum()
+        product = torch.dot(preconditioned.reshape(-1), gradient.reshape(-1))
         total = product if total is None else total + product
     return torch.zeros(()) if total is None else total
 

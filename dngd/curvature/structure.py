@@ -74,6 +74,9 @@ class FactorStructure(Protocol):
     def multiply(self, matrix: Tensor, inverse: Tensors) -> Tensor:
         """Return `matrix · (M + λI)⁻¹` for matrix [k, d]."""
 
+    def multiply_from_left(self, matrix: Tensor, inverse: Tensors) -> Tensor:
+        """Return `(M + λI)⁻¹ · matrix` for matrix [d, k]."""
+
     def eigenbasis(self, averages: Tensors) -> Tensors | None:
         """Return (Q [d, d], e [d]) with M = Q diag(e) Qᵀ, or (e,) where Q is the identity; None on failure."""
 
@@ -125,6 +128,9 @@ class Dense:
 
     def multiply(self, matrix: Tensor, inverse: Tensors) -> Tensor:
         return matrix @ inverse[0]
+
+    def multiply_from_left(self, matrix: Tensor, inverse: Tensors) -> Tensor:
+        return inverse[0] @ matrix
 
     def eigenbasis(self, averages: Tensors) -> Tensors | None:
         return eigendecomposition(self.dense(averages))
@@ -182,6 +188,9 @@ class Diagonal:
 
     def multiply(self, matrix: Tensor, inverse: Tensors) -> Tensor:
         return matrix * inverse[0]
+
+    def multiply_from_left(self, matrix: Tensor, inverse: Tensors) -> Tensor:
+        return inverse[0][:, None] * matrix
 
     def eigenbasis(self, averages: Tensors) -> Tensors | None:
         return (averages[0],) if bool(torch.isfinite(averages[0]).all()) else None
@@ -249,6 +258,10 @@ class BlockDiagonal:
     def multiply(self, matrix: Tensor, inverse: Tensors) -> Tensor:
         parts = torch.split(matrix, list(self.sizes), dim=1)
         return torch.cat([part @ block for part, block in zip(parts, inverse)], dim=1)
+
+    def multiply_from_left(self, matrix: Tensor, inverse: Tensors) -> Tensor:
+        parts = torch.split(matrix, list(self.sizes), dim=0)
+        return torch.cat([block @ part for part, block in zip(parts, inverse)], dim=0)
 
     def eigenbasis(self, averages: Tensors) -> Tensors | None:
         pairs = [eigendecomposition(unpack_symmetric(t, s)) for t, s in zip(averages, self.sizes)]
@@ -381,7 +394,11 @@ class LowRank:
 
     def multiply(self, matrix: Tensor, inverse: Tensors) -> Tensor:
         diagonal, correction = inverse
-        return matrix * diagonal - (matrix @ correction) @ correction.T
+        return (matrix * diagonal).addmm_(matrix @ correction, correction.T, alpha=-1)
+
+    def multiply_from_left(self, matrix: Tensor, inverse: Tensors) -> Tensor:
+        diagonal, correction = inverse
+        return (diagonal[:, None] * matrix).addmm_(correction, correction.T @ matrix, alpha=-1)
 
     def eigenbasis(self, averages: Tensors) -> Tensors | None:
         return (averages[1],) if bool(torch.isfinite(averages[1]).all()) else None

@@ -171,6 +171,8 @@ def law_inverse_is_the_damped_solve(
         smallest = damping if isinstance(kind, LowRank) else float(eigenvalues[0])
         limit = 40 * d * torch.finfo(dtype).eps * float(eigenvalues[-1]) / smallest**2 * float(matrix.norm())
         assert float((found - expected).norm()) <= limit
+        from_left = kind.multiply_from_left(matrix.to(dtype).T, result.inverse).double()
+        assert float((from_left - expected.T).norm()) <= limit
 
 
 @settings(max_examples=30, deadline=None)
@@ -257,6 +259,16 @@ def test_mutants_of_the_inverses_are_caught() -> None:
         return matrix * inverse[0]
 
     assert_caught(law, LowRank, "multiply", without_correction)
+
+    def without_last_block(self: BlockDiagonal, matrix: Tensor, inverse: Any) -> Tensor:
+        *parts, last = torch.split(matrix, list(self.sizes), dim=0)
+        return torch.cat([*(block @ part for part, block in zip(parts, inverse)), last], dim=0)
+
+    def diagonal_alone(self: LowRank, matrix: Tensor, inverse: Any) -> Tensor:
+        return inverse[0][:, None] * matrix
+
+    assert_caught(law, BlockDiagonal, "multiply_from_left", without_last_block)
+    assert_caught(law, LowRank, "multiply_from_left", diagonal_alone)
 
 
 def test_eigenbases() -> None:
