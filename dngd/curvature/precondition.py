@@ -80,7 +80,7 @@ def inner_product(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """Return `Σ_l ⟨v_l, ∇_l⟩` as a 0-d tensor, without a host synchronisation; 0 without pairs."""
     total: Tensor | None = None
     for preconditioned, gradient in pairs:
-        product = torch.dot(preconditioned.reshape(-1), gradient.reshape(-1))
+        product = (preconditioned * gradient).sum()
         total = product if total is None else total + product
     return torch.zeros(()) if total is None else total
 
