@@ -60,7 +60,7 @@ class KFACConfig(_Section):
     max_rows: int | None = Field(512, ge=1, description="rows of a layer and shard that are measured at most, an unbiased draw; null for all", json_schema_extra=IDENTITY)
     max_dimension: int = Field(640, ge=1, description="widest factor that is kept dense", json_schema_extra=IDENTITY)
     wide_inputs: Literal["low_rank", "block_diagonal", "diagonal", "dense"] = Field("low_rank", description="what a wider A becomes", json_schema_extra=IDENTITY)
-    rank: int = Field(64, ge=1, description="of low_rank", json_schema_extra=IDENTITY)
+    rank: int | None = Field(None, ge=1, description="of low_rank; null: 64, and 128 for factors wider than 4096", json_schema_extra=IDENTITY)
     split_inputs: bool = Field(True, description="GraphSAGE: a block of A each for self and neighbour rows", json_schema_extra=IDENTITY)
     inverse_precision: Literal["float16", "bfloat16", "full"] = Field("float16", description="in which inverses are kept and sent", json_schema_extra=IDENTITY)
 

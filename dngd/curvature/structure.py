@@ -27,6 +27,9 @@ SKETCH_SEED = 20_080_962
 FLOAT32_DAMPING = 1e-4
 """Share of the trace above which damping lets a low-rank factor be inverted in single precision."""
 
+RANK, RANK_OF_WIDEST, WIDEST = 64, 128, 4096
+"""Columns of a low-rank factor where none are asked for: up to a width, and beyond it."""
+
 
 class FactorStructure(Protocol):
     """What statistics, inverses and communication need to know of a [d, d] factor."""
@@ -440,23 +443,25 @@ WideInputs = str
 class FactorLayout:
     """Which structure a factor gets, by its width.
 
-    max_dimension: the widest factor that is kept dense. wide: what a wider A becomes: "low_rank" (rank
-    columns), "block_diagonal" (equal blocks of at most max_dimension), "diagonal" or "dense". A wider G becomes
-    block-diagonal, or diagonal or dense where wide says so. split_inputs: whether an input that a layer puts together
-    from several parts (self and neighbour rows of GraphSAGE) gets one block a part.
+    max_dimension: the widest factor that is kept dense. wide: what a wider A becomes: "low_rank", "block_diagonal"
+    (equal blocks of at most max_dimension), "diagonal" or "dense". A wider G becomes block-diagonal, or diagonal or
+    dense where wide says so. rank: columns of "low_rank"; None: 64, and 128 for a factor wider than 4,096.
+    split_inputs: whether an input that a layer puts together from several parts (self and neighbour rows of
+    GraphSAGE) gets one block a part.
     """
 
     max_dimension: int = 2048
     wide: WideInputs = "low_rank"
-    rank: int = 256
+    rank: int | None = 256
     split_inputs: bool = True
 
     def __post_init__(self) -> None:
         if self.wide not in ("low_rank", "block_diagonal", "diagonal", "dense"):
             raise UserError(f"wide={self.wide!r} is unknown; use one of: low_rank, block_diagonal, diagonal, dense")
         for name in ("max_dimension", "rank"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} is out of range; give a whole number, at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} is out of range; give a whole number, at least 1")
 
     def for_eigenbases(self) -> FactorLayout:
         """Return the layout where factors are decomposed: a low-rank sketch has no full basis, its diagonal is kept."""
@@ -466,8 +471,9 @@ class FactorLayout:
         """Return A's structure. parts: sizes of the blocks that the layer itself is made of (relations,
         self and neighbour rows), () for none."""
         sizes = parts if parts and self.split_inputs else (dimension,)
-        if max(sizes) > self.max_dimension and self.wide == "low_rank" and self.rank < dimension:
-            return LowRank(dimension, self.rank)
+        rank = (RANK if dimension <= WIDEST else RANK_OF_WIDEST) if self.rank is None else self.rank
+        if max(sizes) > self.max_dimension and self.wide == "low_rank" and rank < dimension:
+            return LowRank(dimension, rank)
         if max(sizes) > self.max_dimension and self.wide == "diagonal":
             return Diagonal(dimension)
         if self.wide != "dense":

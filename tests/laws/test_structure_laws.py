@@ -309,6 +309,10 @@ def test_layout_chooses_by_width() -> None:
     dense = FactorLayout(max_dimension=10, wide="dense")
     assert dense.input_structure(500) == Dense(500)
     assert dense.output_structure(500) == Dense(500)
+    by_width = FactorLayout(max_dimension=640, rank=None)
+    assert by_width.input_structure(641) == LowRank(641, 64)
+    assert by_width.input_structure(4096) == LowRank(4096, 64)
+    assert by_width.input_structure(4097) == LowRank(4097, 128)
 
 
 def test_layout_keeps_the_parts_of_a_layer() -> None:
