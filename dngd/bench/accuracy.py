@@ -18,7 +18,7 @@ from dngd.bench.competitors import Setting, make_settings, parse_rates
 from dngd.bench.curves import LEAST_EVALUATIONS, SMOOTHING, TARGET_MARGIN, Curve, mean_curve, smoothed
 from dngd.bench.heat import Track, open_track, run_heat
 from dngd.bench.machine import describe_machine, torch_threads
-from dngd.bench.optimizers import BASELINE
+from dngd.bench.optimizers import BASELINE, SUBJECT
 from dngd.bench.progress import BenchProgress
 from dngd.bench.protocol import Lineage, Member, Protocol, borders_of, choose_protocol, family_of, lineages_of
 from dngd.bench.runs import RunRecord
@@ -29,7 +29,6 @@ from dngd.bench.verdict import aggregate, best_label, judge, remarks
 from dngd.config import TrainConfig
 from dngd.errors import UserError
 
-SUBJECT = "kfac"
 GIVEN = "given"
 GIVEN_SEEDS = (0, 1, 2)
 RECORD_VERSION = 1

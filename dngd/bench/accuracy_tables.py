@@ -33,6 +33,12 @@ def print_accuracy(result: Mapping[str, Any], console: Console) -> None:
     print_machine(console, result["machine"])
 
 
+def print_overview(result: Mapping[str, Any], console: Console) -> None:
+    """Print the ratios over all graphs of what combine_results returned."""
+    _line(console, f"Curves: {result['config']['smoothing']}; evaluation is in no time.")
+    _summary(result, console)
+
+
 def print_searches(result: Mapping[str, Any], console: Console) -> None:
     """Print what run_accuracy_bench returned for a search without finals."""
     for panel in result["searches"]:

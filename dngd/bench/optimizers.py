@@ -30,6 +30,7 @@ from dngd.train.optimizers import (
 IN_TRAIN = ("kfac", "adam", "adamw", "sgd")
 FROM_PACKAGE = ("soap", "shampoo")
 KNOWN = (*IN_TRAIN, "soap", "muon", "shampoo")
+SUBJECT = "kfac"
 BASELINE = "adam"
 INSTALL = "pip install 'pytorch-optimizer>=4.1,<5'"
 

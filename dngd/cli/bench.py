@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from dngd.cli.bench_accuracy import bench_accuracy
+from dngd.cli.bench_accuracy import bench_accuracy, bench_accuracy_overview
 from dngd.cli.bench_network import bench_comm, bench_scale
 from dngd.cli.bench_paper import bench_paper
 from dngd.cli.common import Json, bench_fields, check_output, field_help, out, print_json
@@ -20,6 +20,7 @@ bench_app = typer.Typer(
     no_args_is_help=True,
 )
 bench_app.command("accuracy")(bench_accuracy)
+bench_app.command("accuracy-overview")(bench_accuracy_overview)
 bench_app.command("comm")(bench_comm)
 bench_app.command("paper")(bench_paper)
 bench_app.command("scale")(bench_scale)

@@ -152,3 +152,21 @@ def bench_accuracy(
     if picture is not None:
         write_accuracy_svg(result, picture)
     print_json(result) if as_json else print_accuracy(result, out)
+
+
+def bench_accuracy_overview(
+    results: Annotated[list[Path], typer.Argument(help="Files that dngd bench accuracy --json wrote")],
+    picture: Annotated[Path | None, typer.Option("--svg", help="SVG file that gets a plot a graph")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put results of dngd bench accuracy together: one table of ratios and one picture of all their graphs."""
+    from dngd.bench.accuracy_files import combine_results
+    from dngd.bench.accuracy_tables import print_overview
+    from dngd.report import check_file, write_accuracy_svg
+
+    if picture is not None:
+        check_file(picture)
+    result = combine_results(results)
+    if picture is not None:
+        write_accuracy_svg(result, picture)
+    print_json(result) if as_json else print_overview(result, out)

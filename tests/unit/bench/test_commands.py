@@ -11,6 +11,8 @@ from rich.console import Console
 from dngd.bench.tables import print_pipeline
 from dngd.cli import main
 from dngd.graph import GraphStore
+from tests.unit.report.benchmark import panel as accuracy_panel
+from tests.unit.report.benchmark import result as accuracy_result
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -125,3 +127,26 @@ def test_mistakes_are_told_in_one_sentence(arguments: str, message: str, capsys:
     assert message in err
     assert err.startswith("dngd: ")
     assert err.count("\n") == 1
+
+
+def test_accuracy_overview_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = []
+    for name in ("cora", "pubmed"):
+        content = accuracy_result(accuracy_panel(name))
+        content["config"]["smoothing"] = "none"
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(content))
+    picture = tmp_path / "all.svg"
+    texts = [str(path) for path in paths]
+    code, out, err = run(["accuracy-overview", *texts, "--svg", str(picture)], capsys)
+    assert (code, err) == (0, "")
+    assert "median" in out
+    assert "cora" in out
+    assert "pubmed" in out
+    assert picture.read_text().count("Adam's seconds over K-FAC's".replace("'", "&#x27;")) == 2
+    code, out, _ = run(["accuracy-overview", *texts, "--json"], capsys)
+    assert code == 0
+    assert [one["name"] for one in json.loads(out)["panels"]] == ["cora", "pubmed"]
+    code, _, err = run(["accuracy-overview", texts[0], texts[0]], capsys)
+    assert code == 2
+    assert "cora for the second time; leave one of its results out" in " ".join(err.split())

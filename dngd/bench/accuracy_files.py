@@ -1,0 +1,60 @@
+"""Results of several runs of the accuracy benchmark as one: all their graphs, and ratios over all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dngd.bench.optimizers import SUBJECT
+from dngd.bench.verdict import aggregate
+from dngd.errors import UserError
+
+ALIKE = ("protocol", "seeds", "hidden", "dropout", "target_margin", "smoothing")
+"""Fields of the configuration without which ratios of two results say nothing together."""
+
+
+def combine_results(paths: Sequence[Path]) -> dict[str, Any]:
+    """Return {benchmark, config, panels, summary} of files that `dngd bench accuracy --json` wrote, in their order.
+
+    config: what they share. Raises UserError for a file that is no such result, or has no K-FAC or Adam, for a graph
+    and model that occur twice, and for results measured in different ways (ALIKE).
+    """
+    if not paths:
+        raise UserError("no result is named; give files that dngd bench accuracy --json wrote")
+    results = [_read(path) for path in paths]
+    shared = {name: results[0]["config"].get(name) for name in ALIKE}
+    panels: list[Mapping[str, Any]] = []
+    for path, result in zip(paths, results):
+        for name, value in shared.items():
+            own = result["config"].get(name)
+            if own != value:
+                raise UserError(
+                    f"{path} was measured with {name}={own}, {paths[0]} with {value}; combine results of one way alone"
+                )
+        for panel in result["panels"]:
+            if panel["name"] in {other["name"] for other in panels}:
+                raise UserError(f"{path} holds {panel['name']} for the second time; leave one of its results out")
+            panels.append(panel)
+    return {"benchmark": "accuracy", "config": shared, "panels": panels, "summary": aggregate(panels, SUBJECT)}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a result's content, checked as far as it is used."""
+    fix = "give a file that dngd bench accuracy --json wrote"
+    try:
+        result = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; {fix}") from None
+    except ValueError:
+        raise UserError(f"{path} holds no JSON; {fix}") from None
+    try:
+        is_result = result["benchmark"] == "accuracy" and aggregate(result["panels"], SUBJECT) is not None
+        names = [str(panel["name"]) for panel in result["panels"]]
+        is_result = is_result and isinstance(result["config"], dict) and bool(names)
+    except (KeyError, TypeError, IndexError, ValueError):
+        is_result = False
+    if not is_result:
+        raise UserError(f"{path} is no result of K-FAC and Adam on some graph; {fix}")
+    return dict(result)
