@@ -9,6 +9,9 @@ from dataclasses import dataclass
 LARGEST = 1e30
 """Values beyond this are left out of a plot like infinities, so that no difference overflows."""
 
+SMALLEST = 1e-290
+"""Spans up to this are drawn like none: steps between ticks would lose their digits, or be 0."""
+
 LOG_RATIO = 100.0
 """Positive values that span more than this are drawn on a logarithmic axis."""
 
@@ -58,8 +61,9 @@ def linear_axis(
     low, high = min(kept), max(kept)
     if from_zero:
         low = min(0.0, low)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        air = 0.1 * abs(high) or 1.0
+    size = max(abs(low), abs(high))
+    if high - low <= max(1e-9 * size, SMALLEST):
+        air = 0.1 * size if size > SMALLEST else 1.0
     else:
         air = 0.05 * (high - low)
     low = low if from_zero and low == 0 else max(bounds[0], low - air)

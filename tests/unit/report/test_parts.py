@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dngd.errors import UserError
@@ -87,6 +87,10 @@ finite = st.floats(-1e29, 1e29) | st.floats(-1.0, 1.0)
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True) | finite, max_size=8), st.booleans())
+@example([0.0, 5e-324], False)
+@example([-1e-308, 2e-308], True)
+@example([0.0, 3e-290], False)
+@example([1e-289], False)
 def test_a_linear_axis_holds_its_values(values: list[float], from_zero: bool) -> None:
     axis = linear_axis(values, from_zero=from_zero)
     assert axis.low < axis.high
