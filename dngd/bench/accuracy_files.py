@@ -11,15 +11,16 @@ from dngd.bench.optimizers import SUBJECT
 from dngd.bench.verdict import aggregate
 from dngd.errors import UserError
 
-ALIKE = ("protocol", "seeds", "hidden", "dropout", "target_margin", "smoothing")
+ALIKE = ("protocol", "seeds", "hidden", "dropout", "batch_size", "weight_decay", "target_margin", "smoothing")
 """Fields of the configuration without which ratios of two results say nothing together."""
 
 
 def combine_results(paths: Sequence[Path]) -> dict[str, Any]:
-    """Return {benchmark, config, panels, summary} of files that `dngd bench accuracy --json` wrote, in their order.
+    """Return {benchmark, config, panels, summary, remarks} of files that `dngd bench accuracy --json` wrote, in order.
 
-    config: what they share. Raises UserError for a file that is no such result, or has no K-FAC or Adam, for a graph
-    and model that occur twice, and for results measured in different ways (ALIKE).
+    config: what they share. remarks: where K-FAC's settings are not the same in all. Raises UserError for a file that
+    is no such result, or has no K-FAC or Adam, for a graph and model that occur twice, and for results measured in
+    different ways (ALIKE).
     """
     if not paths:
         raise UserError("no result is named; give files that dngd bench accuracy --json wrote")
@@ -37,7 +38,24 @@ def combine_results(paths: Sequence[Path]) -> dict[str, Any]:
             if panel["name"] in {other["name"] for other in panels}:
                 raise UserError(f"{path} holds {panel['name']} for the second time; leave one of its results out")
             panels.append(panel)
-    return {"benchmark": "accuracy", "config": shared, "panels": panels, "summary": aggregate(panels, SUBJECT)}
+    return {
+        "benchmark": "accuracy",
+        "config": shared,
+        "panels": panels,
+        "summary": aggregate(panels, SUBJECT),
+        "remarks": _differences(paths, [result["config"].get(SUBJECT) or {} for result in results]),
+    }
+
+
+def _differences(paths: Sequence[Path], settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence for each setting with several values; a file without it is from before there was one."""
+    out = []
+    for name in dict.fromkeys(name for own in settings for name in own):
+        values = {str(path): own[name] for path, own in zip(paths, settings) if name in own}
+        if any(value != next(iter(values.values())) for value in values.values()):
+            told = ", ".join(f"{value} in {file}" for file, value in values.items())
+            out.append(f"K-FAC's {name} is not the same in all: {told}")
+    return out
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -51,8 +69,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} holds no JSON; {fix}") from None
     try:
         is_result = result["benchmark"] == "accuracy" and aggregate(result["panels"], SUBJECT) is not None
-        names = [str(panel["name"]) for panel in result["panels"]]
-        is_result = is_result and isinstance(result["config"], dict) and bool(names)
+        is_result = is_result and isinstance(result["config"], dict)
     except (KeyError, TypeError, IndexError, ValueError):
         is_result = False
     if not is_result:

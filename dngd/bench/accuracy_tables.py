@@ -37,6 +37,8 @@ def print_overview(result: Mapping[str, Any], console: Console) -> None:
     """Print the ratios over all graphs of what combine_results returned."""
     _line(console, f"Curves: {result['config']['smoothing']}; evaluation is in no time.")
     _summary(result, console)
+    for remark in result["remarks"]:
+        _line(console, f"Mind: {remark}.")
 
 
 def print_searches(result: Mapping[str, Any], console: Console) -> None:

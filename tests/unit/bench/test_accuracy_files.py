@@ -48,6 +48,22 @@ def test_results_measured_in_different_ways_are_refused(tmp_path: Path) -> None:
         combine_results(paths)
 
 
+def test_settings_of_kfac_that_differ_are_told(tmp_path: Path) -> None:
+    paths = []
+    for name, kfac in (
+        ("a", {"rank": 64, "kl_clip": 0.03}),
+        ("b", {"rank": None, "kl_clip": 0.03}),
+        ("c", {"rank": 64}),
+    ):
+        found = result(panel(name))
+        found["config"]["kfac"] = kfac
+        paths.append(written(tmp_path, f"{name}.json", found))
+    assert combine_results([paths[0], paths[2]])["remarks"] == []
+    assert combine_results(paths)["remarks"] == [
+        f"K-FAC's rank is not the same in all: 64 in {paths[0]}, None in {paths[1]}, 64 in {paths[2]}"
+    ]
+
+
 def without_adam() -> dict[str, Any]:
     found = copy.deepcopy(result(panel("cora")))
     for compared in found["panels"][0]["comparison"]:
