@@ -43,7 +43,7 @@ class KFACConfig(_Section):
     fisher: Literal["empirical", "monte_carlo", "ggn"] | None = Field(None, description="labels behind G: the true ones, sampled ones, or the exact Gauss-Newton matrix (one backward a class); null: monte_carlo for batches above 1,024 seeds, in full batch, and where seeds are weighed, else empirical, also for the paper's variant", json_schema_extra=IDENTITY)
     variant: Literal["dngd", "paper"] = Field("dngd", description="paper: the factors of arXiv 2008.09624's code (gradients of the mean loss times the layer's width), for reproduction", json_schema_extra=IDENTITY)
     damping: float | None = Field(None, gt=0, description="λ; a share of tr A in relative mode, in units of the Fisher in tikhonov mode; null: 0.1/√(training nodes) in relative mode, else 0.01", json_schema_extra=IDENTITY)
-    damping_mode: Literal["relative", "tikhonov", "even"] = Field("relative", description="relative: λ·tr A and ratio·λ·tr G; tikhonov: √λ·π and √λ/π, the default of task link; even: √λ each", json_schema_extra=IDENTITY)
+    damping_mode: Literal["relative", "tikhonov", "even"] | None = Field(None, description="relative: λ·tr A and ratio·λ·tr G; tikhonov: √λ·π and √λ/π; even: √λ each; null: relative for task node, tikhonov for link", json_schema_extra=IDENTITY)
     damping_g_ratio: float | None = Field(None, gt=0, description="relative mode: G's share over A's; null: G's share is 0.5/classes, 30 times A's where these are unknown", json_schema_extra=IDENTITY)
     factor_decay: float = Field(0.95, ge=0, lt=1, description="ρ of the running averages, per factor step", json_schema_extra=IDENTITY)
     factor_update_period: int = Field(10, ge=1, description="steps between factor steps", json_schema_extra=IDENTITY)
@@ -142,7 +142,7 @@ class TrainConfig(_Section):
     lr_schedule: LearningRateKind | None = Field(None, description="cosine: to 0 over all steps of the run; hyperbolic: lr/(1 + step/lr_half_steps), however long the run; null: hyperbolic for kfac with update=mean_gradient and task node, else cosine", json_schema_extra=IDENTITY)
     lr_half_steps: float = Field(20.0, gt=0, description="hyperbolic: steps after which the rate is halved", json_schema_extra=IDENTITY)
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up", json_schema_extra=IDENTITY)
-    metric: Literal["accuracy", "macro_f1", "roc_auc", "average_precision"] = Field("accuracy", description="what the best model is chosen by, on validation nodes or links (there roc_auc by default); the run's files hold it as val_accuracy and test_accuracy", json_schema_extra=IDENTITY)
+    metric: Literal["accuracy", "macro_f1", "roc_auc", "average_precision"] | None = Field(None, description="what the best model is chosen by, on validation nodes or links; the run's files hold it as val_accuracy and test_accuracy; null: accuracy for task node, roc_auc for link", json_schema_extra=IDENTITY)
     class_weights: Literal["balanced"] | tuple[float, ...] | None = Field(None, description="weights of the classes' losses, one a class; balanced: nodes / (classes · nodes of the class), of the training set; null: all 1", json_schema_extra=IDENTITY)
     patience: int | None = Field(None, ge=1, description="evaluations in a row without a better validation metric after which the run ends; null: never")
     weight_decay: float = Field(0.0, ge=0, description="decoupled for kfac and adamw, L2 for adam and sgd", json_schema_extra=IDENTITY)
@@ -171,20 +171,6 @@ class TrainConfig(_Section):
     resume: bool = Field(False, description="go on from run_dir's newest good checkpoint; a folder without a run starts one")
 
     # fmt: on
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults_of_links(cls, values: Any) -> Any:
-        """A logit is quadratic in the embeddings: where they are small, so is the Fisher, and damping that is a share of
-        it bounds no step (on Cora, a loss above 100 after the first)."""
-        if not isinstance(values, dict) or values.get("task") != "link":
-            return values
-        kfac = values.get("kfac", {})
-        if isinstance(kfac, KFACConfig):
-            kfac = kfac.model_dump(exclude_unset=True)
-        if isinstance(kfac, dict):
-            kfac = {"damping_mode": "tikhonov"} | kfac
-        return {"metric": "roc_auc"} | values | {"kfac": kfac}
-
     @field_validator("dataset", mode="after")
     @classmethod
     def _no_credentials(cls, value: str) -> str:
@@ -342,6 +328,17 @@ class TrainConfig(_Section):
         return "monte_carlo" if seeds_share_nodes or weighs_seeds else "empirical"
 
     @property
+    def damping_mode(self) -> Literal["relative", "tikhonov", "even"]:
+        """The damping in use. A link's logit is quadratic in the embeddings: where they are small, so is the Fisher, and
+        damping that is a share of it bounds no step (on Cora, a loss above 100 after the first)."""
+        return self.kfac.damping_mode or ("tikhonov" if self.task == "link" else "relative")
+
+    @property
+    def metric_in_use(self) -> Literal["accuracy", "macro_f1", "roc_auc", "average_precision"]:
+        """What the best model is chosen by."""
+        return self.metric or ("roc_auc" if self.task == "link" else "accuracy")
+
+    @property
     def run_address(self) -> str | None:
         """The run folder's address; None if it is a folder of a file system."""
         return None if self.run_dir is None else address_of_run(self.run_dir)
@@ -385,7 +382,8 @@ class TrainConfig(_Section):
         """Return the fields that define the run, flat, with defaults filled in."""
         flat = _flat_identity(self)
         flat |= {"fanout": list(self.fanouts), "num_shards": self.shards, "lr": self.learning_rate, "lr_schedule": self.schedule}
-        flat["kfac.fisher"], flat["embedding"] = self.fisher, self.embedding_width
+        flat |= {"kfac.fisher": self.fisher, "kfac.damping_mode": self.damping_mode}
+        flat |= {"embedding": self.embedding_width, "metric": self.metric_in_use}
         flat = {key: value for key, value in flat.items() if self._has_effect(key)}
         # Fields that came later: a run that leaves them alone is the run that it was before.
         for name, usual in (("metric", "accuracy"), ("class_weights", None), ("task", "node"), ("average_share", 0.0), ("kfac.kl_clip_power", 1.0)):

@@ -142,7 +142,8 @@ def _metric(config: dict[str, Any], lines: Sequence[dict[str, Any]], result: dic
     """Return a run's metric. One's own is not in the configuration, but evaluations and result name it."""
     evaluated = lines[-1].get("metric", "accuracy") if lines else None
     found = (result.get("metric"), evaluated, config.get("metric"))
-    return next((metric for metric in found if isinstance(metric, str)), "accuracy")
+    usual = "roc_auc" if config.get("task") == "link" else "accuracy"
+    return next((metric for metric in found if isinstance(metric, str)), usual)
 
 
 def _evaluation(values: dict[str, Any]) -> Evaluation:

@@ -127,7 +127,7 @@ def build_optimizer(
     average = weight_average(config, model)
     if config.optimizer == "kfac":
         kfac = config.kfac
-        damping, g_ratio = damping_in_use(kfac, training_set)
+        damping, g_ratio = damping_in_use(config, training_set)
         return SecondOrder(
             NaturalGradient(
                 model,
@@ -140,7 +140,7 @@ def build_optimizer(
                 momentum=kfac.momentum,
                 weight_decay=decay,
                 damping=damping,
-                damping_mode=kfac.damping_mode,
+                damping_mode=config.damping_mode,
                 damping_g_ratio=g_ratio,
                 kl_clip=kl_clip_in_use(kfac),
                 norm_constraint=kfac.norm_constraint,
@@ -178,9 +178,10 @@ def weight_average(config: TrainConfig, model: nn.Module) -> WeightAverage | Non
     return WeightAverage(model, config.average_share) if config.average_share else None
 
 
-def damping_in_use(kfac: KFACConfig, training_set: TrainingSet) -> tuple[float, float]:
+def damping_in_use(config: TrainConfig, training_set: TrainingSet) -> tuple[float, float]:
     """Return λ and G's ratio. What is left open in relative mode is that of default_damping."""
-    if kfac.damping_mode == "relative":
+    kfac = config.kfac
+    if config.damping_mode == "relative":
         usual = default_damping(*training_set, damping=kfac.damping)
     else:
         usual = default_damping(damping=kfac.damping or 1e-2)

@@ -43,12 +43,12 @@ class RunParts:
 
     def metric_of(self, config: TrainConfig) -> Metric | CustomMetric:
         """Return what the best model is chosen by."""
-        return config.metric if self.metric is None else self.metric
+        return config.metric_in_use if self.metric is None else self.metric
 
     def metric_name(self, config: TrainConfig) -> str:
         """Return its name in the run's files."""
         if self.metric is None:
-            return config.metric
+            return config.metric_in_use
         return str(getattr(self.metric, "__name__", type(self.metric).__name__))
 
     def complete(self, config: TrainConfig) -> TrainConfig:

@@ -258,9 +258,9 @@ def _module_layers(config: TrainConfig, module: nn.Module, training_set: Trainin
 
 def _damping_shares(config: TrainConfig, training_set: TrainingSet) -> tuple[float, float] | None:
     """Return λ of A and G as shares of their traces; None where that depends on the factors."""
-    if config.kfac.damping_mode != "relative":
+    if config.damping_mode != "relative":
         return None
-    damping, g_ratio = damping_in_use(config.kfac, training_set)
+    damping, g_ratio = damping_in_use(config, training_set)
     return damping, g_ratio * damping
 
 

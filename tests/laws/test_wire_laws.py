@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dngd.comm import LocalCommunicator, RoundedReduction, machines, rounding
-from dngd.config import KFACConfig
+from dngd.config import KFACConfig, TrainConfig
 from dngd.curvature import FactorLayout
 from dngd.optim import KFACPreconditioner, NaturalGradient, UpdateSchedule, layer_footprint
 from dngd.optim.plan import LayerSizes, Planner
@@ -401,7 +401,7 @@ def law_traffic_target() -> None:
     widths = [(100, 256), (256, 256), (256, 47)]
     layers = [(2 * a + 1, b, (a, a + 1)) for a, b in widths]
     for num_training_nodes in (100, 10_000, 196_615):
-        damping, g_ratio = damping_in_use(kfac, TrainingSet(num_training_nodes, 47))
+        damping, g_ratio = damping_in_use(TrainConfig(dataset="any"), TrainingSet(num_training_nodes, 47))
         shares = (damping, g_ratio * damping)
         known = footprints("float32", layers, layout, shares)
         sizes = {

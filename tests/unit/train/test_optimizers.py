@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -30,7 +32,7 @@ def kfac(**settings: object) -> TrainConfig:
     ],
 )
 def test_damping(settings: dict[str, object], training_set: TrainingSet, a_share: float, g_share: float) -> None:
-    damping, ratio = damping_in_use(kfac(**settings).kfac, training_set)
+    damping, ratio = damping_in_use(kfac(**settings), training_set)
     assert (damping, damping * ratio) == pytest.approx((a_share, g_share))
 
 
@@ -92,3 +94,26 @@ def test_a_run_of_the_former_clip_is_told_apart() -> None:
     clip = kl_clip_in_use(kfac(kl_clip_power=1.0).kfac)
     assert clip is not None
     assert value_at(clip, 10) == pytest.approx(1.5e-2)
+
+
+def test_a_whole_file_of_a_run_leaves_open_what_the_task_decides(tmp_path: Path) -> None:
+    """`--config RUN/config.yaml --task link` takes the metric and the damping of links, not those of nodes."""
+    file = tmp_path / "config.yaml"
+    node = TrainConfig(dataset="any")
+    file.write_text(node.to_yaml())
+    link = TrainConfig.from_yaml(file, {"task": "link"})
+    assert (node.metric_in_use, node.damping_mode) == ("accuracy", "relative")
+    assert (link.metric_in_use, link.damping_mode) == ("roc_auc", "tikhonov")
+    assert damping_in_use(link, TrainingSet(2500, 10))[0] == 1e-2
+    own = TrainConfig.from_yaml(file, {"task": "link", "metric": "accuracy", "kfac": {"damping_mode": "relative"}})
+    assert (own.metric_in_use, own.damping_mode) == ("accuracy", "relative")
+    assert own.identity() != link.identity()
+
+
+def test_a_run_says_what_a_default_stands_for() -> None:
+    """Naming a default is the same run, and a run of before these fields could be left open is too."""
+    for task, metric, mode in (("node", "accuracy", "relative"), ("link", "roc_auc", "tikhonov")):
+        left_open = TrainConfig(dataset="any", task=task)
+        named = TrainConfig(dataset="any", task=task, metric=metric, kfac={"damping_mode": mode})
+        assert left_open.identity() == named.identity()
+        assert left_open.identity()["kfac.damping_mode"] == mode
