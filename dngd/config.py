@@ -55,6 +55,9 @@ class KFACConfig(_Section):
     kl_clip: float | None = Field(3e-2, gt=0, description="κ, bound of η²·⟨natural gradient, gradient⟩, twice a step's predicted KL; null for none", json_schema_extra=IDENTITY)
     kl_clip_steps: float | None = Field(10.0, gt=0, description="T of κ/(1 + step/T)², so that steps that the clip binds fall as 1/t; null: κ stays", json_schema_extra=IDENTITY)
     kl_clip_power: float = Field(2.0, ge=0, description="power of that fall; 1: κ/(1 + step/T)", json_schema_extra=IDENTITY)
+    kl_bound: float | None = Field(None, gt=0, description="δ, in place of kl_clip: bound of a step's KL divergence, nats a seed, as measured now and then, 0.1, say; with update=mean_gradient, task node and no semi; null: kl_clip bounds the predicted one", json_schema_extra=IDENTITY)
+    kl_bound_steps: float | None = Field(5.0, gt=0, description="T of δ/(1 + step/T)²; null: δ stays", json_schema_extra=IDENTITY)
+    kl_bound_period: int = Field(20, ge=1, description="steps between two measurements of the divergence, two more forward passes of one shard; also at powers of two", json_schema_extra=IDENTITY)
     norm_constraint: float | None = Field(None, gt=0, description="bound of a step's length η‖v‖ before momentum; null for none", json_schema_extra=IDENTITY)
     momentum: float | None = Field(None, ge=0, lt=1, description="μ, of the gradients' mean, or of the natural gradients; null: 0.8 for mean_gradient, else 0.9", json_schema_extra=IDENTITY)
     max_rows: int | None = Field(512, ge=1, description="rows of a layer and shard that are measured at most, an unbiased draw; null for all", json_schema_extra=IDENTITY)
@@ -243,6 +246,15 @@ class TrainConfig(_Section):
             raise ValueError(f"class_weights and semi={self.semi} both weigh the seeds; leave one out")
         if self.class_weights is not None and self.optimizer == "kfac" and self.fisher == "empirical":
             raise ValueError("class_weights weigh the seeds unequally, which the empirical Fisher cannot do; leave kfac.fisher away, or use --set kfac.fisher=monte_carlo")
+        if self.measures_divergence:
+            for name, off, why in (
+                ("kfac.update", self.kfac.update == "mean_gradient", "it predicts the step of one direction; use kfac.update=mean_gradient"),
+                ("task", self.task == "node", "it was not tried for links; leave kl_bound out"),
+                ("semi", self.semi == "none", "it was not tried with labels that the network makes; leave kl_bound out"),
+            ):
+                if not off:
+                    value = self.kfac.update if name == "kfac.update" else getattr(self, name)
+                    raise ValueError(f"kfac.kl_bound={self.kfac.kl_bound} does not go with {name}={value}: {why}")
         if self.task == "link":
             for name, off, why in (
                 ("batch_size", self.batch_size != "full", "a step's own links are no edges of its messages, and full leaves none; use a number"),
@@ -334,6 +346,11 @@ class TrainConfig(_Section):
         return self.kfac.damping_mode or ("tikhonov" if self.task == "link" else "relative")
 
     @property
+    def measures_divergence(self) -> bool:
+        """Whether kfac.kl_bound is in use."""
+        return self.optimizer == "kfac" and self.kfac.kl_bound is not None
+
+    @property
     def metric_in_use(self) -> Literal["accuracy", "macro_f1", "roc_auc", "average_precision"]:
         """What the best model is chosen by."""
         return self.metric or ("roc_auc" if self.task == "link" else "accuracy")
@@ -395,6 +412,10 @@ class TrainConfig(_Section):
 
     def _has_effect(self, key: str) -> bool:
         """Whether a field of a schedule, of links, or of the semi-supervised loss is in use; True for all others."""
+        if key.startswith("kfac.kl_bound"):
+            return self.measures_divergence
+        if key.startswith("kfac.kl_clip") and self.measures_divergence:
+            return False
         if key == "kfac.kl_clip_power":
             return self.kfac.kl_clip is not None and self.kfac.kl_clip_steps is not None
         if key == "lr_half_steps":

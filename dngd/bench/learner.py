@@ -17,6 +17,7 @@ from dngd.graph import GraphStore
 from dngd.models import GNN, build_model
 from dngd.sampling import BatchCoordinates, MiniBatch, derive_seed
 from dngd.train.batch import DeviceBatch, PropagationBuilder
+from dngd.train.divergence import DivergenceMeter
 from dngd.train.metrics import StepClock
 from dngd.train.optimizers import UNKNOWN_SET, TrainingSet
 from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
@@ -73,6 +74,7 @@ class Learner:
         self.builder = builder
         self._communicator = LocalCommunicator() if communicator is None else communicator
         self.competitor = build_competitor(name, config, lr, self.model, self._communicator, training_set)
+        self._meter = DivergenceMeter(self.competitor.step_optimizer, self.model, self._logits)
         self._gradients = FlatGradients(self.model.parameters())
         self._kfac_before: dict[str, float] = {}
 
@@ -104,14 +106,17 @@ class Learner:
         where = batch.coordinates
         optimizer = self.competitor.step_optimizer
         torch.manual_seed(derive_seed(self._seed, DROPOUT_STREAM, where.epoch, where.step, where.shard))
+        is_measured = self._meter.is_due
         started = time.perf_counter()
         self.competitor.set_learning_rate(lr)
         with self.clock.phase("zero"):
             self._gradients.zero_()
-        with self.clock.phase("forward"):
+        with self.clock.phase("forward"), self._meter.watch(where.shard):
             on_device = self._on_device(batch.content)
-            logits = self.model(self._features, on_device.propagations, on_device.first_aggregation)
+            logits = self._logits(on_device)
             loss_sum = F.cross_entropy(logits, on_device.labels, reduction="sum")
+        with self.clock.phase("divergence"):
+            self._meter.note(where.shard, on_device)
         with self.clock.phase("observe"):
             optimizer.observe(logits, weights=None, key=where.shard)
         with self.clock.phase("backward"):
@@ -124,9 +129,16 @@ class Learner:
             optimizer.step(num_seeds_here=num_seeds, finite=sums.finite)
             if alone:
                 self.competitor.finish_background()
+        if is_measured:
+            with self.clock.phase("divergence"):
+                self._meter.measure(finite=sums.finite)
         self.clock.step_seconds.append(time.perf_counter() - started)
         self.dropped_steps += not sums.finite
         return sums
+
+    def _logits(self, batch: DeviceBatch) -> Tensor:
+        logits: Tensor = self.model(self._features, batch.propagations, batch.first_aggregation)
+        return logits
 
     def close(self) -> None:
         """Release what the optimizer holds of the model."""

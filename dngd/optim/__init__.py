@@ -10,13 +10,14 @@ from dngd.optim.footprint import Footprint, inverse_bytes_held, layer_footprint
 from dngd.optim.natural_gradient import NaturalGradient
 from dngd.optim.preconditioner import KFACPreconditioner
 from dngd.optim.schedules import HyperbolicDecay, Period, Schedule, UpdateSchedule, learning_rate, value_at
-from dngd.optim.trust import LevenbergMarquardt
+from dngd.optim.trust import KLTrustRegion, LevenbergMarquardt
 
 __all__ = [
     "FactorLayout",
     "Footprint",
     "HyperbolicDecay",
     "KFACPreconditioner",
+    "KLTrustRegion",
     "LevenbergMarquardt",
     "LossKind",
     "NaturalGradient",

@@ -18,7 +18,7 @@ from dngd.optim.inverses import FactorWire, InversePrecision
 from dngd.optim.plan import TRAFFIC_BUDGET, StrategyChoice
 from dngd.optim.preconditioner import KFACPreconditioner
 from dngd.optim.schedules import HyperbolicDecay, Period, Schedule, value_at
-from dngd.optim.trust import LevenbergMarquardt
+from dngd.optim.trust import KLTrustRegion, LevenbergMarquardt, mean_divergence
 
 Update = Literal["mean_gradient", "momentum", "adam_eigenbasis"]
 
@@ -254,6 +254,38 @@ class NaturalGradient(torch.optim.Optimizer):
         reduction = torch.tensor([loss_before - loss_after], dtype=torch.float64, device=self.preconditioner.device)
         communicator.all_reduce(reduction, "state").wait()
         return damping.update(float(reduction) / communicator.world_size, predicted)
+
+    @property
+    def is_clip_due(self) -> bool:
+        """Whether `adapt_clip` is to follow the step that comes next: its kl_clip is a KLTrustRegion, and wants it."""
+        clip = self.preconditioner.kl_clip
+        return isinstance(clip, KLTrustRegion) and clip.is_due(self.preconditioner.steps)
+
+    def adapt_clip(self, before: Tensor | None, after: Tensor | None) -> float:
+        """Adapt a KLTrustRegion to the last step; return the measured KL divergence, nats a seed.
+
+        before, after: the logits [n, C] of the step's own batch with the weights before and after it, dropout and
+        sampling alike. With several ranks all of them call it: the mean is over those that give logits; a rank without
+        gives None twice. Raises UserError if kl_clip is no KLTrustRegion, or with update="momentum": the prediction is
+        of the step -ηνv alone.
+        """
+        clip = self.preconditioner.kl_clip
+        if not isinstance(clip, KLTrustRegion):
+            raise UserError("adapt_clip needs kl_clip=KLTrustRegion(...); this clip is a plain schedule, or none")
+        if self.update != "mean_gradient" and float(self.param_groups[0]["momentum"]) > 0:
+            raise UserError(
+                f"adapt_clip predicts the step of one direction, but update={self.update!r} has "
+                f"momentum={self.param_groups[0]['momentum']}; use mean_gradient, or momentum=0"
+            )
+        total = torch.zeros(2, dtype=torch.float64, device=self.preconditioner.device)
+        if before is not None and after is not None:
+            total[0] = mean_divergence(before, after, self.preconditioner.capture.loss) * before.shape[0]
+            total[1] = before.shape[0]
+        self.preconditioner.communicator.all_reduce(total, "state").wait()
+        divergence, num_rows = total.tolist()
+        measured = divergence / num_rows if num_rows else 0.0
+        clip.update(measured, self.preconditioner.predicted_divergence(float(self.param_groups[0]["lr"])))
+        return measured
 
     def _average_gradients(self, mean_scale: float) -> None:
         """Put the mean of the gradients up to now, with weights (1-μ)μᵃ at age a, in the place of each gradient.

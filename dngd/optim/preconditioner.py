@@ -553,6 +553,13 @@ class KFACPreconditioner:
         length = lr * float(self.last_scale)
         return length * float(self._quadratic) * (1 - length / 2)
 
+    def predicted_divergence(self, lr: float) -> float:
+        """Return the KL divergence that the damped quadratic model says the last step, `-ηνv`, brings: `(ην)² q / 2`,
+        `q = Σ⟨v, ∇⟩`. Without momentum on v, or weight decay; an upper bound, since q counts the damping too."""
+        if self._quadratic is None:
+            raise UserError("there is no step to predict yet; call step() first")
+        return (lr * float(self.last_scale)) ** 2 * float(self._quadratic) / 2
+
     def factors(self) -> dict[str, KroneckerFactors]:
         """Return the averages {layer: (A, G)} over this world's ranks up to now, as matrices.
 

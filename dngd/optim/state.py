@@ -18,7 +18,7 @@ from dngd.optim.layer_state import LayerState
 from dngd.optim.layers.base import ConstantInput
 from dngd.optim.plan import Plan
 from dngd.optim.refresh import Refresh
-from dngd.optim.trust import LevenbergMarquardt
+from dngd.optim.trust import KLTrustRegion, LevenbergMarquardt
 
 if TYPE_CHECKING:
     from dngd.optim.preconditioner import KFACPreconditioner
@@ -44,6 +44,8 @@ def preconditioner_state(pre: KFACPreconditioner) -> State:
     out["shared.deferred"] = _integers(*(list(pre.states).index(name) for name in pre.deferred))
     if isinstance(pre.damping, LevenbergMarquardt):
         out["shared.damping"] = torch.tensor([pre.damping.value], dtype=torch.float64)
+    if isinstance(pre.kl_clip, KLTrustRegion):
+        out["shared.kl_ratio"] = torch.tensor([pre.kl_clip.ratio], dtype=torch.float64)
     for name, state in pre.states.items():
         out.update(_layer_state(name, state))
         constant = pre.layers[name].constant
@@ -106,6 +108,8 @@ def load_preconditioner_state(pre: KFACPreconditioner, states: Sequence[State]) 
     pre.non_finite_statistics, pre.pipeline.discarded_statistics = counters[4:]
     if isinstance(pre.damping, LevenbergMarquardt) and "shared.damping" in shared:
         pre.damping.value = float(shared["shared.damping"])
+    if isinstance(pre.kl_clip, KLTrustRegion) and "shared.kl_ratio" in shared:
+        pre.kl_clip.ratio = float(shared["shared.kl_ratio"])
     saved_plan = shared.get("shared.plan")
     if saved_plan is not None:
         pre.adopt_plan(Plan.from_json(bytes(saved_plan.tolist()).decode()))

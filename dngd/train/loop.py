@@ -32,6 +32,7 @@ from dngd.train.batch import BatchSource, DeviceBatch
 from dngd.train.callbacks import Callbacks, RunState
 from dngd.train.checkpoint import CheckpointFolder, Snapshot, check_same_run, replace_file
 from dngd.train.checkpoint_writer import CheckpointSchedule, CheckpointWriter
+from dngd.train.divergence import DivergenceMeter
 from dngd.train.health_log import HealthLog
 from dngd.train.loggers import make_loggers
 from dngd.train.losses import UnlabelledWeight
@@ -157,6 +158,7 @@ class TrainingLoop:
             )
         else:
             self.optimizer = wrap_optimizer(self.parts.optimizer(self.model), weight_average(config, self.model))
+        self.meter = DivergenceMeter(self.optimizer, self.model, self._outputs)
         self.gradients = FlatGradients(p for p in self.model.parameters() if p.requires_grad)
         self.checkpoints = CheckpointFolder(
             self.folder.checkpoints,
@@ -305,6 +307,7 @@ class TrainingLoop:
         )
         set_learning_rate(self.optimizer.torch_optimizer, lr)
         self.gradients.zero_()
+        is_measured = self.meter.is_due
         num_seeds_here = 0.0
         for shard in shards:
             batch = source.batch(epoch, step_in_epoch, shard)
@@ -322,6 +325,9 @@ class TrainingLoop:
                 finite=sums.finite,
                 factor_samples=None if self.semi is None else self.semi.factor_samples(epoch, step_in_epoch),
             )
+        if is_measured:
+            with self.clock.phase("divergence"):
+                self.meter.measure(finite=sums.finite)
         self._account(sums, step_in_epoch)
         self.step += 1
         elapsed = time.perf_counter() - started
@@ -333,10 +339,12 @@ class TrainingLoop:
         """Add a shard's summed-loss gradients to the flat buffer; return its share of the divisor."""
         if batch.seeds.numel() == 0:
             return 0.0
-        with self.clock.phase("forward"):
+        with self.clock.phase("forward"), self.meter.watch(shard):
             soft_labels = None if self.semi is None else self.semi.soft_labels(self.model, batch, self._outputs)
             logits = self._outputs(batch)
             loss = self.objective.shard_loss(logits, batch.labels, unlabelled, soft_labels)
+        with self.clock.phase("divergence"):
+            self.meter.note(shard, batch)
         with self.clock.phase("observe"):
             self.optimizer.observe(logits, weights=loss.weights, key=shard)
         with self.clock.phase("backward"):

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from dngd.comm import Communicator
-from dngd.config import KFACConfig, TrainConfig
+from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.optim import (
     FactorLayout,
     HyperbolicDecay,
     KFACPreconditioner,
+    KLTrustRegion,
     LossKind,
     NaturalGradient,
     Schedule,
@@ -66,6 +67,10 @@ class StepOptimizer(Protocol):
         """The curvature, if the optimizer has any."""
 
     @property
+    def natural_gradient(self) -> NaturalGradient | None:
+        """The optimizer itself, if it has curvature."""
+
+    @property
     def average(self) -> WeightAverage | None:
         """The weights' running mean, updated by each finite step, if they have one."""
 
@@ -74,6 +79,7 @@ class FirstOrder:
     """Adam, AdamW or SGD of torch."""
 
     preconditioner = None
+    natural_gradient = None
 
     def __init__(self, torch_optimizer: torch.optim.Optimizer, average: WeightAverage | None = None) -> None:
         self.torch_optimizer = torch_optimizer
@@ -93,18 +99,18 @@ class SecondOrder:
     """NaturalGradient. The loop back-propagates sums, so captured gradients carry no 1/n."""
 
     def __init__(self, natural_gradient: NaturalGradient, average: WeightAverage | None = None) -> None:
-        self.torch_optimizer = self._natural_gradient = natural_gradient
+        self.torch_optimizer = self.natural_gradient = natural_gradient
         self.average = average
 
     @property
     def preconditioner(self) -> KFACPreconditioner:
-        return self._natural_gradient.preconditioner
+        return self.natural_gradient.preconditioner
 
     def observe(self, outputs: Tensor, *, weights: Tensor | None, key: int) -> None:
-        self._natural_gradient.observe(outputs, weights=weights, key=key)
+        self.natural_gradient.observe(outputs, weights=weights, key=key)
 
     def step(self, *, num_seeds_here: float, finite: bool, factor_samples: float | None = None) -> None:
-        self._natural_gradient.step(
+        self.natural_gradient.step(
             num_samples=num_seeds_here, finite=finite, mean_gradients=True, factor_samples=factor_samples
         )
         if finite and self.average is not None:
@@ -142,7 +148,7 @@ def build_optimizer(
                 damping=damping,
                 damping_mode=config.damping_mode,
                 damping_g_ratio=g_ratio,
-                kl_clip=kl_clip_in_use(kfac),
+                kl_clip=kl_clip_in_use(config),
                 norm_constraint=kfac.norm_constraint,
                 loss_reduction="sum",
                 factor_decay=kfac.factor_decay,
@@ -188,8 +194,12 @@ def damping_in_use(config: TrainConfig, training_set: TrainingSet) -> tuple[floa
     return usual["damping"], kfac.damping_g_ratio or usual["damping_g_ratio"]
 
 
-def kl_clip_in_use(kfac: KFACConfig) -> Schedule | None:
-    """Return κ as a number or a function of the step."""
+def kl_clip_in_use(config: TrainConfig) -> Schedule | None:
+    """Return κ as a number or a function of the step, a KLTrustRegion where steps are measured; None for no bound."""
+    kfac = config.kfac
+    if kfac.kl_bound is not None:
+        bound = kfac.kl_bound if kfac.kl_bound_steps is None else HyperbolicDecay(kfac.kl_bound, kfac.kl_bound_steps, 2)
+        return KLTrustRegion(bound, period=kfac.kl_bound_period)
     if kfac.kl_clip is None or kfac.kl_clip_steps is None:
         return kfac.kl_clip
     return HyperbolicDecay(kfac.kl_clip, kfac.kl_clip_steps, kfac.kl_clip_power)

@@ -77,6 +77,11 @@ class RunParts:
                 f"the {complete.fisher} Fisher is that of the built-in loss, not of one's own; use "
                 "kfac.fisher=empirical, which takes the gradients of any loss, or a first-order optimizer"
             )
+        if self.loss is not None and complete.measures_divergence:
+            raise UserError(
+                f"kfac.kl_bound={complete.kfac.kl_bound} is about the built-in loss's probabilities, and of one's own "
+                "loss it is not known what the outputs stand for; leave kl_bound out"
+            )
         if self.loss is not None and complete.semi != "none":
             raise UserError(f"semi={complete.semi} has a loss of its own; leave loss= out, or use semi=none")
         return complete

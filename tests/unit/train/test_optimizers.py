@@ -10,7 +10,8 @@ from torch import nn
 
 from dngd.comm import LocalCommunicator
 from dngd.config import TrainConfig
-from dngd.optim import value_at
+from dngd.errors import UserError
+from dngd.optim import KLTrustRegion, value_at
 from dngd.train.optimizers import TrainingSet, build_optimizer, damping_in_use, kl_clip_in_use
 
 
@@ -58,8 +59,8 @@ def test_fisher_depends_on_how_many_seeds_share_nodes(batch_size: object, expect
 
 
 def test_clip_that_stays_and_none() -> None:
-    assert kl_clip_in_use(kfac(kl_clip=0.5, kl_clip_steps=None).kfac) == 0.5
-    assert kl_clip_in_use(kfac(kl_clip=None).kfac) is None
+    assert kl_clip_in_use(kfac(kl_clip=0.5, kl_clip_steps=None)) == 0.5
+    assert kl_clip_in_use(kfac(kl_clip=None)) is None
 
 
 def test_adam_in_the_eigenbasis_keeps_its_momentum() -> None:
@@ -86,12 +87,42 @@ def test_a_dropped_step_is_none_of_the_average(name: str) -> None:
         optimizer.preconditioner.close()
 
 
+def test_a_bound_of_the_measured_divergence_takes_the_place_of_the_clip() -> None:
+    clip = kl_clip_in_use(kfac(kl_bound=0.2, kl_bound_steps=4.0, kl_bound_period=7))
+    assert isinstance(clip, KLTrustRegion)
+    assert [clip.bound(step) for step in (0, 4)] == pytest.approx([0.2, 0.05])  # type: ignore[operator]
+    assert clip.period == 7
+    constant = kl_clip_in_use(kfac(kl_bound=0.2, kl_bound_steps=None))
+    assert isinstance(constant, KLTrustRegion)
+    assert constant.bound == 0.2
+    named = kfac(kl_bound=0.2).identity()
+    assert named["kfac.kl_bound"] == 0.2
+    assert not any(key.startswith("kfac.kl_clip") for key in named)
+    assert not any(key.startswith("kfac.kl_bound") for key in kfac().identity())
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        (
+            {"kfac": {"kl_bound": 0.1, "update": "momentum"}},
+            "update=momentum: it predicts the step of one",
+        ),
+        ({"kfac": {"kl_bound": 0.1}, "task": "link"}, "task=link: it was not tried"),
+        ({"kfac": {"kl_bound": 0.1}, "semi": "pooled"}, "semi=pooled: it was not tried"),
+    ],
+)
+def test_where_no_divergence_is_measured_a_bound_is_refused(fields: dict[str, object], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        TrainConfig(dataset="any", **fields)
+
+
 def test_a_run_of_the_former_clip_is_told_apart() -> None:
     assert kfac().identity()["kfac.kl_clip_power"] == 2.0
     assert "kfac.kl_clip_power" not in kfac(kl_clip_power=1.0).identity()
     assert "kfac.kl_clip_power" not in kfac(kl_clip_steps=None).identity()
     assert "kfac.kl_clip_power" not in kfac(kl_clip=None).identity()
-    clip = kl_clip_in_use(kfac(kl_clip_power=1.0).kfac)
+    clip = kl_clip_in_use(kfac(kl_clip_power=1.0))
     assert clip is not None
     assert value_at(clip, 10) == pytest.approx(1.5e-2)
 

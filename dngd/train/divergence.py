@@ -1,0 +1,91 @@
+"""How far a step moves its own predictions, for K-FAC's trust region (dngd.optim.KLTrustRegion).
+
+The batch of a step's first logical shard goes through the network before the step and after it, without dropout: with
+the masks of the step's own gradient the divergence would be that of a network which this gradient fits, several times
+as large. The first layer's aggregated rows are kept from the training pass, since reading them takes longest. It is one
+shard, whichever rank has it, so that any number of workers measures the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dngd.models import GNN
+from dngd.train.batch import DeviceBatch
+from dngd.train.optimizers import StepOptimizer
+
+MEASURED_SHARD = 0
+
+
+class DivergenceMeter:
+    """Measures the steps that the optimizer's trust region wants measured.
+
+    Use, on all ranks: `watch` around each shard's forward pass, `note` after it, and for a step that was due
+    `measure` at its end. forward: returns a batch's logits with the present weights.
+    """
+
+    def __init__(self, optimizer: StepOptimizer, model: nn.Module, forward: Callable[[DeviceBatch], Tensor]) -> None:
+        self._optimizer = optimizer
+        self._model = model
+        self._forward = forward
+        self._rows: Tensor | None = None
+        self._kept: tuple[DeviceBatch, Tensor] | None = None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the step that comes next is to be measured; alike on all ranks."""
+        natural_gradient = self._optimizer.natural_gradient
+        return natural_gradient is not None and natural_gradient.is_clip_due
+
+    @contextmanager
+    def watch(self, shard: int) -> Iterator[None]:
+        """Around a shard's forward pass in training."""
+        self._rows = None
+        if shard != MEASURED_SHARD or not isinstance(self._model, GNN) or not self.is_due:
+            yield
+            return
+        hook = self._model.graph_layers()[0].linear.register_forward_pre_hook(self._keep_rows)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def note(self, shard: int, batch: DeviceBatch) -> None:
+        """Keep a shard's batch and its logits before the step, if it is what is measured."""
+        if shard != MEASURED_SHARD or not self.is_due:
+            return
+        if self._rows is not None and batch.first_aggregation is None:
+            batch = replace(batch, propagations=batch.propagations[1:], first_aggregation=self._rows)
+        self._rows = None
+        self._kept = batch, self._logits(batch)
+
+    def measure(self, *, finite: bool) -> None:
+        """Measure the step just taken and adapt the trust region. All ranks enter for a step that was due, those
+        without the shard too. finite: whether the step was taken at all."""
+        kept, self._kept = self._kept, None
+        natural_gradient = self._optimizer.natural_gradient
+        if natural_gradient is None or not finite:
+            return
+        if kept is None:
+            natural_gradient.adapt_clip(None, None)
+        else:
+            batch, before = kept
+            natural_gradient.adapt_clip(before, self._logits(batch))
+
+    def _logits(self, batch: DeviceBatch) -> Tensor:
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            with torch.no_grad():
+                return self._forward(batch)
+        finally:
+            self._model.train(was_training)
+
+    def _keep_rows(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._rows = inputs[0].detach()
