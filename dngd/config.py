@@ -249,11 +249,12 @@ class TrainConfig(_Section):
         if self.measures_divergence:
             for name, off, why in (
                 ("kfac.update", self.kfac.update == "mean_gradient", "it predicts the step of one direction; use kfac.update=mean_gradient"),
+                ("kfac.variant", self.kfac.variant == "dngd", "the paper's factors are not the Fisher, and predict no divergence; leave kl_bound out"),
                 ("task", self.task == "node", "it was not tried for links; leave kl_bound out"),
                 ("semi", self.semi == "none", "it was not tried with labels that the network makes; leave kl_bound out"),
             ):
                 if not off:
-                    value = self.kfac.update if name == "kfac.update" else getattr(self, name)
+                    value = getattr(self.kfac if name.startswith("kfac.") else self, name.removeprefix("kfac."))
                     raise ValueError(f"kfac.kl_bound={self.kfac.kl_bound} does not go with {name}={value}: {why}")
         if self.task == "link":
             for name, off, why in (

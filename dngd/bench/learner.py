@@ -115,8 +115,9 @@ class Learner:
             on_device = self._on_device(batch.content)
             logits = self._logits(on_device)
             loss_sum = F.cross_entropy(logits, on_device.labels, reduction="sum")
-        with self.clock.phase("divergence"):
-            self._meter.note(where.shard, on_device)
+        if is_measured:
+            with self.clock.phase("divergence"):
+                self._meter.note(where.shard, on_device)
         with self.clock.phase("observe"):
             optimizer.observe(logits, weights=None, key=where.shard)
         with self.clock.phase("backward"):

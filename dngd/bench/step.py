@@ -118,7 +118,8 @@ def describe_config(config: TrainConfig) -> dict[str, Any]:
     """Return the fields that a benchmark's work depends on, as plain data."""
     names = ("dataset", "split", "model", "hidden", "num_layers", "dropout", "batch_size", "seed", "weight_decay")
     dumped = config.model_dump(mode="json")
-    return {name: dumped[name] for name in names} | {"fanout": list(config.fanouts), "kfac": dumped["kfac"]}
+    kfac = dumped["kfac"] | {"damping_mode": config.damping_mode}
+    return {name: dumped[name] for name in names} | {"fanout": list(config.fanouts), "kfac": kfac}
 
 
 def _learners(names: Sequence[str], config: TrainConfig, store: GraphStore) -> list[Learner]:

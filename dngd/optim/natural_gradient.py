@@ -264,10 +264,11 @@ class NaturalGradient(torch.optim.Optimizer):
     def adapt_clip(self, before: Tensor | None, after: Tensor | None) -> float:
         """Adapt a KLTrustRegion to the last step; return the measured KL divergence, nats a seed.
 
-        before, after: the logits [n, C] of the step's own batch with the weights before and after it, dropout and
-        sampling alike. With several ranks all of them call it: the mean is over those that give logits; a rank without
-        gives None twice. Raises UserError if kl_clip is no KLTrustRegion, or with update="momentum": the prediction is
-        of the step -ηνv alone.
+        before, after: the outputs [n, C] of the step's own batch with the weights before and after it, of the same
+        sampled neighbours and without dropout (with the masks of the step's own gradient they differ several times as
+        much). A step that was dropped changed nothing, and tells nothing. With several ranks all of them call it: the
+        mean is over those that give outputs; a rank without gives None twice. Raises UserError if kl_clip is no
+        KLTrustRegion, or with update="momentum": the prediction is of the step -ηνv alone.
         """
         clip = self.preconditioner.kl_clip
         if not isinstance(clip, KLTrustRegion):
@@ -284,7 +285,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self.preconditioner.communicator.all_reduce(total, "state").wait()
         divergence, num_rows = total.tolist()
         measured = divergence / num_rows if num_rows else 0.0
-        clip.update(measured, self.preconditioner.predicted_divergence(float(self.param_groups[0]["lr"])))
+        clip.update(measured, self.preconditioner.predicted_divergence())
         return measured
 
     def _average_gradients(self, mean_scale: float) -> None:

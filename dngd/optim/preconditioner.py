@@ -178,6 +178,7 @@ class KFACPreconditioner:
         self.non_finite_statistics = 0
         self.last_scale: Tensor = torch.ones(())
         self._quadratic: Tensor | None = None
+        self._bounded_rate = 0.0
         self.phase_seconds: dict[str, float] = defaultdict(float)
         self.inside: Callable[[str], contextlib.AbstractContextManager[None]] = lambda _: contextlib.nullcontext()
         """Entered with the name of each part of a step: for those who watch what a process is at."""
@@ -531,7 +532,7 @@ class KFACPreconditioner:
             return None
         assert self.lr is not None
         assert self._quadratic is not None
-        lr = value_at(self.lr, self.steps)
+        lr = self._bounded_rate = value_at(self.lr, self.steps)
         scale = torch.ones_like(self._quadratic)
         if self.kl_clip is not None:
             kl_clip = value_at(self.kl_clip, self.steps)
@@ -553,12 +554,13 @@ class KFACPreconditioner:
         length = lr * float(self.last_scale)
         return length * float(self._quadratic) * (1 - length / 2)
 
-    def predicted_divergence(self, lr: float) -> float:
-        """Return the KL divergence that the damped quadratic model says the last step, `-ηνv`, brings: `(ην)² q / 2`,
-        `q = Σ⟨v, ∇⟩`. Without momentum on v, or weight decay; an upper bound, since q counts the damping too."""
+    def predicted_divergence(self) -> float:
+        """Return the KL divergence that the damped quadratic model says the last step, `-ηνv`, brought: `(ην)² q / 2`,
+        `q = Σ⟨v, ∇⟩`, η the rate that bounded it; 0 before the first step. Without momentum on v, or weight decay; an
+        upper bound of the model's own, since q counts the damping too."""
         if self._quadratic is None:
-            raise UserError("there is no step to predict yet; call step() first")
-        return (lr * float(self.last_scale)) ** 2 * float(self._quadratic) / 2
+            return 0.0
+        return (self._bounded_rate * float(self.last_scale)) ** 2 * float(self._quadratic) / 2
 
     def factors(self) -> dict[str, KroneckerFactors]:
         """Return the averages {layer: (A, G)} over this world's ranks up to now, as matrices.

@@ -64,10 +64,10 @@ class KLTrustRegion:
 
     where D = mean KL(p_before ‖ p_after) is measured on a step's own batch and D̂ = (ην)² q / 2 is what the factors
     predicted of it. Both are off by much: factors of a network that has moved on, rows of one seed that are taken for
-    independent. On eight graphs D/D̂ was .3 to 14 (docs/defaults.md, 23), so that one κ is too long a step on some of
-    them and too short a one on others. One δ fits better. The trust region is that of TRPO (Schulman et al. 2015),
-    with its line search replaced by a running correction; Martens & Grosse 2015, section 6.5, correct the damping
-    alike, by the loss.
+    independent. In eight settings on six graphs D/D̂ was .3 to 16 (docs/defaults.md, 24), so that one κ is too long a
+    step on some of them and too short a one on others. One δ fits better. The trust region is that of TRPO (Schulman
+    et al. 2015), with its line search replaced by a running correction; Martens & Grosse 2015, section 6.5, correct the
+    damping alike, by the loss.
 
     bound: δ > 0, nats a seed, a number or a function of the step. period: steps between two measurements (`is_due`);
     also at the powers of two, since factors are renewed there and the network moves most. ratio: ρ until the first.
@@ -134,7 +134,9 @@ def mean_divergence(before: Tensor, after: Tensor, loss: LossKind = "cross_entro
     """Return the mean over rows of KL(p_before ‖ p_after) in nats, of logits [n, C]; waits for the device.
 
     loss: cross_entropy: p is the softmax of a row; binary_cross_entropy: independent Bernoulli variables, whose
-    divergences are summed. Summed in float64, since it is a small difference of large terms. 0 without rows.
+    divergences are summed; squared_error: normal ones of variance 1/2, whose negative log-likelihood is `‖z - y‖²` and
+    whose divergence is `‖z_before - z_after‖²`. Summed in float64, since it is a small difference of large terms. 0
+    without rows.
     """
     if not before.shape[0]:
         return 0.0
@@ -142,6 +144,8 @@ def mean_divergence(before: Tensor, after: Tensor, loss: LossKind = "cross_entro
     if loss == "cross_entropy":
         log_p, log_q = F.log_softmax(before, dim=1), F.log_softmax(after, dim=1)
         rows = (log_p.exp() * (log_p - log_q)).sum(dim=1)
+    elif loss == "squared_error":
+        rows = (before - after).square().sum(dim=1)
     else:
         yes = F.logsigmoid(before) - F.logsigmoid(after)
         no = F.logsigmoid(-before) - F.logsigmoid(-after)

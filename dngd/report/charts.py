@@ -27,7 +27,7 @@ PHASES = {
     "sample_wait": ("sample wait", "c5"),
     "forward": ("forward", "c2"),
     "observe": ("draw the Fisher's labels", "c4"),
-    "divergence": ("measure the step's divergence", "c4"),
+    "divergence": ("measure the step's divergence", "c1"),
     "backward": ("backward", "c0"),
     "reduce": ("reduce gradients", "c3"),
     "optimizer.commit": ("optimizer: commit factors", "o1"),

@@ -343,8 +343,9 @@ class TrainingLoop:
             soft_labels = None if self.semi is None else self.semi.soft_labels(self.model, batch, self._outputs)
             logits = self._outputs(batch)
             loss = self.objective.shard_loss(logits, batch.labels, unlabelled, soft_labels)
-        with self.clock.phase("divergence"):
-            self.meter.note(shard, batch)
+        if self.meter.is_due:
+            with self.clock.phase("divergence"):
+                self.meter.note(shard, batch)
         with self.clock.phase("observe"):
             self.optimizer.observe(logits, weights=loss.weights, key=shard)
         with self.clock.phase("backward"):

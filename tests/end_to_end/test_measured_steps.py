@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import dngd
 from dngd.graph import GraphStore
@@ -55,6 +56,8 @@ def test_due_steps_are_measured_exactly(store: GraphStore, tmp_path: Path, monke
     assert all(value > 0 for _, value in measured)
     assert max(noted) == 0.0
     assert "divergence" in result.phase_ms
+    without = fit(config(store, tmp_path / "without"))
+    assert "divergence" not in without.phase_ms
 
 
 def test_measuring_alone_changes_nothing(store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,13 +94,17 @@ def law_shards(store: GraphStore, folder: Path) -> None:
 
 
 def test_shards_are_measured_alike(store: GraphStore, tmp_path: Path) -> None:
-    law_shards(store, tmp_path)
+    law_shards(store, tmp_path / "law")
 
 
 @pytest.mark.parametrize("changes", [{"model": "sage"}, {"batch_size": "full", "fanout": None}], ids=str)
 def test_other_models_and_full_batch(store: GraphStore, tmp_path: Path, changes: dict[str, Any]) -> None:
     result = fit(config(store, tmp_path / "run", kfac=BOUND, **changes))
     assert result.history[-1].train_loss < result.history[0].train_loss
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    ratio = float(load_file(newest / "curvature-shared.safetensors")["shared.kl_ratio"])
+    assert 0.3 <= ratio <= 30.0
+    assert ratio != 3.0
 
 
 def test_a_modules_running_statistics_stay(store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

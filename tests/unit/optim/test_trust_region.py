@@ -63,6 +63,9 @@ def law_divergence() -> None:
     bernoulli = torch.distributions.Bernoulli
     each = torch.distributions.kl_divergence(bernoulli(logits=before), bernoulli(logits=after))
     assert mean_divergence(before, after, "binary_cross_entropy") == pytest.approx(float(each.sum(1).mean()), rel=1e-12)
+    normal = torch.distributions.Normal
+    each = torch.distributions.kl_divergence(normal(before, 0.5**0.5), normal(after, 0.5**0.5))
+    assert mean_divergence(before, after, "squared_error") == pytest.approx(float(each.sum(1).mean()), rel=1e-12)
     assert mean_divergence(before, before) == mean_divergence(before[:0], after[:0]) == 0.0
 
 
@@ -112,7 +115,27 @@ def test_the_prediction_is_half_the_squared_length_of_the_step() -> None:
     moved = [p.detach() - q for p, q in zip(net.parameters(), old)]
     length = 0.5 * float(optimizer.preconditioner.last_scale)
     inner = -sum(float((m * g).sum()) for m, g in zip(moved, gradients))
-    assert optimizer.preconditioner.predicted_divergence(0.5) == pytest.approx(length * inner / 2, rel=1e-5)
+    optimizer.param_groups[0]["lr"] = 7.0  # as a scheduler may have done since
+    assert optimizer.preconditioner.predicted_divergence() == pytest.approx(length * inner / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_dropped_step_tells_nothing(first: bool) -> None:
+    net = make_net()
+    region = KLTrustRegion(0.01, period=1)
+    optimizer = NaturalGradient(net, 1.0, kl_clip=region)
+    if not first:
+        take_step(net, optimizer)
+    ratio = region.ratio
+    x, y = batch()
+    optimizer.zero_grad()
+    before = net(x)
+    F.cross_entropy(before, y).backward()
+    optimizer.step(num_samples=24, finite=False)
+    with torch.no_grad():
+        after = net(x)
+    assert optimizer.adapt_clip(before, after) == 0.0
+    assert region.ratio == ratio
 
 
 def law_bound() -> None:

@@ -108,6 +108,7 @@ def test_a_bound_of_the_measured_divergence_takes_the_place_of_the_clip() -> Non
             {"kfac": {"kl_bound": 0.1, "update": "momentum"}},
             "update=momentum: it predicts the step of one",
         ),
+        ({"kfac": {"kl_bound": 0.1, "variant": "paper"}}, "variant=paper: the paper's factors are not the Fisher"),
         ({"kfac": {"kl_bound": 0.1}, "task": "link"}, "task=link: it was not tried"),
         ({"kfac": {"kl_bound": 0.1}, "semi": "pooled"}, "semi=pooled: it was not tried"),
     ],
