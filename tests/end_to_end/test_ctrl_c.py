@@ -114,7 +114,7 @@ def test_a_second_ctrl_c_stops_at_once(store: GraphStore, tmp_path: Path) -> Non
         assert process.poll() is None, "a first Ctrl-C waits for the step"
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=120)
-        assert process.returncode == 130
+        assert process.returncode == 130, said
     finally:
         process.kill()
     assert "--resume" in said
