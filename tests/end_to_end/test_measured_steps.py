@@ -1,4 +1,7 @@
-"""Runs whose steps' divergences are measured: what is measured, and that all else stays, resume and shards too."""
+"""Runs whose steps' divergences are measured: what is measured, and that all else stays, resume too.
+
+On several workers: test_ray_runs.
+"""
 
 from __future__ import annotations
 
@@ -85,16 +88,6 @@ def test_resume_is_bitwise(store: GraphStore, tmp_path: Path) -> None:
 
     folders = (tmp_path / f"mutant-{number}" for number in itertools.count())
     assert_caught(lambda: law_resume(store, next(folders)), state, "KLTrustRegion", Other)
-
-
-def law_shards(store: GraphStore, folder: Path) -> None:
-    one = fit(config(store, folder / "one", kfac=BOUND, num_shards=2))
-    two = fit(config(store, folder / "two", kfac=BOUND, num_shards=2, num_workers=2))
-    assert curve(one) == curve(two)
-
-
-def test_shards_are_measured_alike(store: GraphStore, tmp_path: Path) -> None:
-    law_shards(store, tmp_path / "law")
 
 
 @pytest.mark.parametrize("changes", [{"model": "sage"}, {"batch_size": "full", "fanout": None}], ids=str)
