@@ -28,6 +28,7 @@ from dngd.bench.training_file import TrainingFile, key_of
 from dngd.bench.verdict import aggregate, best_label, judge, remarks
 from dngd.config import TrainConfig
 from dngd.errors import UserError
+from dngd.train.plan import device_of
 
 GIVEN = "given"
 GIVEN_SEEDS = (0, 1, 2)
@@ -111,6 +112,7 @@ class _Panel:
             "density": density,
             "prefetch": track.config.prefetch,
             "threads": options.threads,
+            **({"use_gpu": True} if track.config.use_gpu else {}),
             "settings": {s.label: track.own_config(s).identity() | _length(track, s) for s in settings},
         }
         key = key_of(description)
@@ -149,7 +151,7 @@ def run_accuracy_bench(options: AccuracyOptions, progress: BenchProgress | None 
     panels = _panels(plan)
     results = []
     with torch_threads(options.threads):
-        machine = describe_machine(keeps_memory=keep_freed_memory())
+        machine = describe_machine(keeps_memory=keep_freed_memory(), device=device_of(options.config))
         for number, panel in enumerate(panels, 1):
             panel.place = f"{number}/{len(panels)}"
             results.append(_run_panel(panel))

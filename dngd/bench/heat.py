@@ -12,10 +12,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from dngd.bench.competitors import Setting
+from dngd.bench.device import features_on
 from dngd.bench.graphs import open_graph
 from dngd.bench.learner import Batch, Learner, initial_model
-from dngd.bench.runs import FullFeed, Run, RunRecord, SampledFeed, evaluation_steps, interleaved, slices
+from dngd.bench.runs import Feed, FullFeed, GpuFeed, Run, RunRecord, SampledFeed, evaluation_steps, interleaved, slices
 from dngd.bench.scoring import Metric, Scorer, choose_metric
 from dngd.comm import LocalCommunicator
 from dngd.config import TrainConfig
@@ -26,7 +29,7 @@ from dngd.train.batch import PropagationBuilder
 from dngd.train.evaluation import ExactEvaluator
 from dngd.train.full_batch import FullBatches
 from dngd.train.optimizers import TrainingSet
-from dngd.train.plan import batch_size_of
+from dngd.train.plan import batch_size_of, device_of
 
 LONGEST_TURN = 50
 WARMUP_STEPS = 2
@@ -46,6 +49,8 @@ class Track:
     model: GNN
     builder: PropagationBuilder
     scorer: Scorer
+    features: Tensor
+    """Where it is trained: on the machine, or on the GPU."""
     warm: set[tuple[str, int]] = field(default_factory=set)
     """Optimizers and batch sizes that have taken steps before: the first ones pay for what is set up but once."""
 
@@ -81,12 +86,14 @@ def open_track(config: TrainConfig, metric: str = "auto", scale: float = 1.0) ->
     store = open_graph(config.dataset, config.data_root_in_use, config.cache_dir, scale)
     split = store.split(config.split, config.seed)
     model = initial_model(config, store)
-    builder = PropagationBuilder(store, model.aggregation, store.labels.device)
+    device = device_of(config)
+    features = features_on(device, store)
+    builder = PropagationBuilder(store, model.aggregation, device)
     evaluator = ExactEvaluator(
-        store, builder, LocalCommunicator(), rows=config.eval_rows, device=store.labels.device, features=store.features
+        store, builder, LocalCommunicator(), rows=config.eval_rows, device=device, features=features
     )
     chosen = choose_metric(metric, store)
-    return Track(config, store, split, chosen, model, builder, Scorer(evaluator, store, split, chosen))
+    return Track(config, store, split, chosen, model, builder, Scorer(evaluator, store, split, chosen), features)
 
 
 def run_heat(
@@ -104,7 +111,7 @@ def run_heat(
         runs: list[Run] = []
         for setting in settings:
             own = track.own_config(setting)
-            feed = full or SampledFeed(_pipeline(track, setting, ahead=True))
+            feed = full or _feed(track, setting)
             learner = _learner(track, setting, own)
             runs.append(Run(setting, own, learner, feed, track.steps_per_epoch(setting)))
             stack.callback(runs[-1].close)
@@ -122,7 +129,9 @@ def run_heat(
         return [run.record() for run in runs]
 
 
-def _pipeline(track: Track, setting: Setting, *, ahead: bool) -> SamplerPipeline:
+def _pipeline(
+    track: Track, setting: Setting, *, ahead: bool, on_mapped: Callable[[Tensor], None] | None = None
+) -> SamplerPipeline:
     config = track.config
     return SamplerPipeline(
         track.store,
@@ -132,11 +141,20 @@ def _pipeline(track: Track, setting: Setting, *, ahead: bool) -> SamplerPipeline
         1,
         track.batch_size(setting),
         [0],
-        num_samplers=0,
+        num_samplers=config.samplers if ahead else 0,
         prefetch=config.prefetch if ahead else 0,
         timeout_seconds=config.collective_timeout_seconds,
-        aggregation=track.model.aggregation,
+        # On a GPU that holds the table, the first rows are taken there.
+        aggregation=track.model.aggregation if track.features.device.type == "cpu" else None,
+        on_mapped=on_mapped,
     )
+
+
+def _feed(track: Track, setting: Setting) -> Feed:
+    device = track.features.device
+    if device.type == "cpu":
+        return SampledFeed(_pipeline(track, setting, ahead=True))
+    return GpuFeed(lambda on_mapped: _pipeline(track, setting, ahead=True, on_mapped=on_mapped), track.builder, device)
 
 
 def _full_batch(track: Track) -> FullFeed:
@@ -144,12 +162,13 @@ def _full_batch(track: Track) -> FullFeed:
         track.store,
         track.builder,
         track.model,
-        track.store.features,
+        track.features,
         track.split.train,
         with_unlabelled=False,
         shards=[0],
         num_shards=1,
         rows=track.config.eval_rows,
+        device=track.features.device,
     )
     return FullFeed(batches.batch(0, 0, 0))
 
@@ -160,7 +179,7 @@ def _learner(track: Track, setting: Setting, own: TrainConfig) -> Learner:
         own,
         setting.lr,
         track.model,
-        track.store.features,
+        track.features,
         track.builder,
         training_set=TrainingSet(track.num_train, track.store.num_classes),
     )

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dngd.bench.device import wait_for
 from dngd.bench.optimizers import build_competitor
 from dngd.comm import Communicator, FlatGradients, LocalCommunicator, StepSums
 from dngd.config import TrainConfig
@@ -48,6 +49,8 @@ def initial_model(config: TrainConfig, store: GraphStore) -> GNN:
 class Learner:
     """A model, its flat gradients and its optimizer. clock: step times and phases since `start_clock`.
 
+    It trains where the features are. On a GPU, which works on while the host goes on, phases are the host's times.
+
     communicator: of the ranks that step together; None for a single one. training_set: what K-FAC's
     damping follows where it is left open; unknown where only times matter.
     """
@@ -65,7 +68,8 @@ class Learner:
     ) -> None:
         self.name = name
         self.lr = lr
-        self.model = copy.deepcopy(model)
+        self.device = features.device
+        self.model = copy.deepcopy(model).to(self.device)
         self.model.train()
         self.clock = StepClock()
         self.dropped_steps = 0
@@ -133,6 +137,8 @@ class Learner:
         if is_measured:
             with self.clock.phase("divergence"):
                 self._meter.measure(finite=sums.finite)
+        if alone:
+            wait_for(self.device)
         self.clock.step_seconds.append(time.perf_counter() - started)
         self.dropped_steps += not sums.finite
         return sums

@@ -14,6 +14,8 @@ import torch
 from dngd.errors import UserError
 from dngd.train.metrics import cpu_name, usable_cpus, versions
 
+CPU = torch.device("cpu")
+
 
 @contextlib.contextmanager
 def torch_threads(threads: int | None) -> Iterator[int]:
@@ -32,11 +34,11 @@ def torch_threads(threads: int | None) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def describe_machine(*, keeps_memory: bool) -> dict[str, Any]:
+def describe_machine(*, keeps_memory: bool, device: torch.device = CPU) -> dict[str, Any]:
     """Return CPUs, threads, memory, load and versions, as plain data.
 
     cpus: that this process may use. load_average: over the last minute, before the measurement; well above 0 means
-    that others used the machine too. keeps_memory: what keep_freed_memory returned.
+    that others used the machine too. keeps_memory: what keep_freed_memory returned. device: where is trained.
     """
     return {
         "cpu": cpu_name(),
@@ -45,7 +47,7 @@ def describe_machine(*, keeps_memory: bool) -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "freed_memory_is_kept": keeps_memory,
         "load_average": os.getloadavg()[0],
-        "device": "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "platform": platform.platform(),
         "versions": versions(),
     }

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
+import torch
+from torch import Tensor
 
 from dngd.bench.competitors import Setting
 from dngd.bench.curves import LEAST_EVALUATIONS, Curve
+from dngd.bench.device import wait_for
 from dngd.bench.learner import Batch, Learner
 from dngd.bench.scoring import Scored
 from dngd.bench.timing import turn_order
@@ -20,11 +24,33 @@ from dngd.models import GNN
 from dngd.optim import learning_rate
 from dngd.sampling import BatchCoordinates, MiniBatch, SamplerPipeline
 from dngd.sampling.inline import on_sampling_thread
-from dngd.train.batch import DeviceBatch
+from dngd.train.batch import DeviceBatch, PropagationBuilder
+from dngd.train.feeder import CudaCopyStream, DeviceFeeder
+from dngd.train.metrics import StepClock
 from dngd.train.optimizers import evaluated_weights
+from dngd.train.page_lock import CudaHostRegistration, PageLockedMemory
 
 SETTLE_SECONDS = 0.03
 SETTLE_LIMIT_SECONDS = 60.0
+
+
+class Feed(Protocol):
+    """Where a run's batches come from."""
+
+    def start(self) -> None:
+        """Wait until batches are drawn ahead; the clock is not on."""
+
+    def next(self, coordinates: BatchCoordinates) -> Batch:
+        """Return the next batch, which must be the one at these coordinates."""
+
+    def look_ahead(self) -> None:
+        """Hear that a step on the batch handed out last has been given to the device: time for the next one."""
+
+    def settle(self) -> None:
+        """Wait until nothing works in others' time."""
+
+    def close(self) -> None:
+        """End what draws."""
 
 
 class SampledFeed:
@@ -46,22 +72,63 @@ class SampledFeed:
         assert mini_batch.coordinates == coordinates, f"{mini_batch.coordinates} is not {coordinates}"
         return Batch(mini_batch, coordinates)
 
+    def look_ahead(self) -> None:
+        """Nothing is copied."""
+
     def settle(self) -> None:
         """Wait until the sampler has drawn all that it may draw ahead, so that it does not work in others' time."""
-        if not self._pipeline.pids:
-            on_sampling_thread(_nothing)  # queued behind all that was asked for
-            return
-        started = time.monotonic()
-        used = _cpu_seconds(self._pipeline.pids)
-        while time.monotonic() - started < SETTLE_LIMIT_SECONDS:
-            time.sleep(SETTLE_SECONDS)
-            before, used = used, _cpu_seconds(self._pipeline.pids)
-            if used == before:
-                return
+        settle(self._pipeline)
 
     def close(self) -> None:
         """End the sampler process."""
         self._pipeline.close()
+
+
+class GpuFeed:
+    """Batches from sampler processes, copied to a GPU ahead of use, as dngd train does there.
+
+    pipeline: makes the sampler's, given what page-locks its memory. builder: for the device.
+    """
+
+    def __init__(
+        self,
+        pipeline: Callable[[Callable[[Tensor], None]], SamplerPipeline],
+        builder: PropagationBuilder,
+        device: torch.device,
+    ) -> None:
+        self._stack = contextlib.ExitStack()
+        self._first: DeviceBatch | None = None
+        with contextlib.ExitStack() as stack:
+            locked = stack.enter_context(PageLockedMemory(CudaHostRegistration(device)))
+            self._pipeline = stack.enter_context(pipeline(locked.add))
+            # What it waits for is on the run's clock.
+            feeder = DeviceFeeder(self._pipeline, builder, StepClock(), CudaCopyStream(device))
+            self._feeder = stack.enter_context(feeder)
+            self._stack = stack.pop_all()
+
+    def start(self) -> None:
+        """Wait for the first batch, and until the samplers have drawn ahead."""
+        self._first = self._feeder.batch(0, 0, 0)
+        self.settle()
+
+    def next(self, coordinates: BatchCoordinates) -> Batch:
+        """Return the next batch, there once its copy, which the GPU waits for, has ended."""
+        batch, self._first = self._first, None
+        if batch is None:
+            batch = self._feeder.batch(coordinates.epoch, coordinates.step, coordinates.shard)
+        return Batch(batch, coordinates)
+
+    def look_ahead(self) -> None:
+        """Start copying the next batch, if it has been drawn."""
+        self._feeder.look_ahead()
+
+    def settle(self) -> None:
+        """Wait until the samplers have drawn all that they may draw ahead."""
+        settle(self._pipeline)
+
+    def close(self) -> None:
+        """End copies, then the samplers."""
+        self._stack.close()
 
 
 class FullFeed:
@@ -76,6 +143,9 @@ class FullFeed:
     def next(self, coordinates: BatchCoordinates) -> Batch:
         """Return the batch."""
         return Batch(self._batch, coordinates)
+
+    def look_ahead(self) -> None:
+        """The next one is there."""
 
     def settle(self) -> None:
         """Nothing is drawn."""
@@ -110,7 +180,7 @@ class Run:
     setting: Setting
     config: TrainConfig
     learner: Learner
-    feed: SampledFeed | FullFeed
+    feed: Feed
     steps_per_epoch: int
     step: int = 0
     seconds: float = 0.0
@@ -136,9 +206,11 @@ class Run:
             stepped, on_cpu = time.perf_counter(), time.thread_time()
             self.wait_seconds += stepped - waited
             self.learner.step(batch, lr, alone=False)
+            self.feed.look_ahead()
             self.idle_seconds += max(0.0, time.perf_counter() - stepped - (time.thread_time() - on_cpu))
             self.step += 1
         self.learner.competitor.finish_background()
+        wait_for(self.learner.device)
         self.seconds += time.perf_counter() - started
 
     def evaluate(self, scores: Callable[[GNN], dict[str, Scored]]) -> None:
@@ -178,6 +250,20 @@ class Run:
         """End the sampler and release the model."""
         self.feed.close()
         self.learner.close()
+
+
+def settle(pipeline: SamplerPipeline) -> None:
+    """Wait until a pipeline's samplers have drawn all that they may draw ahead; a minute at most."""
+    if not pipeline.pids:
+        on_sampling_thread(_nothing)  # queued behind all that was asked for
+        return
+    started = time.monotonic()
+    used = _cpu_seconds(pipeline.pids)
+    while time.monotonic() - started < SETTLE_LIMIT_SECONDS:
+        time.sleep(SETTLE_SECONDS)
+        before, used = used, _cpu_seconds(pipeline.pids)
+        if used == before:
+            return
 
 
 def evaluation_steps(total_steps: int, every: int | None = None, density: int = LEAST_EVALUATIONS) -> list[int]:

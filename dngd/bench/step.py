@@ -3,7 +3,8 @@
 One stream of sampled mini-batches (an epoch's smaller last one is left out); on each of them every optimizer, with
 its own copy of the same initial model, takes one step, in an order that rotates from batch to batch. What else the
 machine does falls on all alike, which a run of one optimizer after the other cannot promise. Batches are drawn between
-the timed steps, in this process.
+the timed steps, in this process. On a GPU, which holds the features, batches are put there between the timed steps too,
+and a step's time ends when the GPU has done its work.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dngd.allocator import keep_freed_memory
+from dngd.bench.device import features_on, wait_for
 from dngd.bench.graphs import open_graph
 from dngd.bench.learner import Batch, Learner, initial_model
 from dngd.bench.machine import describe_machine, torch_threads
@@ -22,10 +24,10 @@ from dngd.bench.timing import ratios_to, summary_ms, turn_order, whole_periods
 from dngd.config import KFACConfig, TrainConfig
 from dngd.errors import TrainingError, UserError
 from dngd.graph import GraphStore, Split
-from dngd.sampling import SamplerPipeline
-from dngd.train.batch import PropagationBuilder
+from dngd.sampling import MiniBatch, SamplerPipeline
+from dngd.train.batch import DeviceBatch, PropagationBuilder
 from dngd.train.optimizers import TrainingSet
-from dngd.train.plan import batch_size_of
+from dngd.train.plan import batch_size_of, device_of
 
 LEAST_WARMUP = 60
 
@@ -69,11 +71,12 @@ def run_step_bench(options: StepOptions, progress: BenchProgress | None = None) 
             raise UserError(f"{flag}={value} is too small; give at least {least}")
     period = config.kfac.inverse_update_period
     measured = whole_periods(options.steps, period)
+    device = device_of(config)
     progress.message(f"opening {config.dataset} (a generated graph is made on first use and kept)")
     store = open_graph(config.dataset, config.data_root_in_use, config.cache_dir, options.scale)
     split = store.split(config.split, config.seed)
     with torch_threads(options.threads):
-        machine = describe_machine(keeps_memory=keep_freed_memory())
+        machine = describe_machine(keeps_memory=keep_freed_memory(), device=device)
         learners = _learners(names, config, store)
         try:
             stream = _take_steps(learners, config, store, split, warmup, measured, progress)
@@ -125,12 +128,13 @@ def describe_config(config: TrainConfig) -> dict[str, Any]:
 def _learners(names: Sequence[str], config: TrainConfig, store: GraphStore) -> list[Learner]:
     model = initial_model(config, store)
     learners: list[Learner] = []
+    features = features_on(device_of(config), store)
     training_set = TrainingSet(int(store.split(config.split, config.seed).train.numel()), store.num_classes)
     for name in names:
         # The operators come from the whole graph's degrees, which are read once for all.
-        builder = learners[0].builder if learners else PropagationBuilder(store, model.aggregation, store.labels.device)
+        builder = learners[0].builder if learners else PropagationBuilder(store, model.aggregation, features.device)
         rate = base_rate(name, config)
-        learners.append(Learner(name, config, rate, model, store.features, builder, training_set=training_set))
+        learners.append(Learner(name, config, rate, model, features, builder, training_set=training_set))
     return learners
 
 
@@ -147,6 +151,7 @@ def _take_steps(
     period = config.kfac.inverse_update_period
     num_seeds, num_edges, num_input_rows = [], [], []
     batch_size = batch_size_of(config, int(split.train.numel()))
+    device = device_of(config)
     progress.begin(warmup + measured, "warm-up")
     with SamplerPipeline(
         store, split.train, config.fanouts, config.seed, 1, batch_size, [0], num_samplers=0, prefetch=0
@@ -158,9 +163,13 @@ def _take_steps(
                 for learner in learners:
                     learner.start_clock()
             mini_batch = next(batches)
+            content: MiniBatch | DeviceBatch = mini_batch
+            if device.type == "cuda":
+                content = learners[0].builder.batch(mini_batch)
+                wait_for(device)
             for place in turn_order(number, len(learners), period):
                 learner = learners[place]
-                learner.step(Batch(mini_batch, mini_batch.coordinates), learner.lr, alone=True)
+                learner.step(Batch(content, mini_batch.coordinates), learner.lr, alone=True)
                 if learner.dropped_steps:
                     raise TrainingError(
                         f"{learner.name} had non-finite gradients at step {number}, so that it cannot be timed; its "

@@ -54,9 +54,14 @@ class Overlap:
         """The share of copy time that is hidden; None without copies."""
         return self.hidden_seconds / self.copy_seconds if self.copy_seconds else None
 
+    @property
+    def busy_share(self) -> float:
+        """The share of the window in which a kernel ran; 0 without a window."""
+        return self.kernel_seconds / self.window_seconds if self.window_seconds else 0.0
+
     def to_json(self) -> dict[str, Any]:
         """Return the numbers as plain data."""
-        return asdict(self) | {"hidden_share": self.hidden_share}
+        return asdict(self) | {"hidden_share": self.hidden_share, "busy_share": self.busy_share}
 
 
 def overlap_of(events: Iterable[Mapping[str, Any]]) -> Overlap:
@@ -165,6 +170,7 @@ def trace_training(
         "feature_placement": loop.placed.where,
         "cached_rows": 0 if loop.placed.cache is None else loop.placed.cache.num_rows,
         "samplers": config.samplers,
+        "step_ms": overlap.window_seconds / steps * 1e3,
         "device": torch.cuda.get_device_name(loop.device),
         **overlap.to_json(),
     }

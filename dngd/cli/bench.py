@@ -53,6 +53,7 @@ def bench_step(
         typer.Option("--set", metavar="KEY=VALUE", help="kfac.* (K-FAC's settings), dropout, weight_decay, momentum"),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="torch threads [default: torch's own choice]")] = None,
+    use_gpu: Annotated[bool, typer.Option("--use-gpu", help="Train on a GPU, which holds the features")] = False,
     as_json: Json = False,
 ) -> None:
     """Time one training step of each optimizer, in turns on the same mini-batches."""
@@ -63,7 +64,7 @@ def bench_step(
     flags = bench_fields(locals())
     fields = merge(flags, parse_fields(assignments or [], SETTABLE, "--set"))
     options = StepOptions(
-        TrainConfig(**fields, dataset=dataset, seed=seed, engine="local"),
+        TrainConfig(**fields, dataset=dataset, seed=seed, engine="local", use_gpu=use_gpu),
         optimizers=parse_names(optimizers),
         steps=steps,
         warmup=warmup,
@@ -181,6 +182,11 @@ def bench_trace(
     if as_json:
         print_json(result)
         return
+    out.print(
+        f"{result['step_ms']:.1f} ms a step while traced, {100 * result['busy_share']:.0f} % of it with a kernel running "
+        f"({result['samplers']} sampler processes)",
+        highlight=False,
+    )
     hidden_share = result["hidden_share"]
     if hidden_share is None:
         out.print("nothing was copied to the GPU", highlight=False)

@@ -80,6 +80,7 @@ def bench_accuracy(
         typer.Option("--set", metavar="KEY=VALUE", help="For all: kfac.*, dropout, weight_decay, lr_schedule, ..."),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="torch threads [default: torch's own choice]")] = None,
+    use_gpu: Annotated[bool, typer.Option("--use-gpu", help="Train on a GPU, which holds the features")] = False,
     output: Annotated[
         Path | None,
         typer.Option("--out", help="Folder that keeps finished trainings, to go on from, and gets result.json"),
@@ -122,7 +123,7 @@ def bench_accuracy(
         flags["epochs"] = GIVEN_EPOCHS if epochs is None else epochs
     fields = merge(flags, parse_fields(assignments or [], SETTABLE_IN_RUNS, "--set"))
     options = AccuracyOptions(
-        TrainConfig(**fields, dataset="", engine="local"),
+        TrainConfig(**fields, dataset="", engine="local", use_gpu=use_gpu),
         parse_datasets(datasets, split),
         chosen,
         optimizers=parse_names(optimizers),

@@ -345,10 +345,12 @@ class KFACPreconditioner:
 
     def _stop_after_many_drops(self) -> None:
         if self.max_dropped_steps is not None and self.dropped_in_a_row >= self.max_dropped_steps:
-            raise TrainingError(
-                f"{self.dropped_in_a_row} steps in a row had non-finite gradients (up to step {self.steps - 1}); use a "
-                "smaller learning rate or a larger damping, and check the inputs for non-finite values"
-            )
+            where = f"after step {self.steps}" if self.steps else "before any step was taken"
+            fix = "use a smaller learning rate or a larger damping, and check the inputs for non-finite values"
+            if self.capture.loss_scale is not None:
+                scale = self.capture.loss_scale()
+                fix = f"start the loss's scale, now {scale:g}, lower (GradScaler's init_scale), or {fix}"
+            raise TrainingError(f"{self.dropped_in_a_row} steps in a row had non-finite gradients ({where}); {fix}")
 
     def gradients_are_finite(self) -> bool:
         """Return whether every parameter's gradient is finite. Raises UserError if there is none at all."""

@@ -58,7 +58,7 @@ from dngd.train.optimizers import (
 )
 from dngd.train.parts import RunParts, check_outputs, make_module
 from dngd.train.placement import choose_placement, free_gpu_bytes, place_features
-from dngd.train.plan import check_device, check_fits, make_plan
+from dngd.train.plan import check_fits, device_of, make_plan
 from dngd.train.progress import Reporter, StepRecord
 from dngd.train.run_folder import RunFolder, resume_command, spill_folders
 from dngd.train.semi import SemiSupervision
@@ -99,7 +99,7 @@ class TrainingLoop:
         self.metric_name = self.parts.metric_name(config)
         self.clock = self.supervision.clock
         self.folder = folder or RunFolder(config.run_dir)
-        self.device = _device(config)
+        self.device = device_of(config)
         self.store: GraphStore = together(
             self._fetched,
             communicator,
@@ -647,10 +647,3 @@ def _checkpoint_schedule(config: TrainConfig, communicator: Communicator) -> Che
     return CheckpointSchedule(
         communicator, period_steps=period, period_seconds=None if minutes is None else minutes * 60
     )
-
-
-def _device(config: TrainConfig) -> torch.device:
-    if not config.use_gpu:
-        return torch.device("cpu")
-    check_device(config)
-    return torch.device("cuda", torch.cuda.current_device())

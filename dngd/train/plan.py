@@ -326,6 +326,14 @@ def check_device(config: TrainConfig) -> None:
         )
 
 
+def device_of(config: TrainConfig) -> torch.device:
+    """Return where a run trains in this process. Raises UserError if it wants a GPU and there is none."""
+    if not config.use_gpu:
+        return torch.device("cpu")
+    check_device(config)
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def check_fits(plan: RunPlan, config: TrainConfig, workers_here: int, *, is_worker: bool = False) -> None:
     """Raise UserError if this machine's free memory cannot hold its workers.
 

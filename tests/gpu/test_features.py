@@ -235,6 +235,7 @@ def test_whether_a_file_can_be_registered(
 
 
 def test_copies_run_while_the_gpu_computes(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    """Layers so wide that the GPU has work left when the host comes to the next batch."""
     store = small_store(tmp_path / "store", nodes=50_000, edges=2_000_000)
     config = dngd.TrainConfig(
         dataset=str(store.path),
@@ -242,7 +243,7 @@ def test_copies_run_while_the_gpu_computes(tmp_path: Path, record_property: Call
         use_gpu=True,
         feature_placement="pinned",
         model="sage",
-        hidden=1024,
+        hidden=4096,
         batch_size=1024,
         epochs=20,
         optimizer="adam",

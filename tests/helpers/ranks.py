@@ -22,7 +22,8 @@ def run_ranks(function: str, world_size: int, arguments: list[Any], *, wait_limi
     does not end within two minutes fails the test with its output.
     """
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         processes = [
             subprocess.Popen(
                 [
