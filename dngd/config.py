@@ -159,7 +159,7 @@ class TrainConfig(_Section):
     use_gpu: bool = Field(False, description="one GPU a worker")
     feature_placement: Literal["auto", "device", "pinned", "disk"] = Field("auto", description="where the feature table lies; device: on the GPU; pinned: in the machine's memory, one copy for its workers; disk: there, for a table larger than memory; auto: device if it fits in half of the GPU's free memory, else pinned, and on a CPU the store's map as it is")
     feature_cache_bytes: int | None = Field(None, ge=0, description="GPU memory for the features of the most frequent sources where the table is not there, bytes; null: a quarter of the GPU's free memory if the table does not fit, else 0")
-    num_samplers: int | None = Field(None, ge=0, le=64, description="sampler processes a worker; 0: a thread of the training process; null: 0 on a CPU, 1 with use_gpu")
+    num_samplers: int | None = Field(None, ge=0, le=64, description="sampler processes a worker; 0: a thread of the training process; null: 0 on a CPU, with use_gpu the worker's share of the machine's CPUs but two, 12 at most")
     prefetch: int = Field(2, ge=1, le=64, description="batches that each sampler may be ahead")
     keep_memory: bool = Field(True, description="on a CPU: memory that a step frees stays with the process for the next one, instead of going back to the system; faster, and the process keeps the most that it ever used")
     loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field((), description="where evaluations and step losses go beside metrics.jsonl and metrics.csv: tensorboard, mlflow, wandb, each an extra of dngd")

@@ -29,7 +29,7 @@ from dngd.train.batch import PropagationBuilder
 from dngd.train.evaluation import ExactEvaluator
 from dngd.train.full_batch import FullBatches
 from dngd.train.optimizers import TrainingSet
-from dngd.train.plan import batch_size_of, device_of
+from dngd.train.plan import batch_size_of, device_of, with_samplers
 
 LONGEST_TURN = 50
 WARMUP_STEPS = 2
@@ -132,7 +132,7 @@ def run_heat(
 def _pipeline(
     track: Track, setting: Setting, *, ahead: bool, on_mapped: Callable[[Tensor], None] | None = None
 ) -> SamplerPipeline:
-    config = track.config
+    config = with_samplers(track.config)
     return SamplerPipeline(
         track.store,
         track.split.train,

@@ -169,7 +169,7 @@ def trace_training(
         "steps": steps,
         "feature_placement": loop.placed.where,
         "cached_rows": 0 if loop.placed.cache is None else loop.placed.cache.num_rows,
-        "samplers": config.samplers,
+        "samplers": loop.config.samplers,
         "step_ms": overlap.window_seconds / steps * 1e3,
         "device": torch.cuda.get_device_name(loop.device),
         **overlap.to_json(),

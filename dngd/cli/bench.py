@@ -150,7 +150,7 @@ def bench_trace(
     batch_size: Annotated[str, typer.Option(help="Seeds a step")] = "1024",
     optimizer: Annotated[str, typer.Option(help="kfac, adam, adamw or sgd")] = "adam",
     feature_placement: Annotated[str, typer.Option(help=field_help("feature_placement"))] = "auto",
-    num_samplers: Annotated[int, typer.Option(help=field_help("num_samplers"))] = 4,
+    num_samplers: Annotated[int | None, typer.Option(help=field_help("num_samplers"))] = None,
     steps: Annotated[int, typer.Option(help="Traced steps")] = 20,
     warmup: Annotated[int, typer.Option(help="Steps before them")] = 20,
     seed: Annotated[int, typer.Option(help="Of weights, splits, batches, sampling, dropout")] = 0,

@@ -319,7 +319,7 @@ def _print_plan(plan: dict[str, Any], config: TrainConfig) -> None:
     if config.constant_full_batch:
         table.add_row("mode", "constant full batch: all neighbours, the same layer graphs in each step, no sampler")
     else:
-        table.add_row("samplers a worker", str(config.samplers) if config.samplers else "a thread")
+        table.add_row("samplers a worker", str(plan["samplers"]) if plan["samplers"] else "a thread")
     parts = ("model", "optimizer", "curvature", "link", "full_batch", "activation", "evaluation", "sampler")
     unused = {"sampler"} if config.constant_full_batch else {"full_batch"}
     unused |= {"link"} if config.task == "node" else set()

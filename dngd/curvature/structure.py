@@ -431,7 +431,7 @@ def gram(rows: Tensor, ones: bool) -> Tensor:
     column_sums = rows.sum(dim=0)
     out[:d_in, d_in] = column_sums
     out[d_in, :d_in] = column_sums
-    out[d_in, d_in] = rows.shape[0]
+    out[d_in, d_in].fill_(rows.shape[0])  # an assignment would wait for the GPU
     return out
 
 

@@ -22,7 +22,7 @@ from dngd.train.interrupt import CtrlC
 from dngd.train.loggers import check_loggers
 from dngd.train.objective import CustomLoss
 from dngd.train.parts import ModuleFactory, OptimizerFactory, RunParts
-from dngd.train.plan import check_device, check_fits
+from dngd.train.plan import check_device, check_fits, with_samplers
 from dngd.train.predict import Predictions, predict_run, probabilities_of_run
 from dngd.train.progress import ConsoleReporter, Reporter, SilentReporter
 from dngd.train.remote_run import readable_folder, send_report
@@ -94,11 +94,13 @@ class Trainer:
         if config.engine == "local":
             check_device(config)
         store = open_dataset(config, StageMessages(tell or (lambda text: None)))
-        plan = make_plan(config, store, split_of(config, store), self._parts.own_module(config, store))
         # On a cluster the workers check their own nodes; a local Ray puts them all on this machine.
+        workers_here = config.num_workers if config.engine == "ray" else 1
+        config = with_samplers(config, workers_here)
+        plan = make_plan(config, store, split_of(config, store), self._parts.own_module(config, store))
         elsewhere = config.engine == "ray" and bool(config.ray.address or os.environ.get("RAY_ADDRESS"))
         if not elsewhere:
-            check_fits(plan, config, config.num_workers if config.engine == "ray" else 1)
+            check_fits(plan, config, workers_here)
         return plan
 
     def fit(self) -> RunResult:

@@ -18,6 +18,7 @@ from dngd.optim.inverses import FactorWire, InversePrecision
 from dngd.optim.plan import TRAFFIC_BUDGET, StrategyChoice
 from dngd.optim.preconditioner import KFACPreconditioner
 from dngd.optim.schedules import HyperbolicDecay, Period, Schedule, value_at
+from dngd.optim.together import average_into, step_along
 from dngd.optim.trust import KLTrustRegion, LevenbergMarquardt, mean_divergence
 
 Update = Literal["mean_gradient", "momentum", "adam_eigenbasis"]
@@ -295,6 +296,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """
         for group in self.param_groups:
             mu = group["momentum"]
+            means, gradients, scales = [], [], []
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -303,8 +305,10 @@ class NaturalGradient(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["weight"] = torch.zeros((), dtype=torch.float64)
                 state["weight"].mul_(mu).add_(1 - mu)
-                mean = state["exp_avg"].mul_(mu).add_(parameter.grad, alpha=(1 - mu) * mean_scale)
-                torch.mul(mean, 1 / (float(state["weight"]) * mean_scale), out=parameter.grad)
+                means.append(state["exp_avg"])
+                gradients.append(parameter.grad)
+                scales.append(1 / (float(state["weight"]) * mean_scale))
+            average_into(gradients, means, mu, (1 - mu) * mean_scale, scales)
 
     def _scale_left_over(self, mean_scale: float) -> None:
         """Turn into the mean loss's gradients those that the preconditioner, which does so with the others, leaves."""
@@ -317,22 +321,22 @@ class NaturalGradient(torch.optim.Optimizer):
                     parameter.grad.mul_(mean_scale)
 
     def _momentum_step(self) -> None:
+        decay = self.param_groups[0]["weight_decay"]
         for group in self.param_groups:
             mu = group["momentum"] if self.update == "momentum" else 0.0
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                update: Tensor = parameter.grad
-                if mu > 0:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            updates: list[Tensor] = [p.grad for p in parameters]
+            if mu > 0:
+                for place, parameter in enumerate(parameters):
                     state = self.state[parameter]
                     if "momentum_buffer" not in state:
                         state["momentum_buffer"] = torch.zeros_like(parameter)
-                    update = state["momentum_buffer"].mul_(mu).add_(update)
-                self._apply(parameter, update, group["lr"])
+                    updates[place] = state["momentum_buffer"].mul_(mu).add_(updates[place])
+            step_along(parameters, updates, group["lr"], decay)
 
     def _adam_step(self, gradient_scale: float) -> None:
         """Adam on each layer's gradient matrix in its eigenbasis, and on the other parameters as they are."""
-        lr = float(self.param_groups[0]["lr"])
+        lr, decay = float(self.param_groups[0]["lr"]), self.param_groups[0]["weight_decay"]
         covered: set[int] = set()
         for name, layer in self.preconditioner.layers.items():
             gradient = layer.gradient()
@@ -349,16 +353,15 @@ class NaturalGradient(torch.optim.Optimizer):
                 root = self._second_moment(state, rotate(gradient, *basis))
                 direction = rotate_back(rotate(first, *basis) / root, *basis)
             layer.set_gradient(direction)
-            for parameter in layer.parameters:
-                assert parameter.grad is not None
-                self._apply(parameter, parameter.grad, lr)
+            gradients = [parameter.grad for parameter in layer.parameters if parameter.grad is not None]
+            step_along(layer.parameters, gradients, lr, decay)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if id(parameter) in covered or parameter.grad is None:
                     continue
                 state, gradient = self.state[parameter], parameter.grad * gradient_scale
                 direction = self._first_moment(state, gradient) / self._second_moment(state, gradient)
-                self._apply(parameter, direction, group["lr"])
+                step_along([parameter], [direction], group["lr"], decay)
 
     def _first_moment(self, state: dict[str, Any], gradient: Tensor) -> Tensor:
         """Update and return the bias-corrected mean of the gradients."""
@@ -378,12 +381,6 @@ class NaturalGradient(torch.optim.Optimizer):
         square: Tensor = state["exp_avg_sq"].mul_(ADAM_BETA2).addcmul_(gradient, gradient, value=1 - ADAM_BETA2)
         root: Tensor = (square / (1 - ADAM_BETA2 ** float(state["step"]))).sqrt_().add_(ADAM_EPSILON)
         return root
-
-    def _apply(self, parameter: nn.Parameter, update: Tensor, lr: float) -> None:
-        decay = self.param_groups[0]["weight_decay"]
-        if decay > 0:
-            parameter.mul_(1 - lr * decay)
-        parameter.add_(update, alpha=-lr)
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict (momentum, groups) with the curvature under "preconditioner"."""

@@ -39,6 +39,7 @@ from dngd.optim.plan import TRAFFIC_BUDGET, LayerSizes, Plan, Planner, StrategyC
 from dngd.optim.refresh import RefreshPipeline
 from dngd.optim.schedules import Period, Schedule, UpdateSchedule, period_at, value_at
 from dngd.optim.state import load_preconditioner_state, preconditioner_state
+from dngd.optim.together import scaled
 
 
 class KFACPreconditioner:
@@ -395,7 +396,7 @@ class KFACPreconditioner:
             if layer.pending is not None and sound[name]:
                 for tensor in layer.pending.g:
                     tensor.mul_(scale * scale)
-                layer.pending.counts[1] = num_samples
+                layer.pending.counts[1].fill_(num_samples)  # an assignment would wait for the GPU
                 if paper:
                     layer.pending.counts.fill_(num_samples if factor_samples is None else factor_samples)
                 target.add_(layer.pending)
@@ -525,8 +526,9 @@ class KFACPreconditioner:
         pairs = [(self.layers[name], directions[name], gradient) for name, gradient in gradients.items()]
         self._quadratic = inner_product((preconditioned, gradient) for _, preconditioned, gradient in pairs)
         scale = self._trust_scale([preconditioned for _, preconditioned, _ in pairs])
-        for layer, preconditioned, _ in pairs:
-            layer.set_gradient(preconditioned if scale is None else preconditioned * scale)
+        out = [preconditioned for _, preconditioned, _ in pairs]
+        for (layer, _, _), direction in zip(pairs, out if scale is None else scaled(out, scale)):
+            layer.set_gradient(direction)
 
     def _trust_scale(self, directions: Sequence[Tensor]) -> Tensor | None:
         """Return ν as a 0-d tensor, without a host synchronisation; None where nothing bounds the step."""
@@ -535,8 +537,9 @@ class KFACPreconditioner:
         assert self.lr is not None
         assert self._quadratic is not None
         lr = self._bounded_rate = value_at(self.lr, self.steps)
-        scale = torch.ones_like(self._quadratic)
-        if self.kl_clip is not None:
+        if self.kl_clip is None:
+            scale = torch.ones_like(self._quadratic)
+        else:
             kl_clip = value_at(self.kl_clip, self.steps)
             in_range("kl_clip", kl_clip, low_open=0.0)
             scale = kl_clip_scale(self._quadratic, lr, kl_clip)

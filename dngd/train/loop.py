@@ -58,7 +58,7 @@ from dngd.train.optimizers import (
 )
 from dngd.train.parts import RunParts, check_outputs, make_module
 from dngd.train.placement import choose_placement, free_gpu_bytes, place_features
-from dngd.train.plan import check_fits, device_of, make_plan
+from dngd.train.plan import check_fits, device_of, make_plan, with_samplers
 from dngd.train.progress import Reporter, StepRecord
 from dngd.train.run_folder import RunFolder, resume_command, spill_folders
 from dngd.train.semi import SemiSupervision
@@ -91,6 +91,7 @@ class TrainingLoop:
         parts: RunParts | None = None,
     ) -> None:
         assert config.run_dir is not None, "the launcher settles the run folder"
+        run_dir, config = config.run_dir, with_samplers(config, workers_here)
         self.config = config
         self.comm = communicator
         self.reporter = reporter
@@ -98,7 +99,7 @@ class TrainingLoop:
         self.parts = parts or RunParts()
         self.metric_name = self.parts.metric_name(config)
         self.clock = self.supervision.clock
-        self.folder = folder or RunFolder(config.run_dir)
+        self.folder = folder or RunFolder(run_dir)
         self.device = device_of(config)
         self.store: GraphStore = together(
             self._fetched,

@@ -19,6 +19,7 @@ from dngd.sampling import steps_per_epoch
 from dngd.sampling.pipeline import slots_of_sampler
 from dngd.train.evaluation_plan import LayerShape, block_rows, evaluation_bytes
 from dngd.train.memory import available_memory, private_memory
+from dngd.train.metrics import usable_cpus
 from dngd.train.objective import make_objective
 from dngd.train.optimizers import TrainingSet, damping_in_use, factor_layout, training_set_of
 from dngd.train.placement import choose_placement, free_gpu_bytes, table_bytes
@@ -27,6 +28,11 @@ from dngd.train.task import TaskSplit, evaluated_nodes, graph_of, shape_of
 FLOAT_BYTES = 4
 PROCESS_BYTES = 350 * 1024 * 1024
 """Private memory of a process that has imported torch and dgl and taken a step (measured: 326 MB), rounded up."""
+
+MOST_SAMPLERS = 12
+"""Sampler processes that feed one GPU, where their number is left open."""
+CPUS_OF_TRAINING = 2
+"""Left to the training process: one gives the GPU its work, one copies and inverts."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class RunPlan:
     semi-supervised loss). link_bytes: the training links, and the graph without the others. full_batch_bytes: what a
     constant full batch keeps from step to step, its shards' layer graphs and first aggregations. feature_bytes: the
     feature table, part of store_bytes. evaluation_table_bytes: exact evaluation's tables, one copy a machine; they go
-    to disk where memory is short.
+    to disk where memory is short. samplers: processes a worker, on a machine with this one's CPUs; 0: a thread.
     """
 
     mode: str
@@ -73,6 +79,7 @@ class RunPlan:
     activation_bytes: int
     evaluation_bytes: int
     evaluation_table_bytes: int
+    samplers: int
     sampler_bytes: int
     gradient_bytes_per_step: int
     factor_bytes_per_refresh: int
@@ -178,6 +185,7 @@ def make_plan(config: TrainConfig, store: GraphStore, split: TaskSplit, module: 
     copies = {"kfac": 1, "sgd": 1, "adam": 2, "adamw": 2, "custom": 2}[config.optimizer] + (config.average_share > 0)
     statistics = sum(layer.factors.statistics for layer in layers)
     kfac = config.optimizer == "kfac"
+    samplers = 0 if config.constant_full_batch else config.samplers
     ranks = config.num_workers if config.engine == "ray" else 1
     shapes = [LayerShape(a, b, fan_in) for a, b in zip(widths, widths[1:])]
     block = block_rows(store.num_nodes, config.eval_rows, on_gpu=config.use_gpu)
@@ -206,9 +214,8 @@ def make_plan(config: TrainConfig, store: GraphStore, split: TaskSplit, module: 
         activation_bytes=batch.activation,
         evaluation_bytes=evaluation.block,
         evaluation_table_bytes=evaluation.tables + evaluation.kept + embeddings,
-        sampler_bytes=0
-        if config.constant_full_batch
-        else config.samplers * (PROCESS_BYTES + slots_of_sampler(config.prefetch) * (batch.edges + batch.first_rows)),
+        samplers=samplers,
+        sampler_bytes=samplers * (PROCESS_BYTES + slots_of_sampler(config.prefetch) * (batch.edges + batch.first_rows)),
         gradient_bytes_per_step=(parameters + TRAILING) * FLOAT_BYTES,
         factor_bytes_per_refresh=sum(layer.factors.statistics_sent for layer in layers) if kfac else 0,
         inverse_bytes_per_refresh=sum(layer.factors.inverses_sent for layer in layers)
@@ -315,6 +322,21 @@ def _batch_bytes(config: TrainConfig, store: GraphStore, layers: tuple[LayerPlan
         num_rows = min(store.num_nodes, num_rows + drawn)
     # A constant batch's edges are made before the first step, one layer after the other.
     return _BatchBytes(max(rows, edges) if config.constant_full_batch else rows + edges, edges, kept, aggregated)
+
+
+def with_samplers(config: TrainConfig, workers_here: int = 1) -> TrainConfig:
+    """Return the configuration with its number of samplers told, where that is left open and a GPU is to be fed.
+
+    A GPU takes a batch in a fraction of the time that one core draws it in: 61 ms a step with one sampler, 18 with four
+    and 7.6 with eight (three layers of GraphSAGE at ogbn-products' shape, an H100, 16 cores; docs/measured.md). So each
+    worker has its share of this machine's CPUs but two, twelve at most, in no more than a quarter of its free memory.
+    workers_here: of the run, on this machine.
+    """
+    if config.num_samplers is not None or not config.use_gpu:
+        return config
+    by_cpus = usable_cpus() // workers_here - CPUS_OF_TRAINING
+    by_memory = available_memory() // 4 // workers_here // PROCESS_BYTES
+    return config.model_copy(update={"num_samplers": max(1, min(MOST_SAMPLERS, by_cpus, by_memory))})
 
 
 def check_device(config: TrainConfig) -> None:

@@ -1,0 +1,56 @@
+"""Arithmetic on all of a model's parameters at once.
+
+On a GPU a kernel for each small tensor costs the host more time than the GPU: torch's foreach functions start few. On
+a CPU, where they go from tensor to tensor, the same numbers come with the fewest passes over memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def average_into(
+    gradients: Sequence[Tensor], means: Sequence[Tensor], decay: float, weight: float, scales: Sequence[float]
+) -> None:
+    """Make each mean `decay·mean + weight·gradient`, then each gradient `scale·mean`, all in place."""
+    if _in_few_kernels(gradients):
+        own, averaged = list(gradients), list(means)
+        torch._foreach_mul_(averaged, decay)
+        torch._foreach_add_(averaged, own, alpha=weight)
+        torch._foreach_copy_(own, averaged)
+        torch._foreach_mul_(own, list(scales))
+        return
+    for gradient, mean, scale in zip(gradients, means, scales):
+        torch.mul(mean.mul_(decay).add_(gradient, alpha=weight), scale, out=gradient)
+
+
+def step_along(parameters: Sequence[nn.Parameter], updates: Sequence[Tensor], lr: float, weight_decay: float) -> None:
+    """Make each parameter `(1 - lr·weight_decay)·w - lr·update` in place."""
+    if _in_few_kernels(updates):
+        own: list[Tensor] = list(parameters)
+        if weight_decay > 0:
+            torch._foreach_mul_(own, 1 - lr * weight_decay)
+        torch._foreach_add_(own, list(updates), alpha=-lr)
+        return
+    for parameter, update in zip(parameters, updates):
+        if weight_decay > 0:
+            parameter.mul_(1 - lr * weight_decay)
+        parameter.add_(update, alpha=-lr)
+
+
+def scaled(tensors: Sequence[Tensor], scale: Tensor) -> Sequence[Tensor]:
+    """Return each tensor times a 0-d one of the same type, without a host synchronisation."""
+    if _in_few_kernels(tensors):
+        return torch._foreach_mul(list(tensors), scale)
+    return [tensor * scale for tensor in tensors]
+
+
+def _in_few_kernels(tensors: Sequence[Tensor]) -> bool:
+    """Whether there is something to gain: several dense tensors of one type on one GPU."""
+    if len(tensors) < 2 or tensors[0].device.type != "cuda":
+        return False
+    first = tensors[0]
+    return all(t.layout == torch.strided and (t.device, t.dtype) == (first.device, first.dtype) for t in tensors)
