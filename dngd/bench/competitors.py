@@ -18,8 +18,17 @@ from dngd.graph import parse_split
 
 SETTABLE = frozenset({"kfac", "dropout", "weight_decay", "momentum"})
 """Fields that --set may give in every benchmark: the others have flags of their own or do not matter there."""
-SETTABLE_IN_RUNS = SETTABLE | {"lr_schedule", "lr_half_steps", "warmup_steps", "max_steps", "eval_rows", "prefetch"}
-SETTABLE_IN_VARIANTS = frozenset({"kfac", "lr", "weight_decay"})
+SETTABLE_IN_RUNS = SETTABLE | {
+    "average_share",
+    "eval_rows",
+    "lr_half_steps",
+    "lr_schedule",
+    "max_steps",
+    "num_samplers",
+    "prefetch",
+    "warmup_steps",
+}
+SETTABLE_IN_VARIANTS = frozenset({"kfac", "lr", "weight_decay", "average_share"})
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""How much of the copying to a GPU is hidden behind its computing, read off a profiler's trace.
+"""How fast steps on a GPU are, samplers included, and how much of the copying to it is hidden behind its computing.
+
+Steps are timed before a profiler traces the last ones, which slows them; the overlap is read off the trace.
 
 A trace is a list of events in Chrome's format, which torch.profiler writes: kernels have the category "kernel", copies
 "gpu_memcpy" and a name that tells their direction and the kind of host memory.
@@ -9,6 +11,7 @@ from __future__ import annotations
 import bisect
 import json
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any
 
 import torch
 
+from dngd.bench.device import wait_for
 from dngd.bench.graphs import open_graph
 from dngd.comm import LocalCommunicator
 from dngd.config import TrainConfig
@@ -132,19 +136,32 @@ def read_trace(path: Path) -> list[dict[str, Any]]:
     return events
 
 
-class _TracedLoop(TrainingLoop):
-    """A training loop that traces its last steps."""
+class TracedLoop(TrainingLoop):
+    """A training loop that times the second half of its first `warmup` steps, and traces its last ones."""
 
     profiler: torch.profiler.profile | None = None
+    warmup = 0
+    timed_seconds = 0.0
+    timed_steps = 0
 
     def _after_step(self) -> None:
+        begin, end = self.warmup // 2, self.warmup - 1  # in the last one the profiler warms up
+        if self.step in (begin, end) and begin < end:
+            wait_for(self.device)
+            self.timed_seconds = time.perf_counter() - (self.timed_seconds if self.step == end else 0.0)
+            self.timed_steps = end - begin
         if self.profiler is not None:
             self.profiler.step()
         super()._after_step()
 
+    @property
+    def step_ms(self) -> float | None:
+        """The mean time of the timed steps; None where there was none."""
+        return self.timed_seconds / self.timed_steps * 1e3 if self.timed_steps else None
+
 
 def trace_training(
-    config: TrainConfig, steps: int, warmup: int = 20, output: Path | None = None, scale: float = 1.0
+    config: TrainConfig, steps: int, warmup: int = 100, output: Path | None = None, scale: float = 1.0
 ) -> dict[str, Any]:
     """Train `warmup + steps` steps on this machine's GPU and return the overlap in the last `steps`, as plain data.
 
@@ -170,7 +187,9 @@ def trace_training(
         "feature_placement": loop.placed.where,
         "cached_rows": 0 if loop.placed.cache is None else loop.placed.cache.num_rows,
         "samplers": loop.config.samplers,
-        "step_ms": overlap.window_seconds / steps * 1e3,
+        "step_ms": loop.step_ms,
+        "timed_steps": loop.timed_steps,
+        "traced_step_ms": overlap.window_seconds / steps * 1e3,
         "device": torch.cuda.get_device_name(loop.device),
         **overlap.to_json(),
     }
@@ -178,7 +197,7 @@ def trace_training(
 
 def record_steps(
     config: TrainConfig, steps: int, warmup: int, path: Path, activities: Sequence[torch.profiler.ProfilerActivity]
-) -> TrainingLoop:
+) -> TracedLoop:
     """Train `warmup + steps` steps and write a trace of the last `steps` to a file; return the loop.
 
     Raises UserError where the run would have fewer steps.
@@ -188,7 +207,8 @@ def record_steps(
         changes = {"engine": "local", "run_dir": Path(folder) / "run", "max_steps": warmup + steps, "resume": False}
         # No evaluation among the steps.
         run = config.model_copy(update=changes | {"eval_period": warmup + steps + 1})
-        loop = _TracedLoop(prepare_run_folder(run), LocalCommunicator(), SilentReporter())
+        loop = TracedLoop(prepare_run_folder(run), LocalCommunicator(), SilentReporter())
+        loop.warmup = warmup
         if loop.plan.total_steps < warmup + steps:
             raise UserError(
                 f"the run has {loop.plan.total_steps} steps but {warmup + steps} are to be taken; give more --epochs, "

@@ -152,7 +152,7 @@ def bench_trace(
     feature_placement: Annotated[str, typer.Option(help=field_help("feature_placement"))] = "auto",
     num_samplers: Annotated[int | None, typer.Option(help=field_help("num_samplers"))] = None,
     steps: Annotated[int, typer.Option(help="Traced steps")] = 20,
-    warmup: Annotated[int, typer.Option(help="Steps before them")] = 20,
+    warmup: Annotated[int, typer.Option(help="Steps before them, of which the second half is timed")] = 100,
     seed: Annotated[int, typer.Option(help="Of weights, splits, batches, sampling, dropout")] = 0,
     assignments: Annotated[
         list[str] | None,
@@ -163,7 +163,7 @@ def bench_trace(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Trace training steps on a GPU; tell how much of the copying to it runs while it computes."""
+    """Time training steps on a GPU, samplers included, and trace some; tell how much of the copying to it runs while it computes."""
     from dngd.bench.trace import trace_training
 
     check_output(output)
@@ -182,9 +182,14 @@ def bench_trace(
     if as_json:
         print_json(result)
         return
+    if result["step_ms"] is not None:
+        out.print(
+            f"{result['step_ms']:.1f} ms a step, sampling and copies included ({result['timed_steps']} steps, "
+            f"{result['samplers']} sampler processes)",
+            highlight=False,
+        )
     out.print(
-        f"{result['step_ms']:.1f} ms a step while traced, {100 * result['busy_share']:.0f} % of it with a kernel running "
-        f"({result['samplers']} sampler processes)",
+        f"{result['traced_step_ms']:.1f} ms while traced, {100 * result['busy_share']:.0f} % of it with a kernel running",
         highlight=False,
     )
     hidden_share = result["hidden_share"]

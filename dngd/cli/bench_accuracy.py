@@ -62,7 +62,9 @@ def bench_accuracy(
     ] = None,
     variants: Annotated[
         str | None,
-        typer.Option(help="Further K-FAC settings, 'NAME:kfac.KEY=VALUE,...;NAME:...' (lr and weight_decay too)"),
+        typer.Option(
+            help="Further K-FAC settings, 'NAME:kfac.KEY=VALUE,...;NAME:...' (lr, weight_decay and average_share too)"
+        ),
     ] = None,
     eval_steps: Annotated[
         int | None,

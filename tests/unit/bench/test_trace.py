@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,16 @@ def test_without_a_gpu_there_is_nothing_to_trace(store: GraphStore, monkeypatch:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="no CUDA device"):
         trace_training(config(store, use_gpu=True), 5)
+
+
+@pytest.mark.parametrize(("warmup", "timed"), [(1, 0), (2, 0), (3, 1), (6, 2)])
+def test_steps_before_the_trace_are_timed(store: GraphStore, tmp_path: Path, warmup: int, timed: int) -> None:
+    """The second half of those before it, but for the one in which the profiler warms up."""
+    started = time.perf_counter()
+    loop = record_steps(config(store), 2, warmup, tmp_path / "trace.json", [torch.profiler.ProfilerActivity.CPU])
+    assert loop.timed_steps == timed
+    if timed:
+        assert loop.step_ms is not None
+        assert 0 < loop.step_ms * timed < 1e3 * (time.perf_counter() - started)
+    else:
+        assert loop.step_ms is None
