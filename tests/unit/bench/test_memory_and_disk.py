@@ -89,6 +89,7 @@ def test_the_whole_graph_is_mapped_before_workers_are_counted(store: GraphStore,
     assert pss_of([os.getpid()], copy)["graph"] >= size // mmap.PAGESIZE * mmap.PAGESIZE
 
 
+@pytest.mark.usefixtures("one_thread")  # which also puts back what the worker sets
 def test_a_worker_holds_in_its_last_step_and_reports(store: GraphStore, tmp_path: Path) -> None:
     config = TrainConfig(
         dataset=str(store.path),
