@@ -72,6 +72,22 @@ class Propagation:
             move(self.destinations),
         )
 
+    def of_rows(self, rows: Tensor) -> Propagation:
+        """Return the operator of some destinations alone, from the same source table. rows: int64 [k]."""
+        begins = self.indptr[rows]
+        lengths = self.indptr[rows + 1] - begins
+        indptr = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        edges = (begins - indptr[:-1]).repeat_interleave(lengths)
+        edges += torch.arange(edges.numel(), device=edges.device)
+        coefficients, selves = self.edge_coefficients, self.self_coefficients
+        return Propagation(
+            indptr,
+            self.indices[edges],
+            None if coefficients is None else coefficients[edges],
+            None if selves is None else selves[rows],
+            rows if self.destinations is None else self.destinations[rows],
+        )
+
     def self_rows(self, table: Tensor) -> Tensor:
         """Return the destinations' own rows, [num_dst, d]; float32 from a 16-bit feature table."""
         rows = table[: self.num_dst] if self.destinations is None else table.index_select(0, self.destinations)
