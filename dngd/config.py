@@ -57,7 +57,7 @@ class KFACConfig(_Section):
     kl_clip_power: float = Field(2.0, ge=0, description="power of that fall; 1: κ/(1 + step/T)", json_schema_extra=IDENTITY)
     kl_bound: float | None = Field(None, gt=0, description="δ, in place of kl_clip: bound of a step's KL divergence, nats a seed, as measured now and then, 0.1, say; with update=mean_gradient, task node and no semi; null: kl_clip bounds the predicted one", json_schema_extra=IDENTITY)
     kl_bound_steps: float | None = Field(5.0, gt=0, description="T of δ/(1 + step/T)²; null: δ stays", json_schema_extra=IDENTITY)
-    kl_bound_period: int = Field(20, ge=1, description="steps between two measurements of the divergence, two more forward passes of one shard; also at powers of two", json_schema_extra=IDENTITY)
+    kl_bound_period: int = Field(20, ge=1, description="steps between two measurements of the divergence, two more forward passes of one shard's first 64 seeds; also at powers of two", json_schema_extra=IDENTITY)
     norm_constraint: float | None = Field(None, gt=0, description="bound of a step's length η‖v‖ before momentum; null for none", json_schema_extra=IDENTITY)
     momentum: float | None = Field(None, ge=0, lt=1, description="μ, of the gradients' mean, or of the natural gradients; null: 0.8 for mean_gradient, else 0.9", json_schema_extra=IDENTITY)
     max_rows: int | None = Field(512, ge=1, description="rows of a layer and shard that are measured at most, an unbiased draw; null for all", json_schema_extra=IDENTITY)
