@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dngd.allocator import keep_freed_memory
 from dngd.bench.competitors import Setting, make_settings, parse_rates
 from dngd.bench.curves import LEAST_EVALUATIONS, SMOOTHING, TARGET_MARGIN, Curve, mean_curve, smoothed
-from dngd.bench.heat import Track, open_track, run_heat
+from dngd.bench.heat import Track, open_track, run_heat, samplers_of
 from dngd.bench.machine import describe_machine, torch_threads
 from dngd.bench.optimizers import BASELINE, SUBJECT
 from dngd.bench.progress import BenchProgress
@@ -28,6 +30,7 @@ from dngd.bench.training_file import TrainingFile, key_of
 from dngd.bench.verdict import aggregate, best_label, judge, remarks
 from dngd.config import TrainConfig
 from dngd.errors import UserError
+from dngd.train.divergence import MEASURED_SEEDS
 from dngd.train.plan import device_of
 
 GIVEN = "given"
@@ -112,7 +115,7 @@ class _Panel:
             "density": density,
             "prefetch": track.config.prefetch,
             "threads": options.threads,
-            **({"use_gpu": True} if track.config.use_gpu else {}),
+            **self._what_came_later(track, settings),
             "settings": {s.label: track.own_config(s).identity() | _length(track, s) for s in settings},
         }
         key = key_of(description)
@@ -124,6 +127,17 @@ class _Panel:
             for setting in settings:
                 self._advance(track.total_steps(setting), setting.label)
         return records
+
+    def _what_came_later(self, track: Track, settings: Sequence[Setting]) -> dict[str, Any]:
+        """Return what a heat depends on besides, where it is not as it always was before it could be chosen."""
+        found: dict[str, Any] = {}
+        if samplers_of(track.config):
+            found["samplers"] = samplers_of(track.config)
+        if track.config.use_gpu:
+            found["gpu"] = torch.cuda.get_device_name()
+        if any(track.own_config(setting).measures_divergence for setting in settings):
+            found["measured_seeds"] = MEASURED_SEEDS
+        return found
 
     def _advance(self, steps: int, label: str) -> None:
         self.plan.progress.advance(steps, f"{self.place} {self.title}: {label}")

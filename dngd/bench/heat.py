@@ -3,7 +3,8 @@
 Each setting has its own model (equal at the start), optimizer and batches drawn ahead; settings with one batch size see
 the same batches. The clock runs while a setting has its turn, waits for its sampler included; exact evaluation (all
 neighbours) is off it. Before a turn ends the sampler has drawn all it may, so that it does not work in another
-setting's time: `prefetch` batches a turn cost no wait, for all settings alike.
+setting's time: `prefetch` batches a turn, of each sampler, cost no wait, for all settings alike. On a GPU, where a few
+sampler processes draw, that is most of them: what is compared there is training, with sampling nearly free.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from dngd.train.batch import PropagationBuilder
 from dngd.train.evaluation import ExactEvaluator
 from dngd.train.full_batch import FullBatches
 from dngd.train.optimizers import TrainingSet
-from dngd.train.plan import batch_size_of, device_of, with_samplers
+from dngd.train.plan import batch_size_of, device_of
 
 LONGEST_TURN = 50
 WARMUP_STEPS = 2
+GPU_SAMPLERS = 4
 
 Advance = Callable[[int, str], None]
 """Called after each turn with the steps taken and the setting's label."""
@@ -132,7 +134,7 @@ def run_heat(
 def _pipeline(
     track: Track, setting: Setting, *, ahead: bool, on_mapped: Callable[[Tensor], None] | None = None
 ) -> SamplerPipeline:
-    config = with_samplers(track.config)
+    config = track.config
     return SamplerPipeline(
         track.store,
         track.split.train,
@@ -141,13 +143,19 @@ def _pipeline(
         1,
         track.batch_size(setting),
         [0],
-        num_samplers=config.samplers if ahead else 0,
+        num_samplers=samplers_of(config) if ahead else 0,
         prefetch=config.prefetch if ahead else 0,
         timeout_seconds=config.collective_timeout_seconds,
         # On a GPU that holds the table, the first rows are taken there.
         aggregation=track.model.aggregation if track.features.device.type == "cpu" else None,
         on_mapped=on_mapped,
     )
+
+
+def samplers_of(config: TrainConfig) -> int:
+    """Return the samplers of each setting: those asked for, or a thread on a CPU and a few processes on a GPU, which
+    all settings of a heat have at once."""
+    return GPU_SAMPLERS if config.use_gpu and config.num_samplers is None else config.samplers
 
 
 def _feed(track: Track, setting: Setting) -> Feed:

@@ -205,13 +205,15 @@ def record_steps(
     assert warmup >= 1, warmup
     with tempfile.TemporaryDirectory(prefix="dngd-trace-") as folder:
         changes = {"engine": "local", "run_dir": Path(folder) / "run", "max_steps": warmup + steps, "resume": False}
-        # No evaluation among the steps.
-        run = config.model_copy(update=changes | {"eval_period": warmup + steps + 1})
+        # No evaluation among the steps, and no checkpoint.
+        after = warmup + steps + 1
+        checkpoint = config.checkpoint.model_copy(update={"period_steps": after, "period_minutes": None})
+        run = config.model_copy(update=changes | {"eval_period": after, "checkpoint": checkpoint})
         loop = TracedLoop(prepare_run_folder(run), LocalCommunicator(), SilentReporter())
         loop.warmup = warmup
         if loop.plan.total_steps < warmup + steps:
             raise UserError(
-                f"the run has {loop.plan.total_steps} steps but {warmup + steps} are to be taken; give more --epochs, "
+                f"the run has {loop.plan.total_steps} steps but {warmup + steps} are to be taken; give --set epochs=N, "
                 "or trace fewer steps"
             )
         with torch.profiler.profile(

@@ -94,11 +94,11 @@ class Trainer:
         if config.engine == "local":
             check_device(config)
         store = open_dataset(config, StageMessages(tell or (lambda text: None)))
-        # On a cluster the workers check their own nodes; a local Ray puts them all on this machine.
-        workers_here = config.num_workers if config.engine == "ray" else 1
-        config = with_samplers(config, workers_here)
         plan = make_plan(config, store, split_of(config, store), self._parts.own_module(config, store))
+        # On a cluster the workers check their own nodes; a local Ray puts them all on this machine.
         elsewhere = config.engine == "ray" and bool(config.ray.address or os.environ.get("RAY_ADDRESS"))
+        workers_here = config.num_workers if config.engine == "ray" and not elsewhere else 1
+        plan, config = with_samplers(plan, config, workers_here)
         if not elsewhere:
             check_fits(plan, config, workers_here)
         return plan

@@ -353,8 +353,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 root = self._second_moment(state, rotate(gradient, *basis))
                 direction = rotate_back(rotate(first, *basis) / root, *basis)
             layer.set_gradient(direction)
-            gradients = [parameter.grad for parameter in layer.parameters if parameter.grad is not None]
-            step_along(layer.parameters, gradients, lr, decay)
+            own = [parameter for parameter in layer.parameters if parameter.grad is not None]
+            step_along(own, [p.grad for p in own if p.grad is not None], lr, decay)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if id(parameter) in covered or parameter.grad is None:

@@ -2,7 +2,7 @@
 
 The batch of a step's first logical shard goes through the network before the step and after it, without dropout: with
 the masks of the step's own gradient the divergence would be that of a network which this gradient fits, several times
-as large. The shard's first seeds stand for it, with what reaches them, so that a measurement costs a small part of a
+as large. Some of the shard's seeds stand for it, with what reaches them, so that a measurement costs a small part of a
 step; and the first layer's aggregated rows are kept from the training pass, since reading them takes longest. It is one
 shard, whichever rank has it, so that any number of workers measures the same.
 """
@@ -67,7 +67,7 @@ class DivergenceMeter:
         if self._rows is not None and batch.first_aggregation is None:
             batch = replace(batch, propagations=batch.propagations[1:], first_aggregation=self._rows)
         self._rows = None
-        batch = first_seeds(batch, MEASURED_SEEDS)
+        batch = some_seeds(batch, MEASURED_SEEDS)
         self._kept = batch, self._logits(batch)
 
     def measure(self, *, finite: bool) -> None:
@@ -96,14 +96,18 @@ class DivergenceMeter:
         self._rows = inputs[0].detach()
 
 
-def first_seeds(batch: DeviceBatch, count: int) -> DeviceBatch:
-    """Return the part of a batch that its first `count` seeds need, whose logits are then the first ones.
+def some_seeds(batch: DeviceBatch, count: int) -> DeviceBatch:
+    """Return the part of a batch that `count` of its seeds need: evenly spaced ones, since a full batch's are in the
+    order of the graph, which may be that of the classes.
 
     The whole batch where it has no more, and where it is of links or of a module of one's own.
     """
-    if batch.seeds.numel() <= count or batch.pairs is not None or batch.graph is not None:
+    num_seeds = batch.seeds.numel()
+    if num_seeds <= count or batch.pairs is not None or batch.graph is not None:
         return batch
-    rows = torch.arange(count, device=batch.labels.device)
+    chosen = torch.arange(count) * num_seeds // count
+    rows = chosen.to(batch.labels.device)
+    labels = batch.labels[rows] if len(batch.labels) == num_seeds else batch.labels
     parts: list[Propagation] = []
     for place, propagation in reversed(list(enumerate(batch.propagations))):
         part = propagation.of_rows(rows)
@@ -117,8 +121,8 @@ def first_seeds(batch: DeviceBatch, count: int) -> DeviceBatch:
     aggregation = batch.first_aggregation
     return replace(
         batch,
-        seeds=batch.seeds[:count],
-        labels=batch.labels[:count],
+        seeds=batch.seeds[chosen.to(batch.seeds.device)],
+        labels=labels,
         propagations=tuple(parts),
         first_aggregation=None if aggregation is None else aggregation[rows],
     )

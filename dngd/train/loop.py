@@ -91,7 +91,6 @@ class TrainingLoop:
         parts: RunParts | None = None,
     ) -> None:
         assert config.run_dir is not None, "the launcher settles the run folder"
-        run_dir, config = config.run_dir, with_samplers(config, workers_here)
         self.config = config
         self.comm = communicator
         self.reporter = reporter
@@ -99,7 +98,7 @@ class TrainingLoop:
         self.parts = parts or RunParts()
         self.metric_name = self.parts.metric_name(config)
         self.clock = self.supervision.clock
-        self.folder = folder or RunFolder(run_dir)
+        self.folder = folder or RunFolder(config.run_dir)
         self.device = device_of(config)
         self.store: GraphStore = together(
             self._fetched,
@@ -118,6 +117,8 @@ class TrainingLoop:
         self.shape = shape_of(config, self.store)
         self.model: nn.Module = make_module(config, self.parts, self.shape)
         self.plan = make_plan(config, self.store, self.split, None if isinstance(self.model, GNN) else self.model)
+        self.plan, config = with_samplers(self.plan, config, workers_here)
+        self.config = config
         check_fits(self.plan, config, workers_here, is_worker=True)
         self.semi = self._semi_supervision()
         free = free_gpu_bytes(self.device) if self.device.type == "cuda" else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -324,19 +324,27 @@ def _batch_bytes(config: TrainConfig, store: GraphStore, layers: tuple[LayerPlan
     return _BatchBytes(max(rows, edges) if config.constant_full_batch else rows + edges, edges, kept, aggregated)
 
 
-def with_samplers(config: TrainConfig, workers_here: int = 1) -> TrainConfig:
-    """Return the configuration with its number of samplers told, where that is left open and a GPU is to be fed.
+def with_samplers(plan: RunPlan, config: TrainConfig, workers_here: int = 1) -> tuple[RunPlan, TrainConfig]:
+    """Return both with the number of samplers, where that is left open and a GPU is to be fed; else as they are.
 
     A GPU takes a batch in a fraction of the time that one core draws it in: 61 ms a step with one sampler, 18 with four
     and 7.6 with eight (three layers of GraphSAGE at ogbn-products' shape, an H100, 16 cores; docs/measured.md). So each
-    worker has its share of this machine's CPUs but two, twelve at most, in no more than a quarter of its free memory.
-    workers_here: of the run, on this machine.
+    worker has its share of this machine's CPUs, or what Ray reserves for it where that is more than one, less two;
+    twelve at most, in no more than a quarter of the free memory. plan: of config. workers_here: of the run, on this
+    machine.
     """
-    if config.num_samplers is not None or not config.use_gpu:
-        return config
-    by_cpus = usable_cpus() // workers_here - CPUS_OF_TRAINING
-    by_memory = available_memory() // 4 // workers_here // PROCESS_BYTES
-    return config.model_copy(update={"num_samplers": max(1, min(MOST_SAMPLERS, by_cpus, by_memory))})
+    if config.num_samplers is not None or not config.use_gpu or not plan.samplers:
+        return plan, config
+    cpus = usable_cpus() // workers_here
+    if config.engine == "ray" and config.ray.cpus_per_worker > 1:
+        cpus = min(cpus, int(config.ray.cpus_per_worker))
+    each = plan.sampler_bytes // plan.samplers
+    by_memory = available_memory() // 4 // workers_here // each
+    number = max(1, min(MOST_SAMPLERS, cpus - CPUS_OF_TRAINING, by_memory))
+    return (
+        replace(plan, samplers=number, sampler_bytes=number * each),
+        config.model_copy(update={"num_samplers": number}),
+    )
 
 
 def check_device(config: TrainConfig) -> None:

@@ -63,6 +63,33 @@ def test_due_steps_are_measured_exactly(store: GraphStore, tmp_path: Path, monke
     assert "divergence" not in without.phase_ms
 
 
+def test_some_of_a_shards_seeds_are_measured(
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reaches them alone goes through the network again, and its logits are those of the whole batch."""
+    measured: list[int] = []
+    note = DivergenceMeter.note
+
+    def check(self: DivergenceMeter, shard: int, batch: Any) -> None:
+        note(self, shard, batch)
+        if self.is_due:
+            assert self._kept is not None
+            part, logits = self._kept
+            places = [place * batch.seeds.numel() // 8 for place in range(8)]
+            assert torch.equal(part.seeds, batch.seeds[places])
+            self._model.eval()
+            with torch.no_grad():
+                assert torch.allclose(logits, self._forward(batch)[places], rtol=1e-4, atol=1e-5)
+            self._model.train()
+            measured.append(logits.shape[0])
+
+    monkeypatch.setattr(divergence, "MEASURED_SEEDS", 8)
+    monkeypatch.setattr(DivergenceMeter, "note", check)
+    fit(config(store, tmp_path / "run", kfac=BOUND))
+    assert len(measured) > 3
+    assert set(measured) == {8}
+
+
 def test_measuring_alone_changes_nothing(store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a ratio that stays as it is, the run is the one with the clip that the region stands for."""
     monkeypatch.setattr(KLTrustRegion, "update", lambda self, measured, predicted: self.ratio)

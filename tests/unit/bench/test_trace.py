@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dngd
+from dngd.bench import trace
 from dngd.bench.trace import common, overlap_of, read_trace, record_steps, trace_training, union
 from dngd.errors import UserError
 from dngd.graph import GraphStore
@@ -114,14 +114,29 @@ def test_without_a_gpu_there_is_nothing_to_trace(store: GraphStore, monkeypatch:
         trace_training(config(store, use_gpu=True), 5)
 
 
-@pytest.mark.parametrize(("warmup", "timed"), [(1, 0), (2, 0), (3, 1), (6, 2)])
-def test_steps_before_the_trace_are_timed(store: GraphStore, tmp_path: Path, warmup: int, timed: int) -> None:
-    """The second half of those before it, but for the one in which the profiler warms up."""
-    started = time.perf_counter()
-    loop = record_steps(config(store), 2, warmup, tmp_path / "trace.json", [torch.profiler.ProfilerActivity.CPU])
+@pytest.mark.parametrize(("warmup", "timed"), [(1, 0), (2, 0), (3, 1), (7, 3), (12, 5)])
+def test_steps_before_the_trace_are_timed(
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warmup: int, timed: int
+) -> None:
+    """The second half of those before it, but for the one in which the profiler warms up; no checkpoint among them."""
+    loop_of: list[trace.TracedLoop] = []
+    monkeypatch.setattr(trace.time, "perf_counter", lambda: 0.25 * loop_of[0].step if loop_of else 0.0)
+    written: list[int] = []
+    checkpoint = trace.TracedLoop._checkpoint
+
+    class Watched(trace.TracedLoop):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            loop_of.append(self)
+
+        def _checkpoint(self) -> None:
+            written.append(self.step)
+            checkpoint(self)
+
+    monkeypatch.setattr(trace, "TracedLoop", Watched)
+    loop = record_steps(
+        config(store, epochs=9), 2, warmup, tmp_path / "trace.json", [torch.profiler.ProfilerActivity.CPU]
+    )
     assert loop.timed_steps == timed
-    if timed:
-        assert loop.step_ms is not None
-        assert 0 < loop.step_ms * timed < 1e3 * (time.perf_counter() - started)
-    else:
-        assert loop.step_ms is None
+    assert loop.step_ms == (250.0 if timed else None)
+    assert all(step > warmup + 1 for step in written)

@@ -52,6 +52,23 @@ def train(update: str, momentum: float) -> list[Tensor]:
     return [p.detach() for p in net.parameters()]
 
 
+def test_a_parameter_without_a_gradient_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the others of its layer take their own step, not one of another's gradient."""
+    torch.manual_seed(0)
+    for way in (lambda tensors: False, lambda tensors: True):
+        monkeypatch.setattr(together, "_in_few_kernels", way)
+        net = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+        norm = net[1]
+        assert isinstance(norm, nn.LayerNorm)
+        optimizer = NaturalGradient(net, update="adam_eigenbasis", momentum=0.9)
+        weight, bias = norm.weight.detach().clone(), norm.bias.detach().clone()
+        nn.functional.cross_entropy(net(torch.randn(32, 6)), torch.randint(3, (32,))).backward()  # type: ignore[no-untyped-call]
+        norm.weight.grad = None
+        optimizer.step(num_samples=32)
+        assert torch.equal(norm.weight, weight)
+        assert not torch.equal(norm.bias, bias)
+
+
 @pytest.mark.parametrize(("update", "momentum"), [("mean_gradient", 0.9), ("momentum", 0.9), ("momentum", 0.0)])
 def test_training_is_bitwise_the_same_either_way(monkeypatch: pytest.MonkeyPatch, update: str, momentum: float) -> None:
     way: Callable[[list[Tensor]], bool]

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import dngd
-from dngd.train import plan
-from dngd.train.plan import CPUS_OF_TRAINING, MOST_SAMPLERS, PROCESS_BYTES, with_samplers
+from dngd.graph import GraphStore
+from dngd.train import metrics, plan
+from dngd.train.plan import CPUS_OF_TRAINING, MOST_SAMPLERS, RunPlan, make_plan, with_samplers
 
 
-def config(**fields: Any) -> dngd.TrainConfig:
-    return dngd.TrainConfig(**({"dataset": "cora", "use_gpu": True} | fields))
+def config(store: GraphStore, **fields: Any) -> dngd.TrainConfig:
+    return dngd.TrainConfig(**({"dataset": str(store.path), "use_gpu": True, "batch_size": 60} | fields))
+
+
+def samplers(store: GraphStore, workers: int = 1, **fields: Any) -> int:
+    given = config(store, **fields)
+    planned, chosen = with_samplers(make_plan(given, store, store.split("masks")), given, workers)
+    assert planned.samplers == (0 if given.constant_full_batch else chosen.samplers)
+    return planned.samplers
 
 
 @pytest.mark.parametrize(
@@ -28,23 +38,61 @@ def config(**fields: Any) -> dngd.TrainConfig:
     ],
 )
 def test_each_worker_has_its_share_of_the_cpus(
-    monkeypatch: pytest.MonkeyPatch, cpus: int, workers: int, expected: int
+    store: GraphStore, monkeypatch: pytest.MonkeyPatch, cpus: int, workers: int, expected: int
 ) -> None:
     monkeypatch.setattr(plan, "usable_cpus", lambda: cpus)
-    monkeypatch.setattr(plan, "available_memory", lambda: 1 << 40)
-    assert with_samplers(config(), workers).samplers == expected
+    monkeypatch.setattr(plan, "available_memory", lambda: 1 << 50)
+    assert samplers(store, workers) == expected
 
 
-def test_memory_bounds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("reserved", "expected"), [(1.0, MOST_SAMPLERS), (6.0, 4), (100.0, MOST_SAMPLERS)])
+def test_what_ray_reserves_bounds_them(
+    store: GraphStore, monkeypatch: pytest.MonkeyPatch, reserved: float, expected: int
+) -> None:
+    """One CPU is what nobody asked for."""
     monkeypatch.setattr(plan, "usable_cpus", lambda: 64)
-    monkeypatch.setattr(plan, "available_memory", lambda: 4 * 2 * 3 * PROCESS_BYTES)
-    assert with_samplers(config(), 2).samplers == 3
+    monkeypatch.setattr(plan, "available_memory", lambda: 1 << 50)
+    assert samplers(store, engine="ray", ray={"cpus_per_worker": reserved}) == expected
+
+
+def test_memory_bounds_them_slots_included(store: GraphStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "usable_cpus", lambda: 64)
+    one = make_plan(config(store, num_samplers=1), store, store.split("masks"))
+    assert one.sampler_bytes > plan.PROCESS_BYTES
+    monkeypatch.setattr(plan, "available_memory", lambda: 4 * 2 * 3 * one.sampler_bytes)
+    assert samplers(store, 2) == 3
+    monkeypatch.setattr(plan, "available_memory", lambda: 4 * 2 * 3 * one.sampler_bytes - 1)
+    assert samplers(store, 2) == 2
     monkeypatch.setattr(plan, "available_memory", lambda: 0)
-    assert with_samplers(config(), 2).samplers == 1
+    assert samplers(store, 2) == 1
 
 
-def test_what_was_said_stays_and_a_cpu_has_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_tells_what_they_take(store: GraphStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "usable_cpus", lambda: 7)
+    monkeypatch.setattr(plan, "available_memory", lambda: 1 << 50)
+    given = config(store)
+    before: RunPlan = make_plan(given, store, store.split("masks"))
+    after, _ = with_samplers(before, given)
+    assert after == replace(before, samplers=5, sampler_bytes=5 * before.sampler_bytes)
+
+
+def test_what_was_said_stays_and_a_cpu_has_its_thread(store: GraphStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "usable_cpus", lambda: 64)
-    assert with_samplers(config(num_samplers=3)).samplers == 3
-    assert with_samplers(config(num_samplers=0)).samplers == 0
-    assert with_samplers(config(use_gpu=False)).samplers == 0
+    assert samplers(store, num_samplers=3) == 3
+    assert samplers(store, num_samplers=0) == 0
+    assert samplers(store, use_gpu=False) == 0
+    assert samplers(store, batch_size="full") == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [("400000 100000", 4), ("50000 100000", 1), ("max 100000", 64), ("", 64), (None, 64)]
+)
+def test_a_containers_quota_is_no_more_cpus_than_it_pays_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, expected: int
+) -> None:
+    file = tmp_path / "cpu.max"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setattr(metrics, "CPU_MAX", file)
+    monkeypatch.setattr(metrics.os, "sched_getaffinity", lambda pid: set(range(64)))
+    assert metrics.usable_cpus() == expected
