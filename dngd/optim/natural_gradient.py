@@ -14,11 +14,11 @@ from dngd.curvature import DampingMode, FactorLayout, FisherKind, LossKind, rota
 from dngd.errors import UserError
 from dngd.optim.arguments import LossReduction, Method, in_range
 from dngd.optim.capture import Variant, WeightSharing
+from dngd.optim.foreach import average_into, step_along
 from dngd.optim.inverses import FactorWire, InversePrecision
 from dngd.optim.plan import TRAFFIC_BUDGET, StrategyChoice
 from dngd.optim.preconditioner import KFACPreconditioner
 from dngd.optim.schedules import HyperbolicDecay, Period, Schedule, value_at
-from dngd.optim.together import average_into, step_along
 from dngd.optim.trust import KLTrustRegion, LevenbergMarquardt, mean_divergence
 
 Update = Literal["mean_gradient", "momentum", "adam_eigenbasis"]

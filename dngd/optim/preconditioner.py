@@ -31,6 +31,7 @@ from dngd.optim.capture import Capture, Variant, WeightSharing
 from dngd.optim.directions import Directions
 from dngd.optim.eigenvalues import EigenvalueCorrection
 from dngd.optim.findings import Damping
+from dngd.optim.foreach import scaled
 from dngd.optim.health import layer_health, layer_table
 from dngd.optim.inverses import PRECISIONS, WIRES, FactorWire, InversePrecision, Wanted
 from dngd.optim.layer_state import LayerState
@@ -39,7 +40,6 @@ from dngd.optim.plan import TRAFFIC_BUDGET, LayerSizes, Plan, Planner, StrategyC
 from dngd.optim.refresh import RefreshPipeline
 from dngd.optim.schedules import Period, Schedule, UpdateSchedule, period_at, value_at
 from dngd.optim.state import load_preconditioner_state, preconditioner_state
-from dngd.optim.together import scaled
 
 
 class KFACPreconditioner:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dngd.optim import NaturalGradient, together
-from dngd.optim.together import average_into, scaled, step_along
+from dngd.optim import NaturalGradient, foreach
+from dngd.optim.foreach import average_into, scaled, step_along
 
 
 def several(seed: int) -> list[Tensor]:
@@ -19,7 +19,7 @@ def several(seed: int) -> list[Tensor]:
 
 @pytest.fixture(params=[False, True], ids=["one by one", "few kernels"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(together, "_in_few_kernels", lambda tensors: request.param)
+    monkeypatch.setattr(foreach, "_in_few_kernels", lambda tensors: request.param)
 
 
 @pytest.mark.usefixtures("way")
@@ -56,7 +56,7 @@ def test_a_parameter_without_a_gradient_stays(monkeypatch: pytest.MonkeyPatch) -
     """As the others of its layer take their own step, not one of another's gradient."""
     torch.manual_seed(0)
     for way in (lambda tensors: False, lambda tensors: True):
-        monkeypatch.setattr(together, "_in_few_kernels", way)
+        monkeypatch.setattr(foreach, "_in_few_kernels", way)
         net = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
         norm = net[1]
         assert isinstance(norm, nn.LayerNorm)
@@ -74,6 +74,6 @@ def test_training_is_bitwise_the_same_either_way(monkeypatch: pytest.MonkeyPatch
     way: Callable[[list[Tensor]], bool]
     found = []
     for way in (lambda tensors: False, lambda tensors: True):
-        monkeypatch.setattr(together, "_in_few_kernels", way)
+        monkeypatch.setattr(foreach, "_in_few_kernels", way)
         found.append(train(update, momentum))
     assert all(torch.equal(a, b) for a, b in zip(*found))
