@@ -194,9 +194,7 @@ class CheckpointFolder:
         return _parse(received), header["skipped"]
 
     def _complete(self) -> list[Path]:
-        if not self._path.is_dir():
-            return []
-        return sorted(p for p in self._path.iterdir() if p.name.startswith(PREFIX) and p.is_dir())
+        return complete_checkpoints(self._path)
 
     def _read_newest(self) -> tuple[dict[str, bytes], list[str]]:
         skipped: list[str] = []
@@ -211,6 +209,27 @@ class CheckpointFolder:
                 "to start the run again from the beginning"
             )
         return {}, skipped
+
+
+def complete_checkpoints(path: Path) -> list[Path]:
+    """Return the folders of the checkpoints in a folder of this machine, oldest first."""
+    if not path.is_dir():
+        return []
+    return sorted(p for p in path.iterdir() if p.name.startswith(PREFIX) and p.is_dir())
+
+
+def newest_identity(names: list[str], read: Callable[[str], bytes | None]) -> dict[str, Any] | None:
+    """Return the fields that define the run of the newest checkpoint whose `state.json` is what was written; None
+    without one, and for a newer format. names: the checkpoints' folders, oldest first. read: returns a folder's
+    state.json; None, or an OSError, if there is none."""
+    for name in reversed(names):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, DamagedError):
+            data = read(name)
+            if data is not None:
+                state = _state(data)
+                identity: dict[str, Any] = state["identity"]
+                return identity if state["format_version"] <= FORMAT_VERSION else None
+    return None
 
 
 class DamagedError(Exception):
@@ -230,10 +249,7 @@ def read_verified(folder: Path) -> dict[str, bytes]:
 
 def _verified(folder: Path) -> dict[str, bytes]:
     state_bytes = (folder / STATE_NAME).read_bytes()
-    state = json.loads(state_bytes)
-    checksum = state.pop("checksum")
-    if digest(json.dumps(state, sort_keys=True).encode()) != checksum:
-        raise DamagedError("state.json does not match its checksum")
+    state = _state(state_bytes)
     if state["format_version"] > FORMAT_VERSION:
         raise UserError(
             f"checkpoint {folder} has format version {state['format_version']}, this dngd reads up to "
@@ -246,6 +262,14 @@ def _verified(folder: Path) -> dict[str, bytes]:
             raise DamagedError(f"{name} does not match its sha256")
         files[name] = data
     return files
+
+
+def _state(data: bytes) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads(data)
+    checksum = state.pop("checksum")
+    if digest(json.dumps(state, sort_keys=True).encode()) != checksum:
+        raise DamagedError("state.json does not match its checksum")
+    return state
 
 
 def _parse(files: dict[str, bytes]) -> Snapshot:

@@ -11,8 +11,8 @@ from typing import Any
 from dngd.config import TrainConfig, address_of_run, parse_yaml, read_yaml
 from dngd.errors import UserError
 from dngd.graph import cache_folder
-from dngd.train.checkpoint import check_same_run, replace_file
-from dngd.train.remote_files import RemoteFiles
+from dngd.train.checkpoint import STATE_NAME, check_same_run, complete_checkpoints, newest_identity, replace_file
+from dngd.train.remote_files import CHECKPOINTS, RemoteFiles
 
 CONFIG_NAME = "config.yaml"
 
@@ -102,6 +102,10 @@ def check_run_folder(config: TrainConfig) -> Path:
         raise UserError(f"run folder {shown} already holds a run; go on with --resume, or give another --run-dir")
     if saved is not None:
         check_same_run(TrainConfig(**saved).identity(), config.identity())
+        # What was left open in a configuration that another dngd wrote may stand for something else by now.
+        reached = _newest_identity(path, remote)
+        if reached is not None:
+            check_same_run(reached, config.identity())
     if remote is None and path.exists() and not path.is_dir():
         raise UserError(f"run folder {shown} is a file; give another --run-dir")
     if saved is None and (remote.names() if remote is not None else path.is_dir() and any(path.iterdir())):
@@ -109,6 +113,14 @@ def check_run_folder(config: TrainConfig) -> Path:
     if remote is not None:
         remote.check_writable()
     return path
+
+
+def _newest_identity(path: Path, remote: RemoteFiles | None) -> dict[str, Any] | None:
+    if remote is not None:
+        return newest_identity(remote.checkpoints(), lambda name: remote.read(f"{CHECKPOINTS}/{name}/{STATE_NAME}"))
+    folder = RunFolder(path).checkpoints
+    names = [checkpoint.name for checkpoint in complete_checkpoints(folder)]
+    return newest_identity(names, lambda name: (folder / name / STATE_NAME).read_bytes())
 
 
 def prepare_run_folder(config: TrainConfig) -> TrainConfig:

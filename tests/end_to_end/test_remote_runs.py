@@ -124,6 +124,12 @@ def test_resume_takes_the_newest_good_checkpoint(bucket: ObjectStore, store: Gra
     survival.assert_same_run(local_copy(bucket, "two", tmp_path / "copy"), tmp_path / "straight")
     assert not bucket.keys(f"two/checkpoints/step-{3 * per_epoch + 1:08d}"), "what was not whole is removed"
 
+    other = bucket.read("two/config.yaml").replace(b"\nseed: 0\n", b"\nseed: 7\n")
+    bucket.write("two/config.yaml", other)
+    with pytest.raises(dngd.UserError, match=r"cannot resume with another seed=7 \(the run has 0\)"):
+        dngd.Trainer(settings(store, "s3://runs/two", seed=7, epochs=5, resume=True), quiet=True).fit()
+    assert bucket.read("two/config.yaml") == other
+
 
 def test_a_store_that_is_away_for_a_while(
     bucket: ObjectStore, store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -149,6 +149,29 @@ def test_resume_takes_its_own_best_model(store: GraphStore, tmp_path: Path) -> N
     assert (run_dir / "model.safetensors").read_bytes() == kept
 
 
+def test_a_checkpoint_of_other_settings_is_refused_before_its_configuration_is_overwritten(
+    store: GraphStore, tmp_path: Path
+) -> None:
+    """As when a newer dngd has another default for what the saved configuration leaves open."""
+    run_dir = tmp_path / "run"
+    run(config(store, run_dir, epochs=2))
+    saved = (run_dir / "config.yaml").read_text().replace("epochs: 2", "epochs: 1").replace("seed: 0", "seed: 7")
+    (run_dir / "config.yaml").write_text(saved)
+    files = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"cannot resume with another seed=7 \(the run has 0\)"):
+        prepare_run_folder(config(store, run_dir, epochs=3, seed=7, resume=True))
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == files
+    newest = max((run_dir / "checkpoints").iterdir())
+    for path in (newest, newest.with_name(newest.name + "0")):  # damaged ones, and none, say nothing
+        path.mkdir(exist_ok=True)
+        (path / "state.json").write_text('{"checksum": ""}')
+    older = sorted((run_dir / "checkpoints").iterdir())[0]
+    with pytest.raises(UserError, match="cannot resume with another seed=7"):
+        prepare_run_folder(config(store, run_dir, epochs=3, seed=7, resume=True))
+    (older / "state.json").unlink()
+    assert prepare_run_folder(config(store, run_dir, epochs=3, seed=7, resume=True)).seed == 7
+
+
 def test_factor_health_is_kept_with_each_evaluation(store: GraphStore, tmp_path: Path) -> None:
     """What a run wrote after its last checkpoint is dropped when it goes on; a first-order run has no such file."""
     path = tmp_path / "run" / "health.jsonl"
