@@ -30,7 +30,8 @@ from dngd.bench.progress import BenchProgress
 from dngd.bench.step import describe_config, describe_graph, enough_warmup
 from dngd.bench.timing import summary_ms, whole_periods
 from dngd.bench.traffic import GRADIENT, curvature_bytes, total_bytes
-from dngd.config import TrainConfig, merge
+from dngd.config import TrainConfig
+from dngd.config_text import merge
 from dngd.errors import TrainingError, UserError
 from dngd.graph import GraphStore
 from dngd.sampling import steps_per_epoch

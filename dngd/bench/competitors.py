@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dngd.bench.optimizers import KNOWN, check_optimizers, default_rates, with_optimizer
-from dngd.config import TrainConfig, merge, parse_assignment
+from dngd.config import TrainConfig
+from dngd.config_text import merge, parse_assignment
 from dngd.errors import UserError
 from dngd.graph import parse_split
 

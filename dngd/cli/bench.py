@@ -13,7 +13,8 @@ from dngd.cli.bench_accuracy import bench_accuracy, bench_accuracy_overview
 from dngd.cli.bench_network import bench_comm, bench_scale
 from dngd.cli.bench_paper import bench_paper
 from dngd.cli.common import Json, bench_fields, check_output, field_help, out, print_json
-from dngd.config import TrainConfig, merge, parse_assignment
+from dngd.config import TrainConfig
+from dngd.config_text import merge, parse_assignment
 
 bench_app = typer.Typer(
     help="Measure optimizers, communication, and the input pipeline against DGL's, taken in turns.",

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 
 from dngd.cli.common import Json, bench_fields, check_output, field_help, out, print_json
-from dngd.config import TrainConfig, merge
+from dngd.config import TrainConfig
+from dngd.config_text import merge
 from dngd.errors import UserError
 
 

@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 
 from dngd.cli.common import Interrupted, Json, field_help, out, print_json, size_text
-from dngd.config import TrainConfig, address_of_run, merge, parse_assignment, read_yaml
+from dngd.config import TrainConfig, address_of_run
+from dngd.config_text import merge, parse_assignment, read_yaml
 from dngd.errors import RunInterrupted, UserError
 from dngd.report.text import metric_words
 

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dngd.config import TrainConfig, address_of_run, parse_yaml, read_yaml
+from dngd.config import TrainConfig, address_of_run
+from dngd.config_text import parse_yaml, read_yaml
 from dngd.errors import UserError
 from dngd.graph import cache_folder
 from dngd.train.checkpoint import STATE_NAME, check_same_run, complete_checkpoints, newest_identity, replace_file

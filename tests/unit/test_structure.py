@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[2] / "dngd"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "allocator": set(),
-    "config": set(),
+    "config": {"config_text"},
+    "config_text": set(),
     "graph": set(),
     "models": set(),
     "curvature": set(),
@@ -20,11 +21,11 @@ ALLOWED: dict[str, set[str]] = {
     "report": set(),
     "sampling": {"graph", "models", "allocator"},
     "optim": {"curvature", "comm"},
-    "train": {"optim", "sampling", "models", "graph", "comm", "config", "allocator"},
+    "train": {"optim", "sampling", "models", "graph", "comm", "config", "config_text", "allocator"},
     "launch": {"train", "config", "comm", "graph", "report"},
     "doctor": {"sampling"},
-    "bench": {"train", "optim", "allocator", "sampling", "models", "graph", "comm", "config"},
-    "cli": {"launch", "train", "graph", "config", "report", "doctor", "bench", "sampling", ""},
+    "bench": {"train", "optim", "allocator", "sampling", "models", "graph", "comm", "config", "config_text"},
+    "cli": {"launch", "train", "graph", "config", "config_text", "report", "doctor", "bench", "sampling", ""},
     "": {"launch", "train", "graph", "config", "sampling", "models"},
 }
 """Part -> the parts that it may import; dngd.errors is open to all, "" is the package's own __init__."""
