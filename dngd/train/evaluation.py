@@ -111,14 +111,14 @@ class ExactEvaluator:
         self._report = progress or (lambda done, total: None)
         self._block = block_rows(store.num_nodes, rows, on_gpu=device.type == "cuda")
         self._neighbours = NeighbourSums(store, builder.operators.aggregation, builder.operators.norm)
-        self._space = TableSpace(communicator, folders=folders, memory_bytes=memory_bytes, device=device)
+        self.space = TableSpace(communicator, folders=folders, memory_bytes=memory_bytes, device=device)
         self._plan: _Plan | None = None
         self._kept: _KeptRows | None = None
 
     def check(self, model: GNN, nodes: Tensor | None) -> None:
         """Raise UserError if the tables for the logits of some nodes fit neither in memory nor on a disk. All ranks
         enter. nodes: int64 [n], or None for all."""
-        self._space.check(evaluation_bytes(self._store, shapes_of(model), nodes, self._block).tables)
+        self.space.check(evaluation_bytes(self._store, shapes_of(model), nodes, self._block).tables)
 
     @torch.no_grad()
     def logits(self, model: GNN) -> Tensor:
@@ -130,7 +130,7 @@ class ExactEvaluator:
         everything = Table(out, list(range(self._comm.world_size)))
         for where, logits in self._run(model, plan):
             everything.write(where, logits)
-        self._space.publish(everything, rows, plan.bounds[-1])
+        self.space.publish(everything, rows, plan.bounds[-1])
         return out
 
     @torch.no_grad()
@@ -201,7 +201,7 @@ class ExactEvaluator:
                 if i == 0 and self._kept is not None:
                     self._kept.is_filled = True
                 if target is not None:
-                    target.publish(self._space, work.rows, plan.bounds[i])
+                    target.publish(self.space, work.rows, plan.bounds[i])
                 tables.close()
                 if target is not None:
                     source, tables = target.source(), target
@@ -215,14 +215,14 @@ class ExactEvaluator:
         for first, last in blocks_between(plan.inputs, self._comm.rank, self._block):
             where = plan.work.inputs.piece(first, last)
             made.write(where, layer.prepare(layer.rows(features, where), where))
-        made.publish(self._space, plan.work.inputs, plan.inputs)
+        made.publish(self.space, plan.work.inputs, plan.inputs)
         return made.source(), made
 
     def _tables(self, layer: LayerArithmetic, stack: contextlib.ExitStack) -> _Tables:
         """Return new tables for what a layer will read."""
         made = []
         for width in layer.widths:
-            made.append(self._space.shared(self._store.num_nodes, width, layer.dtype))
+            made.append(self.space.shared(self._store.num_nodes, width, layer.dtype))
             stack.callback(made[-1].close)
         return _Tables(made)
 
@@ -236,7 +236,7 @@ class ExactEvaluator:
         room_for = max(map(sum, pairwise([0, *widths]))) * self._store.num_nodes * first.dtype.itemsize
         # Without room for them they are computed again each time.
         with contextlib.suppress(UserError):
-            table = self._space.private(end - begin, first.shape.d_in, first.dtype, room_for=room_for)
+            table = self.space.private(end - begin, first.shape.d_in, first.dtype, room_for=room_for)
             self._kept = _KeptRows(table, begin)
 
     def _first_output(

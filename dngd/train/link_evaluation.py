@@ -40,7 +40,8 @@ class LabelledPairs:
 
 
 class LinkEvaluator:
-    """Scores pairs of nodes. nodes: gives the nodes' embeddings. width: theirs. space: for their table.
+    """Scores pairs of nodes. nodes: gives the nodes' embeddings. width: theirs. space: for their table, the one that
+    `nodes` takes its own from, so that both keep within one bound.
 
     All ranks of the communicator must call alike.
     """

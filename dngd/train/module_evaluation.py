@@ -59,7 +59,7 @@ class ModuleEvaluator:
         self._metric = metric
         self._report = progress or (lambda done, total: None)
         self._block = block_rows(store.num_nodes, rows, on_gpu=device.type == "cuda")
-        self._space = TableSpace(communicator, folders=folders, memory_bytes=memory_bytes, device=device)
+        self.space = TableSpace(communicator, folders=folders, memory_bytes=memory_bytes, device=device)
 
     def check(self, model: nn.Module, nodes: Tensor | None) -> None:
         """Do nothing: the widths between a module's layers are known when it has run."""
@@ -109,14 +109,14 @@ class ModuleEvaluator:
             for index in range(self._num_layers - 1):
                 # All ranks learn the width and type by a node of no interest, also those without a block.
                 like = self._output(model, index, source, torch.zeros(1, dtype=torch.int64))
-                table = self._space.shared(self._store.num_nodes, like.shape[1], like.dtype)
+                table = self.space.shared(self._store.num_nodes, like.shape[1], like.dtype)
                 stack.callback(table.close)
                 for first, last in self._blocks(everything):
                     ids = _ids(everything, first, last)
                     table.write(slice(first, last), self._output(model, index, source, ids))
                     done += 1
                     self._report(done, total)
-                self._space.publish(table, everything, self._bounds(everything))
+                self.space.publish(table, everything, self._bounds(everything))
                 if held is not None:
                     held.close()
                 source, held = table.rows, table

@@ -21,7 +21,6 @@ from dngd.train.module_batches import ModuleBatchBuilder
 from dngd.train.module_evaluation import ModuleEvaluator
 from dngd.train.objective import Objective
 from dngd.train.scoring import CustomMetric, Metric
-from dngd.train.tables import TableSpace
 
 
 def make_surroundings(
@@ -44,7 +43,7 @@ def make_surroundings(
     store: the graph whose edges the model may see.
     """
     builder: PropagationBuilder | ModuleBatchBuilder
-    evaluator: Evaluator
+    evaluator: ExactEvaluator | ModuleEvaluator
     if isinstance(model, GNN):
         builder = PropagationBuilder(store, model.aggregation, device, cache)
         evaluator = ExactEvaluator(
@@ -79,12 +78,11 @@ def make_surroundings(
         )
     if config.task == "node":
         return builder, evaluator
-    space = TableSpace(communicator, folders=folders, memory_bytes=config.eval_memory_bytes, device=device)
     return builder, LinkEvaluator(
         evaluator,
         store,
         communicator,
-        space,
+        evaluator.space,
         width=config.embedding_width,
         device=device,
         objective=objective,

@@ -21,10 +21,11 @@ from dngd.errors import UserError
 from dngd.graph import GraphStore, split_links
 from dngd.models.decoder import pair_logits
 from dngd.optim import NaturalGradient
-from dngd.train import link_evaluation
+from dngd.train import link_evaluation, tables
 from dngd.train.evaluate_run import evaluate_run
 from dngd.train.predict import predict_run
 from dngd.train.scoring import roc_auc
+from dngd.train.tables import TableSpace
 from tests.end_to_end.test_local_runs import config, curve, fit
 from tests.end_to_end.test_ray_runs import run as run_command
 from tests.helpers.ray_cluster import Cluster
@@ -256,3 +257,36 @@ def test_two_ray_workers_give_the_run_of_two_shards(cluster: Cluster, store: Gra
     lines = [json.loads(line) for line in (tmp_path / "ray" / "metrics.jsonl").read_text().splitlines()]
     for line, record in zip(lines, local.history, strict=True):
         assert line["val_loss"] == pytest.approx(record.val_loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("room_for", [1, 2])
+def test_embeddings_and_what_makes_them_share_one_bound_of_memory(
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room_for: int
+) -> None:
+    """With room for one table the other lies in a file; scores are the same."""
+    monkeypatch.setattr(tables, "SHARED_FROM_BYTES", 0)
+    original, held, most, files = TableSpace._table, [0], [0], [0]
+
+    def table(self: TableSpace, made: Any, *arguments: Any) -> Any:
+        out, size = original(self, made, *arguments), 0 if made.is_file else made.size
+        held[0] += size
+        most[0] = max(most[0], held[0])
+        files[0] += made.is_file
+        release = out._release
+
+        def released() -> None:
+            held[0] -= size
+            release()
+
+        out._release = released
+        return out
+
+    monkeypatch.setattr(TableSpace, "_table", table)
+    width = 16
+    limit = room_for * store.num_nodes * width * 4
+    changes = LINKS | {"epochs": 1, "hidden": width, "cache_dir": tmp_path / "cache"}
+    bounded = fit(config(store, tmp_path / "bounded", **changes, eval_memory_bytes=limit))
+    assert 0 < most[0] <= limit
+    assert files[0] > 0
+    monkeypatch.setattr(TableSpace, "_table", original)
+    assert curve(bounded) == curve(fit(config(store, tmp_path / "free", **changes)))
