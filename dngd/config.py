@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
@@ -21,6 +21,11 @@ from dngd.errors import UserError
 IDENTITY: JsonDict = {"identity": True}
 
 _CREDENTIALS_FIX = "leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or ~/.aws), for gs:// GOOGLE_APPLICATION_CREDENTIALS"
+
+KL_BOUND = 0.1
+"""δ where it is left open, nats a seed."""
+KL_CLIP = 3e-2
+"""κ where it is left open and steps are not measured."""
 
 MOST_SEEDS_EMPIRICAL = 1024
 """Seeds a shard up to which the empirical Fisher is the default."""
@@ -52,12 +57,12 @@ class KFACConfig(_Section):
     dense_steps: int = Field(1, ge=0, description="first steps that are all factor steps; above 0, also those at powers of two, with new inverses from there on, in the first period", json_schema_extra=IDENTITY)
     inverse_delay: int = Field(0, ge=0, description="steps from a refresh's launch to its adoption; 0 waits at once", json_schema_extra=IDENTITY)
     change_threshold: float = Field(0.0, ge=0, description="a factor whose relative change since its inversion is at most this is not inverted again", json_schema_extra=IDENTITY)
-    kl_clip: float | None = Field(3e-2, gt=0, description="κ, bound of η²·⟨natural gradient, gradient⟩, twice a step's predicted KL; null for none", json_schema_extra=IDENTITY)
-    kl_clip_steps: float | None = Field(10.0, gt=0, description="T of κ/(1 + step/T)², so that steps that the clip binds fall as 1/t; null: κ stays", json_schema_extra=IDENTITY)
+    kl_clip: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field("auto", description="κ > 0, bound of η²·⟨natural gradient, gradient⟩, twice a step's predicted KL; null for none; auto: none where kl_bound is in use, else 0.03", json_schema_extra=IDENTITY)
+    kl_clip_steps: float | None = Field(10.0, gt=0, description="T of κ/(1 + step/T)², so that steps that the clip binds fall as 1/t; null: κ stays; with another value than this, or of kl_clip_power, kl_clip=auto is 0.03", json_schema_extra=IDENTITY)
     kl_clip_power: float = Field(2.0, ge=0, description="power of that fall; 1: κ/(1 + step/T)", json_schema_extra=IDENTITY)
-    kl_bound: float | None = Field(None, gt=0, description="δ, in place of kl_clip: bound of a step's KL divergence, nats a seed, as measured now and then, 0.1, say; with update=mean_gradient, task node and no semi; null: kl_clip bounds the predicted one", json_schema_extra=IDENTITY)
+    kl_bound: float | None = Field(None, gt=0, description="δ, in place of kl_clip: bound of a step's KL divergence, nats a seed, as measured now and then; goes with update=mean_gradient, variant dngd, task node, no semi and the built-in loss; null: 0.1 where it goes and kl_clip is auto, but for class_weights and modules of one's own; else kl_clip bounds the predicted one", json_schema_extra=IDENTITY)
     kl_bound_steps: float | None = Field(5.0, gt=0, description="T of δ/(1 + step/T)²; null: δ stays", json_schema_extra=IDENTITY)
-    kl_bound_period: int = Field(20, ge=1, description="steps between two measurements of the divergence, two more forward passes of 64 seeds of one shard; also at powers of two", json_schema_extra=IDENTITY)
+    kl_bound_period: int = Field(20, ge=1, description="steps between two measurements of the divergence, two more forward passes of 64 seeds of one shard (of all its seeds with a module of one's own); also at powers of two", json_schema_extra=IDENTITY)
     norm_constraint: float | None = Field(None, gt=0, description="bound of a step's length η‖v‖ before momentum; null for none", json_schema_extra=IDENTITY)
     momentum: float | None = Field(None, ge=0, lt=1, description="μ, of the gradients' mean, or of the natural gradients; null: 0.8 for mean_gradient, else 0.9", json_schema_extra=IDENTITY)
     max_rows: int | None = Field(512, ge=1, description="rows of a layer and shard that are measured at most, an unbiased draw; null for all", json_schema_extra=IDENTITY)
@@ -71,6 +76,11 @@ class KFACConfig(_Section):
     strategy: Literal["auto", "replicate", "share_inverse", "share_gradient"] = Field("auto", description="every rank inverts, owners send inverses, owners send preconditioned gradients, or what agreed measurements favour for each layer")
     traffic_budget: float = Field(0.03, ge=0, description="strategy auto: a layer's inverses are sent only where they and its statistics send at most this share of its gradient's bytes a step, else every rank inverts; share_gradient needs 1")
     refresh_budget_seconds: float | None = Field(None, gt=0, description="most seconds of inversions that a step starts, as measured; further layers wait for the next step; null for no limit", json_schema_extra=IDENTITY)
+
+    @property
+    def has_usual_clip_schedule(self) -> bool:
+        """Whether how the clip falls was left as it is by default."""
+        return all(getattr(self, name) == type(self).model_fields[name].default for name in ("kl_clip_steps", "kl_clip_power"))
 
     @model_validator(mode="after")
     def _delay_below_period(self) -> KFACConfig:
@@ -246,14 +256,9 @@ class TrainConfig(_Section):
             raise ValueError(f"class_weights and semi={self.semi} both weigh the seeds; leave one out")
         if self.class_weights is not None and self.optimizer == "kfac" and self.fisher == "empirical":
             raise ValueError("class_weights weigh the seeds unequally, which the empirical Fisher cannot do; leave kfac.fisher away, or use --set kfac.fisher=monte_carlo")
-        if self.measures_divergence:
-            for name, off, why in (
-                ("kfac.update", self.kfac.update == "mean_gradient", "it predicts the step of one direction; use kfac.update=mean_gradient"),
-                ("kfac.variant", self.kfac.variant == "dngd", "the paper's factors are not the Fisher, and predict no divergence; leave kl_bound out"),
-                ("task", self.task == "node", "it was not tried for links; leave kl_bound out"),
-                ("semi", self.semi == "none", "it was not tried with labels that the network makes; leave kl_bound out"),
-            ):
-                if not off:
+        if self.optimizer == "kfac" and self.kfac.kl_bound is not None:
+            for name, goes, why in self._with_kl_bound():
+                if not goes:
                     value = getattr(self.kfac if name.startswith("kfac.") else self, name.removeprefix("kfac."))
                     raise ValueError(f"kfac.kl_bound={self.kfac.kl_bound} does not go with {name}={value}: {why}")
         if self.task == "link":
@@ -346,10 +351,34 @@ class TrainConfig(_Section):
         damping that is a share of it bounds no step (on Cora, a loss above 100 after the first)."""
         return self.kfac.damping_mode or ("tikhonov" if self.task == "link" else "relative")
 
+    def _with_kl_bound(self) -> tuple[tuple[str, bool, str], ...]:
+        """Return the fields that kfac.kl_bound depends on, whether it goes with each, and why it would not."""
+        return (
+            ("kfac.update", self.kfac.update == "mean_gradient", "it predicts the step of one direction; use kfac.update=mean_gradient"),
+            ("kfac.variant", self.kfac.variant == "dngd", "the paper's factors are not the Fisher, and predict no divergence; leave kl_bound out"),
+            ("task", self.task == "node", "it was not tried for links; leave kl_bound out"),
+            ("semi", self.semi == "none", "it was not tried with labels that the network makes; leave kl_bound out"),
+        )
+
     @property
-    def measures_divergence(self) -> bool:
-        """Whether kfac.kl_bound is in use."""
-        return self.optimizer == "kfac" and self.kfac.kl_bound is not None
+    def kl_bound(self) -> float | None:
+        """The bound of measured divergences in use; None where kl_clip bounds the predicted ones, or nothing does.
+
+        It is no default for what it was not tried with: weighed classes, of which the prediction has the weights and
+        the measurement has not, and modules of one's own, which may have running statistics, and are measured on a
+        whole shard. By measurement (docs/defaults.md, 24) it suits more graphs than one κ."""
+        if self.optimizer != "kfac" or self.kfac.kl_bound is not None:
+            return self.kfac.kl_bound if self.optimizer == "kfac" else None
+        is_open = self.kfac.kl_clip == "auto" and self.kfac.has_usual_clip_schedule
+        was_tried = self.class_weights is None and self.model != "custom"
+        return KL_BOUND if is_open and was_tried and all(goes for _, goes, _ in self._with_kl_bound()) else None
+
+    @property
+    def kl_clip(self) -> float | None:
+        """κ in use; None where steps are measured (kl_bound), or where nothing bounds them."""
+        if self.optimizer != "kfac" or self.kl_bound is not None:
+            return None
+        return KL_CLIP if self.kfac.kl_clip == "auto" else self.kfac.kl_clip
 
     @property
     def metric_in_use(self) -> Literal["accuracy", "macro_f1", "roc_auc", "average_precision"]:
@@ -401,6 +430,7 @@ class TrainConfig(_Section):
         flat = _flat_identity(self)
         flat |= {"fanout": list(self.fanouts), "num_shards": self.shards, "lr": self.learning_rate, "lr_schedule": self.schedule}
         flat |= {"kfac.fisher": self.fisher, "kfac.damping_mode": self.damping_mode}
+        flat |= {"kfac.kl_bound": self.kl_bound, "kfac.kl_clip": self.kl_clip}
         flat |= {"embedding": self.embedding_width, "metric": self.metric_in_use}
         flat = {key: value for key, value in flat.items() if self._has_effect(key)}
         # Fields that came later: a run that leaves them alone is the run that it was before.
@@ -414,11 +444,11 @@ class TrainConfig(_Section):
     def _has_effect(self, key: str) -> bool:
         """Whether a field of a schedule, of links, or of the semi-supervised loss is in use; True for all others."""
         if key.startswith("kfac.kl_bound"):
-            return self.measures_divergence
-        if key.startswith("kfac.kl_clip") and self.measures_divergence:
+            return self.kl_bound is not None
+        if key.startswith("kfac.kl_clip") and self.kl_bound is not None:
             return False
         if key == "kfac.kl_clip_power":
-            return self.kfac.kl_clip is not None and self.kfac.kl_clip_steps is not None
+            return self.kl_clip is not None and self.kfac.kl_clip_steps is not None
         if key == "lr_half_steps":
             return bool(self.schedule == "hyperbolic")
         if key in ("link_split", "negatives", "embedding"):

@@ -135,7 +135,7 @@ class _Panel:
             found["samplers"] = samplers_of(track.config)
         if track.config.use_gpu:
             found["gpu"] = torch.cuda.get_device_name()
-        if any(track.own_config(setting).measures_divergence for setting in settings):
+        if any(track.own_config(setting).kl_bound is not None for setting in settings):
             found["measured_seeds"] = MEASURED_SEEDS
         return found
 

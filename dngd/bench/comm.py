@@ -27,7 +27,7 @@ from dngd.bench.graphs import open_graph
 from dngd.bench.machine import describe_machine
 from dngd.bench.optimizers import BASELINE, with_optimizer
 from dngd.bench.progress import BenchProgress
-from dngd.bench.step import describe_config, describe_graph, enough_warmup
+from dngd.bench.step import describe_config, describe_graph, enough_warmup, kfac_period
 from dngd.bench.timing import summary_ms, whole_periods
 from dngd.bench.traffic import GRADIENT, curvature_bytes, total_bytes
 from dngd.config import TrainConfig
@@ -88,7 +88,7 @@ def run_comm_bench(options: CommOptions, progress: BenchProgress | None = None) 
     """
     progress = progress or BenchProgress()
     contestants = _contestants(options)
-    period = math.lcm(*(x.config.kfac.inverse_update_period for x in contestants if x.optimizer == "kfac"))
+    period = math.lcm(*(kfac_period(x.config) for x in contestants if x.optimizer == "kfac"))
     measured = whole_periods(options.steps, period)
     turn = max(size for size in range(1, options.turn + 1) if measured % size == 0)
     enough = max(enough_warmup(x.config.kfac) for x in contestants)

@@ -39,7 +39,7 @@ from dngd.bench.scale_settings import (
     predict_settings,
     turn_places,
 )
-from dngd.bench.step import describe_config, describe_graph, enough_warmup
+from dngd.bench.step import describe_config, describe_graph, enough_warmup, kfac_period
 from dngd.bench.timing import whole_periods
 from dngd.bench.traffic import total_bytes
 from dngd.config import TrainConfig
@@ -202,7 +202,10 @@ class _Bench:
         return Compute(
             source="measured on one rank on this machine's CPU, which is no GPU",
             step=mean_step(joined(answers["adam"][1:])),
-            statistics=(mean_ms("kfac_phase_ms", "commit") + mean_ms("phase_ms", "observe")) / 1e3,
+            statistics=(
+                mean_ms("kfac_phase_ms", "commit") + mean_ms("phase_ms", "observe") + mean_ms("phase_ms", "divergence")
+            )
+            / 1e3,
             precondition=mean_ms("kfac_phase_ms", "precondition") / 1e3,
             inversion=mean_ms("kfac_phase_ms", "refresh") / 1e3 * self._options.config.kfac.inverse_update_period,
         )
@@ -318,7 +321,7 @@ class _Bench:
 
     def _measured(self, optimizer: str) -> int:
         steps = self._options.steps
-        return whole_periods(steps, self._options.config.kfac.inverse_update_period) if optimizer == "kfac" else steps
+        return whole_periods(steps, kfac_period(self._options.config)) if optimizer == "kfac" else steps
 
     def _turn(self, optimizer: str) -> int:
         steps = self._measured(optimizer)

@@ -9,6 +9,7 @@ and a step's time ends when the GPU has done its work.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class StepOptions:
     """What to time.
 
     config: data set, model, batches, K-FAC settings, seed; its optimizer, learning rate and epochs do not matter.
-    steps: measured ones, rounded up to whole inverse_update_periods. warmup: steps before them; None: enough.
+    steps: measured ones, rounded up to whole periods (`kfac_period`). warmup: steps before them; None: enough.
     threads: of torch; None as they are. scale: of products-shaped.
     """
 
@@ -56,6 +57,14 @@ def enough_warmup(kfac: KFACConfig) -> int:
     return max(LEAST_WARMUP, kfac.dense_steps, kfac.inverse_update_period)
 
 
+def kfac_period(config: TrainConfig) -> int:
+    """Return the steps after which K-FAC's costly ones recur: new inverses, and measured divergences if there are (but
+    for those at powers of two)."""
+    subject = config.model_copy(update={"optimizer": "kfac"})
+    inverses = config.kfac.inverse_update_period
+    return inverses if subject.kl_bound is None else math.lcm(inverses, config.kfac.kl_bound_period)
+
+
 def run_step_bench(options: StepOptions, progress: BenchProgress | None = None) -> dict[str, Any]:
     """Take the steps and return the measurements as plain data.
 
@@ -69,7 +78,7 @@ def run_step_bench(options: StepOptions, progress: BenchProgress | None = None) 
     for flag, value, least in (("steps", options.steps, 1), ("warmup", warmup, 0)):
         if value < least:
             raise UserError(f"{flag}={value} is too small; give at least {least}")
-    period = config.kfac.inverse_update_period
+    period = kfac_period(config)
     measured = whole_periods(options.steps, period)
     device = device_of(config)
     progress.message(f"opening {config.dataset} (a generated graph is made on first use and kept)")
@@ -92,7 +101,7 @@ def run_step_bench(options: StepOptions, progress: BenchProgress | None = None) 
         "steps": {
             "asked": options.steps,
             "measured": measured,
-            "inverse_update_period": period,
+            "whole_period": period,
             "warmup": warmup,
             "warmup_covers_start": warmup >= enough_warmup(config.kfac),
         },
@@ -118,10 +127,12 @@ def describe_graph(store: GraphStore, split: Split) -> dict[str, Any]:
 
 
 def describe_config(config: TrainConfig) -> dict[str, Any]:
-    """Return the fields that a benchmark's work depends on, as plain data."""
+    """Return the fields that a benchmark's work depends on, as plain data; K-FAC's damping and bound as in use."""
     names = ("dataset", "split", "model", "hidden", "num_layers", "dropout", "batch_size", "seed", "weight_decay")
     dumped = config.model_dump(mode="json")
-    kfac = dumped["kfac"] | {"damping_mode": config.damping_mode}
+    subject = config.model_copy(update={"optimizer": "kfac"})
+    in_use = {"damping_mode": subject.damping_mode, "kl_bound": subject.kl_bound, "kl_clip": subject.kl_clip}
+    kfac = dumped["kfac"] | in_use
     return {name: dumped[name] for name in names} | {"fanout": list(config.fanouts), "kfac": kfac}
 
 
@@ -148,7 +159,7 @@ def _take_steps(
     progress: BenchProgress,
 ) -> dict[str, Any]:
     """Let every learner step on every batch; return what the stream of batches was like."""
-    period = config.kfac.inverse_update_period
+    period = kfac_period(config)
     num_seeds, num_edges, num_input_rows = [], [], []
     batch_size = batch_size_of(config, int(split.train.numel()))
     device = device_of(config)

@@ -45,7 +45,7 @@ def print_step(result: Mapping[str, Any], console: Console) -> None:
     row("state, MiB", (f"{of['state_bytes'] / 2**20:.2f}" for of in each))
     row("state / parameters", (f"{of['state_over_parameters']:.2f}" for of in each))
     console.print(table)
-    measured, period = steps["measured"], steps["inverse_update_period"]
+    measured, period = steps["measured"], steps["whole_period"]
     _line(
         console,
         f"{config['model']}, {config['num_layers']} layers, hidden {config['hidden']}; batch {config['batch_size']}, "
@@ -53,8 +53,8 @@ def print_step(result: Mapping[str, Any], console: Console) -> None:
     )
     _line(
         console,
-        f"{measured} measured steps ({steps['asked']} asked, rounded up to whole periods of {period} steps, K-FAC's "
-        f"inverse_update_period) after {steps['warmup']} of warm-up.",
+        f"{measured} measured steps ({steps['asked']} asked, rounded up to whole periods of {period} steps, after "
+        f"which K-FAC's costly ones recur) after {steps['warmup']} of warm-up.",
     )
     if not steps["warmup_covers_start"]:
         _line(console, "The warm-up ends within K-FAC's first, denser phase: its times are above its steady state.")

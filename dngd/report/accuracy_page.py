@@ -96,7 +96,7 @@ def _ratio_words(panel: Mapping[str, Any]) -> str:
         if mine is None or theirs is None:
             continue
         if mine["seconds"] is None:
-            words.append(f"{word}: K-FAC never")
+            words.append(f"{word}: never")
         elif mine["seconds_ratio"] is not None:
             words.append(f"{word}: {mine['seconds_ratio']:.2f}×")
     return f"Adam's seconds over K-FAC's, {', '.join(words)}" if words else ""

@@ -294,7 +294,10 @@ def _parse(files: dict[str, bytes]) -> Snapshot:
         raise UserError(f"checkpoint of step {state['step']} cannot be read: {error}") from None
 
 
-def check_same_run(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+OWN_SETTINGS = "use the run's own settings, or another --run-dir for a new run"
+
+
+def check_same_run(saved: dict[str, Any], wanted: dict[str, Any], fix: str = OWN_SETTINGS) -> None:
     """Raise UserError if a checkpoint's identity differs from the run's, naming the first differences."""
     differences = [
         f"{key}={wanted.get(key)!r} (the run has {saved.get(key)!r})"
@@ -303,10 +306,7 @@ def check_same_run(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     ]
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise UserError(
-            "cannot resume with another " + ", ".join(differences[:3]) + more + "; use the run's own "
-            "settings, or another --run-dir for a new run"
-        )
+        raise UserError("cannot resume with another " + ", ".join(differences[:3]) + more + "; " + fix)
 
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

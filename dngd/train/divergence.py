@@ -84,13 +84,14 @@ class DivergenceMeter:
             natural_gradient.adapt_clip(before, self._logits(batch))
 
     def _logits(self, batch: DeviceBatch) -> Tensor:
-        was_training = self._model.training
+        modes = [(module, module.training) for module in self._model.modules()]
         self._model.eval()
         try:
             with torch.no_grad():
                 return self._forward(batch)
         finally:
-            self._model.train(was_training)
+            for module, was_training in modes:
+                module.training = was_training
 
     def _keep_rows(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._rows = inputs[0].detach()

@@ -48,8 +48,8 @@ class Evaluator(Protocol):
     """What evaluates a model on all neighbours: ExactEvaluator, or ModuleEvaluator for modules of one's own; in link
     prediction LinkEvaluator over one of them, whose splits and parts are of links."""
 
-    def check(self, model: Any, nodes: Tensor | None) -> None:
-        """Raise UserError if there is no room for what it needs. All ranks enter."""
+    def check(self, model: Any, nodes: Tensor | None, room_for: int = 0) -> None:
+        """Raise UserError if there is no room for what it needs, and `room_for` bytes more. All ranks enter."""
 
     def predictions(self, model: Any, nodes: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (ids, outputs) of this rank's part of the nodes, ascending; to be read to its end."""
@@ -115,10 +115,10 @@ class ExactEvaluator:
         self._plan: _Plan | None = None
         self._kept: _KeptRows | None = None
 
-    def check(self, model: GNN, nodes: Tensor | None) -> None:
-        """Raise UserError if the tables for the logits of some nodes fit neither in memory nor on a disk. All ranks
-        enter. nodes: int64 [n], or None for all."""
-        self.space.check(evaluation_bytes(self._store, shapes_of(model), nodes, self._block).tables)
+    def check(self, model: GNN, nodes: Tensor | None, room_for: int = 0) -> None:
+        """Raise UserError if the tables for the logits of some nodes, and `room_for` bytes of others, fit neither in
+        memory nor on a disk. All ranks enter. nodes: int64 [n], or None for all."""
+        self.space.check(evaluation_bytes(self._store, shapes_of(model), nodes, self._block).tables + room_for)
 
     @torch.no_grad()
     def logits(self, model: GNN) -> Tensor:

@@ -67,10 +67,10 @@ class LinkEvaluator:
         self._objective = objective or Objective(is_multilabel=True)
         self._metric = metric
 
-    def check(self, model: nn.Module, nodes: Tensor | None) -> None:
-        """Raise UserError if there is no room for the tables. All ranks enter."""
-        self._nodes.check(model, nodes)
-        self._space.check(self._store.num_nodes * self._width * _dtype(model).itemsize)
+    def check(self, model: nn.Module, nodes: Tensor | None, room_for: int = 0) -> None:
+        """Raise UserError if there is no room for the tables, all at once. All ranks enter."""
+        embeddings = self._store.num_nodes * self._width * _dtype(model).itemsize
+        self._nodes.check(model, nodes, embeddings + room_for)
 
     def predictions(self, model: nn.Module, nodes: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (ids, embeddings) of this rank's part of the nodes, ascending; to be read to its end."""

@@ -61,8 +61,10 @@ class ModuleEvaluator:
         self._block = block_rows(store.num_nodes, rows, on_gpu=device.type == "cuda")
         self.space = TableSpace(communicator, folders=folders, memory_bytes=memory_bytes, device=device)
 
-    def check(self, model: nn.Module, nodes: Tensor | None) -> None:
-        """Do nothing: the widths between a module's layers are known when it has run."""
+    def check(self, model: nn.Module, nodes: Tensor | None, room_for: int = 0) -> None:
+        """Raise UserError if there is no room for `room_for` bytes: the widths between a module's layers are known
+        when it has run. All ranks enter."""
+        self.space.check(room_for)
 
     @torch.no_grad()
     def predictions(self, model: nn.Module, nodes: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -196,13 +196,13 @@ def damping_in_use(config: TrainConfig, training_set: TrainingSet) -> tuple[floa
 
 def kl_clip_in_use(config: TrainConfig) -> Schedule | None:
     """Return κ as a number or a function of the step, a KLTrustRegion where steps are measured; None for no bound."""
-    kfac = config.kfac
-    if kfac.kl_bound is not None:
-        bound = kfac.kl_bound if kfac.kl_bound_steps is None else HyperbolicDecay(kfac.kl_bound, kfac.kl_bound_steps, 2)
+    kfac, kl_bound, kl_clip = config.kfac, config.kl_bound, config.kl_clip
+    if kl_bound is not None:
+        bound = kl_bound if kfac.kl_bound_steps is None else HyperbolicDecay(kl_bound, kfac.kl_bound_steps, 2)
         return KLTrustRegion(bound, period=kfac.kl_bound_period)
-    if kfac.kl_clip is None or kfac.kl_clip_steps is None:
-        return kfac.kl_clip
-    return HyperbolicDecay(kfac.kl_clip, kfac.kl_clip_steps, kfac.kl_clip_power)
+    if kl_clip is None or kfac.kl_clip_steps is None:
+        return kl_clip
+    return HyperbolicDecay(kl_clip, kfac.kl_clip_steps, kfac.kl_clip_power)
 
 
 def factor_layout(config: TrainConfig) -> FactorLayout:

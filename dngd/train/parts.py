@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from dngd.config import TrainConfig
+from dngd.config import KL_CLIP, TrainConfig
 from dngd.errors import UserError
 from dngd.graph import GraphStore
 from dngd.models import build_model
@@ -77,11 +77,14 @@ class RunParts:
                 f"the {complete.fisher} Fisher is that of the built-in loss, not of one's own; use "
                 "kfac.fisher=empirical, which takes the gradients of any loss, or a first-order optimizer"
             )
-        if self.loss is not None and complete.measures_divergence:
-            raise UserError(
-                f"kfac.kl_bound={complete.kfac.kl_bound} is about the built-in loss's probabilities, and of one's own "
-                "loss it is not known what the outputs stand for; leave kl_bound out"
-            )
+        if self.loss is not None and complete.kl_bound is not None:
+            if complete.kfac.kl_bound is not None:
+                raise UserError(
+                    f"kfac.kl_bound={complete.kfac.kl_bound} is about the built-in loss's probabilities, and of one's "
+                    "own loss it is not known what the outputs stand for; leave kl_bound out"
+                )
+            kfac = complete.kfac.model_copy(update={"kl_clip": KL_CLIP})
+            complete = complete.model_copy(update={"kfac": kfac})
         if self.loss is not None and complete.semi != "none":
             raise UserError(f"semi={complete.semi} has a loss of its own; leave loss= out, or use semi=none")
         return complete

@@ -106,7 +106,11 @@ def check_run_folder(config: TrainConfig) -> Path:
         # What was left open in a configuration that another dngd wrote may stand for something else by now.
         reached = _newest_identity(path, remote)
         if reached is not None:
-            check_same_run(reached, config.identity())
+            fix = (
+                f"{shown}/{CONFIG_NAME} has another, or leaves open what stood for something else when the run began: "
+                "write the run's own in there, or give another --run-dir"
+            )
+            check_same_run(reached, config.identity(), fix)
     if remote is None and path.exists() and not path.is_dir():
         raise UserError(f"run folder {shown} is a file; give another --run-dir")
     if saved is None and (remote.names() if remote is not None else path.is_dir() and any(path.iterdir())):

@@ -21,7 +21,7 @@ from dngd.errors import UserError
 from dngd.graph import GraphStore, split_links
 from dngd.models.decoder import pair_logits
 from dngd.optim import NaturalGradient
-from dngd.train import link_evaluation, tables
+from dngd.train import TrainingLoop, link_evaluation, tables
 from dngd.train.evaluate_run import evaluate_run
 from dngd.train.predict import predict_run
 from dngd.train.scoring import roc_auc
@@ -290,3 +290,26 @@ def test_embeddings_and_what_makes_them_share_one_bound_of_memory(
     assert files[0] > 0
     monkeypatch.setattr(TableSpace, "_table", original)
     assert curve(bounded) == curve(fit(config(store, tmp_path / "free", **changes)))
+
+
+def test_tables_that_fit_one_by_one_but_not_together_are_refused_before_a_step(
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "SHARED_FROM_BYTES", 0)
+    monkeypatch.setattr(tables, "_file_system", lambda path: "tmpfs")  # no disk that takes what goes beyond
+    width = 16
+    one = store.num_nodes * width * 4
+    changes = LINKS | {"epochs": 1, "hidden": width, "cache_dir": tmp_path / "cache"}
+    taken: list[int] = []
+    train_step = TrainingLoop._train_step
+
+    def step(self: TrainingLoop, *arguments: Any) -> bool:
+        taken.append(self.step)
+        return train_step(self, *arguments)
+
+    monkeypatch.setattr(TrainingLoop, "_train_step", step)
+    with pytest.raises(UserError, match="fit neither in the memory set aside for them nor on a disk"):
+        fit(config(store, tmp_path / "small", **changes, eval_memory_bytes=2 * one - 1))
+    assert taken == []
+    fit(config(store, tmp_path / "enough", **changes, eval_memory_bytes=2 * one))
+    assert taken

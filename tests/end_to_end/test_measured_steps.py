@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import dngd
@@ -21,6 +22,7 @@ from dngd.sampling import SamplerPipeline
 from dngd.train import divergence
 from dngd.train.batch import DeviceBatch, PropagationBuilder
 from dngd.train.divergence import DivergenceMeter
+from dngd.train.evaluate_run import evaluate_run
 from dngd.train.optimizers import SecondOrder
 from tests.end_to_end.test_local_runs import config, curve, fit
 from tests.helpers.mutants import assert_caught
@@ -59,7 +61,7 @@ def test_due_steps_are_measured_exactly(store: GraphStore, tmp_path: Path, monke
     assert all(value > 0 for _, value in measured)
     assert max(noted) == 0.0
     assert "divergence" in result.phase_ms
-    without = fit(config(store, tmp_path / "without"))
+    without = fit(config(store, tmp_path / "without", kfac={"kl_clip": 3e-2}))
     assert "divergence" not in without.phase_ms
 
 
@@ -143,11 +145,12 @@ def test_a_modules_running_statistics_stay(store: GraphStore, tmp_path: Path, mo
     logits = DivergenceMeter._logits
 
     def spy(self: DivergenceMeter, batch: Any) -> torch.Tensor:
+        self._model.linear.eval()  # as a callback may freeze a part
         norm = self._model.norm
         before = int(norm.num_batches_tracked)  # type: ignore[arg-type,union-attr]
         out = logits(self, batch)
         assert int(norm.num_batches_tracked) == before  # type: ignore[arg-type,union-attr]
-        assert self._model.training
+        assert (self._model.training, norm.training, self._model.linear.training) == (True, True, False)
         seen.append(before)
         return out
 
@@ -156,12 +159,43 @@ def test_a_modules_running_statistics_stay(store: GraphStore, tmp_path: Path, mo
     assert seen
 
 
+@pytest.mark.parametrize(
+    ("saved", "measured"),
+    [
+        ({"kl_clip": 0.03, "kl_bound": None}, False),
+        ({"kl_clip": None, "kl_bound": None}, False),
+        ({"kl_clip": 0.03, "kl_bound": 0.05}, True),
+    ],
+    ids=str,
+)
+def test_a_run_saved_when_the_clip_was_a_number_goes_on_with_it(
+    store: GraphStore, tmp_path: Path, saved: dict[str, Any], measured: bool
+) -> None:
+    """Its whole config.yaml says what it was; it is resumed and evaluated as that, whatever the default is now."""
+    straight = fit(config(store, tmp_path / "straight", epochs=3, kfac=saved))
+    fit(config(store, tmp_path / "run", epochs=2, kfac=saved))
+    held = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert {name: held["kfac"][name] for name in saved} == saved
+    again = dngd.TrainConfig(**(held | {"epochs": 3, "resume": True}))
+    result = dngd.Trainer(again, quiet=True).fit()
+    assert curve(result) == curve(straight)
+    assert ("divergence" in result.phase_ms) == measured
+    assert evaluate_run(tmp_path / "run")["val"]["accuracy"] == pytest.approx(result.best_val_accuracy)
+    with pytest.raises(dngd.UserError, match=r"cannot resume with another kfac\.kl_bound="):
+        fit(config(store, tmp_path / "run", epochs=4, resume=True))
+
+
 def test_a_loss_of_ones_own_is_refused(store: GraphStore, tmp_path: Path) -> None:
     def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(outputs, labels, reduction="none")
 
     with pytest.raises(dngd.UserError, match="leave kl_bound out"):
         dngd.Trainer(config(store, tmp_path / "run", kfac=BOUND), loss=loss, quiet=True).fit()
+    clipped = dngd.Trainer(config(store, tmp_path / "run"), loss=loss, quiet=True)
+    assert clipped.config.kl_clip == 3e-2
+    assert "divergence" not in clipped.fit().phase_ms
+    resumed = config(store, tmp_path / "run", epochs=3, resume=True)
+    assert dngd.Trainer(resumed, loss=loss, quiet=True).fit().epochs == 3
 
 
 def test_rows_that_a_step_aggregates_itself_are_kept(store: GraphStore) -> None:

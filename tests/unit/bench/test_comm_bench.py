@@ -24,6 +24,7 @@ from dngd.train.plan import make_plan
 
 PERIOD = 4
 COMM = "comm --num-layers 2 --hidden 8 --fanout 3,3 --batch-size 50 --steps 5 --turn 3 --warmup 5 --threads 1"
+COMM += f" --set kfac.kl_bound_period={PERIOD}"
 COMM += f" --set kfac.inverse_update_period={PERIOD} --set kfac.factor_update_period=2 --set kfac.dense_steps=2"
 
 

@@ -24,7 +24,7 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
 
 
 STEP = "step --num-layers 2 --hidden 8 --fanout 3,3 --batch-size 50 --steps 4 --warmup 0 --set kfac.inverse_delay=0"
-STEP += " --set kfac.inverse_update_period=4 --threads 1"
+STEP += " --set kfac.inverse_update_period=4 --set kfac.kl_bound_period=2 --threads 1"
 ACCURACY = "accuracy --protocol given --model gcn --split masks --hidden 8 --batch-size full --epochs 3 --seeds 0,1"
 ACCURACY += " --optimizers kfac,adam --lrs adam=0.01 --threads 1"
 

@@ -134,7 +134,7 @@ def options(store: GraphStore, **changes: Any) -> ScaleOptions:
         batch_size=50,
         num_samplers=0,
         engine="local",
-        kfac={"inverse_update_period": 4, "factor_update_period": 2, "dense_steps": 2},
+        kfac={"inverse_update_period": 4, "kl_bound_period": 4, "factor_update_period": 2, "dense_steps": 2},
     )
     return ScaleOptions(config, scale=1.0, **changes)
 
@@ -313,6 +313,7 @@ def test_hosts_are_removed_however_a_benchmark_ends(number: signal.Signals) -> N
 def test_a_small_run_over_limited_links(store: GraphStore, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = "scale --num-layers 2 --hidden 8 --fanout 10,10 --batch-size 100 --hosts 2,3 --mbits 5,2 --widths 256 "
     arguments += "--steps 4 --threads 1 --set kfac.inverse_update_period=4 --set kfac.factor_update_period=2"
+    arguments += " --set kfac.kl_bound_period=4"
     path = tmp_path / "scale.json"
     with pytest.raises(SystemExit) as exit_info:
         main(["bench", *arguments.split(), "--scale", "1", "--dataset", str(store.path), "--json", "--out", str(path)])

@@ -9,7 +9,7 @@ import pytest
 
 from dngd.bench import BenchProgress, StepOptions, run_step_bench
 from dngd.bench.learner import Batch, Learner
-from dngd.bench.step import enough_warmup
+from dngd.bench.step import describe_config, enough_warmup, kfac_period
 from dngd.bench.timing import turn_order
 from dngd.config import KFACConfig, TrainConfig
 from dngd.errors import TrainingError, UserError
@@ -20,6 +20,7 @@ PERIOD = 6
 
 def config(store: GraphStore, **changes: Any) -> TrainConfig:
     kfac = {"inverse_update_period": PERIOD, "factor_update_period": 2, "dense_steps": 2, "inverse_delay": 0}
+    kfac["kl_bound_period"] = PERIOD // 2
     fields: dict[str, Any] = {"dataset": str(store.path), "model": "sage", "num_layers": 2, "hidden": 8}
     fields |= {"fanout": (3, 3), "batch_size": 70, "engine": "local", "kfac": kfac}
     return TrainConfig(**(fields | changes))
@@ -61,6 +62,8 @@ def test_the_result_says_what_was_measured(store: GraphStore) -> None:
     result = run_step_bench(StepOptions(config(store), ("kfac", "adam"), steps=1, warmup=0, threads=1))
     assert result["machine"]["threads"] == 1
     assert result["config"]["kfac"]["inverse_update_period"] == PERIOD
+    assert result["config"]["kfac"]["kl_clip"] is None  # as in use, not auto
+    assert result["config"]["kfac"]["kl_bound"] == 0.1
     assert result["graph"]["num_nodes"] == 600
     assert not result["steps"]["warmup_covers_start"]
     assert result["stream"]["mean_seeds"] == 70
@@ -74,6 +77,13 @@ def test_warm_up_outlasts_kfacs_start() -> None:
     assert enough_warmup(KFACConfig()) >= 60
     assert enough_warmup(KFACConfig(dense_steps=90)) >= 90
     assert enough_warmup(KFACConfig(inverse_update_period=200)) >= 200
+
+
+def test_periods_hold_each_costly_step_equally_often(store: GraphStore) -> None:
+    assert kfac_period(TrainConfig(dataset="any", optimizer="adam")) == 100  # inverses every 50, divergences every 20
+    assert kfac_period(TrainConfig(dataset="any", kfac={"kl_clip": 0.03})) == 50
+    described = describe_config(TrainConfig(dataset="any", kfac={"kl_clip": 0.03}))["kfac"]
+    assert (described["kl_clip"], described["kl_bound"]) == (0.03, None)
 
 
 @pytest.mark.parametrize(

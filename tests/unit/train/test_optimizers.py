@@ -38,7 +38,8 @@ def test_damping(settings: dict[str, object], training_set: TrainingSet, a_share
 
 
 def test_optimizer_takes_the_damping_of_its_training_set_and_a_falling_clip() -> None:
-    optimizer = build_optimizer(kfac(), nn.Linear(3, 2), LocalCommunicator(), training_set=TrainingSet(2500, 4))
+    config = kfac(kl_clip=3e-2)
+    optimizer = build_optimizer(config, nn.Linear(3, 2), LocalCommunicator(), training_set=TrainingSet(2500, 4))
     pre = optimizer.preconditioner
     assert pre is not None
     assert pre.kl_clip is not None
@@ -98,7 +99,49 @@ def test_a_bound_of_the_measured_divergence_takes_the_place_of_the_clip() -> Non
     named = kfac(kl_bound=0.2).identity()
     assert named["kfac.kl_bound"] == 0.2
     assert not any(key.startswith("kfac.kl_clip") for key in named)
-    assert not any(key.startswith("kfac.kl_bound") for key in kfac().identity())
+    assert not any(key.startswith("kfac.kl_bound") for key in kfac(kl_clip=3e-2).identity())
+    both = kfac(kl_bound=0.2, kl_clip=3e-2)  # as runs were saved when a number stood where auto stands now
+    assert both.identity() == named
+    assert isinstance(kl_clip_in_use(both), KLTrustRegion)
+
+
+@pytest.mark.parametrize(
+    ("fields", "measured"),
+    [
+        ({}, True),
+        ({"batch_size": "full"}, True),
+        ({"kfac": {"kl_clip": 0.03}}, False),
+        ({"kfac": {"kl_clip": None}}, False),
+        ({"kfac": {"kl_clip_steps": None}}, False),
+        ({"kfac": {"kl_clip_power": 1.0}}, False),
+        ({"kfac": {"update": "adam_eigenbasis"}}, False),
+        ({"class_weights": "balanced"}, False),
+        ({"model": "custom"}, False),
+        ({"kfac": {"update": "momentum"}}, False),
+        ({"kfac": {"variant": "paper"}}, False),
+        ({"task": "link"}, False),
+        ({"semi": "pooled"}, False),
+    ],
+)
+def test_steps_are_measured_where_that_goes_and_no_clip_is_given(fields: dict[str, object], measured: bool) -> None:
+    """A run's identity holds what stands for what is left open; a run that was saved with its clip goes on with it."""
+    config = TrainConfig(dataset="any", **fields)
+    clip, named = kl_clip_in_use(config), config.identity()
+    assert isinstance(clip, KLTrustRegion) == measured
+    assert ("kfac.kl_bound" in named) == measured
+    assert ("kfac.kl_clip" in named) != measured
+    if measured:
+        assert named["kfac.kl_bound"] == 0.1
+        assert clip is not None
+        assert [value_at(clip, step) for step in (0, 5)] == pytest.approx([0.2 / 3, 0.05 / 3])
+        assert TrainConfig(dataset="any", **fields, kfac={"kl_bound": 0.1}).identity() == named
+    elif config.kfac.kl_clip is None:
+        assert clip is None
+        assert named["kfac.kl_clip"] is None
+    else:
+        assert named["kfac.kl_clip"] == 3e-2
+        saved = config.model_dump() | {"kfac": config.kfac.model_dump() | {"kl_clip": 3e-2}}
+        assert TrainConfig(**saved).identity() == named
 
 
 @pytest.mark.parametrize(
@@ -119,11 +162,11 @@ def test_where_no_divergence_is_measured_a_bound_is_refused(fields: dict[str, ob
 
 
 def test_a_run_of_the_former_clip_is_told_apart() -> None:
-    assert kfac().identity()["kfac.kl_clip_power"] == 2.0
-    assert "kfac.kl_clip_power" not in kfac(kl_clip_power=1.0).identity()
-    assert "kfac.kl_clip_power" not in kfac(kl_clip_steps=None).identity()
+    assert kfac(kl_clip=3e-2).identity()["kfac.kl_clip_power"] == 2.0
+    assert "kfac.kl_clip_power" not in kfac(kl_clip=3e-2, kl_clip_power=1.0).identity()
+    assert "kfac.kl_clip_power" not in kfac(kl_clip=3e-2, kl_clip_steps=None).identity()
     assert "kfac.kl_clip_power" not in kfac(kl_clip=None).identity()
-    clip = kl_clip_in_use(kfac(kl_clip_power=1.0))
+    clip = kl_clip_in_use(kfac(kl_clip=3e-2, kl_clip_power=1.0))
     assert clip is not None
     assert value_at(clip, 10) == pytest.approx(1.5e-2)
 
