@@ -367,8 +367,10 @@ class TrainConfig(_Section):
         It is no default for what it was not tried with: weighed classes, of which the prediction has the weights and
         the measurement has not, and modules of one's own, which may have running statistics, and are measured on a
         whole shard. By measurement (docs/defaults.md, 24) it suits more graphs than one κ."""
-        if self.optimizer != "kfac" or self.kfac.kl_bound is not None:
-            return self.kfac.kl_bound if self.optimizer == "kfac" else None
+        if self.optimizer != "kfac":
+            return None
+        if self.kfac.kl_bound is not None:
+            return self.kfac.kl_bound
         is_open = self.kfac.kl_clip == "auto" and self.kfac.has_usual_clip_schedule
         was_tried = self.class_weights is None and self.model != "custom"
         return KL_BOUND if is_open and was_tried and all(goes for _, goes, _ in self._with_kl_bound()) else None

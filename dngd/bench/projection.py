@@ -39,8 +39,8 @@ GPUS = (8, 16, 32, 64, 128, 256, 512)
 class Compute:
     """Seconds that one GPU computes, in a step unless said otherwise. source: where they come from, in words.
 
-    step: Adam's step, communication left out. statistics: what K-FAC adds for the factors' sums. precondition: what
-    it adds for all layers' gradients. inversion: of all factors, once.
+    step: Adam's step, communication left out. statistics: what K-FAC adds for the factors' sums, and for measured
+    divergences. precondition: what it adds for all layers' gradients. inversion: of all factors, once.
     """
 
     source: str

@@ -32,7 +32,7 @@ def batches(store: GraphStore, kind: str, fanout: tuple[int, ...]) -> tuple[torc
 
 @pytest.mark.parametrize("fanout", [(4,), (4, 3), (4, 3, 2), (-1, -1)])
 @pytest.mark.parametrize("kind", ["gcn", "sage"])
-def test_the_some_seeds_keep_their_logits(store: GraphStore, kind: str, fanout: tuple[int, ...]) -> None:
+def test_the_seeds_keep_their_logits(store: GraphStore, kind: str, fanout: tuple[int, ...]) -> None:
     model, found = batches(store, kind, fanout)
     for batch in found:
         whole = model(store.features, batch.propagations, batch.first_aggregation)
