@@ -183,7 +183,7 @@ class ProcessGroupCommunicator:
 
     def gather_bytes(self, payload: bytes) -> list[bytes] | None:
         # Lengths differ, so they are agreed first; then each rank's payload is broadcast. Rank 0 keeps them.
-        lengths = torch.zeros(self.world_size, dtype=torch.int64)
+        lengths = torch.zeros(self.world_size, dtype=torch.int64, device="cpu")
         lengths[self.rank] = len(payload)
         lengths = self._to_device(lengths)
         self.all_reduce(lengths, "state").wait()
@@ -192,7 +192,7 @@ class ProcessGroupCommunicator:
             if source == self.rank:
                 buffer = torch.from_numpy(np.frombuffer(payload, dtype=np.uint8).copy())
             else:
-                buffer = torch.empty(int(length), dtype=torch.uint8)
+                buffer = torch.empty(int(length), dtype=torch.uint8, device="cpu")
             buffer = self._to_device(buffer)
             self.broadcast(buffer, source, "state").wait()
             if self.rank == 0:
@@ -200,19 +200,21 @@ class ProcessGroupCommunicator:
         return gathered if self.rank == 0 else None
 
     def broadcast_bytes(self, payload: bytes | None) -> bytes:
-        length = self._to_device(torch.tensor([0 if payload is None else len(payload)], dtype=torch.int64))
+        length = self._to_device(
+            torch.tensor([0 if payload is None else len(payload)], dtype=torch.int64, device="cpu")
+        )
         self.broadcast(length, 0, "state").wait()
         if self.rank == 0:
             assert payload is not None, "rank 0 must pass a payload"
             buffer = torch.from_numpy(np.frombuffer(payload, dtype=np.uint8).copy())
         else:
-            buffer = torch.empty(int(length.item()), dtype=torch.uint8)
+            buffer = torch.empty(int(length.item()), dtype=torch.uint8, device="cpu")
         buffer = self._to_device(buffer)
         self.broadcast(buffer, 0, "state").wait()
         return buffer.cpu().numpy().tobytes()
 
     def barrier(self) -> None:
-        self.all_reduce(self._to_device(torch.zeros(1)), "state").wait()
+        self.all_reduce(self._to_device(torch.zeros(1, device="cpu")), "state").wait()
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.cuda() if self._on_gpu else tensor

@@ -12,7 +12,7 @@ from torch import Tensor
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """Return the tensors' entries one after another in one buffer."""
     if not tensors:
-        return torch.zeros(0)
+        return torch.zeros(0, device="cpu")
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 

@@ -40,7 +40,7 @@ def sampled_gradient(outputs: Tensor, loss: LossKind, generator: torch.Generator
         probabilities = z.sigmoid()
         return probabilities - torch.bernoulli(_drawable(probabilities), generator=generator).to(z.device)
     # p(y | z) ∝ exp(-‖z - y‖²) is a normal with variance 1/2; ∇ = 2 (z - y).
-    return (2**0.5) * torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
+    return (2**0.5) * torch.randn(z.shape, generator=generator, dtype=z.dtype, device="cpu").to(z.device)
 
 
 def _drawable(probabilities: Tensor) -> Tensor:
@@ -73,4 +73,4 @@ def hessian_columns(outputs: Tensor, loss: LossKind) -> Iterator[Tensor]:
 
 def random_signs(count: int, generator: torch.Generator) -> Tensor:
     """Return independent signs ±1, [count]."""
-    return torch.randint(0, 2, (count,), generator=generator).mul_(2).sub_(1)
+    return torch.randint(0, 2, (count,), generator=generator, device="cpu").mul_(2).sub_(1)

@@ -82,7 +82,7 @@ def inner_product(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     for preconditioned, gradient in pairs:
         product = (preconditioned * gradient).sum()
         total = product if total is None else total + product
-    return torch.zeros(()) if total is None else total
+    return torch.zeros((), device="cpu") if total is None else total
 
 
 def kl_clip_scale(quadratic: Tensor, lr: float, kl_clip: float) -> Tensor:

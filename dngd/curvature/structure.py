@@ -315,7 +315,7 @@ class LowRank:
         """Return Ω, [d, k]: fixed Gaussian entries, kept after the first call."""
         if (dtype, device) not in self._omega:
             generator = torch.Generator().manual_seed(SKETCH_SEED)
-            omega = torch.randn(self.dimension, self.rank, generator=generator, dtype=torch.float64)
+            omega = torch.randn(self.dimension, self.rank, generator=generator, dtype=torch.float64, device="cpu")
             self._omega[dtype, device] = omega.to(device, dtype)
         return self._omega[dtype, device]
 
@@ -413,7 +413,7 @@ class LowRank:
 def probe_vector(dimension: int, like: Tensor) -> Tensor:
     """Return a fixed Gaussian vector, the same on every rank."""
     generator = torch.Generator().manual_seed(dimension)
-    return torch.randn(dimension, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
+    return torch.randn(dimension, generator=generator, dtype=torch.float64, device="cpu").to(like.device, like.dtype)
 
 
 def gram(rows: Tensor, ones: bool) -> Tensor:

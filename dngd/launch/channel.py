@@ -16,8 +16,9 @@ PHASE_WORDS = {"sample_wait": "sampling"}
 WAITING_PHASES = frozenset({"reduce"})
 """Phases in which a rank does nothing but wait for the others."""
 
-SETUP_PHASE = "setup"
-"""A rank whose node converts or fetches the graph takes its time: only the collectives' own limit is for it."""
+UNHURRIED_PHASES = frozenset({"setup", "callback"})
+"""A rank whose node converts or fetches the graph takes its time, and so does a callback of the program's own: only the
+collectives' own limit is for them."""
 
 SAME_FAILURE_SECONDS = 10.0
 """Ray tells of a failure at each look until the workers are gone; they take longer than this to start again."""
@@ -259,7 +260,7 @@ class RunChannel:
         others = [other for r, (_, other) in self._beats.items() if r != rank]
         return (
             len(others) == self._world_size - 1 > 0
-            and beat["phase"] not in WAITING_PHASES | {SETUP_PHASE}
+            and beat["phase"] not in WAITING_PHASES | UNHURRIED_PHASES
             and beat["phase_seconds"] > limit_seconds
             and all(
                 other["phase"] in WAITING_PHASES

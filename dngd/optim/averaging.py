@@ -93,7 +93,7 @@ class WeightAverage:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the mean and the number of updates."""
         weights = {_WEIGHT + name: tensor for name, tensor in self._mean.items()}
-        return {STEPS: torch.tensor(self.steps), **weights}
+        return {STEPS: torch.tensor(self.steps, device="cpu"), **weights}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a state. Raises UserError if it is of another module."""

@@ -227,7 +227,7 @@ class Capture:
         num_reached = int(reached.sum())
         if self.max_rows is None or num_reached <= self.max_rows:
             return (None if num_reached == reached.numel() else reached.nonzero()[:, 0]), 1.0
-        drawn = torch.randperm(num_reached, generator=self._generator(layer.name))[: self.max_rows]
+        drawn = torch.randperm(num_reached, generator=self._generator(layer.name), device="cpu")[: self.max_rows]
         drawn = drawn.to(reached.device)
         positions = drawn if num_reached == reached.numel() else reached.nonzero()[:, 0][drawn]
         return positions, num_reached / self.max_rows
@@ -238,7 +238,7 @@ class Capture:
         self._draws[purpose] = count + 1
         text = f"{self.seed}/{self.step}/{self._key}/{purpose}/{count}"
         digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
 
     def _samples_of(self, layer: CurvatureLayer, gradient: Tensor) -> _Samples | None:
         """Return how the call's rows form samples, None where each row is one."""

@@ -22,9 +22,9 @@ from dngd.optim.layers import CurvatureLayer
 class Directions:
     """Makes every layer's direction `(G + λ_G I)⁻¹ ∇W (A + λ_A I)⁻¹` from the inverses in use.
 
-    on_timed: told each layer's seconds. unit_scale: whether a direction is multiplied by λ_A·λ_G, so that its part in
-    eigenvalues far below the damping is the gradient's. strict: whether a layer whose rows K-FAC never saw is an error,
-    not a warning.
+    on_timed: told each layer's seconds. was_measured: whether a layer took part in a factor step. unit_scale: whether a
+    direction is multiplied by λ_A·λ_G, so that its part in eigenvalues far below the damping is the gradient's. strict:
+    whether a layer whose rows K-FAC never saw is an error, not a warning.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class Directions:
         eigenvalues: EigenvalueCorrection | None,
         communicator: Communicator,
         on_timed: Callable[[str, float], None],
+        was_measured: Callable[[str], bool],
         *,
         unit_scale: bool,
         strict: bool,
@@ -46,6 +47,7 @@ class Directions:
         self._eigenvalues = eigenvalues
         self._comm = communicator
         self._on_timed = on_timed
+        self._was_measured = was_measured
         self._strict = strict
         self._unmeasured: set[str] = set()
 
@@ -105,7 +107,9 @@ class Directions:
 
     def _check_measured(self, layer: CurvatureLayer, state: LayerState, gradient: Tensor) -> None:
         """Say once that a layer has a gradient and no rows: its weight is used in a way that K-FAC cannot see."""
-        if state.attempted_step < 0 or layer.name in self._unmeasured or float(state.folded.counts.min()) > 0:
+        if state.attempted_step < 0 or layer.name in self._unmeasured or not self._was_measured(layer.name):
+            return
+        if float(state.folded.counts.min()) > 0:
             return
         if not bool(gradient.any()):
             return  # no seed reaches it yet

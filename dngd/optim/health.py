@@ -52,7 +52,7 @@ def layer_health(layer: CurvatureLayer, state: LayerState, pre: KFACPrecondition
 
 def _largest_eigenvalue(structure: FactorStructure, averages: Tensors) -> float:
     generator = torch.Generator().manual_seed(structure.dimension)
-    vector: Tensor = torch.rand(structure.dimension, generator=generator).to(averages[0])
+    vector: Tensor = torch.rand(structure.dimension, generator=generator, device="cpu").to(averages[0])
     value = 0.0
     for _ in range(POWER_ITERATIONS):
         vector = structure.matvec(averages, vector / torch.linalg.vector_norm(vector).clamp_min(1e-30))

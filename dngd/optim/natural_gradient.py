@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -207,10 +208,10 @@ class NaturalGradient(torch.optim.Optimizer):
             self._follow_schedules(step)
             summed = mean_gradients is False or (mean_gradients is None and self.preconditioner.loss_reduction == "sum")
             mean_scale = 1.0 / num_samples if summed and num_samples else 1.0
-            if self.update == "mean_gradient":
-                finite = self.preconditioner.gradients_are_finite() if finite is None else finite
-                if finite:
-                    self._average_gradients(mean_scale)
+            if finite is None:
+                finite = self.preconditioner.gradients_are_finite(p for g in self.param_groups for p in g["params"])
+            if self.update == "mean_gradient" and finite:
+                self._average_gradients(mean_scale)
             taken = self.preconditioner.step(
                 num_samples, finite=finite, mean_gradients=mean_gradients, factor_samples=factor_samples
             )
@@ -232,8 +233,21 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and with them the rows that the same backward passes left for the factors."""
-        super().zero_grad(set_to_none=set_to_none)
         self.preconditioner.forget_skipped_step()
+        super().zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with settings of their own. They take their plain gradient: what has curvature is settled
+        when the optimizer is made, of the parameters that are trainable then."""
+        super().add_param_group(param_group)
+        if len(self.param_groups) > 1:
+            sizes = [tuple(parameter.shape) for parameter in self.param_groups[-1]["params"]]
+            warnings.warn(
+                f"the parameters added ({len(sizes)}, of shapes {sizes[:4]}) take their plain gradient, at the natural "
+                "gradient's rate unless they have one of their own; to unfreeze layers with curvature, freeze them "
+                "after the optimizer is made, or make a new one",
+                stacklevel=2,
+            )
 
     def adapt_damping(self, loss_before: float, loss_after: float) -> float:
         """Adapt a LevenbergMarquardt damping to the last step; return the reduction ratio.
@@ -303,7 +317,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if "exp_avg" not in state:
                     state["exp_avg"] = torch.zeros_like(parameter)
-                    state["weight"] = torch.zeros((), dtype=torch.float64)
+                    state["weight"] = torch.zeros((), dtype=torch.float64, device="cpu")
                 state["weight"].mul_(mu).add_(1 - mu)
                 means.append(state["exp_avg"])
                 gradients.append(parameter.grad)
@@ -321,7 +335,6 @@ class NaturalGradient(torch.optim.Optimizer):
                     parameter.grad.mul_(mean_scale)
 
     def _momentum_step(self) -> None:
-        decay = self.param_groups[0]["weight_decay"]
         for group in self.param_groups:
             mu = group["momentum"] if self.update == "momentum" else 0.0
             parameters = [p for p in group["params"] if p.grad is not None]
@@ -332,11 +345,11 @@ class NaturalGradient(torch.optim.Optimizer):
                     if "momentum_buffer" not in state:
                         state["momentum_buffer"] = torch.zeros_like(parameter)
                     updates[place] = state["momentum_buffer"].mul_(mu).add_(updates[place])
-            step_along(parameters, updates, group["lr"], decay)
+            step_along(parameters, updates, group["lr"], group["weight_decay"])
 
     def _adam_step(self, gradient_scale: float) -> None:
         """Adam on each layer's gradient matrix in its eigenbasis, and on the other parameters as they are."""
-        lr, decay = float(self.param_groups[0]["lr"]), self.param_groups[0]["weight_decay"]
+        groups = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
         covered: set[int] = set()
         for name, layer in self.preconditioner.layers.items():
             gradient = layer.gradient()
@@ -346,29 +359,32 @@ class NaturalGradient(torch.optim.Optimizer):
             gradient = gradient.to(layer.dtype) * gradient_scale
             basis = self.preconditioner.rotation(name)
             state = self.state[layer.parameters[0]]
-            first = self._first_moment(state, gradient)
+            mu = groups[id(layer.parameters[0])]["momentum"]
+            first = self._first_moment(state, gradient, mu)
             if basis is None:
                 direction = first / self._second_moment(state, gradient)
             else:
                 root = self._second_moment(state, rotate(gradient, *basis))
                 direction = rotate_back(rotate(first, *basis) / root, *basis)
             layer.set_gradient(direction)
-            own = [parameter for parameter in layer.parameters if parameter.grad is not None]
-            step_along(own, [p.grad for p in own if p.grad is not None], lr, decay)
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) in covered or parameter.grad is None:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            directions = []
+            for parameter in parameters:
+                assert parameter.grad is not None
+                if id(parameter) in covered:
+                    directions.append(parameter.grad)
                     continue
                 state, gradient = self.state[parameter], parameter.grad * gradient_scale
-                direction = self._first_moment(state, gradient) / self._second_moment(state, gradient)
-                step_along([parameter], [direction], group["lr"], decay)
+                first = self._first_moment(state, gradient, group["momentum"])
+                directions.append(first / self._second_moment(state, gradient))
+            step_along(parameters, directions, group["lr"], group["weight_decay"])
 
-    def _first_moment(self, state: dict[str, Any], gradient: Tensor) -> Tensor:
+    def _first_moment(self, state: dict[str, Any], gradient: Tensor, mu: float) -> Tensor:
         """Update and return the bias-corrected mean of the gradients."""
-        mu = self.param_groups[0]["momentum"]
         if "exp_avg" not in state:
             state["exp_avg"] = torch.zeros_like(gradient)
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device="cpu")
         state["step"] += 1
         mean: Tensor = state["exp_avg"].lerp_(gradient, 1 - mu)
         corrected: Tensor = mean / (1 - mu ** float(state["step"]))
@@ -386,6 +402,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """Return torch's state dict (momentum, groups) with the curvature under "preconditioner"."""
         out = super().state_dict()
         out["preconditioner"] = self.preconditioner.state_dict()
+        out["update"] = self.update
         return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -398,6 +415,18 @@ class NaturalGradient(torch.optim.Optimizer):
         curvature = state_dict.pop("preconditioner", None)
         if curvature is None:
             raise UserError("the state has no curvature; give one that NaturalGradient.state_dict() returned")
+        update = state_dict.pop("update", self.update)
+        if update != self.update:
+            raise UserError(
+                f"the state is of update={update!r}, this optimizer's is {self.update!r}; load it into one that was "
+                "made with the same update"
+            )
+        saved, own = ([len(g["params"]) for g in groups] for groups in (state_dict["param_groups"], self.param_groups))
+        if saved != own:
+            raise UserError(
+                f"the state has parameter groups of {saved} parameters, this optimizer of {own}; make it for the same "
+                "model, and add the same groups, before the state is loaded"
+            )
         self.preconditioner.load_state_dict(curvature)
         super().load_state_dict(state_dict)
         # torch casts what it loads to the parameter's precision; moments of a layer are kept in the statistics' own.
@@ -410,3 +439,9 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NaturalGradient:
         raise UserError("NaturalGradient is tied to its model's layers; make a new one for the copied model")
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise UserError(
+            "NaturalGradient is tied to its model's layers and cannot be pickled; save its state_dict(), and make a "
+            "new one where the model is"
+        )

@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -36,6 +36,7 @@ from dngd.optim.health import layer_health, layer_table
 from dngd.optim.inverses import PRECISIONS, WIRES, FactorWire, InversePrecision, Wanted
 from dngd.optim.layer_state import LayerState
 from dngd.optim.layers import CurvatureLayer, find_layers
+from dngd.optim.participation import Participation
 from dngd.optim.plan import TRAFFIC_BUDGET, LayerSizes, Plan, Planner, StrategyChoice
 from dngd.optim.refresh import RefreshPipeline
 from dngd.optim.schedules import Period, Schedule, UpdateSchedule, period_at, value_at
@@ -177,7 +178,7 @@ class KFACPreconditioner:
         self.dropped_steps = 0
         self.dropped_in_a_row = 0
         self.non_finite_statistics = 0
-        self.last_scale: Tensor = torch.ones(())
+        self.last_scale: Tensor = torch.ones((), device="cpu")
         self._quadratic: Tensor | None = None
         self._bounded_rate = 0.0
         self.phase_seconds: dict[str, float] = defaultdict(float)
@@ -193,7 +194,10 @@ class KFACPreconditioner:
             variant=variant,
             rank=self.communicator.rank,
         )
-        self._trainable = [p for p in model.parameters() if p.requires_grad]
+        self._parameters = list(model.parameters())
+        self._was_stepped = True
+        self._joined: list[str] = []
+        self.participation = Participation()
         layout = layout or FactorLayout()
         layers, left_over = find_layers(model, self.capture, layout if method == "kfac" else layout.for_eigenbases())
         if left_over:
@@ -241,6 +245,7 @@ class KFACPreconditioner:
             self.eigenvalues,
             self.communicator,
             self._planner.record_preconditioning,
+            self.participation.was_measured,
             unit_scale=unit_scale,
             strict=strict,
         )
@@ -309,7 +314,9 @@ class KFACPreconditioner:
         self._check_not_moved()
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             with self._phase("commit"):
+                self._joined = []
                 if finite:
+                    self._joined = self._take_note()
                     self.commit(num_samples, factor_samples)
                     self.dropped_in_a_row = 0
                 else:
@@ -320,9 +327,16 @@ class KFACPreconditioner:
                 if finite and self.method != "rotate":
                     self.precondition(1.0 if mean_gradients or num_samples == 0 else 1.0 / num_samples)
         self.steps += 1
+        self._was_stepped = True
         self.capture.start_step(self.steps, self._is_factor_step())
         self._stop_after_many_drops()
         return finite
+
+    def _take_note(self) -> list[str]:
+        """Note which layers have a gradient; return those that are measured for the first time, after step 0."""
+        names = [name for name, layer in self.layers.items() if layer.has_gradient]
+        period = period_at(self.schedule.factor_update_period, self.steps)
+        return self.participation.note(self.steps, names, is_factor_step=self.capture.active, period=period)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -342,7 +356,9 @@ class KFACPreconditioner:
 
     def _is_factor_step(self) -> bool:
         # Until a step has been committed every step is a factor step: there is nothing to precondition with.
-        return self.factor_steps == 0 or self.schedule.is_factor_step(self.steps)
+        return (
+            self.factor_steps == 0 or self.schedule.is_factor_step(self.steps) or self.participation.wants(self.steps)
+        )
 
     def _stop_after_many_drops(self) -> None:
         if self.max_dropped_steps is not None and self.dropped_in_a_row >= self.max_dropped_steps:
@@ -353,14 +369,20 @@ class KFACPreconditioner:
                 fix = f"start the loss's scale, now {scale:g}, lower (GradScaler's init_scale), or {fix}"
             raise TrainingError(f"{self.dropped_in_a_row} steps in a row had non-finite gradients ({where}); {fix}")
 
-    def gradients_are_finite(self) -> bool:
-        """Return whether every parameter's gradient is finite. Raises UserError if there is none at all."""
-        gradients = [p.grad for p in self._trainable if p.grad is not None]
+    def gradients_are_finite(self, others: Iterable[Tensor] = ()) -> bool:
+        """Return whether every parameter's gradient is finite. Raises UserError if there is none at all.
+
+        others: parameters beside the model's.
+        """
+        distinct = {id(parameter): parameter for parameter in chain(self._parameters, others)}
+        gradients = [p.grad for p in distinct.values() if p.grad is not None]
         if not gradients:
             raise UserError("step() found no gradient; call loss.backward() before it")
         dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in dense])
-        return bool(torch.isfinite(norms).all())
+        norms = [torch.linalg.vector_norm(gradient) for gradient in dense]
+        if len({(norm.device, norm.dtype) for norm in norms}) > 1:
+            norms = [norm.to(self.device, torch.float64) for norm in norms]
+        return bool(torch.isfinite(torch.stack(norms)).all())
 
     def commit(self, num_samples: float, factor_samples: float | None = None) -> None:
         """Fold this step's captured rows into this rank's running sums: `S ← ρS + ΔS`, `c ← ρc + Δc`.
@@ -385,7 +407,8 @@ class KFACPreconditioner:
             # Rows hold gradients of the loss as back-propagated; wanted are the summed loss's (the paper: the mean's).
             scale = 1.0 / max(num_samples, 1.0) if paper else float(num_samples)
         sound = self._sound_layers()
-        # Seeds that do not reach a layer are seeds of its G too, whichever rank they were on.
+        # Seeds that do not reach a layer are seeds of its G too, whichever rank they were on; not so where the layer
+        # has no gradient at all, since it was frozen, say: it takes no step to which those seeds would count.
         is_measured = any(layer.pending is not None for layer in self.layers.values())
         for name, layer in self.layers.items():
             state = self.states[name]
@@ -407,7 +430,7 @@ class KFACPreconditioner:
                     share = target.counts[0] / layer.pending.counts[0].clamp_min(1)
                     for mine, latest in zip(target.a, layer.pending.a):
                         torch.mul(latest, share, out=mine)
-            elif layer.pending is None and is_measured:
+            elif layer.pending is None and is_measured and layer.has_gradient:
                 target.counts[1] += num_samples
         if self.eigenvalues is not None:
             self.eigenvalues.commit(rho, num_samples, scale * scale)
@@ -442,11 +465,14 @@ class KFACPreconditioner:
         return next(iter(self.layers.values())).device
 
     def forget_skipped_step(self) -> None:
-        """Forget this step's rows; with a loss_scale, rows that were never stepped on are a step that the GradScaler
-        skipped, and count as dropped."""
-        was_skipped = any(layer.pending is not None for layer in self.layers.values())
+        """Forget this step's rows, before the gradients go; with a loss_scale, gradients that are not finite and were
+        never stepped on are a step that the GradScaler skipped, and count as dropped."""
+        has_scale = self.capture.loss_scale is not None
+        may_be_skipped = has_scale and not self._was_stepped and any(p.grad is not None for p in self._parameters)
+        was_skipped = may_be_skipped and not self.gradients_are_finite()
+        self._was_stepped = False
         self.forget()
-        if was_skipped and self.capture.loss_scale is not None:
+        if was_skipped:
             self.dropped_steps += 1
             self.dropped_in_a_row += 1
             self._stop_after_many_drops()
@@ -470,7 +496,7 @@ class KFACPreconditioner:
         if self.factor_steps == 0:
             due = missing = []  # every step so far was dropped: the same on all ranks
         launched = {name for refresh in self.pipeline.under_way for name in refresh.layers}
-        first = [name for name in missing if name not in launched]
+        first = [name for name in dict.fromkeys([*missing, *self._joined]) if name not in launched]
         later = list(dict.fromkeys(name for name in due if name not in first and name not in launched))
         if first:
             self.pipeline.launch(self.steps, first, self._damping_now(), 0)

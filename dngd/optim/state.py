@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from dngd.comm.communicator import LocalCommunicator
 from dngd.curvature import FactorStatistics
 from dngd.errors import UserError
+from dngd.optim.arguments import Method
 from dngd.optim.eigenvalues import ScaleState
 from dngd.optim.findings import Damping
 from dngd.optim.inverses import StoredInverse
@@ -42,10 +43,12 @@ def preconditioner_state(pre: KFACPreconditioner) -> State:
     plan = pre.plan().to_json().encode()
     out["shared.plan"] = torch.frombuffer(bytearray(plan), dtype=torch.uint8)
     out["shared.deferred"] = _integers(*(list(pre.states).index(name) for name in pre.deferred))
+    out["shared.method"] = _integers(get_args(Method).index(pre.method))
+    out["shared.participation"] = _integers(*pre.participation.state(pre.states))
     if isinstance(pre.damping, LevenbergMarquardt):
-        out["shared.damping"] = torch.tensor([pre.damping.value], dtype=torch.float64)
+        out["shared.damping"] = torch.tensor([pre.damping.value], dtype=torch.float64, device="cpu")
     if isinstance(pre.kl_clip, KLTrustRegion):
-        out["shared.kl_ratio"] = torch.tensor([pre.kl_clip.ratio], dtype=torch.float64)
+        out["shared.kl_ratio"] = torch.tensor([pre.kl_clip.ratio], dtype=torch.float64, device="cpu")
     for name, state in pre.states.items():
         out.update(_layer_state(name, state))
         constant = pre.layers[name].constant
@@ -55,7 +58,7 @@ def preconditioner_state(pre: KFACPreconditioner) -> State:
     if pre.eigenvalues is not None:
         for name, scale in pre.eigenvalues.by_layer.items():
             out[f"local.scale_sum.{name}"] = scale.sum.clone()
-            out[f"local.scale_count.{name}"] = torch.tensor(scale.count, dtype=torch.float64)
+            out[f"local.scale_count.{name}"] = torch.tensor(scale.count, dtype=torch.float64, device="cpu")
             out[f"shared.scale_basis.{name}"] = _integers(scale.basis_step)
             if scale.scales is not None:
                 out[f"shared.scales.{name}"] = scale.scales.clone()
@@ -65,7 +68,7 @@ def preconditioner_state(pre: KFACPreconditioner) -> State:
         for name in refresh.layers:
             # An inversion that failed is kept as no tensor at all: the layer was part of the refresh.
             damping = refresh.dampings.get(name, (0.0, 0.0))
-            out[f"shared.refresh.{i}.damping.{name}"] = torch.tensor(damping, dtype=torch.float64)
+            out[f"shared.refresh.{i}.damping.{name}"] = torch.tensor(damping, dtype=torch.float64, device="cpu")
             for which in "AG":
                 prefix = f"shared.refresh.{i}.{which}"
                 for k, tensor in enumerate(refresh.late.get((name, which), ())):
@@ -84,7 +87,7 @@ def _layer_state(name: str, state: LayerState) -> State:
     _put_statistics(out, "shared.folded", name, state.folded)
     if state.unfolded is not None:
         _put_statistics(out, "local.unfolded", name, state.unfolded)
-    out[f"shared.decay.{name}"] = torch.tensor([state.decay, *state.damping], dtype=torch.float64)
+    out[f"shared.decay.{name}"] = torch.tensor([state.decay, *state.damping], dtype=torch.float64, device="cpu")
     out[f"shared.launched.{name}"] = _integers(state.launched_step, state.attempted_step)
     out[f"local.escalations.{name}"] = _integers(state.escalations, state.failed_inversions, state.reused_inversions)
     for which in "AG":
@@ -100,6 +103,7 @@ def load_preconditioner_state(pre: KFACPreconditioner, states: Sequence[State]) 
     shared = states[0]
     _check_same_layers(pre, shared)
     local = _merge_local(states, pre.communicator.rank, pre.communicator.world_size)
+    _check_same_method(pre, shared)
     pre.pipeline.forget()
     for layer in pre.layers.values():
         layer.forget()
@@ -115,6 +119,10 @@ def load_preconditioner_state(pre: KFACPreconditioner, states: Sequence[State]) 
         pre.adopt_plan(Plan.from_json(bytes(saved_plan.tolist()).decode()))
     names = list(pre.states)
     pre.deferred = [names[int(i)] for i in shared.get("shared.deferred", ())]
+    # States of before it was kept: of layers that take part in all steps.
+    usual = [value for _ in names for value in (pre.steps, -1)]
+    saved_participation = shared.get("shared.participation")
+    pre.participation.restore(names, usual if saved_participation is None else saved_participation.tolist())
     for name, state in pre.states.items():
         _load_layer(name, state, shared, local)
         constant = pre.layers[name].constant = ConstantInput()
@@ -187,8 +195,8 @@ def _refreshes(pre: KFACPreconditioner, shared: State) -> list[Refresh]:
             layers=tuple(names),
             damping=Damping(1.0, "tikhonov", 1.0),  # spent: the inversion is done
             decays={},
-            reduced=torch.zeros(0),
-            reduce_work=LocalCommunicator().all_reduce(torch.zeros(0), "factor"),
+            reduced=torch.zeros(0, device="cpu"),
+            reduce_work=LocalCommunicator().all_reduce(torch.zeros(0, device="cpu"), "factor"),
             stage="ready",
         )
         for name in names:
@@ -226,7 +234,7 @@ def _add_late(pre: KFACPreconditioner, refresh: Refresh, shared: State) -> None:
 
 
 def _integers(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def _put_statistics(out: State, prefix: str, name: str, statistics: FactorStatistics) -> None:
@@ -248,7 +256,7 @@ def _put_inverse(out: State, prefix: str, name: str, inverse: StoredInverse | No
         return
     for i, tensor in enumerate(inverse.tensors):
         out[f"{prefix}.{i}.{name}"] = tensor.clone()
-    out[f"{prefix}.scales.{name}"] = torch.tensor(inverse.scales, dtype=torch.float64)
+    out[f"{prefix}.scales.{name}"] = torch.tensor(inverse.scales, dtype=torch.float64, device="cpu")
 
 
 def _take_inverse(saved: State, prefix: str, name: str, device: torch.device) -> StoredInverse | None:
@@ -275,6 +283,16 @@ def _merge_local(states: Sequence[State], rank: int, world_size: int) -> State:
     if rank == 0:
         return {key: torch.stack([state[key] for state in states]).sum(dim=0) for key in keys}
     return {key: torch.zeros_like(states[0][key]) for key in keys}
+
+
+def _check_same_method(pre: KFACPreconditioner, shared: State) -> None:
+    saved = shared.get("shared.method")
+    methods = get_args(Method)
+    if saved is not None and methods[int(saved)] != pre.method:
+        raise UserError(
+            f"the saved curvature is of method={methods[int(saved)]!r}, this one's is {pre.method!r}; load it into an "
+            "optimizer that was made with the same method and update"
+        )
 
 
 def _check_same_layers(pre: KFACPreconditioner, shared: State) -> None:

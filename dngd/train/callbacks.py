@@ -6,6 +6,7 @@ from then on: a run is worth more than what watches it. A UserError ends the run
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import nn
 from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.train.metrics import EvaluationRecord, RunResult
+
+CALLBACK_PHASE = "callback"
 
 
 @dataclass
@@ -61,10 +64,17 @@ class Callback:
 
 
 class Callbacks:
-    """Calls a run's callbacks. tell: gets a sentence about one that failed."""
+    """Calls a run's callbacks. tell: gets a sentence about one that failed. inside: entered with the phase's name
+    around each call, for those who watch what a process is at."""
 
-    def __init__(self, callbacks: Sequence[Callback], tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        callbacks: Sequence[Callback],
+        tell: Callable[[str], None],
+        inside: Callable[[str], contextlib.AbstractContextManager[None]] = lambda _: contextlib.nullcontext(),
+    ) -> None:
         self._callbacks = list(callbacks)
+        self._inside = inside
         self._started: list[Callback] = []
         self._tell = tell
 
@@ -90,12 +100,13 @@ class Callbacks:
                 self._call(callback, lambda c: c.on_end(run, result))
 
     def _call(self, callback: Callback, hook: Callable[[Callback], bool | None]) -> bool:
-        try:
-            return bool(hook(callback))
-        except UserError:
-            raise
-        except Exception as error:
-            self._callbacks.remove(callback)
-            name = type(callback).__name__
-            self._tell(f"callback {name} failed ({type(error).__name__}: {error}); the run goes on without it")
-            return False
+        with self._inside(CALLBACK_PHASE):
+            try:
+                return bool(hook(callback))
+            except UserError:
+                raise
+            except Exception as error:
+                self._callbacks.remove(callback)
+                name = type(callback).__name__
+                self._tell(f"callback {name} failed ({type(error).__name__}: {error}); the run goes on without it")
+                return False

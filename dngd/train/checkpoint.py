@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dngd.comm import Communicator
 from dngd.errors import UserError
+from dngd.train.together import together
 
 FORMAT_VERSION = 1
 PREFIX = "step-"
@@ -85,6 +86,7 @@ class CheckpointFolder:
         self._keep = keep
         self._send = send
         self._shown = shown or str(path)
+        self._sent: Path | None = None
 
     def capture(self, snapshot: Snapshot) -> HostSnapshot | None:
         """Copy a snapshot to the host, with every rank's own part, at rank 0; None elsewhere. All ranks enter."""
@@ -96,12 +98,12 @@ class CheckpointFolder:
             return None
         shared = snapshot.curvature
         if shared is not None:
-            shared = _copies({k: v for k, v in shared.items() if k.startswith("shared.")})
+            shared = host_copies({k: v for k, v in shared.items() if k.startswith("shared.")})
         copied = replace(
             snapshot,
-            model=_copies(snapshot.model),
-            optimizer=_copies(snapshot.optimizer),
-            average=None if snapshot.average is None else _copies(snapshot.average),
+            model=host_copies(snapshot.model),
+            optimizer=host_copies(snapshot.optimizer),
+            average=None if snapshot.average is None else host_copies(snapshot.average),
             curvature=shared,
         )
         return HostSnapshot(copied, rank_locals)
@@ -154,41 +156,50 @@ class CheckpointFolder:
             shutil.rmtree(final)  # a resumed run rewrites a checkpoint that was damaged
         os.replace(temporary, final)
         flush_folder(self._path)
-        self._send(final)
+        try:
+            self._send(final)
+            self._sent = final
+        finally:
+            self._retire(final)
+
+    def _retire(self, newest: Path) -> None:
+        """Remove what is not to be kept: the newest stay, and the last one that was sent."""
         # Later ones were passed over when the run went on from an earlier one: damaged, and not to count as kept.
-        passed_over = [path for path in self._complete() if path.name > final.name]
+        passed_over = [path for path in self._complete() if path.name > newest.name]
         for later in passed_over:
             shutil.rmtree(later, ignore_errors=True)
         left_overs = [path for path in self._path.iterdir() if path.name.startswith(".writing-")]
         for old in self._complete()[: -self._keep] + left_overs:
-            shutil.rmtree(old, ignore_errors=True)
+            if old != self._sent:
+                shutil.rmtree(old, ignore_errors=True)
 
-    def load_newest(self) -> tuple[Snapshot | None, list[str]]:
+    def load_newest(
+        self,
+        *,
+        limit_seconds: float = 1800.0,
+        round_seconds: float = 30.0,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> tuple[Snapshot | None, list[str]]:
         """Return the newest checkpoint that verifies (None if there is none) and why newer ones were passed over.
 
-        All ranks enter; rank 0 reads, the files' bytes travel through the communicator.
-        Raises UserError for a checkpoint of a newer format.
+        All ranks enter; rank 0 reads, the files' bytes travel through the communicator. limit_seconds: for the reading;
+        round_seconds, tell: see `together`. Raises UserError for a checkpoint of a newer format, where all are damaged,
+        and after limit_seconds.
         """
-        files: dict[str, bytes] = {}
-        skipped: list[str] = []
-        failure = ""
-        if self._comm.rank == 0:
-            try:
-                files, skipped = self._read_newest()
-            except UserError as error:
-                failure = str(error)  # told to every rank, so that none waits for files that never come
-        header = {
-            "skipped": skipped,
-            "failure": failure,
-            "sizes": {name: len(data) for name, data in files.items()},
-        }
-        payload = json.dumps(header).encode() if self._comm.rank == 0 else None
+        is_reader = self._comm.rank == 0
+        files, skipped = together(
+            lambda progress: self._read_newest() if is_reader else ({}, []),
+            self._comm,
+            limit_seconds=limit_seconds,
+            round_seconds=round_seconds,
+            tell=tell,
+            state="are done, the others read the checkpoint",
+            fix="wait longer with --set stage_timeout_seconds=N, or put the run folder on faster storage",
+        )
+        header = {"skipped": skipped, "names": list(files)}
+        payload = json.dumps(header).encode() if is_reader else None
         header = json.loads(self._comm.broadcast_bytes(payload))
-        if header["failure"]:
-            raise UserError(header["failure"])
-        received = {
-            name: self._comm.broadcast_bytes(files[name] if self._comm.rank == 0 else None) for name in header["sizes"]
-        }
+        received = {name: self._comm.broadcast_bytes(files[name] if is_reader else None) for name in header["names"]}
         if not received:
             return None, header["skipped"]
         return _parse(received), header["skipped"]
@@ -309,7 +320,8 @@ def check_same_run(saved: dict[str, Any], wanted: dict[str, Any], fix: str = OWN
         raise UserError("cannot resume with another " + ", ".join(differences[:3]) + more + "; " + fix)
 
 
-def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of the host's own memory, none of which shares it with another (tied weights do)."""
     return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
 
 

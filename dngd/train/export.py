@@ -14,7 +14,7 @@ from torch import Tensor
 from dngd.errors import UserError
 from dngd.graph.manifest import dngd_version
 from dngd.models import GNN, pyg_export
-from dngd.train.checkpoint import replace_file
+from dngd.train.checkpoint import host_copies, replace_file
 from dngd.train.parts import RunParts
 from dngd.train.trained_model import TrainedModel, load_trained
 
@@ -108,6 +108,5 @@ def _said(trained: TrainedModel) -> dict[str, str]:
 
 
 def _saved(weights: dict[str, Tensor], said: dict[str, str]) -> bytes:
-    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
-    data: bytes = safetensors.torch.save(tensors, said)
+    data: bytes = safetensors.torch.save(host_copies(weights), said)
     return data

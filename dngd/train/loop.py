@@ -29,8 +29,9 @@ from dngd.models.decoder import pair_logits
 from dngd.optim import learning_rate
 from dngd.sampling import derive_seed
 from dngd.train.batch import BatchSource, DeviceBatch
+from dngd.train.buffers import RunningStatistics, share_buffers
 from dngd.train.callbacks import Callbacks, RunState
-from dngd.train.checkpoint import CheckpointFolder, Snapshot, check_same_run, replace_file
+from dngd.train.checkpoint import CheckpointFolder, Snapshot, check_same_run, host_copies, replace_file
 from dngd.train.checkpoint_writer import CheckpointSchedule, CheckpointWriter
 from dngd.train.divergence import DivergenceMeter
 from dngd.train.health_log import HealthLog
@@ -161,6 +162,7 @@ class TrainingLoop:
         else:
             self.optimizer = wrap_optimizer(self.parts.optimizer(self.model), weight_average(config, self.model))
         self.meter = DivergenceMeter(self.optimizer, self.model, self._outputs)
+        self.statistics = RunningStatistics(self.model, communicator)
         self.gradients = FlatGradients(p for p in self.model.parameters() if p.requires_grad)
         self.checkpoints = CheckpointFolder(
             self.folder.checkpoints,
@@ -206,7 +208,7 @@ class TrainingLoop:
             self.plan.total_steps,
         )
         chosen = [*make_loggers(config.loggers), *self.parts.callbacks] if communicator.rank == 0 else []
-        self.callbacks = Callbacks(chosen, reporter.message)
+        self.callbacks = Callbacks(chosen, reporter.message, self.clock.inside)
 
     def run(self) -> RunResult:
         """Train to the end and return the result; rank 0 has written the run folder by then."""
@@ -311,6 +313,7 @@ class TrainingLoop:
         self.gradients.zero_()
         is_measured = self.meter.is_due
         num_seeds_here = 0.0
+        self.statistics.begin_step()
         for shard in shards:
             batch = source.batch(epoch, step_in_epoch, shard)
             torch.manual_seed(derive_seed(self.config.seed, DROPOUT_STREAM, epoch, step_in_epoch, shard))
@@ -321,6 +324,7 @@ class TrainingLoop:
             self.gradients.ask_to_stop_()
         with self.clock.phase("reduce"):
             sums = self.gradients.reduce_(self.comm)
+            self.statistics.end_step(finite=sums.finite)
         with self.clock.phase("optimizer"):
             self.optimizer.step(
                 num_seeds_here=num_seeds_here,
@@ -352,6 +356,7 @@ class TrainingLoop:
             self.optimizer.observe(logits, weights=loss.weights, key=shard)
         with self.clock.phase("backward"):
             loss.loss_sum.backward()  # type: ignore[no-untyped-call]
+        self.statistics.end_shard()
         self.gradients.add_loss_(loss.loss_sum, loss.divisor)
         return loss.divisor
 
@@ -425,7 +430,7 @@ class TrainingLoop:
         self.reporter.step(StepRecord(self.step, self.plan.total_steps, epoch, mean_loss, rate))
 
     def _evaluate(self) -> None:
-        self._share_buffers()
+        share_buffers(self.model, self.comm)
         with evaluated_weights(self.optimizer):
             self._evaluate_model()
 
@@ -471,12 +476,6 @@ class TrainingLoop:
             return True
         return math.isnan(self.best.val_accuracy) and not math.isnan(record.val_accuracy)
 
-    def _share_buffers(self) -> None:
-        """Give all ranks rank 0's buffers of a module (running means of a BatchNorm, say). All ranks enter."""
-        if self.comm.world_size > 1:
-            for buffer in self.model.buffers():
-                self.comm.broadcast(buffer.view(-1), 0, "state").wait()
-
     def _measurements(self, health: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         """Return step phases in ms, bytes, staleness and factor health by name, of this rank; health at rank 0."""
         out = {f"step_ms/{name}": value for name, value in self.clock.step_ms().items()}
@@ -495,7 +494,7 @@ class TrainingLoop:
         return phases
 
     def _model_bytes(self, record: EvaluationRecord) -> bytes:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        tensors = host_copies(self.model.state_dict())
         said = {"step": str(record.step), "val_accuracy": repr(record.val_accuracy)}
         if self.config.model == "custom":
             said |= {"num_features": str(self.shape.num_features), "num_classes": str(self.shape.num_classes)}
@@ -531,7 +530,11 @@ class TrainingLoop:
         )
 
     def _resume(self) -> None:
-        snapshot, skipped = self.checkpoints.load_newest()
+        snapshot, skipped = self.checkpoints.load_newest(
+            limit_seconds=self.config.stage_timeout_seconds,
+            round_seconds=self.config.collective_timeout_seconds / 4,
+            tell=self.reporter.message,
+        )
         for text in skipped:
             self.reporter.message(text)
         if snapshot is None:

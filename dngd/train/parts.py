@@ -118,6 +118,13 @@ def make_module(config: TrainConfig, parts: RunParts, shape: GraphShape) -> nn.M
         )
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise UserError("the module has no trainable parameter; return one that has")
+    for name, value in module.state_dict().items():
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            what = f"a tensor of layout {value.layout}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise UserError(
+                f"{name} in the module's state_dict() is {what}, and checkpoints hold dense tensors alone; keep it out "
+                "of the state (register_buffer(..., persistent=False)), or as dense tensors"
+            )
     return module
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -405,3 +406,54 @@ def test_parts_reach_the_workers_of_ray(store: GraphStore, tmp_path: Path, clust
     assert found["ray"]["losses"] == pytest.approx(found["local"]["losses"], rel=1e-4)
     for values in found.values():
         assert values["test"] == pytest.approx(values["result"], abs=1e-6)
+
+
+class Recurrent(nn.Module):
+    """One linear layer for both hops, under two names."""
+
+    def __init__(self, shape: dngd.GraphShape) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(shape.num_features, 16), nn.Linear(16, shape.num_classes)
+        hop = nn.Linear(16, 16)
+        self.hops = nn.ModuleList([hop, hop])
+        self.norm = nn.BatchNorm1d(16)
+        self.register_buffer("turned", torch.arange(6.0).reshape(2, 3).T)
+
+    def forward(self, batch: dngd.GraphBatch) -> Tensor:
+        hidden = torch.relu(self.first(batch.x))
+        for hop, edges in zip(self.hops, batch.layers):
+            hidden = torch.relu(self.norm(hop(edges.mean(hidden) + hidden[: edges.num_dst])))
+        out: Tensor = self.last(hidden)
+        return out
+
+
+@pytest.mark.parametrize("optimizer", ["kfac", "adam"])
+def test_a_module_used_twice_is_saved_resumed_and_exported(store: GraphStore, tmp_path: Path, optimizer: str) -> None:
+    """Its weight has two names; a buffer of it is no contiguous tensor, and another changes with each shard."""
+    fields = {"optimizer": optimizer, "num_workers": 2, "epochs": 4}
+    whole = trainer(store, tmp_path / "whole", {"module": Recurrent}, **fields).fit()
+    trainer(store, tmp_path / "run", {"module": Recurrent}, max_steps=whole.steps // 2, **fields).fit()
+    made = trainer(store, tmp_path / "run", {"module": Recurrent}, resume=True, **fields)
+    result = made.fit()
+    assert [record.val_loss for record in result.history] == [record.val_loss for record in whole.history]
+    assert made.evaluate()["test"]["accuracy"] == pytest.approx(result.test_accuracy)
+    best = made.best_model()
+    assert best.hops[0] is best.hops[1]
+    assert torch.equal(best.turned, torch.arange(6.0).reshape(2, 3).T)
+    weights = safetensors.torch.load_file(made.export(tmp_path / "model.safetensors"))
+    assert torch.equal(weights["hops.1.weight"], best.hops[1].weight)
+
+
+def test_a_state_that_no_checkpoint_can_hold_is_refused_at_once(store: GraphStore, tmp_path: Path) -> None:
+    class Sparse(Recurrent):
+        def __init__(self, shape: dngd.GraphShape) -> None:
+            super().__init__(shape)
+            self.register_buffer("adjacency", torch.eye(3).to_sparse())
+
+    class Extra(Recurrent):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"a": 1}
+
+    for module, words in ((Sparse, "adjacency in the module's .* layout torch.sparse_coo"), (Extra, "is dict")):
+        with pytest.raises(UserError, match=words):
+            trainer(store, tmp_path / "run", {"module": module}).fit()

@@ -61,6 +61,11 @@ class CurvatureLayer:
         return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
     @property
+    def has_gradient(self) -> bool:
+        """Whether the layer takes part in this step: it has a gradient, zero perhaps."""
+        return any(parameter.grad is not None for parameter in self.parameters)
+
+    @property
     def device(self) -> torch.device:
         """The weight's device."""
         return self.parameters[0].device

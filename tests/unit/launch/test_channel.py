@@ -207,8 +207,14 @@ def test_workers_taken_away_without_a_failure_are_waited_for() -> None:
     assert channel.waiting()[0] == 0.0
 
 
-def test_a_rank_that_sets_up_is_left_in_peace_and_one_a_step_behind_is_not() -> None:
-    for phase, step, named in (("setup", 0, []), ("optimizer", 7, [1]), ("optimizer", 6, [1]), ("optimizer", 5, [])):
+def test_a_rank_that_sets_up_or_calls_back_is_left_in_peace_and_one_a_step_behind_is_not() -> None:
+    for phase, step, named in (
+        ("setup", 0, []),
+        ("callback", 7, []),
+        ("optimizer", 7, [1]),
+        ("optimizer", 6, [1]),
+        ("optimizer", 5, []),
+    ):
         channel, _ = begun()
         waits = 0 if phase == "setup" else 7
         channel.beat(beat(0, "reduce", waits, phase_seconds=80))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dngd.errors import TrainingError
 from dngd.optim import KFACPreconditioner, NaturalGradient
 from dngd.optim.capture import Capture
 from tests.helpers.mutants import assert_caught
@@ -159,3 +160,37 @@ def test_clipping_changes_no_factor(fisher: str) -> None:
         found.append(factors_of(pre))
         pre.close()
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("first_bad", [1, 5, 10])
+def test_steps_that_the_scaler_skips_are_counted_on_any_step(first_bad: int) -> None:
+    """Also where no row is measured, in which case the same step is tried again and again."""
+    net = make_net()
+    x, y = make_data(0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = NaturalGradient(net, loss_scale=scaler.get_scale, max_dropped_steps=4)
+
+    def iterate(inputs: Tensor) -> None:
+        optimizer.zero_grad()
+        scaler.scale(F.cross_entropy(net(inputs), y)).backward()
+        scaler.step(optimizer, num_samples=N)
+        scaler.update()
+
+    for _ in range(first_bad):
+        iterate(x)
+    for _ in range(4):
+        iterate(x * float("nan"))
+    assert optimizer.preconditioner.dropped_steps == 3
+    with pytest.raises(TrainingError, match="4 steps in a row had non-finite gradients"):
+        optimizer.zero_grad()
+
+
+def test_gradients_that_are_given_up_are_no_skipped_step() -> None:
+    net = make_net()
+    x, y = make_data(0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    optimizer = NaturalGradient(net, loss_scale=scaler.get_scale, max_dropped_steps=1)
+    for _ in range(3):
+        scaler.scale(F.cross_entropy(net(x), y)).backward()
+        optimizer.zero_grad(set_to_none=False)
+    assert optimizer.preconditioner.dropped_steps == 0

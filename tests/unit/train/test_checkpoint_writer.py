@@ -180,3 +180,26 @@ def test_a_damaged_later_checkpoint_does_not_outlive_the_one_that_replaces_it(tm
     found = newest(tmp_path / "c")
     assert found is not None
     assert found.step == 150
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_checkpoints_that_cannot_be_sent_do_not_pile_up(tmp_path: Path, is_known: bool) -> None:
+    """The newest stay, and the last one that is safe elsewhere. is_known: whether there is such a one."""
+    away = not is_known
+
+    def send(folder: Path) -> None:
+        if away:
+            raise OSError("the store does not answer")
+
+    folder = CheckpointFolder(tmp_path / "c", LocalCommunicator(), keep=2, send=send)
+    for step in range(1, 9):
+        captured = folder.capture(snapshot(step, float(step)))
+        assert captured is not None
+        if away:
+            with pytest.raises(OSError, match="does not answer"):
+                folder.write(captured)
+        else:
+            folder.write(captured)
+        away = True
+    kept = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / "c").iterdir())
+    assert kept == ([1, 7, 8] if is_known else [7, 8])
