@@ -59,7 +59,7 @@ class RunningStatistics:
 
     def _parts(self) -> list[Tensor]:
         sizes = [buffer.numel() for buffer in self._buffers]
-        return [part.view_as(b) for part, b in zip(self._changes[:-1].split(sizes) if sizes else (), self._buffers)]
+        return [part.view_as(b) for part, b in zip(torch.split(self._changes[:-1], sizes), self._buffers)]
 
 
 def share_buffers(model: nn.Module, communicator: Communicator) -> None:
