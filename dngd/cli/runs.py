@@ -13,6 +13,7 @@ from dngd.cli.common import Interrupted, Json, field_help, out, print_json, size
 from dngd.config import TrainConfig, address_of_run
 from dngd.config_text import merge, parse_assignment, read_yaml
 from dngd.errors import RunInterrupted, UserError
+from dngd.paths import expanded
 from dngd.report.text import metric_words
 
 
@@ -152,8 +153,10 @@ def evaluate(
     from dngd.train.evaluate_run import evaluate_run
     from dngd.train.evaluation_progress import evaluation_progress
 
+    told: list[str] = []
     with evaluation_progress("evaluating") as progress:
-        scores = evaluate_run(run, data_root=data_root, dataset=dataset, progress=progress)
+        scores = evaluate_run(run, data_root=data_root, dataset=dataset, progress=progress, tell=told.append)
+    _warn(told)
     if as_json:
         print_json(scores)
         return
@@ -164,6 +167,11 @@ def evaluate(
     for part in (part for part in ("train", "val", "test") if part in scores):
         table.add_row(part, f"{scores[part][metric]:.4f}", f"{scores[part]['loss']:.4f}")
     out.print(table)
+
+
+def _warn(told: list[str]) -> None:
+    for text in told:
+        typer.echo(f"warning: {text}", err=True)
 
 
 def predict(
@@ -192,18 +200,21 @@ def predict(
     from dngd.train.evaluation_progress import evaluation_progress
     from dngd.train.predict import predict_run
 
+    told: list[str] = []
     with evaluation_progress("predicting") as progress:
         written = predict_run(
             run,
-            output,
+            expanded(output),
             nodes=nodes,
-            pairs=pairs,
+            pairs=None if pairs is None else expanded(pairs),
             data_root=data_root,
             dataset=dataset,
             probabilities=probabilities,
             overwrite=overwrite,
             progress=progress,
+            tell=told.append,
         )
+    _warn(told)
     if as_json:
         print_json(written.to_json())
         return
@@ -238,10 +249,11 @@ def report(
     from dngd.report import write_report
     from dngd.train.remote_run import readable_folder
 
+    output = expanded(output)
     if output.exists() and (output.is_dir() or b"dngd" not in output.read_bytes()[:4096]):
         raise UserError(f"--out {output} exists and is no dngd report; give another path")
     folders = [readable_folder(run) for run in runs]
-    out.print(str(write_report([folder.path for folder in folders], output)), highlight=False)
+    out.print(str(write_report([folder.path for folder in folders], output)), highlight=False, soft_wrap=True)
 
 
 def doctor(

@@ -31,6 +31,7 @@ from dngd.graph.manifest import Manifest, Provenance, read_manifest
 from dngd.graph.splits import Split, make_split
 from dngd.graph.staging import is_temporary
 from dngd.graph.writer import Progress, write_store
+from dngd.paths import expanded
 
 
 class GraphStore:
@@ -58,7 +59,8 @@ class GraphStore:
         edge_weight: float32 [num_edges], in the order of indices, or None.
         features: float32, float16 or bfloat16 [num_nodes, num_features]; num_features is 0 for a graph of structure
             only.
-        has_own_edges: whether the edges are in this process's memory instead of the files, see `with_edges`.
+        has_own_edges, has_own_labels: whether the edges or labels are in this process's memory instead of the files,
+            see `with_edges` and `with_classes`.
         labels: int64 [num_nodes], -1 for unlabelled nodes; of several labels a node (is_multilabel) int8 [num_nodes,
             num_classes] of 0 and 1, -1 throughout for unlabelled nodes.
     """
@@ -80,7 +82,7 @@ class GraphStore:
         self._node_ids_checked = False
         self._partitions: dict[int, Tensor] = {}
         self._masks: dict[str, Tensor] = {}
-        self.has_own_edges = False
+        self.has_own_edges = self.has_own_labels = False
         for mask, splits in manifest.masks.items():
             rows = [torch.from_numpy(columns[c]).view(torch.bool) for c in m.mask_columns(mask, splits)]
             self._masks[mask] = torch.stack(rows) if splits else rows[0]
@@ -102,7 +104,7 @@ class GraphStore:
             from dngd.graph.remote import open_copy
 
             return open_copy(path)
-        folder = Path(path).expanduser().absolute()
+        folder = expanded(path).absolute()
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; give the folder of a graph store")
         if is_temporary(folder):
@@ -308,6 +310,26 @@ class GraphStore:
         other.has_own_edges = True
         return other
 
+    def with_classes(self, number: Tensor, num_classes: int) -> GraphStore:
+        """Return this graph with its classes numbered anew, in memory: all else are views of the same files.
+
+        number: int64 [the classes here], what each is called. num_classes: how many there are then, of which some may
+        not occur. For one label a node; it cannot be pickled.
+        """
+        other = copy.copy(self)
+        other.labels = torch.where(self.labels >= 0, number[self.labels.clamp_min(0)], -1)
+        other.manifest = self.manifest.model_copy(update={"num_classes": num_classes})
+        other.has_own_labels = True
+        return other
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """The classes' names, where the graph was imported with names; None for numbers, or several labels a node."""
+        names = self.manifest.provenance.options.get("label_names")
+        if self.is_multilabel or self.has_own_labels or not isinstance(names, list) or len(names) != self.num_classes:
+            return None
+        return tuple(str(name) for name in names)
+
     def in_degrees(self) -> Tensor:
         """Return the number of edges into each node, int64 [num_nodes]."""
         return self.indptr.diff()
@@ -329,8 +351,8 @@ class GraphStore:
         return verify_store(self.path, progress=progress)
 
     def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        if self.has_own_edges:
-            raise TypeError("a graph with edges in memory cannot be pickled")
+        if self.has_own_edges or self.has_own_labels:
+            raise TypeError("a graph with edges or labels in memory cannot be pickled")
         return GraphStore.open, (self.path,)
 
     def __repr__(self) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import torch
 
@@ -12,7 +14,7 @@ from dngd.train.evaluation import EvaluationProgress
 from dngd.train.objective import make_objective
 from dngd.train.parts import RunParts
 from dngd.train.task import split_of
-from dngd.train.trained_model import evaluator_of, load_trained, open_graph
+from dngd.train.trained_model import evaluator_of, load_trained, open_graph, split_warning
 
 
 def evaluate_run(
@@ -22,19 +24,23 @@ def evaluate_run(
     dataset: str | None = None,
     progress: EvaluationProgress | None = None,
     parts: RunParts | None = None,
+    tell: Callable[[str], None] = warn,
 ) -> dict[str, Any]:
     """Return {"step", "metric", "train", "val", "test"}: the loss and, under its name, the run's metric of its best
     model on all neighbours. Link prediction has no "train": the model sees those links as edges.
 
     run: its folder or address. data_root: where the data set is now, if not where the run had it. dataset: another
     graph to evaluate on, or where the run's is now; the run's split is taken there. progress: see EvaluationProgress.
-    parts: what the program that trained added to the configuration.
+    parts: what the program that trained added to the configuration. tell: hears where scores may not be what they seem.
     Raises UserError if the folder holds no run, no evaluated model yet, or a file that cannot be read, and if the graph
     is not to be found, does not fit the model, or has no such split.
     """
     parts = parts or RunParts()
     trained = load_trained(run, parts)
     store = open_graph(trained, dataset, data_root)
+    warning = split_warning(trained, store)
+    if warning is not None:
+        tell(warning)
     split = split_of(trained.config, store)
     objective = make_objective(trained.config, store, split.train, parts.loss)
     chosen = parts.metric_of(trained.config)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.text import Text
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dngd.train.evaluation import EvaluationProgress
@@ -34,12 +35,12 @@ def evaluation_progress(what: str, console: Console | None = None) -> Iterator[E
             last = now
             left = (now - started) * (total - done) / max(1, done)
             text = f"{what}: {done / max(1, total):.0%}, {rate(done):.1f} M edges/s, about {left:.0f} s left"
-            console.print(text, highlight=False, soft_wrap=True)
+            console.print(Text(text), soft_wrap=True)
 
         yield log
         return
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         TaskProgressColumn(),
         TextColumn("{task.fields[rate]}"),

@@ -14,6 +14,7 @@ from torch import Tensor
 from dngd.errors import UserError
 from dngd.graph.manifest import dngd_version
 from dngd.models import GNN, pyg_export
+from dngd.paths import expanded
 from dngd.train.checkpoint import host_copies, replace_file
 from dngd.train.parts import RunParts
 from dngd.train.trained_model import TrainedModel, load_trained
@@ -34,7 +35,7 @@ def export_run(
     """
     if format not in get_args(ExportFormat):
         raise UserError(f"--format {format!r} is unknown; use one of: " + ", ".join(get_args(ExportFormat)))
-    out = out.expanduser()
+    out = expanded(out)
     if out.exists() and not overwrite:
         raise UserError(f"--out {out} exists; give another path, or --overwrite to replace it")
     if out.is_dir() != (format == "pyg") and out.exists():
@@ -99,7 +100,8 @@ def _write_pyg(trained: TrainedModel, out: Path) -> None:
 
 
 def _said(trained: TrainedModel) -> dict[str, str]:
-    return {
+    names = {} if trained.label_names is None else {"label_names": json.dumps(trained.label_names)}
+    return names | {
         "dngd.version": dngd_version(),
         "dngd.run": os.path.basename(trained.folder.path.resolve()),
         "dngd.step": str(trained.step),

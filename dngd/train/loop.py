@@ -500,6 +500,8 @@ class TrainingLoop:
             said |= {"num_features": str(self.shape.num_features), "num_classes": str(self.shape.num_classes)}
         if self.store.is_multilabel and self.config.task == "node":
             said["labels"] = "several"
+        if self.store.label_names is not None and self.config.task == "node":
+            said["label_names"] = json.dumps(self.store.label_names)
         data: bytes = safetensors.torch.save(tensors, said)
         return data
 

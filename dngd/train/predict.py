@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +21,14 @@ from dngd.train.evaluation import EvaluationProgress
 from dngd.train.link_predict import pair_batches, pair_fields, read_pairs
 from dngd.train.new_file import new_file
 from dngd.train.parts import RunParts
-from dngd.train.trained_model import TrainedModel, evaluator_of, load_trained, open_graph, trained_on
+from dngd.train.trained_model import (
+    TrainedModel,
+    evaluator_of,
+    load_trained,
+    open_graph,
+    split_warning,
+    trained_on,
+)
 
 NODES = ("all", "train", "val", "test", "unlabelled")
 
@@ -62,6 +70,7 @@ def predict_run(
     overwrite: bool = False,
     progress: EvaluationProgress | None = None,
     parts: RunParts | None = None,
+    tell: Callable[[str], None] = warn,
 ) -> Predictions:
     """Write the classes that a run's best model gives nodes, from all their neighbours, to a Parquet file.
 
@@ -77,7 +86,8 @@ def predict_run(
     run: its folder or address. nodes: all, train, val, test (of the run's split, taken in the graph), or unlabelled.
     data_root: where the run's data set is now. dataset: another graph with the same features, or where the run's is
     now. overwrite: replace a file. progress: see EvaluationProgress. parts: with the module of a run that had one of
-    its own. The file appears when it is whole; it is written a row group at a time.
+    its own. tell: hears where a part of the split may not be what it seems. The file appears when it is whole; it is
+    written a row group at a time.
     Raises UserError for what `evaluate_run` does, a path that cannot be written, and nodes that the graph has not.
     """
     out = out.expanduser()
@@ -95,6 +105,9 @@ def predict_run(
         batches = pair_batches(trained, store, *ends, schema, progress)
     else:
         chosen = _chosen(trained, store, nodes)
+        warning = split_warning(trained, store) if nodes in ("train", "val", "test") else None
+        if warning is not None:
+            tell(warning)
         names = _class_names(trained, store, dataset)
         fields = _fields(trained, store, with_names=names is not None, probabilities=probabilities)
         schema = pa.schema(fields, _said(trained, store, nodes))
@@ -218,14 +231,15 @@ def _chosen(trained: TrainedModel, store: GraphStore, nodes: str) -> Tensor | No
 
 
 def _class_names(trained: TrainedModel, store: GraphStore, dataset: str | None) -> pa.Array | None:
-    """Return the names of the classes, string [num_classes], where the graph has those that the model learnt."""
-    names = store.manifest.provenance.options.get("label_names")
-    if trained.is_multilabel or not isinstance(names, list) or len(names) != trained.num_classes:
+    """Return the names of the classes that the model learnt, string [num_classes]; None where they are not known."""
+    names = trained.label_names
+    if names is None:
+        # A run of before it kept them. Another graph's names may stand in another order.
+        is_own = dataset is None or trained_on(trained) == store.digest
+        names = store.label_names if is_own else None
+    if names is None or len(names) != trained.num_classes:
         return None
-    # Another graph's names may stand in another order.
-    if dataset is not None and trained_on(trained) != store.digest:
-        return None
-    return pa.array([str(name) for name in names], pa.string())
+    return pa.array(names, pa.string())
 
 
 def _run_name(trained: TrainedModel) -> str:

@@ -79,7 +79,9 @@ class ConsoleReporter:
                 TextColumn("epoch {task.fields[epoch]}"),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]}  {task.fields[accuracy]}  {task.fields[rate]} seeds/s"),
+                TextColumn(
+                    "loss {task.fields[loss]}  {task.fields[accuracy]}  {task.fields[rate]} seeds/s", markup=False
+                ),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
@@ -106,25 +108,21 @@ class ConsoleReporter:
             self._bar.update(self._task, completed=record.step, **fields)
         elif time.monotonic() - self._last_line >= LOG_PERIOD_SECONDS:
             self._last_line = time.monotonic()
-            self._console.print(
+            self.message(
                 f"step {record.step}/{record.total_steps}  epoch {record.epoch}  loss {record.loss:.4f}  "
-                f"{record.seeds_per_second:,.0f} seeds/s",
-                highlight=False,
-                soft_wrap=True,
-            )
+                f"{record.seeds_per_second:,.0f} seeds/s"
+)
 
     def evaluation(self, record: EvaluationRecord) -> None:
         self._accuracy = f"val {self._metric} {record.val_accuracy:.4f}"
-        self._console.print(
+        self.message(
             f"epoch {record.epoch:g}  step {record.step}  train loss {record.train_loss:.4f}  "
             f"val loss {record.val_loss:.4f}  val {self._metric} {record.val_accuracy:.4f}  "
-            f"test {self._metric} {record.test_accuracy:.4f}  {record.train_seconds:.1f} s",
-            highlight=False,
-            soft_wrap=True,
-        )
+            f"test {self._metric} {record.test_accuracy:.4f}  {record.train_seconds:.1f} s"
+)
 
     def message(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(Text(text), soft_wrap=True)
 
 
 def event(kind: str, payload: StepRecord | EvaluationRecord | str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import psutil
 from dngd.config import TrainConfig, address_of_run
 from dngd.errors import UserError
 from dngd.graph import cache_folder
+from dngd.paths import expanded
 from dngd.train.checkpoint import STATE_NAME, DamagedError, read_verified
 from dngd.train.remote_files import CHECKPOINTS, RemoteFiles
 from dngd.train.run_folder import CONFIG_NAME, RunFolder
@@ -78,7 +79,7 @@ def readable_folder(run: Path) -> RunFolder:
     """Return a run folder to read from: the one at a path, or a copy of what is at an address. Raises UserError if the
     address cannot be read."""
     address = address_of_run(run)
-    return RunFolder(run.expanduser()) if address is None else _FetchedFolder(RemoteFiles(address))
+    return RunFolder(expanded(run)) if address is None else _FetchedFolder(RemoteFiles(address))
 
 
 def send_report(run: Path, report: Path) -> None:

@@ -12,6 +12,7 @@ from dngd.config import TrainConfig, address_of_run
 from dngd.config_text import parse_yaml, read_yaml
 from dngd.errors import UserError
 from dngd.graph import cache_folder
+from dngd.paths import expanded
 from dngd.train.checkpoint import STATE_NAME, check_same_run, complete_checkpoints, newest_identity, replace_file
 from dngd.train.remote_files import CHECKPOINTS, RemoteFiles
 
@@ -79,7 +80,7 @@ def saved_fields(run_dir: Path) -> dict[str, Any] | None:
     """Return the fields of the configuration that a run folder, here or at an address, holds; None without a run."""
     address = address_of_run(run_dir)
     if address is None:
-        path = RunFolder(run_dir.expanduser()).config
+        path = RunFolder(expanded(run_dir)).config
         return read_yaml(path) if path.exists() else None
     files = RemoteFiles(address)
     content = files.read(CONFIG_NAME)
@@ -96,7 +97,7 @@ def check_run_folder(config: TrainConfig) -> Path:
         raise UserError("--resume needs --run-dir: say which run to go on with")
     remote = None if config.run_address is None else RemoteFiles(config.run_address)
     path = config.run_dir or default_run_dir(config)
-    path = path if remote is not None else path.expanduser().absolute()
+    path = path if remote is not None else expanded(path).absolute()
     shown = path if remote is None else remote.shown
     saved = saved_fields(path)
     if saved is not None and not config.resume:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,8 @@ from dngd.train.surroundings import load_weights, make_surroundings
 class TrainedModel:
     """A run's best model. step: when it was evaluated. num_features, num_classes: what it takes and gives, in link
     prediction numbers of an embedding.
-    is_multilabel: whether its outputs are of several labels a node."""
+    is_multilabel: whether its outputs are of several labels a node. label_names: of its classes, where the graph that
+    it was trained on had names."""
 
     folder: RunFolder
     config: TrainConfig
@@ -41,6 +43,7 @@ class TrainedModel:
     num_features: int
     num_classes: int
     is_multilabel: bool = False
+    label_names: tuple[str, ...] | None = None
 
 
 def load_trained(run: Path, parts: RunParts | None = None) -> TrainedModel:
@@ -68,6 +71,7 @@ def load_trained(run: Path, parts: RunParts | None = None) -> TrainedModel:
         with safe_open(folder.best_model, framework="pt") as file:
             said = file.metadata() or {}
             step = int(said["step"])
+        names = tuple(str(name) for name in json.loads(said["label_names"])) if "label_names" in said else None
         if config.model == "custom":
             num_features, num_classes = int(said["num_features"]), int(said["num_classes"])
         else:
@@ -87,14 +91,16 @@ def load_trained(run: Path, parts: RunParts | None = None) -> TrainedModel:
         raise UserError(
             f"{folder.shown}/{folder.best_model.name} cannot be loaded into the run's model: {reason}"
         ) from None
-    return TrainedModel(folder, config, model, step, num_features, num_classes, said.get("labels") == "several")
+    is_multilabel = said.get("labels") == "several"
+    return TrainedModel(folder, config, model, step, num_features, num_classes, is_multilabel, names)
 
 
 def open_graph(trained: TrainedModel, dataset: str | None = None, data_root: Path | None = None) -> GraphStore:
     """Open the run's graph, or another that its model fits.
 
     dataset, data_root: as for training; None: the run's own. A graph with fewer classes than the model's, or without
-    labels, fits. Raises UserError if there is no such graph, or its features or classes are not the model's.
+    labels, fits. Where both have names of the classes, the graph's are numbered as the model's are, by name. Raises
+    UserError if there is no such graph, or its features or classes are not the model's.
     """
     config = trained.config
     name = config.dataset if dataset is None else dataset
@@ -117,12 +123,47 @@ def open_graph(trained: TrainedModel, dataset: str | None = None, data_root: Pat
             f"graph {store.name} has {kinds[store.is_multilabel]} but the model of run {trained.folder.path} was "
             f"trained on {kinds[trained.is_multilabel]}; give a graph with the same labels"
         )
+    if trained.label_names is not None and store.label_names is not None:
+        return _by_name(trained, store, trained.label_names, store.label_names)
     if store.num_classes > trained.num_classes:
         raise UserError(
             f"graph {store.name} has {store.num_classes} classes but the model of run {trained.folder.path} knows "
             f"{trained.num_classes}; give a graph with the same classes"
         )
+    if 0 < store.num_classes < trained.num_classes and not store.is_multilabel:
+        return store.with_classes(torch.arange(store.num_classes), trained.num_classes)
     return store
+
+
+def _by_name(trained: TrainedModel, store: GraphStore, known: Sequence[str], names: Sequence[str]) -> GraphStore:
+    """Return a graph with its classes numbered as the model's are. known: the model's classes; names: the graph's."""
+    if known == names:
+        return store
+    number = {name: place for place, name in enumerate(known)}
+    unknown = [name for name in names if name not in number]
+    if unknown:
+        raise UserError(
+            f"graph {store.name} has class {unknown[0]!r}{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''} "
+            f"which the model of run {trained.folder.path} does not know; its classes are "
+            f"{', '.join(known[:10])}{', ...' if len(known) > 10 else ''}: name the graph's alike"
+        )
+    return store.with_classes(torch.tensor([number[name] for name in names]), len(known))
+
+
+def split_warning(trained: TrainedModel, store: GraphStore) -> str | None:
+    """Return what is to be said of the run's split taken in a graph that it was not trained on; None for nothing.
+
+    A split that is drawn goes by the nodes' places: in the same graph in another order, nodes that the model learnt
+    from are in its other parts.
+    """
+    spec = trained.config.split if trained.config.task == "node" else trained.config.link_split
+    if spec.startswith(("masks", "public")) or trained_on(trained) in (None, store.digest):
+        return None
+    return (
+        f"graph {store.name} is not the one that run {trained.folder.path} was trained on, and its split {spec} is "
+        "drawn anew: if it is the same graph in another order, or with other edges, what the model learnt from is in all "
+        "parts"
+    )
 
 
 def evaluator_of(

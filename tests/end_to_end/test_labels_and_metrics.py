@@ -8,15 +8,20 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 import torch
+from safetensors import safe_open
 
 import dngd
 from dngd import cli
 from dngd.errors import UserError
 from dngd.graph import GraphStore
+from dngd.graph.manifest import Provenance
 from dngd.train.evaluate_run import evaluate_run
+from dngd.train.export import export_run
 from dngd.train.predict import predict_run
 from dngd.train.scoring import average_precision
+from dngd.train.trained_model import load_trained
 from tests.end_to_end.test_local_runs import config, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -131,3 +136,23 @@ def test_a_model_of_several_labels_is_not_used_on_single_ones(
         cli.main(["evaluate", str(tmp_path / "run"), "--dataset", str(store.path)])
     assert exit_.value.code == 2
     assert "has one label a node but the model" in capsys.readouterr().err
+
+
+def test_a_run_keeps_the_names_of_its_classes(store: GraphStore, tmp_path: Path) -> None:
+    names = [f"kind {k}" for k in range(store.num_classes)]
+    named = GraphStore.write(
+        tmp_path / "named",
+        indptr=store.indptr,
+        indices=store.indices,
+        features=store.features,
+        labels=store.labels,
+        masks=store.split_masks,
+        provenance=Provenance(options={"label_names": names}),
+    )
+    fit(config(named, tmp_path / "run", epochs=1))
+    assert load_trained(tmp_path / "run").label_names == tuple(names)
+    assert safetensors.torch.load_file(export_run(tmp_path / "run", tmp_path / "out.safetensors"))
+    with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["label_names"]) == names
+    fit(config(store, tmp_path / "plain", epochs=1))
+    assert load_trained(tmp_path / "plain").label_names is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,13 +62,20 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> GraphStore:
     return write_store(tmp_path_factory.mktemp("predict") / "animals")
 
 
-def write_run(folder: Path, dataset: str, model: GNN, **fields: Any) -> Path:
-    """A run folder as training leaves it, as far as predictions need it."""
+def write_run(
+    folder: Path, dataset: str, model: GNN, said: dict[str, str] | None = None, digest: str | None = None, **fields: Any
+) -> Path:
+    """A run folder as training leaves it, as far as predictions need it. digest: of the graph trained on."""
     folder.mkdir()
+    if digest is not None:
+        checkpoint = folder / "checkpoints" / "step-00000012"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state.json").write_text(json.dumps({"position": {"graph_digest": digest}}))
     kind = "gcn" if model.aggregation == "gcn" else "sage"
     settings: dict[str, Any] = {"dataset": dataset, "model": kind, "hidden": 8, "num_layers": 3, "eval_rows": 7}
     (folder / "config.yaml").write_text(dngd.TrainConfig(**(settings | fields)).to_yaml())
-    (folder / "model.safetensors").write_bytes(safetensors.torch.save(model.state_dict(), {"step": "12"}))
+    data = safetensors.torch.save(model.state_dict(), {"step": "12"} | (said or {}))
+    (folder / "model.safetensors").write_bytes(data)
     return folder
 
 
@@ -182,6 +190,70 @@ def test_evaluating_on_another_graph(graph: GraphStore, model: GNN, tmp_path: Pa
         right = (expected[nodes].argmax(dim=1) == graph.labels[nodes]).double().mean()
         assert scores[part]["accuracy"] == float(right)
     assert scores["step"] == 12
+
+
+def named(path: Path, labels: Tensor, names: list[str]) -> GraphStore:
+    options = {"label_names": names} if names else {}
+    return write_store(path, labels=labels, num_classes=None, provenance=Provenance(options=options))
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1", "roc_auc"])
+@pytest.mark.parametrize("kept", [[0, 1, 2], [0, 2]])
+def test_classes_of_another_graph_go_by_their_names(model: GNN, tmp_path: Path, metric: str, kept: list[int]) -> None:
+    """Numbered in another order there, and perhaps not all of them; without names, by their numbers."""
+    labels = torch.arange(N) % CLASSES
+    labels = torch.where(torch.isin(labels, torch.tensor(kept)), labels, kept[0])
+    order = sorted(kept, key=lambda k: NAMES[k])
+    other_labels = torch.tensor([order.index(int(k)) for k in labels])
+    graph = named(tmp_path / "graph", labels, NAMES)
+    other = named(tmp_path / "other", other_labels, [NAMES[k] for k in order])
+    assert other.label_names != graph.label_names
+    run = write_run(tmp_path / "run", str(graph.path), model, {"label_names": json.dumps(NAMES)}, metric=metric)
+    assert evaluate_run(run, dataset=str(other.path)) == evaluate_run(run)
+    predict_run(run, tmp_path / "out.parquet", dataset=str(other.path))
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table["class_name"].to_pylist() == [NAMES[k] for k in table["class"].to_pylist()]
+    numbered = named(tmp_path / "numbered", labels.clamp_max(1), [])
+    assert numbered.num_classes == 2 < model.layers[-1].linear.out_features
+    expected = dense_forward(numbered, model)
+    found = evaluate_run(run, dataset=str(numbered.path))
+    if metric == "accuracy":
+        nodes = numbered.split("masks").test
+        assert found["test"]["accuracy"] == float((expected[nodes].argmax(1) == numbered.labels[nodes]).double().mean())
+    with pytest.raises(TypeError, match="labels in memory"):
+        pickle.dumps(numbered.with_classes(torch.arange(2), 3))
+
+
+def test_classes_that_the_model_does_not_know_are_refused(model: GNN, tmp_path: Path) -> None:
+    graph = write_store(tmp_path / "graph")
+    other = named(tmp_path / "other", torch.arange(N) % 3, ["cats", "the dogs", "the birds"])
+    run = write_run(tmp_path / "run", str(graph.path), model, {"label_names": json.dumps(NAMES)})
+    with pytest.raises(UserError, match=r"has class 'the dogs' and 1 more which .* classes are cats, dogs, birds"):
+        evaluate_run(run, dataset=str(other.path))
+
+
+@pytest.mark.parametrize("split", ["random:0.5/0.25/0.25", "masks"])
+def test_a_split_that_is_drawn_anew_elsewhere_is_told(
+    graph: GraphStore, model: GNN, tmp_path: Path, split: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same nodes in another order: their places decide, not who they are."""
+    turned = write_store(tmp_path / "turned", features=graph.features.flip(0), labels=graph.labels.flip(0), masks=None)
+    if split == "masks":
+        turned = write_store(tmp_path / "masked", features=graph.features + 1)
+    run = write_run(tmp_path / "run", str(graph.path), model, digest=graph.digest, split=split)
+    told: list[str] = []
+    evaluate_run(run, tell=told.append)
+    assert not told
+    evaluate_run(run, dataset=str(turned.path), tell=told.append)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli.main(["evaluate", str(run), "--dataset", str(turned.path), "--json"])
+    printed = capsys.readouterr()
+    assert set(json.loads(printed.out)) == {"step", "metric", "train", "val", "test"}
+    assert ("is not the one that run" in printed.err) == bool(told) == (split != "masks")
+    out = tmp_path / "out.parquet"
+    predict_run(run, out, dataset=str(turned.path), nodes="test", overwrite=True, tell=told.append)
+    predict_run(run, out, dataset=str(turned.path), nodes="all", overwrite=True, tell=told.append)
+    assert len(told) == (0 if split == "masks" else 2)
 
 
 def refusal(run: Path, out: Path, **options: Any) -> str:
