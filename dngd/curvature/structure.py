@@ -8,6 +8,7 @@ to invert the damped average, how to multiply by the result, and what travels be
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from dngd.curvature.symmetric import pack_symmetric, packed_diagonal, packed_siz
 from dngd.errors import UserError
 
 Tensors = tuple[Tensor, ...]
+Operator = Callable[[Tensor], Tensor]
 
 SKETCH_SEED = 20_080_962
 """Of the fixed test matrices of low-rank sketches: every rank and every run draws the same."""
@@ -59,8 +61,8 @@ class FactorStructure(Protocol):
     def diagonal(self, sums: Tensors) -> Tensor:
         """Return the diagonal, [d]."""
 
-    def matvec(self, sums: Tensors, vector: Tensor) -> Tensor:
-        """Return `M v`, [d]."""
+    def operator(self, sums: Tensors) -> Operator:
+        """Return the function v [d] -> `M v` [d]; what many products share is made once."""
 
     def probe(self, sums: Tensors) -> Tensor:
         """Return `M p` for a fixed vector p with entries of both signs: whether it moves tells whether M did."""
@@ -114,11 +116,12 @@ class Dense:
     def diagonal(self, sums: Tensors) -> Tensor:
         return packed_diagonal(sums[0], self.dimension)
 
-    def matvec(self, sums: Tensors, vector: Tensor) -> Tensor:
-        return self.dense(sums) @ vector
+    def operator(self, sums: Tensors) -> Operator:
+        matrix = self.dense(sums)
+        return lambda vector: matrix @ vector
 
     def probe(self, sums: Tensors) -> Tensor:
-        return self.matvec(sums, probe_vector(self.dimension, sums[0]))
+        return self.operator(sums)(probe_vector(self.dimension, sums[0]))
 
     def dense(self, sums: Tensors) -> Tensor:
         return unpack_symmetric(sums[0], self.dimension)
@@ -172,11 +175,11 @@ class Diagonal:
     def diagonal(self, sums: Tensors) -> Tensor:
         return sums[0]
 
-    def matvec(self, sums: Tensors, vector: Tensor) -> Tensor:
-        return sums[0] * vector
+    def operator(self, sums: Tensors) -> Operator:
+        return lambda vector: sums[0] * vector
 
     def probe(self, sums: Tensors) -> Tensor:
-        return self.matvec(sums, probe_vector(self.dimension, sums[0]))
+        return self.operator(sums)(probe_vector(self.dimension, sums[0]))
 
     def dense(self, sums: Tensors) -> Tensor:
         return torch.diag(sums[0])
@@ -239,12 +242,12 @@ class BlockDiagonal:
     def diagonal(self, sums: Tensors) -> Tensor:
         return torch.cat([packed_diagonal(total, size) for total, size in zip(sums, self.sizes)])
 
-    def matvec(self, sums: Tensors, vector: Tensor) -> Tensor:
-        parts = torch.split(vector, list(self.sizes))
-        return torch.cat([unpack_symmetric(t, s) @ part for t, s, part in zip(sums, self.sizes, parts)])
+    def operator(self, sums: Tensors) -> Operator:
+        blocks, sizes = [unpack_symmetric(t, s) for t, s in zip(sums, self.sizes)], list(self.sizes)
+        return lambda vector: torch.cat([block @ part for block, part in zip(blocks, torch.split(vector, sizes))])
 
     def probe(self, sums: Tensors) -> Tensor:
-        return self.matvec(sums, probe_vector(self.dimension, sums[0]))
+        return self.operator(sums)(probe_vector(self.dimension, sums[0]))
 
     def dense(self, sums: Tensors) -> Tensor:
         return _block_diagonal([unpack_symmetric(t, s) for t, s in zip(sums, self.sizes)])
@@ -339,10 +342,14 @@ class LowRank:
     def diagonal(self, sums: Tensors) -> Tensor:
         return sums[1]
 
-    def matvec(self, sums: Tensors, vector: Tensor) -> Tensor:
+    def operator(self, sums: Tensors) -> Operator:
         low, rest = self._parts(sums, torch.float64)
-        wide = vector.double()
-        return (low @ (low.T @ wide) + rest * wide).to(vector.dtype)
+
+        def product(vector: Tensor) -> Tensor:
+            wide = vector.double()
+            return (low @ (low.T @ wide) + rest * wide).to(vector.dtype)
+
+        return product
 
     def probe(self, sums: Tensors) -> Tensor:
         # p = Ω q, so that M p = Y q is at hand, of M itself and without F.

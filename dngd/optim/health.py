@@ -53,9 +53,9 @@ def layer_health(layer: CurvatureLayer, state: LayerState, pre: KFACPrecondition
 def _largest_eigenvalue(structure: FactorStructure, averages: Tensors) -> float:
     generator = torch.Generator().manual_seed(structure.dimension)
     vector: Tensor = torch.rand(structure.dimension, generator=generator, device="cpu").to(averages[0])
-    value = 0.0
+    times, value = structure.operator(averages), 0.0
     for _ in range(POWER_ITERATIONS):
-        vector = structure.matvec(averages, vector / torch.linalg.vector_norm(vector).clamp_min(1e-30))
+        vector = times(vector / torch.linalg.vector_norm(vector).clamp_min(1e-30))
         value = float(torch.linalg.vector_norm(vector))
         if value == 0.0:
             break

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.text import Text
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from dngd.train.evaluation import EvaluationProgress
 from dngd.train.progress import LOG_PERIOD_SECONDS

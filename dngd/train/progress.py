@@ -16,6 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from dngd.train.metrics import EvaluationRecord
 
@@ -111,7 +112,7 @@ class ConsoleReporter:
             self.message(
                 f"step {record.step}/{record.total_steps}  epoch {record.epoch}  loss {record.loss:.4f}  "
                 f"{record.seeds_per_second:,.0f} seeds/s"
-)
+            )
 
     def evaluation(self, record: EvaluationRecord) -> None:
         self._accuracy = f"val {self._metric} {record.val_accuracy:.4f}"
@@ -119,7 +120,7 @@ class ConsoleReporter:
             f"epoch {record.epoch:g}  step {record.step}  train loss {record.train_loss:.4f}  "
             f"val loss {record.val_loss:.4f}  val {self._metric} {record.val_accuracy:.4f}  "
             f"test {self._metric} {record.test_accuracy:.4f}  {record.train_seconds:.1f} s"
-)
+        )
 
     def message(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)

@@ -161,8 +161,8 @@ def split_warning(trained: TrainedModel, store: GraphStore) -> str | None:
         return None
     return (
         f"graph {store.name} is not the one that run {trained.folder.path} was trained on, and its split {spec} is "
-        "drawn anew: if it is the same graph in another order, or with other edges, what the model learnt from is in all "
-        "parts"
+        "drawn anew: if it is the same graph in another order, or with other edges, what the model learnt from is in "
+        "all parts"
     )
 
 

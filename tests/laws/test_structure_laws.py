@@ -97,7 +97,7 @@ def law_sums_are_linear(seed: int, count: int, d_in: int, rank: int, ones: bool,
 
 
 def law_dense_is_the_definition(seed: int, count: int, d_in: int, rank: int, ones: bool, log_condition: float) -> None:
-    """`dense` is Σ m mᵀ under the structure's mask; diagonal and matvec are dense's own."""
+    """`dense` is Σ m mᵀ under the structure's mask; diagonal and operator are dense's own."""
     rows = make_rows(seed, count, d_in, rank, log_condition)
     m = with_ones(rows, ones)
     vector = torch.randn(d_in + ones, generator=torch.Generator().manual_seed(seed), dtype=F64)
@@ -109,7 +109,7 @@ def law_dense_is_the_definition(seed: int, count: int, d_in: int, rank: int, one
         assert torch.equal(dense, dense.T) or close(dense, dense.T, 1e-15)
         assert close(kind.diagonal(sums), 3.0 * m.square().sum(dim=0), 1e-12)
         assert close(dense.diagonal(), kind.diagonal(sums), 1e-7)
-        assert close(kind.matvec(sums, vector), dense @ vector, 1e-12)
+        assert close(kind.operator(sums)(vector), dense @ vector, 1e-12)
         # Of M itself under the mask, and of a low rank's M without its being cut off.
         fixed = probe_vector(d_in + ones, sums[0])
         if isinstance(kind, LowRank):
