@@ -590,8 +590,12 @@ def test_used_twice(kind: str) -> None:
     assert_caught(lambda: law_used_twice(kind), CurvatureLayer, "add", only_the_last)
 
 
-def law_seeds_that_miss_a_layer() -> None:
-    """A step whose seeds do not reach a layer is still n seeds of its G: `G = (1/n) Σ g gᵀ` over all of them."""
+def law_seeds_that_miss_a_layer(takes_part: bool) -> None:
+    """A step whose seeds do not reach a layer is still n seeds of its G: `G = (1/n) Σ g gᵀ` over all of them.
+
+    takes_part: whether the layer has a gradient then, of zeros, and so takes the step. Without one it does not, and G is
+    over the seeds of the steps that it takes, as the mean of its gradients is.
+    """
 
     class Branches(nn.Module):
         def __init__(self) -> None:
@@ -608,7 +612,7 @@ def law_seeds_that_miss_a_layer() -> None:
     gradients = []
     for both in (True, False):
         x, y = make_rows(int(both), 6), make_labels(int(both), 6)
-        net.zero_grad()
+        net.zero_grad(set_to_none=not takes_part)
         z = net(x, both)
         F.cross_entropy(z, y).backward()
         gradients.append((z.softmax(dim=1) - F.one_hot(y, OUT)).detach())
@@ -616,13 +620,16 @@ def law_seeds_that_miss_a_layer() -> None:
     sums = [g.T @ g for g in gradients]
     net_factors = pre.factors()
     same(net_factors["a"].G, (0.5 * sums[0] + sums[1]) / 9)
-    same(net_factors["b"].G, 0.5 * sums[0] / 9)
+    same(net_factors["b"].G, 0.5 * sums[0] / (9 if takes_part else 3))
     pre.close()
 
 
-def test_seeds_that_miss_a_layer() -> None:
+@pytest.mark.parametrize("takes_part", [True, False])
+def test_seeds_that_miss_a_layer(takes_part: bool) -> None:
     # The net moves between the two steps only through its gradients, which nobody applies.
-    law_seeds_that_miss_a_layer()
+    law_seeds_that_miss_a_layer(takes_part)
+    other = property(lambda layer: not takes_part)
+    assert_caught(lambda: law_seeds_that_miss_a_layer(takes_part), CurvatureLayer, "has_gradient", other)
 
 
 # Shared weights

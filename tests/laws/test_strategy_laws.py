@@ -321,7 +321,7 @@ def test_budget_staggers_alike_on_all_ranks() -> None:
 class _Scripted:
     """A schedule with refreshes at given steps."""
 
-    inverse_update_period = 100
+    factor_update_period, inverse_update_period = 1, 100
 
     def __init__(self, due: dict[int, list[int]]) -> None:
         self._due = due
