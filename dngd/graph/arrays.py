@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dngd.errors import UserError
 from dngd.graph.builder import RowBlocks, StoreBuilder
-from dngd.graph.canonical import canonical_labels, canonical_masks
+from dngd.graph.canonical import canonical_labels, canonical_masks, check_width
 from dngd.graph.import_options import ImportOptions, check_options, check_training_nodes
 from dngd.graph.manifest import MASK_NAMES, Provenance
 from dngd.graph.store import GraphStore
@@ -55,6 +55,13 @@ def import_arrays(
     for name, ends in (("source", graph.source), ("destination", graph.destination)):
         if ends.dim() != 1 or ends.is_floating_point() or ends.dtype == torch.bool:
             raise UserError(f"the edges' {name} nodes of {what} are {_form(ends)}; give integers, one an edge")
+    for name, values in (
+        ("source nodes of the edges", graph.source),
+        ("edge weights", graph.edge_weight),
+        ("node ids", graph.node_ids),
+    ):
+        if values is not None and values.layout != torch.strided:
+            raise UserError(f"the {name} of {what} are a sparse tensor; give values.to_dense()")
     if graph.edge_weight is not None and graph.edge_weight.numel() != graph.source.shape[0]:
         raise UserError(
             f"the edge weights of {what} are {_form(graph.edge_weight)} but there are {graph.source.shape[0]} edges; "
@@ -97,13 +104,10 @@ def _features(graph: GraphArrays, what: str) -> RowBlocks | None:
         return None
     rows = max(1, _BLOCK_BYTES // (4 * table.shape[1]))
     if table.layout != torch.strided:
+        check_width(table.shape[1], what)
         sparse = _sparse(table)
         return RowBlocks(table.shape[1], (sparse[part].toarray() for part in _blocks(graph.num_nodes, rows)))
-    return RowBlocks(table.shape[1], (_row_block(table[part]) for part in _blocks(graph.num_nodes, rows)))
-
-
-def _row_block(block: Tensor) -> Any:
-    return _numpy(block.float() if block.dtype == torch.bfloat16 else block)
+    return RowBlocks(table.shape[1], (_numpy(table[part]) for part in _blocks(graph.num_nodes, rows)))
 
 
 def _sparse(table: Tensor) -> Any:
@@ -145,7 +149,9 @@ def _blocks(total: int, size: int) -> Iterator[slice]:
 
 
 def _numpy(values: Tensor) -> Any:
-    return values.detach().cpu().numpy()
+    """Return a tensor of any layout as a numpy array; bfloat16, which numpy lacks, as float32."""
+    values = values.detach().to_dense().cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
 
 
 def _form(values: Tensor) -> str:

@@ -24,6 +24,11 @@ Duplicates = Literal["drop", "sum", "keep"]
 SelfLoops = Literal["drop", "keep"]
 FeatureType = Literal["float32", "float16", "bfloat16"]
 
+MAX_CLASSES = 1 << 16
+"""A model has an output for each class: ids or times taken for classes would fill the memory."""
+MAX_FEATURES = 1 << 24
+"""Rows of features are dense, however they came."""
+
 _BLOCK_BYTES = 1 << 25
 
 
@@ -124,10 +129,11 @@ def canonical_labels(values: Any, num_nodes: int, num_classes: int | None) -> tu
     """Return (labels, number of classes): int64 [num_nodes] with -1 for unlabelled, or of several labels a node int8
     [num_nodes, num_classes] of 0 and 1 with rows of -1.
 
-    values None: no node is labelled. num_classes None: the largest label + 1, or the width.
+    values None: no node is labelled. num_classes None: the largest label + 1, or the width; at most MAX_CLASSES.
     """
-    if num_classes is not None and num_classes < 0:
-        raise UserError(f"num_classes={num_classes} is negative; give the number of classes, or leave it out")
+    if num_classes is not None and not 0 <= num_classes <= MAX_CLASSES:
+        state = "is negative" if num_classes < 0 else f"is above {MAX_CLASSES}, the most that there may be"
+        raise UserError(f"num_classes={num_classes} {state}; give the number of classes, or leave it out")
     if values is None:
         return np.full(num_nodes, -1, dtype=np.int64), num_classes or 0
     array = as_array(values, "labels")
@@ -138,14 +144,15 @@ def canonical_labels(values: Any, num_nodes: int, num_classes: int | None) -> tu
     if array.shape != (num_nodes,):
         raise UserError(f"labels have shape {array.shape} but the graph has {num_nodes} nodes; give one a node")
     if array.dtype.kind == "f" and np.isfinite(array).all() and (array == np.trunc(array)).all():
+        _refuse_large(array)
         array = array.astype(np.int64)
     if array.dtype.kind not in "iub":
         raise UserError(
             f"labels have dtype {array.dtype} with values that are no whole numbers; give class numbers from "
             "0, -1 for unlabelled nodes"
         )
-    largest = int(array.max())
-    classes = max(largest + 1, 0) if num_classes is None else num_classes
+    _refuse_large(array)
+    classes = max(int(array.max()) + 1, 0) if num_classes is None else num_classes
     bad = np.flatnonzero((array < -1) | (array >= classes))
     if len(bad):
         raise UserError(
@@ -154,6 +161,26 @@ def canonical_labels(values: Any, num_nodes: int, num_classes: int | None) -> tu
             "num_classes"
         )
     return array.astype(np.int64, copy=False), classes
+
+
+def _refuse_large(labels: Array) -> None:
+    """Raise UserError if labels, whole numbers of any type, are beyond what classes can be."""
+    at = int(labels.argmax())
+    if int(labels[at]) >= MAX_CLASSES:
+        count = int((labels >= MAX_CLASSES).sum())
+        raise UserError(
+            f"label {int(labels[at])} of node {at} is beyond {MAX_CLASSES - 1}, the largest class number "
+            f"({count} such labels); these are probably ids, times or amounts: choose other labels (of a table by "
+            "--label-column), or number the classes from 0"
+        )
+
+
+def check_width(width: int, what: str) -> None:
+    """Raise UserError if rows of features are too wide to be written out. what: whose they are, for messages."""
+    if width > MAX_FEATURES:
+        raise UserError(
+            f"the features of {what} have {width} columns, and sparse ones become dense; give at most {MAX_FEATURES}"
+        )
 
 
 def _label_rows(array: Array, num_nodes: int, num_classes: int | None) -> tuple[Array, int]:
@@ -229,6 +256,7 @@ class FeatureTable:
         elif scipy.sparse.issparse(features):
             self._sparse = scipy.sparse.csr_matrix(features)
             self.shape = (int(features.shape[0]), int(features.shape[1]))
+            check_width(self.shape[1], "the graph")
         else:
             self._dense = as_array(features, "features")
             if self._dense.ndim != 2 or self._dense.dtype.kind not in "iufb":

@@ -20,7 +20,7 @@ from typing_extensions import Unpack
 from dngd.errors import UserError
 from dngd.graph.arrow_files import file_sha256
 from dngd.graph.builder import RowBlocks, StoreBuilder
-from dngd.graph.canonical import canonical_labels, canonical_masks
+from dngd.graph.canonical import canonical_labels, canonical_masks, check_width
 from dngd.graph.import_options import ImportOptions, check_options, check_training_nodes, recorded
 from dngd.graph.manifest import MASK_NAMES, Provenance
 from dngd.graph.npz_members import NpzMembers
@@ -185,6 +185,7 @@ def _sparse_features(members: NpzMembers, num_nodes: int) -> RowBlocks | None:
     ):
         raise _misfit(members.path, f"x_indptr {indptr.shape} with {lengths[0]} indices and {lengths[1]} data")
     check_rows(num_rows, num_nodes, members.path)
+    check_width(width, str(members.path))
     return RowBlocks(width, _sparse_blocks(members, pointers, width)) if width else None
 
 

@@ -7,13 +7,15 @@ data classes, so that a file cannot run code.
 
 from __future__ import annotations
 
+import operator
 import pickle
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -21,6 +23,7 @@ from typing_extensions import Unpack
 from dngd.errors import UserError
 from dngd.graph.arrays import GraphArrays, import_arrays, masks_of
 from dngd.graph.arrow_files import file_sha256
+from dngd.graph.canonical import as_array
 from dngd.graph.import_options import ImportOptions, recorded
 from dngd.graph.manifest import Provenance
 from dngd.graph.store import GraphStore
@@ -130,8 +133,13 @@ def _first_line(error: Exception) -> str:
     return (lines or str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _mapping(data: Any, what: str) -> dict[str, Any]:
-    """Return a graph's attributes by name, of the forms that PyG has for it."""
+def _mapping(data: Any, what: str, *, is_inner: bool = False) -> dict[str, Any]:
+    """Return a graph's attributes by name, of the forms that PyG has for it.
+
+    is_inner: data is what a list or a file of a dataset holds, and so none of these itself.
+    """
+    if isinstance(data, str | bytes) or (is_inner and isinstance(data, list | tuple)):
+        raise UserError(_foreign(data, what))
     if isinstance(data, tuple) and data:
         return _of_saved_dataset(data, what)
     if isinstance(data, dict):
@@ -139,27 +147,35 @@ def _mapping(data: Any, what: str) -> dict[str, Any]:
     if any(base.__name__ == "HeteroData" for base in type(data).__mro__):
         raise UserError(_heterogeneous(what))
     if isinstance(data, list) or (
-        not isinstance(data, Tensor) and not hasattr(data, "edge_index") and hasattr(data, "__len__")
+        not isinstance(data, Tensor)
+        and not hasattr(data, "edge_index")
+        and hasattr(data, "__len__")
+        and hasattr(data, "__getitem__")
     ):
         # A dataset, or a list of graphs.
         if len(data) != 1:
             raise UserError(f"{what} holds {len(data)} graphs; give one, say dataset[0]")
-        return _mapping(data[0], what)
+        return _mapping(data[0], what, is_inner=True)
     to_dict = getattr(data, "to_dict", None)
     if to_dict is None:
-        raise UserError(f"{what} is a {type(data).__name__}, not a PyG graph; give a torch_geometric.data.Data")
+        raise UserError(_foreign(data, what))
     values: dict[str, Any] = to_dict()
-    if values.get("num_nodes") is None:
-        values["num_nodes"] = data.num_nodes
+    if values.get("num_nodes") is None and values.get("x") is None and values.get("edge_index") is not None:
+        with suppress(IndexError):
+            values["num_nodes"] = data.num_nodes
     return values
+
+
+def _foreign(data: Any, what: str) -> str:
+    return f"{what} is a {type(data).__name__}, not a PyG graph; give a torch_geometric.data.Data"
 
 
 def _of_saved_dataset(data: tuple[Any, ...], what: str) -> dict[str, Any]:
     """Return the graph of an InMemoryDataset's file: (data, slices), or (data's dictionary, slices, its class)."""
-    values = _mapping(data[0], what)
+    values = _mapping(data[0], what, is_inner=True)
     slices = data[1] if len(data) > 1 else None
     if isinstance(slices, dict):
-        counts = {len(cut) - 1 for cut in slices.values() if hasattr(cut, "__len__")}
+        counts = {len(cut) - 1 for cut in slices.values() if hasattr(cut, "__len__") and getattr(cut, "ndim", 1) != 0}
         if counts - {1}:
             raise UserError(f"{what} holds {max(counts)} graphs; give one, say torch.save(dataset[0], FILE)")
     return values
@@ -191,25 +207,47 @@ def _arrays(values: dict[str, Any], what: str) -> GraphArrays:
     for key in ("x", "y", "edge_weight", "n_id"):
         if values.get(key) is not None and not isinstance(values[key], Tensor):
             raise UserError(f"{key} of {what} is a {type(values[key]).__name__}, not a tensor; convert it")
+    if values.get("x") is not None and values["x"].dim() == 0:
+        raise UserError(f"x of {what} is a single number; give a table of numbers [nodes, width]")
+    masks = {part: _mask(mask, f"the {part} mask of {what}") for part, mask in masks_of(values).items()}
     return GraphArrays(
-        num_nodes=_num_nodes(values, edges),
+        num_nodes=_num_nodes(values, edges, masks, what),
         source=edges[0],
         destination=edges[1],
         features=_table(values.get("x")),
         labels=values.get("y"),
         edge_weight=values.get("edge_weight"),
-        masks=masks_of(values),
+        masks=masks,
         node_ids=values.get("n_id"),
     )
 
 
-def _num_nodes(values: dict[str, Any], edges: Tensor) -> int:
+def _num_nodes(values: dict[str, Any], edges: Tensor, masks: dict[str, Tensor], what: str) -> int:
+    """Return the number of nodes: rows of x, else what the graph says, else of y or a mask, else what edges name."""
     if values.get("x") is not None:
         return int(values["x"].shape[0])
-    for key in ("y", "train_mask"):
-        if values.get("num_nodes") is None and values.get(key) is not None:
-            return int(values[key].shape[0])
-    return int(values["num_nodes"]) if values.get("num_nodes") is not None else int(edges.max()) + 1
+    said = values.get("num_nodes")
+    if said is not None:
+        try:
+            return operator.index(said)
+        except TypeError:
+            raise UserError(f"num_nodes of {what} is {said!r}; give one whole number above 0") from None
+    for rows in (values.get("y"), masks.get("train")):
+        if rows is not None and rows.dim():
+            return int(rows.shape[0])
+    if not edges.numel():
+        raise UserError(f"{what} has no edges, and nothing that tells its nodes; give it num_nodes")
+    return int(edges.max()) + 1
+
+
+def _mask(mask: Any, what: str) -> Tensor:
+    """Return a mask that is a tensor, a numpy array or a list."""
+    if isinstance(mask, Tensor):
+        return mask
+    values = as_array(mask, what)
+    if values.dtype.kind not in "biu":
+        raise UserError(f"{what} is a {type(mask).__name__} of {values.dtype}; give a true or false for each node")
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.bool_ if values.dtype.kind == "b" else np.int64))
 
 
 def _table(features: Tensor | None) -> Tensor | None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dngd.errors import UserError
+from dngd.graph.arrays import MASK_FORMS
 from dngd.graph.id_map import IdKind
 from dngd.graph.manifest import MASK_NAMES
 from dngd.graph.table_files import Table
-from dngd.graph.table_readers import TableFile
+from dngd.graph.table_readers import TableFile, check_encoding
 
 Kind = Literal["int", "float", "bool", "string", "list", "empty", "other"]
 
@@ -25,12 +26,13 @@ class TableColumns:
     id: str = "id"
     label: str | None = None
     """class numbers or names, or lists of 0 and 1, one entry a class (several labels a node); missing values, empty
-    names and -1 are unlabelled nodes. None: `label`, if it is there"""
+    names and -1 are unlabelled nodes, and in CSV files what stands for a missing number: NA, N/A, NaN, null and the
+    like. None: `label`, if it is there"""
     labels: Sequence[str] = ()
     """several labels a node: a column of 0 and 1 a class, in the order of the classes; in place of label"""
     split: str | None = None
-    """train, val (valid, validation) or test, or nothing. None: `split`, else boolean train_mask, val_mask, test_mask,
-    as far as they are there"""
+    """train, val (valid, validation) or test, or nothing. None: `split`, else boolean train_mask, val_mask (or
+    valid_mask), test_mask, as far as they are there"""
     features: Sequence[str] = ()
     """one list column, or numeric ones. Empty: `features` if that is a list, else all other columns, in their order"""
     ignore: Sequence[str] = ()
@@ -40,7 +42,7 @@ class TableColumns:
     weight: str | None = None
     """None: `weight`, if it is there"""
     id_type: Literal["auto", "int", "string"] = "auto"
-    """auto: as stored; in CSV files whole numbers wherever all ids look like them"""
+    """auto: as stored; in CSV files whole numbers wherever all ids look like them, without zeros in front"""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class NodeColumns:
     id: str
     label: str | None = None
     label_is_name: bool = False
+    """it is read as text; of a CSV file its values tell then whether they are numbers or names"""
     label_is_list: bool = False
     labels: list[str] = field(default_factory=list)
     """columns of several labels a node; label is None then"""
@@ -106,16 +109,44 @@ def node_columns(table: Table, names: TableColumns) -> NodeColumns:
     ignored = set(names.ignore)
     _need(table, names.id, "--id-column")
     labels = _label_columns(table, names, ignored)
-    label = None if labels else _choose(table, names.label, "label", "--label-column", ignored)
-    split = _choose(table, names.split, "split", "--split-column", ignored)
-    masks = {part: f"{part}_mask" for part in MASK_NAMES}
-    masks = {part: name for part, name in masks.items() if _has(table, name) and name not in ignored}
+    taken = {*ignored, names.id, *labels, *(name for name in (names.label, names.split) if name is not None)}
+    label = None if labels else _choose(table, names.label, "label", "--label-column", taken)
+    split = _choose(table, names.split, "split", "--split-column", taken)
+    found = {
+        part: [form for form in MASK_FORMS[part] if _has(table, form) and form not in taken] for part in MASK_NAMES
+    }
+    masks = {part: forms[0] for part, forms in found.items() if forms}
+    twice = next((forms for forms in found.values() if len(forms) > 1), None)
+    if twice is not None and split is None:
+        raise UserError(
+            f"{table.shown} tells a part of its split twice, by {' and '.join(twice)}; leave one out, say by "
+            f"--ignore-column {twice[1]}"
+        )
+    mask_forms = [form for forms in found.values() for form in forms]
+    _one_use(
+        table,
+        [
+            ("the node ids (--id-column)", [names.id]),
+            ("the label (--label-column)", [label]),
+            ("a label (--label-columns)", labels),
+            ("the split (--split-column)", [split]),
+            ("a mask", mask_forms),
+            ("a feature (--feature-column)", names.features),
+        ],
+    )
+    _one_use(table, [("a feature (--feature-column)", names.features), ("left out (--ignore-column)", names.ignore)])
     if split is not None and masks and names.split is None:
         raise UserError(
             f"{table.shown} tells its split twice, by {split!r} and {', '.join(masks.values())}; choose by "
             f"--split-column {split}, or leave it out by --ignore-column {split}"
         )
-    features, is_list = _features(table, names, {names.id, label, *labels, split, *masks.values(), *ignored})
+    features, is_list = _features(table, names, {*taken, label, split, *mask_forms})
+    for usual, used in (("label", label), ("split", split)):
+        if usual in features and usual not in names.features and used is not None:
+            raise UserError(
+                f"{table.shown} tells its {usual} twice, by {usual!r} and by --{usual}-column {used}; leave one out, "
+                f"{usual!r} by --ignore-column {usual}, or choose the features by --feature-column"
+            )
     if split is not None:
         masks = {}
     _expect(
@@ -140,7 +171,7 @@ def node_columns(table: Table, names: TableColumns) -> NodeColumns:
     return NodeColumns(
         id=names.id,
         label=label,
-        label_is_name="string" in label_kinds,
+        label_is_name="string" in label_kinds or (label is not None and table.files[0].format == "csv"),
         label_is_list="list" in label_kinds,
         labels=labels,
         split=split,
@@ -155,6 +186,14 @@ def edge_columns(table: Table, names: TableColumns) -> EdgeColumns:
     _need(table, names.source, "--source-column")
     _need(table, names.target, "--target-column")
     weight = _choose(table, names.weight, "weight", "--weight-column", set())
+    _one_use(
+        table,
+        [
+            ("the source (--source-column)", [names.source]),
+            ("the target (--target-column)", [names.target]),
+            ("the weight (--weight-column)", [weight]),
+        ],
+    )
     _expect(table, [weight], _NUMBERS, "a weight is one number for each edge")
     return EdgeColumns(names.source, names.target, weight)
 
@@ -162,23 +201,33 @@ def edge_columns(table: Table, names: TableColumns) -> EdgeColumns:
 def id_kind(columns: Sequence[tuple[Table, str]], id_type: str) -> IdKind:
     """Return the kind of the ids that the given columns of node and edge tables share.
 
-    CSV ids that look like whole numbers are strings if other ids are. Raises UserError if a column holds neither
-    whole numbers nor strings, or kinds differ.
+    CSV ids that look like whole numbers are strings if other ids are, and so are dates, times, true and false; with
+    id_type string, all are. Raises UserError if a column holds neither whole numbers nor strings, or kinds differ.
     """
     if id_type not in ("auto", "int", "string"):
         raise UserError(f"--id-type {id_type!r} is not known; give auto, int or string")
     found: dict[IdKind, list[tuple[TableFile, str, Any]]] = {"int": [], "string": []}
+    other_kinds: list[tuple[TableFile, str, Any]] = []
     for table, name in columns:
         for file, schema in _typed(table):
             arrow_type = schema.field(name).type
+            check_encoding(file, name, arrow_type)
             kind = kind_of(arrow_type)
-            if kind == "int" or kind == "string":
+            is_text = file.format == "csv" and kind not in ("int", "float", "empty") and id_type == "auto"
+            if is_text or (file.format == "csv" and id_type == "string"):
+                found["string"].append((file, name, arrow_type))
+            elif kind == "int" or kind == "string":
                 found[kind].append((file, name, arrow_type))
             elif kind != "empty":
-                raise UserError(
-                    f"column {name!r} of {file.shown} has type {arrow_type}, but node ids are whole numbers or "
-                    "strings: cast it (pandas turns whole numbers with missing values into floats)"
-                )
+                other_kinds.append((file, name, arrow_type))
+    for file, name, arrow_type in other_kinds:
+        # Fractions of a CSV file are text if other ids are.
+        if file.format != "csv" or not found["string"]:
+            fix = ", or read them as strings by --id-type string" if file.format == "csv" else ""
+            raise UserError(
+                f"column {name!r} of {file.shown} has type {arrow_type}, but node ids are whole numbers or strings: "
+                f"cast it (pandas turns whole numbers with missing values into floats){fix}"
+            )
     if id_type == "int" or id_type == "string":
         return "int" if id_type == "int" else "string"
     fixed = [entry for entry in found["int"] if entry[0].format != "csv"]
@@ -191,24 +240,21 @@ def id_kind(columns: Sequence[tuple[Table, str]], id_type: str) -> IdKind:
     return "string" if found["string"] else "int"
 
 
-def csv_types(table: Table, used: NodeColumns | EdgeColumns, kind: IdKind) -> dict[str, Any]:
+def csv_types(table: Table, used: NodeColumns | EdgeColumns) -> dict[str, Any]:
     """Return the types to read CSV columns as.
 
-    Numbers are float64, however the beginning of a file looks: later lines may hold fractions or nothing.
+    Numbers are float64, however the beginning of a file looks: later lines may hold fractions or nothing. Ids and
+    labels are text: whether they are numbers is known once all are read.
     """
     import pyarrow as pa
 
-    id_type = pa.int64() if kind == "int" else pa.large_string()
+    text = pa.large_string()
     if isinstance(used, EdgeColumns):
-        types = {used.source: id_type, used.target: id_type}
+        types = {used.source: text, used.target: text}
         numbers = [used.weight]
     else:
-        types = {used.id: id_type}
-        numbers = [*used.features, *used.labels, None if used.label_is_name else used.label]
-        if used.split is not None:
-            types[used.split] = pa.large_string()
-        if used.label is not None and used.label_is_name:
-            types[used.label] = pa.large_string()
+        types = {name: text for name in (used.id, used.split, used.label) if name is not None}
+        numbers = [*used.features, *used.labels]
     for name in numbers:
         if name is not None:
             types[name] = pa.float64()
@@ -228,9 +274,7 @@ def _label_columns(table: Table, names: TableColumns, ignored: set[str]) -> list
         raise UserError(
             f"--label-columns names {labels[0]!r} alone, which makes one label a node; give it as --label-column"
         )
-    repeated = [name for name in labels if labels.count(name) > 1]
-    if repeated:
-        raise UserError(f"--label-columns names {repeated[0]!r} {labels.count(repeated[0])} times; name it once")
+    _refuse_repeated(labels, "--label-columns")
     for name in labels:
         _need(table, name, "--label-columns")
     if names.label is not None:
@@ -249,6 +293,7 @@ def _label_columns(table: Table, names: TableColumns, ignored: set[str]) -> list
 def _features(table: Table, names: TableColumns, taken: set[str | None]) -> tuple[list[str], bool]:
     schemas = [schema for _, schema in _typed(table)]
     chosen = list(names.features)
+    _refuse_repeated(chosen, "--feature-column")
     if not chosen and "features" not in taken and _kinds(table, "features") == {"list"}:
         chosen = ["features"]
     for name in chosen:
@@ -306,6 +351,24 @@ def _choose(table: Table, name: str | None, default: str, option: str, ignored: 
     return default
 
 
+def _refuse_repeated(names: list[str], option: str) -> None:
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise UserError(f"{option} names {repeated[0]!r} {names.count(repeated[0])} times; name it once")
+
+
+def _one_use(table: Table, uses: Sequence[tuple[str, Iterable[str | None]]]) -> None:
+    """Raise UserError if a column has two of these uses, each given as what it is and the columns for it."""
+    known: dict[str, str] = {}
+    for use, columns in uses:
+        for name in columns:
+            if name is not None and known.setdefault(name, use) != use:
+                raise UserError(
+                    f"column {name!r} of {table.shown} is taken as {known[name]} and as {use}; give it for one of the "
+                    "two, and another column for the other"
+                )
+
+
 def _kinds(table: Table, name: str) -> set[Kind]:
     """Return the kinds that a column has in the files that have it, where it is not empty."""
     schemas = [schema for _, schema in _typed(table) if name in schema.names]
@@ -333,6 +396,7 @@ def _expect(table: Table, names: Sequence[str | None], kinds: Sequence[Kind], ru
             if name is None:
                 continue
             arrow_type = schema.field(name).type
+            check_encoding(file, name, arrow_type)
             if kind_of(arrow_type) not in (*kinds, "empty"):
                 raise UserError(f"column {name!r} of {file.shown} has type {arrow_type}; {rule}")
 

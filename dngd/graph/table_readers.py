@@ -28,6 +28,7 @@ _SPILLED_COLUMNS = 16
 # Tried in turn: a line must fit into a block.
 _CSV_BLOCKS = (1 << 20, 1 << 23, 1 << 26)
 _ARROW_MAGIC = b"ARROW1"
+_NOT_UTF8 = "is not in UTF-8, which CSV files have to be in; convert it, say iconv -f LATIN1 -t UTF-8 OLD > NEW"
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,23 @@ class TableFile:
 
 @dataclass(frozen=True)
 class CsvStyle:
-    """How CSV files are written. delimiter: None: a tab in .tsv files, else a comma."""
+    """How CSV files are written. Raises UserError if they cannot be read so."""
 
     delimiter: str | None = None
+    """one character, or \\t as it is typed at a command line; None: a tab in .tsv files, else a comma"""
     header: bool = True
     """False: the first line is data, and columns are called f0, f1, ..."""
+
+    def __post_init__(self) -> None:
+        if self.delimiter == "\\t":
+            object.__setattr__(self, "delimiter", "\t")
+        if self.delimiter is not None and (
+            len(self.delimiter) != 1 or not self.delimiter.isascii() or self.delimiter in '"\r\n'
+        ):
+            raise UserError(
+                f"--delimiter {self.delimiter!r} is not one ASCII character between values; give one, say ';' or '\\t' "
+                "for a tab"
+            )
 
 
 @dataclass(frozen=True)
@@ -83,7 +96,10 @@ def read_schema(file: TableFile, style: CsvStyle) -> Any:
             if filesystem.get_file_info(path).size == 0:
                 return None
             with _open_csv(file, style, None, {}) as reader:
-                return reader.schema
+                schema = reader.schema
+                # The names are decoded here, where a failure is told.
+                tuple(schema.names)
+                return schema
         with filesystem.open_input_stream(path) as source:
             begin = source.read(len(_ARROW_MAGIC))
         with filesystem.open_input_file(path) as source:
@@ -100,6 +116,14 @@ def read_batches(file: TableFile, plan: ReadPlan) -> Iterator[Any]:
         yield from readers[file.format](file, plan)
 
 
+def check_encoding(file: TableFile, name: str, arrow_type: Any) -> None:
+    """Raise UserError if a CSV file's column is of bytes, which is how pyarrow takes text that is not UTF-8."""
+    import pyarrow.types as t
+
+    if file.format == "csv" and t.is_binary(arrow_type):
+        raise UserError(f"column {name!r} of {file.shown} {_NOT_UTF8}")
+
+
 @contextmanager
 def readable(file: TableFile) -> Iterator[None]:
     """Turn a failure to read the file inside the block into a UserError that names it."""
@@ -108,14 +132,18 @@ def readable(file: TableFile) -> Iterator[None]:
     with explained(file.shown):
         try:
             yield
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file.shown} {_NOT_UTF8}") from error
         # pyarrow raises kinds of its own for content that is not of the format.
         except pa.ArrowException as error:
             text = " ".join(str(error).split())[:300]
             fix = "it is damaged, or of another format: write it again"
+            if file.format == "csv" and "invalid UTF8" in text:
+                raise UserError(f"{file.shown} {_NOT_UTF8} ({text})") from error
             if file.format == "csv":
                 fix = "mend the lines, or say how they are written by --delimiter and --no-header"
                 if "conversion error" in text:
-                    fix = "later lines hold other values than the first; mend them, or of ids, give --id-type string"
+                    fix = "mend the lines where a column of numbers holds something else"
             raise UserError(f"{file.shown} cannot be read as {file.format} ({text}); {fix}") from error
 
 

@@ -3,28 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dngd.errors import UserError
-from dngd.graph.canonical import as_array
+from dngd.graph.canonical import MAX_CLASSES, as_array
 from dngd.graph.id_map import IdKind
 from dngd.graph.manifest import MASK_NAMES
-from dngd.graph.table_columns import NodeColumns
+from dngd.graph.table_columns import NodeColumns, kind_of
 from dngd.graph.table_readers import TableFile
 
 Array = npt.NDArray[Any]
 
 SPLIT_VALUES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-_MAX_LABEL_NAMES = 1 << 16
+
+_CSV_BOOLEANS = dict.fromkeys(("1", "true", "True", "TRUE"), 1.0) | dict.fromkeys(("0", "false", "False", "FALSE"), 0.0)
 
 
-def id_values(column: Any, kind: IdKind, where: str) -> Any:
-    """Return a batch's ids as numpy int64 or as an Arrow large_string array. where: for messages."""
+@cache
+def csv_nothing() -> frozenset[str]:
+    """Return the words that stand for a missing number in CSV files (R and pandas write some of them)."""
+    from pyarrow import csv
+
+    return frozenset(csv.ConvertOptions().null_values)
+
+
+class LeadingZeros(UserError):
+    """Ids have zeros in front, which they would lose as whole numbers."""
+
+
+def id_values(column: Any, kind: IdKind, where: str, *, id_type: str | None = None) -> Any:
+    """Return a batch's ids as numpy int64 or as an Arrow large_string array. where: for messages.
+
+    id_type: what the user chose of auto, int and string; None: there is no such choice. Raises UserError if there are
+    other ids; of auto and kind int LeadingZeros.
+    """
     import pyarrow as pa
 
+    if kind == "int" and kind_of(column.type) == "string":
+        text = column.cast(pa.large_string())
+        try:
+            column = text.cast(pa.int64())
+        except pa.ArrowInvalid:
+            # If that is not mended by this, the cast below says what is wrong.
+            column = text = _without_blanks(text)
+        if id_type == "auto":
+            _refuse_leading_zeros(text, where)
     if column.null_count:
         at = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
         raise UserError(f"{where} has no id in {column.null_count} rows, the first is row {at}; give each row one")
@@ -33,21 +60,53 @@ def id_values(column: Any, kind: IdKind, where: str) -> Any:
             return column.cast(pa.large_string())
         return column.cast(pa.int64()).to_numpy()
     except pa.ArrowException as error:
-        raise UserError(
-            f"{where} has ids that are no 64-bit whole numbers ({error}); give --id-type string to read them as strings"
-        ) from error
+        form = "strings" if kind == "string" else "64-bit whole numbers"
+        fix = "give --id-type string to read them as strings"
+        if id_type is None:
+            fix = "give the ids that the graph's nodes have"
+        raise UserError(f"{where} has ids that are no {form} ({error}); {fix}") from error
+
+
+def _without_blanks(column: Any) -> Any:
+    """Return text as whole numbers are read from CSV files: without blanks around it, and null where it is nothing."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column = pc.utf8_trim_whitespace(column)
+    nothing = pc.is_in(column, value_set=pa.array(sorted(csv_nothing()), pa.large_string()))
+    return pc.if_else(nothing, None, column) if pc.any(nothing).as_py() else column
+
+
+def _refuse_leading_zeros(column: Any, where: str) -> None:
+    import pyarrow.compute as pc
+
+    zeros = pc.starts_with(column, "-0")
+    begin = pc.starts_with(column, "0")
+    if pc.any(begin).as_py():
+        zeros = pc.or_(zeros, pc.and_(begin, pc.greater(pc.binary_length(column), 1)))
+    if pc.any(zeros).as_py():
+        at = pc.index(zeros, True).as_py()
+        raise LeadingZeros(
+            f"{where} has the id {column[at].as_py()!r}, whose zeros would be lost in a whole number; "
+            "give --id-type string to keep ids as they are written, or --id-type int to drop the zeros"
+        )
 
 
 class NodeValues:
-    """Collects ids, labels and masks over the batches of a node table. num_labels: length of the lists of labels."""
+    """Collects ids, labels and masks over the batches of a node table.
 
-    def __init__(self, columns: NodeColumns, kind: IdKind, num_labels: int = 0) -> None:
+    num_labels: length of the lists of labels. id_type: see `id_values`.
+    """
+
+    def __init__(self, columns: NodeColumns, kind: IdKind, num_labels: int = 0, id_type: str = "auto") -> None:
         self._columns = columns
         self._num_labels = num_labels
-        self._kind = kind
+        self._kind, self._id_type = kind, id_type
         self._ids: list[Any] = []
         self._labels: list[Array] = []
         self._label_codes: dict[str, int] = {}
+        self._label_places: list[str] = []
+        self._has_csv_labels = False
         self._masks: dict[str, list[Array]] = {}
         self.num_rows = 0
 
@@ -55,7 +114,7 @@ class NodeValues:
         """Take the next batch, with the columns in `NodeColumns.small`."""
         columns = self._columns
         where = f"column {columns.id!r} of {file.shown} from row {first_row} on"
-        self._ids.append(id_values(batch.column(columns.id), self._kind, where))
+        self._ids.append(id_values(batch.column(columns.id), self._kind, where, id_type=self._id_type))
         if columns.labels or columns.label_is_list:
             self._labels.append(self._label_rows(batch, file, first_row))
         elif columns.label is not None:
@@ -88,6 +147,9 @@ class NodeValues:
             return labels, self._columns.labels
         if not self._columns.label_is_name:
             return labels, None
+        numbers = self._label_numbers() if self._has_csv_labels else None
+        if numbers is not None:
+            return np.append(numbers, -1)[labels], None
         names = sorted(self._label_codes)
         number = np.full(len(names) + 1, -1, dtype=np.int64)
         number[[self._label_codes[name] for name in names]] = np.arange(len(names))
@@ -128,7 +190,7 @@ class NodeValues:
 
     def _label_values(self, column: Any, file: TableFile, first_row: int) -> Array:
         if self._columns.label_is_name:
-            return self._label_codes_of(column)
+            return self._label_codes_of(column, file, first_row)
         values = numbers(column)
         if values.dtype.kind in "iu":
             return _int64(values)
@@ -139,24 +201,55 @@ class NodeValues:
                 f"label {values[wrong[0]]:g} in row {first_row + wrong[0]} of {file.shown} is no whole number "
                 f"({len(wrong)} such labels in these rows); labels are class numbers from 0, or names"
             )
-        return np.where(missing, -1, values).astype(np.int64)
+        return np.where(missing, -1, values)
 
-    def _label_codes_of(self, column: Any) -> Array:
-        """Return the place of each name in the order in which names were met, -1 for missing and empty ones."""
+    def _label_codes_of(self, column: Any, file: TableFile, first_row: int) -> Array:
+        """Return the place of each name in the order in which names were met, -1 for missing and empty ones, and -1."""
         import pyarrow as pa
 
+        self._has_csv_labels = is_csv = file.format == "csv"
         encoded = column.cast(pa.large_string()).dictionary_encode()
-        codes = np.empty(len(encoded.dictionary) + 1, dtype=np.int64)
-        codes[-1] = -1
+        indices = encoded.indices.fill_null(-1).to_numpy()
+        codes = np.full(len(encoded.dictionary) + 1, -1, dtype=np.int64)
+        new: list[int] = []
         for place, name in enumerate(encoded.dictionary.to_pylist()):
-            codes[place] = self._label_codes.setdefault(name, len(self._label_codes)) if name else -1
-        if len(self._label_codes) > _MAX_LABEL_NAMES:
+            bare = name.strip() if is_csv else name
+            if bare in ("", "-1") or (is_csv and bare in csv_nothing()):
+                continue
+            codes[place] = self._label_codes.setdefault(name, len(self._label_codes))
+            if codes[place] == len(self._label_places) + len(new):
+                new.append(place)
+        if len(self._label_codes) > MAX_CLASSES:
             raise UserError(
-                f"column {self._columns.label!r} has more than {_MAX_LABEL_NAMES} different names, so that it hardly "
-                "holds classes; choose another by --label-column"
+                f"column {self._columns.label!r} has more than {MAX_CLASSES} different values, so that it hardly holds "
+                "classes; choose another by --label-column"
             )
-        found: Array = codes[encoded.indices.fill_null(-1).to_numpy()]
+        if new:
+            met, rows = np.unique(indices, return_index=True)
+            rows_of = rows[np.searchsorted(met, new)]
+            self._label_places += [f"row {first_row + int(row)} of {file.shown}" for row in rows_of]
+        found: Array = codes[indices]
         return found
+
+    def _label_numbers(self) -> Array | None:
+        """Return the labels of CSV files that were met, as numbers, or None if one of them is a name."""
+        import pyarrow as pa
+
+        met = [name.strip() for name in self._label_codes]
+        if any(not name.isdecimal() for name in met) and all(name in _CSV_BOOLEANS for name in met):
+            return np.array([_CSV_BOOLEANS[name] for name in met])
+        try:
+            values: Array = pa.array(met, pa.large_string()).cast(pa.float64()).to_numpy()
+        except pa.ArrowInvalid:
+            return None
+        wrong = np.flatnonzero(~np.isfinite(values) | (values != np.trunc(values)))
+        if len(wrong):
+            first = int(wrong[0])
+            raise UserError(
+                f"label {met[first]} in {self._label_places[first]} is no whole number ({len(wrong)} such values); "
+                "labels are class numbers from 0, or names"
+            )
+        return values
 
     def _add_split(self, column: Any, file: TableFile, first_row: int) -> None:
         import pyarrow as pa
@@ -166,8 +259,9 @@ class NodeValues:
         parts[-1] = -1
         codes = encoded.indices.fill_null(-1).to_numpy()
         for place, value in enumerate(encoded.dictionary.to_pylist()):
-            part = SPLIT_VALUES.get(value.strip().lower()) if value else None
-            if value and part is None:
+            is_nothing = not value or (file.format == "csv" and value.strip() in csv_nothing())
+            part = None if is_nothing else SPLIT_VALUES.get(value.strip().lower())
+            if part is None and not is_nothing:
                 at = first_row + int(np.flatnonzero(codes == place)[0])
                 raise UserError(
                     f"split {value!r} in row {at} of {file.shown} is not known; give train, val, test, or nothing for "

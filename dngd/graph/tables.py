@@ -10,7 +10,7 @@ node table twice (its ids, labels and split, then its features), the edge table 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,16 @@ from dngd.graph.table_columns import (
 )
 from dngd.graph.table_files import Table, make_table, open_table
 from dngd.graph.table_readers import CsvStyle, TableFormat
-from dngd.graph.table_values import NodeValues, feature_blocks, feature_width, id_values, list_width, numbers
+from dngd.graph.table_values import (
+    LeadingZeros,
+    NodeValues,
+    feature_blocks,
+    feature_width,
+    id_values,
+    list_width,
+    numbers,
+)
+from dngd.paths import expanded
 
 Source = str | Path | Sequence[str | Path]
 
@@ -73,11 +82,13 @@ def import_tables(
     plan = _plan(tables, names)
     check_options(out, options, weighted=plan.edge_columns.weight is not None)
     progress = options.get("progress") or (lambda stage, done, total: None)
-    if plan.nodes is None:
-        ids, values = _ids_of_edges(plan, progress), None
-    else:
-        values = _read_nodes(plan.nodes, plan, progress)
-        ids = _ids(values.ids(), plan.kind, f"column {plan.node_columns.id!r} of {plan.nodes.shown}")
+    try:
+        ids, values = _read_ids(plan, progress)
+    except LeadingZeros:
+        if not plan.is_csv:
+            raise
+        plan = replace(plan, kind="string")
+        ids, values = _read_ids(plan, progress)
     return _build(plan, ids, values, out, options)
 
 
@@ -95,6 +106,8 @@ class _Tables:
 class _Plan(_Tables):
     node_columns: NodeColumns
     edge_columns: EdgeColumns
+    id_type: str
+    """auto, int or string, as the user chose"""
     kind: IdKind
     num_features: int
     num_labels: int
@@ -103,6 +116,11 @@ class _Plan(_Tables):
     @property
     def id_bytes(self) -> int:
         return _NUMBER_BYTES if self.kind == "int" else _STRING_BYTES
+
+    @property
+    def is_csv(self) -> bool:
+        """All tables are, so that no id is stored as a number."""
+        return all(table is None or table.files[0].format == "csv" for table in (self.nodes, self.edges))
 
 
 def _open_tables(
@@ -163,7 +181,7 @@ def _plan(tables: _Tables, names: TableColumns) -> _Plan:
     kind = id_kind(ids, names.id_type)
     width = num_labels = 0
     if tables.nodes is not None:
-        types = csv_types(tables.nodes, nodes, kind)
+        types = csv_types(tables.nodes, nodes)
         width = feature_width(nodes, tables.nodes.batches(nodes.features, _NUMBER_BYTES << 10, types))
         if nodes.label is not None and nodes.label_is_list:
             num_labels = list_width(nodes.label, tables.nodes.batches([nodes.label], _NUMBER_BYTES << 10))
@@ -173,15 +191,24 @@ def _plan(tables: _Tables, names: TableColumns) -> _Plan:
                     f"column {nodes.label} of {tables.nodes.shown} has {found}; give a list of 0 and 1 with an entry a "
                     "class, a class number in the place of lists, or no such column for a graph without labels"
                 )
-    return _Plan(tables.nodes, tables.edges, tables.name, tables.told, nodes, edges, kind, width, num_labels)
+    shown = (tables.nodes, tables.edges, tables.name, tables.told)
+    return _Plan(*shown, nodes, edges, names.id_type, kind, width, num_labels)
+
+
+def _read_ids(plan: _Plan, progress: Any) -> tuple[NodeIds, NodeValues | None]:
+    """Return the ids of all nodes, and all of a node table but its features, if there is one."""
+    if plan.nodes is None:
+        return _ids_of_edges(plan, progress), None
+    values = _read_nodes(plan.nodes, plan, progress)
+    return _ids(values.ids(), plan.kind, f"column {plan.node_columns.id!r} of {plan.nodes.shown}"), values
 
 
 def _read_nodes(table: Table, plan: _Plan, progress: Any) -> NodeValues:
     """Read all of a node table but its features, and check its split."""
     columns = plan.node_columns
-    values = NodeValues(columns, plan.kind, plan.num_labels)
+    values = NodeValues(columns, plan.kind, plan.num_labels, plan.id_type)
     row_bytes = plan.id_bytes + _STRING_BYTES * len(columns.small) + _NUMBER_BYTES * plan.num_labels
-    for file, first_row, batch in table.batches(columns.small, row_bytes, csv_types(table, columns, plan.kind)):
+    for file, first_row, batch in table.batches(columns.small, row_bytes, csv_types(table, columns)):
         values.add(file, first_row, batch)
         progress("nodes", values.num_rows, 0)
     if not values.num_rows:
@@ -212,12 +239,12 @@ def _edge_batches(plan: _Plan) -> Iterator[tuple[Any, Any, npt.NDArray[Any] | No
     """Yield (source ids, target ids, weights or None, the file as messages name it, number of the first row)."""
     columns = plan.edge_columns
     row_bytes = 2 * plan.id_bytes + _NUMBER_BYTES
-    types = csv_types(plan.edges, columns, plan.kind)
+    types = csv_types(plan.edges, columns)
     for file, first_row, batch in plan.edges.batches(columns.all, row_bytes, types):
         ends = []
         for name in (columns.source, columns.target):
             where = f"column {name!r} of {file.shown} from row {first_row} on"
-            ends.append(id_values(batch.column(name), plan.kind, where))
+            ends.append(id_values(batch.column(name), plan.kind, where, id_type=plan.id_type))
         weight = None if columns.weight is None else numbers(batch.column(columns.weight))
         yield ends[0], ends[1], weight, file.shown, first_row
 
@@ -236,7 +263,7 @@ def _build(plan: _Plan, ids: NodeIds, values: NodeValues | None, out: str | Path
     with StoreBuilder(out, num_nodes=len(ids), weighted=weighted, **settings) as builder:
         _add_edges(builder, plan, ids)
         return builder.finish(
-            features=_features(plan, Path(out).absolute().parent),
+            features=_features(plan, expanded(out).absolute().parent),
             labels=classes,
             num_classes=num_classes,
             masks=masks,
@@ -271,7 +298,7 @@ def _features(plan: _Plan, scratch: Path) -> RowBlocks | None:
     if plan.nodes is None or not plan.num_features:
         return None
     columns = plan.node_columns
-    types = csv_types(plan.nodes, columns, plan.kind)
+    types = csv_types(plan.nodes, columns)
     batches = plan.nodes.batches(columns.features, _NUMBER_BYTES * plan.num_features, types, scratch)
     return RowBlocks(plan.num_features, feature_blocks(columns, plan.num_features, batches))
 

@@ -127,6 +127,23 @@ def test_sparse_features(tmp_path: Path) -> None:
         assert torch.equal(store.features, dense)
 
 
+def test_masks_and_labels_in_other_forms(tmp_path: Path) -> None:
+    """As lists, numpy arrays, sparse tensors and bfloat16: the same store."""
+    train, labels = torch.tensor([True, False, True]), torch.tensor([1, 0, 2])
+    edges = torch.tensor([[0, 1], [1, 2]])
+    wanted = import_pyg(Data(edge_index=edges, y=labels, train_mask=train, num_nodes=3), tmp_path / "wanted").digest
+    forms: list[dict[str, Any]] = [
+        {"train_mask": train.tolist(), "y": labels},
+        {"train_mask": train.numpy(), "y": labels},
+        {"train_mask": train.numpy()[::-1], "y": labels.to(torch.bfloat16)},
+        {"train_mask": [1, 0, 1], "y": labels.to_sparse()},
+        {"train_mask": train.to_sparse(), "y": labels[:, None].to_sparse_csr()},
+    ]
+    for form in forms:
+        for graph in (Data(edge_index=edges, num_nodes=3, **form), {"edge_index": edges, **form}):
+            assert import_pyg(graph, tmp_path / "store", overwrite=True).digest == wanted
+
+
 class Bomb:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("exploded",)
@@ -158,6 +175,18 @@ EDGES = torch.tensor([[0, 1], [1, 0]])
         (HeteroData(), "several types"),
         ([Data(), Data()], "2 graphs"),
         (object(), "not a PyG graph"),
+        (["a"], "is a str, not a PyG graph"),
+        ([["a"]], "is a list, not a PyG graph"),
+        ({1}, "is a set, not a PyG graph"),
+        ({"edge_index": torch.zeros(2, 0, dtype=torch.int64)}, "no edges, and nothing that tells its nodes"),
+        (Data(x=torch.tensor(1.0), edge_index=EDGES), "x of the graph is a single number"),
+        ({"edge_index": EDGES, "num_nodes": "three"}, "num_nodes of the graph is 'three'"),
+        ({"edge_index": EDGES, "num_nodes": 2.5}, "num_nodes of the graph is 2.5"),
+        (Data(x=torch.ones(2, 1), edge_index=EDGES, train_mask=["yes", "no"]), "train mask .* is a list of <U3"),
+        (Data(x=torch.ones(2, 1), edge_index=EDGES, train_mask=[[True], [True, False]]), "not a rectangular array"),
+        (Data(x=torch.ones(2, 1), edge_index=EDGES, edge_weight=torch.ones(2).to_sparse()), "weights .* sparse"),
+        ({"x": torch.ones(2, 1), "edge_index": EDGES.to_sparse()}, "source nodes .* sparse"),
+        ({"x": torch.ones(2, 1), "edge_index": EDGES, "y": torch.tensor([0, 2**40])}, "is beyond 65535"),
     ],
 )
 def test_bad_pyg_graphs(tmp_path: Path, graph: Any, words: str) -> None:
@@ -206,9 +235,13 @@ def test_bad_files(tmp_path: Path) -> None:
         import_pyg(tmp_path / "junk.pt", tmp_path / "store")
     with pytest.raises(UserError, match="is not a file"):
         import_pyg(tmp_path / "none.pt", tmp_path / "store")
+    for content in ("a", [[["a"]]], ("a", None), ([["a"]], None)):
+        torch.save(content, tmp_path / "text.pt")
+        with pytest.raises(UserError, match=r"text.pt is a (str|list), not a PyG graph"):
+            import_pyg(tmp_path / "text.pt", tmp_path / "store")
     for name, words in (
         ("junk.bin", "begins otherwise"),
-        ("cut20.bin", "damaged"),
+        ("cut20.bin", r"cut20.bin cannot be read by DGL \(Check failed: .* Invalid num of graph\); it is damaged"),
         ("cut200.bin", "damaged"),
         ("two.bin", "2 graphs"),
         ("none.bin", "is not a file"),

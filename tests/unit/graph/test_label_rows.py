@@ -77,6 +77,19 @@ def test_bad_rows(tmp_path: Path, labels: Any, message: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_number_of_classes_has_a_bound(tmp_path: Path) -> None:
+    """Beyond it labels are ids or times, and a model for them would fill the memory."""
+    labels = np.arange(30)
+    labels[7] = 65_535
+    assert write(tmp_path / "g", labels=labels).num_classes == 65_536
+    labels[7] = 65_536
+    with pytest.raises(UserError, match=r"label 65536 of node 7 is beyond 65535, .*\(1 such labels\)"):
+        write(tmp_path / "h", labels=labels)
+    with pytest.raises(UserError, match="num_classes=65537 is above 65536"):
+        write(tmp_path / "h", labels=np.arange(30), num_classes=65_537)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["g"]
+
+
 def test_altered_rows_are_found(tmp_path: Path) -> None:
     store = write(tmp_path / "g")
     entry = store.manifest.files["labels.arrow"]

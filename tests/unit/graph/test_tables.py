@@ -17,6 +17,7 @@ from dngd import cli
 from dngd.errors import UserError
 from dngd.graph import CsvStyle, GraphStore, TableColumns, import_tables, table_readers, tables
 from dngd.graph.id_map import IntegerIds
+from dngd.train.link_predict import read_pairs
 from tests.helpers.mutants import assert_caught
 from tests.unit.graph.table_sets import FORMATS, edge_table, node_table, small_set, write_parts, write_table
 
@@ -255,6 +256,200 @@ def test_masks_by_column_and_columns_by_name(tmp_path: Path) -> None:
     assert store.labels.tolist() == [0, 1, 0]
     chosen = TableColumns(label="kind", features=["height"], source="from", target="to", weight="w")
     assert import_tables(None, tmp_path / "two", columns=chosen, **files).features.tolist() == [[0.5], [0.25], [2.0]]
+
+
+def import_csv(
+    folder: Path, nodes: str | None, edges: str = "src,dst\n1,2\n", style: CsvStyle | None = None, **columns: Any
+) -> GraphStore:
+    """Write nodes.csv and edges.csv, and import them into folder/out."""
+    folder.mkdir(exist_ok=True)
+    for name, text in (("nodes", nodes), ("edges", edges)):
+        if text is not None:
+            (folder / f"{name}.csv").write_text(text)
+    source = None if nodes is None else folder / "nodes.csv"
+    return import_tables(
+        None,
+        folder / "out",
+        nodes=source,
+        edges=folder / "edges.csv",
+        columns=TableColumns(**columns),
+        style=style,
+        overwrite=True,
+    )
+
+
+LEAKS = "id,label,topic,split,train_mask,x\n1,0,1,train,1,5\n2,1,0,val,0,6\n"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "columns", "message"),
+    [
+        (
+            "id,label,topic,x\n1,0,1,5\n2,1,0,6\n",
+            {"label": "topic"},
+            "labels? twice, by 'label' and by --label-column top",
+        ),
+        (
+            "id,split,fold,x\n1,0,train,5\n2,1,val,6\n",
+            {"split": "fold"},
+            "split twice, by 'split' and by --split-column fo",
+        ),
+        (LEAKS, {"ignore": ["train_mask"], "features": ["label"]}, "'label' .* the label .* and as a feature"),
+        (LEAKS, {"ignore": ["train_mask"], "features": ["x", "id"]}, "'id' .* the node ids .* and as a feature"),
+        (LEAKS, {"ignore": ["split"], "features": ["train_mask"]}, "'train_mask' .* a mask and as a feature"),
+        (LEAKS, {"ignore": ["x", "train_mask"], "features": ["x"]}, "'x' .* a feature .* and as left out"),
+        (LEAKS, {"label": "id"}, "'id' .* the node ids .* and as the label"),
+        (
+            LEAKS,
+            {"labels": ["topic", "x"], "ignore": ["label", "split"], "features": ["x"]},
+            "'x' .* a label .* a feature",
+        ),
+        (LEAKS, {"ignore": ["split"], "features": ["x", "x"]}, "--feature-column names 'x' 2 times"),
+        (LEAKS, {"source": "dst"}, "'dst' .* the source .* and as the target"),
+        (LEAKS, {"weight": "dst"}, "'dst' .* the target .* and as the weight"),
+        (
+            "id,train_mask,val_mask,valid_mask\n1,1,0,0\n2,0,1,1\n",
+            {},
+            "by val_mask and valid_mask; .*--ignore-column val",
+        ),
+    ],
+)
+def test_a_column_has_one_use(tmp_path: Path, nodes: str, columns: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        import_csv(tmp_path, nodes, **columns)
+
+
+def test_labels_do_not_leak_into_features(tmp_path: Path) -> None:
+    nodes = "id,label,topic,x,train_mask,valid_mask\n1,0,1,5,1,0\n2,1,0,6,0,1\n"
+    for columns in ({"ignore": ["label"]}, {"features": ["x"]}):
+        store = import_csv(tmp_path, nodes, label="topic", **columns)
+        assert store.features.tolist() == [[5.0], [6.0]]
+        assert store.labels.tolist() == [1, 0]
+        assert {name: mask.tolist() for name, mask in store.split_masks.items()} == {
+            "train": [True, False],
+            "val": [False, True],
+        }
+
+
+NOTHING = ["", "NA", "nan", "NaN", "null", "NULL", "N/A", "n/a", "#N/A", "-1"]
+
+
+def test_names_of_csv_files_are_missing_as_numbers_are(tmp_path: Path) -> None:
+    names = [*NOTHING, "cat", "ant"]
+    nodes = "".join(f"{k},{name},{name if k < 10 else 'train'}\n" for k, name in enumerate(names) if name != "-1")
+    store = import_csv(tmp_path, f"id,label,split\n{nodes}")
+    assert store.labels.tolist() == [-1] * 9 + [1, 0]
+    assert store.manifest.provenance.options["label_names"] == ["ant", "cat"]
+    assert store.split_masks["train"].tolist() == [False] * 9 + [True] * 2
+    store = import_csv(tmp_path, "id,label\n" + "".join(f"{k},{name}\n" for k, name in enumerate(names)))
+    assert store.labels.tolist() == [-1] * 10 + [1, 0]
+    # Elsewhere a missing value is stored as one, and these are names; -1 is none.
+    table = node_table(np.arange(12), label=names)
+    stored = import_tables(small_set(tmp_path / "set", table, edge_table([1], [2])), tmp_path / "stored")
+    assert stored.manifest.provenance.options["label_names"] == sorted(set(names) - {"", "-1"})
+    assert stored.labels.tolist()[0] == stored.labels.tolist()[9] == -1
+
+
+ROWS_BEYOND_THE_FIRST_BLOCK = 200_000
+
+
+@pytest.mark.parametrize("begin", ["", "0", "true", "0.0", "NA"])
+def test_names_that_come_late_in_a_csv_file(tmp_path: Path, begin: str) -> None:
+    rows = "".join(f"{k},{begin}\n" for k in range(ROWS_BEYOND_THE_FIRST_BLOCK))
+    last = ROWS_BEYOND_THE_FIRST_BLOCK
+    store = import_csv(tmp_path, f"id,label\n{rows}{last},chess\n{last + 1},go\n")
+    classes = sorted({begin, "chess", "go"} - {"", "NA"})
+    assert store.manifest.provenance.options["label_names"] == classes
+    assert store.labels[-2:].tolist() == [classes.index("chess"), classes.index("go")]
+    assert set(store.labels[:-2].tolist()) == {classes.index(begin) if begin in classes else -1}
+    assert store.num_classes == len(classes)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["10", "9", "", "-1"], [10, 9, -1, -1]),
+        (["1.0", "1", " 2", "0e0"], [1, 1, 2, 0]),
+        (["true", "FALSE", "1", "NA"], [1, 0, 1, -1]),
+        (["", "NA", "nan", "-1.0"], [-1, -1, -1, -1]),
+    ],
+)
+def test_numbers_as_labels_of_csv_files_stay_numbers(tmp_path: Path, labels: list[str], expected: list[int]) -> None:
+    store = import_csv(tmp_path, "id,label\n" + "".join(f"{k},{label}\n" for k, label in enumerate(labels)))
+    assert store.labels.tolist() == expected
+    assert "label_names" not in store.manifest.provenance.options
+    with pytest.raises(UserError, match=r"label 0\.5 in row 2 of .*nodes.csv is no whole number \(2 such"):
+        import_csv(tmp_path, "id,label\n1,0\n2,1\n3,0.5\n4,inf\n")
+
+
+@pytest.mark.parametrize("values", [[0, 5_000_000_000, 1], [0, 1e30, 1], pa.array([0, 2**64 - 1, 65_536], pa.uint64())])
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_ids_and_times_are_no_classes(tmp_path: Path, values: Any, suffix: str) -> None:
+    folder = small_set(tmp_path / "set", node_table([1, 2, 3], label=values), edge_table([1], [2]), suffix)
+    with pytest.raises(UserError, match=r"label \d+ .*is beyond"):
+        import_tables(folder, tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
+    many = "".join(f"{k},{k * 7}\n" for k in range(70_000))
+    with pytest.raises(UserError, match=r"'label' has more than 65536 different values.*--label-column"):
+        import_csv(tmp_path / "many", f"id,label\n{many}")
+
+
+@pytest.mark.parametrize(
+    "ids", [["1e5", "2e5"], ["2020-01-01", "2021-01-01"], ["18446744073709551615", "7"], ["True", "False"], ["1", "2"]]
+)
+def test_ids_of_csv_files_as_they_are_written(tmp_path: Path, ids: list[str]) -> None:
+    nodes, edges = f"id,x\n{ids[0]},1\n{ids[1]},2\n", f"src,dst\n{ids[0]},{ids[1]}\n"
+    assert import_csv(tmp_path, nodes, edges, id_type="string").node_ids.to_pylist() == ids
+    if ids[0][0] in "2T":
+        assert import_csv(tmp_path, nodes, edges).node_ids.to_pylist() == ids
+    elif ids[0] != "1":
+        with pytest.raises(UserError, match=r"has type double.*--id-type string"):
+            import_csv(tmp_path, nodes, edges)
+
+
+def test_zeros_in_front_of_ids_are_kept(tmp_path: Path) -> None:
+    edges = "src,dst\n007,7\n7,08\n"
+    assert import_csv(tmp_path, None, edges).node_ids.to_pylist() == ["007", "08", "7"]
+    assert import_csv(tmp_path, None, edges, id_type="int").node_ids.tolist() == [7, 8]
+    # Also where the first block does not show it, and in a node table.
+    late = "".join(f"{k},{k + 1}\n" for k in range(200_000))
+    assert import_csv(tmp_path, None, f"src,dst\n{late}00,0\n").num_nodes == 200_002
+    assert import_csv(tmp_path, "id,x\n7,1\n007,2\n", "src,dst\n007,7\n").node_ids.to_pylist() == ["7", "007"]
+    # Where the ids are numbers already, it is the user who knows what 007 is.
+    with pytest.raises(UserError, match=r"'src' of .*edges.csv .* '007', .*--id-type string .*--id-type int"):
+        import_csv(tmp_path, "id,x\n7,1\n8,2\n", "src,dst\n007,8\n")
+    assert import_csv(tmp_path, "id,x\n7,1\n8,2\n", "src,dst\n007,8\n", id_type="int").num_edges == 1
+    # Blanks around numbers do not count, zeros alone are no zeros in front, and nothing is no id.
+    assert import_csv(tmp_path, "id,x\n 0,1\n-8 ,2\n", "src,dst\n0, -8\n").node_ids.tolist() == [0, -8]
+    with pytest.raises(UserError, match="has no id in 2 rows, the first is row 1"):
+        import_csv(tmp_path, "id,x\n0,1\n,2\nNA,3\n")
+
+
+def test_delimiters(tmp_path: Path) -> None:
+    tabs = import_csv(tmp_path, None, "src\tdst\n1\t2\n", style=CsvStyle(delimiter="\\t"))
+    assert tabs.num_edges == 1
+    for wrong in ("ab", "ü", "", '"', "\n"):
+        with pytest.raises(UserError, match=r"--delimiter .* is not one ASCII character"):
+            CsvStyle(delimiter=wrong)
+
+
+@pytest.mark.parametrize("content", ["id,größe\n1,2\n", "id,label\n1,größe\n", "größe,x\nä,1\n"])
+def test_csv_files_in_another_encoding(tmp_path: Path, content: str) -> None:
+    late = "id,label\n" + "".join(f"{k},a\n" for k in range(200_000)) + "x,größe\n"
+    for text in (content, late):
+        (tmp_path / "nodes.csv").write_bytes(text.encode("latin-1"))
+        write_table(tmp_path / "edges.csv", edge_table([1], [1]))
+        with pytest.raises(UserError, match=r"nodes.csv is not in UTF-8, .* iconv -f LATIN1 -t UTF-8"):
+            import_tables(tmp_path, tmp_path / "out", columns=TableColumns(id="größe" if text[0] == "g" else "id"))
+
+
+def test_pairs_to_predict_are_told_of_no_option_that_they_lack(tmp_path: Path, small: GraphStore) -> None:
+    """Pairs are read as tables are, but dngd predict has no --id-type."""
+    for suffix in ("csv", "parquet"):
+        path = write_table(tmp_path / f"pairs.{suffix}", edge_table(["a"], ["b"]))
+        with pytest.raises(UserError, match=r"pairs\.(csv|parquet) .*; (mend the lines|give the ids)") as refused:
+            read_pairs(path, small)
+        assert "--id-type" not in str(refused.value)
 
 
 def test_files_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
