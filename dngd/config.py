@@ -31,11 +31,14 @@ MOST_SEEDS_EMPIRICAL = 1024
 """Seeds a shard up to which the empirical Fisher is the default."""
 
 
+MAX_WIDTH = 65_536
+"""Of hidden layers and embeddings; a layer's weight between two of these has 16 GiB."""
+
 LearningRateKind = Literal["constant", "cosine", "hyperbolic"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 # fmt: off
@@ -120,7 +123,7 @@ class RayConfig(_Section):
 class TrainConfig(_Section):
     """Everything that a run is made of. Raises UserError, with the fix, for an unknown key or a bad value."""
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -135,16 +138,16 @@ class TrainConfig(_Section):
     task: Literal["node", "link"] = Field("node", description="what is predicted; node: labels of nodes; link: whether two nodes are linked, by the inner product of their embeddings", json_schema_extra=IDENTITY)
     link_split: str = Field("0.8/0.1/0.1", description="task link: shares TRAIN/VAL/TEST of the links, by a hash of the seed and the two nodes; validation and test links are no edges of the graph that is trained on", json_schema_extra=IDENTITY)
     negatives: int = Field(1, ge=1, description="task link: pairs of nodes drawn uniformly a training link and step, as examples of no link", json_schema_extra=IDENTITY)
-    embedding: int | None = Field(None, ge=1, description="task link: width of a node's embedding, the model's output; null: hidden", json_schema_extra=IDENTITY)
+    embedding: int | None = Field(None, ge=1, le=MAX_WIDTH, description="task link: width of a node's embedding, the model's output; null: hidden", json_schema_extra=IDENTITY)
     model: Literal["gcn", "sage", "custom"] = Field("gcn", description="layer kind; custom: a module given to dngd.Trainer", json_schema_extra=IDENTITY)
-    hidden: int = Field(256, ge=1, description="width of the hidden layers", json_schema_extra=IDENTITY)
+    hidden: int = Field(256, ge=1, le=MAX_WIDTH, description="width of the hidden layers", json_schema_extra=IDENTITY)
     num_layers: int = Field(3, ge=1, le=16, description="number of graph layers", json_schema_extra=IDENTITY)
     fanout: tuple[int, ...] | None = Field(None, description="neighbours drawn per layer, input side first, -1 for all; null: 15,10,5 cut or repeated to num_layers, or with batch_size full all", json_schema_extra=IDENTITY)
     dropout: float = Field(0.5, ge=0, lt=1, description="between layers", json_schema_extra=IDENTITY)
     batch_size: int | Literal["full"] = Field(1024, description="seeds a shard and step, training nodes or links; full: all training nodes in one step, all neighbours unless fanout says otherwise", json_schema_extra=IDENTITY)
     semi: Literal["none", "two_means", "pooled"] = Field("none", description="loss of the nodes outside the training set, their own prediction as label, weight λ_u = semi_weight·(epoch/epochs)^semi_gamma; two_means: mean(labelled) + λ_u·mean(others); pooled: one weighted mean", json_schema_extra=IDENTITY)
-    semi_gamma: float = Field(1.0, gt=0, allow_inf_nan=False, description="γ of λ_u, a number above 0; larger keeps the others out longer", json_schema_extra=IDENTITY)
-    semi_weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="λ_u in the last epoch", json_schema_extra=IDENTITY)
+    semi_gamma: float = Field(1.0, gt=0, description="γ of λ_u, a number above 0; larger keeps the others out longer", json_schema_extra=IDENTITY)
+    semi_weight: float = Field(1.0, gt=0, description="λ_u in the last epoch", json_schema_extra=IDENTITY)
     semi_labels: Literal["argmax", "soft"] = Field("argmax", description="their labels; argmax: of the step's own pass, as in arXiv 2008.09624; soft: p^(1/semi_temperature), normalised, of the prediction p without dropout before the step", json_schema_extra=IDENTITY)
     semi_temperature: float = Field(0.5, gt=0, le=1, description="of soft labels; 1 leaves the prediction as it is, towards 0 it becomes the arg-max", json_schema_extra=IDENTITY)
     semi_share: float = Field(0.5, gt=0, lt=1, description="share of batch_size that is drawn from the nodes outside the training set; batch_size full takes all of them in each step", json_schema_extra=IDENTITY)
@@ -156,7 +159,7 @@ class TrainConfig(_Section):
     lr_half_steps: float = Field(20.0, gt=0, description="hyperbolic: steps after which the rate is halved", json_schema_extra=IDENTITY)
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up", json_schema_extra=IDENTITY)
     metric: Literal["accuracy", "macro_f1", "roc_auc", "average_precision"] | None = Field(None, description="what the best model is chosen by, on validation nodes or links; the run's files hold it as val_accuracy and test_accuracy; null: accuracy for task node, roc_auc for link", json_schema_extra=IDENTITY)
-    class_weights: Literal["balanced"] | tuple[float, ...] | None = Field(None, description="weights of the classes' losses, one a class; balanced: nodes / (classes · nodes of the class), of the training set; null: all 1", json_schema_extra=IDENTITY)
+    class_weights: Literal["balanced"] | tuple[Annotated[float, Field(allow_inf_nan=True)], ...] | None = Field(None, description="weights of the classes' losses, one a class; balanced: nodes / (classes · nodes of the class), of the training set; null: all 1", json_schema_extra=IDENTITY)
     patience: int | None = Field(None, ge=1, description="evaluations in a row without a better validation metric after which the run ends; null: never")
     weight_decay: float = Field(0.0, ge=0, description="decoupled for kfac and adamw, L2 for adam and sgd", json_schema_extra=IDENTITY)
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd", json_schema_extra=IDENTITY)

@@ -10,12 +10,16 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dngd.errors import UserError
+from dngd.paths import expanded
+
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError, OverflowError)
+"""What yaml.safe_load raises: its own errors, and those of Python for a date such as 2020-99-99 or a wrong !!tag."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return a YAML file's mapping. Raises UserError if it cannot be read or is not a mapping."""
     try:
-        return parse_yaml(path.read_bytes(), str(path))
+        return parse_yaml(expanded(path).read_bytes(), str(path))
     except OSError as error:
         raise UserError(f"configuration file {path} cannot be read: {error.strerror}; check the path") from None
 
@@ -24,12 +28,41 @@ def parse_yaml(content: bytes, shown: str) -> dict[str, Any]:
     """Return the mapping in a YAML file's content. shown: the file's name in messages. Raises UserError."""
     try:
         data = yaml.safe_load(content.decode())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"configuration file {shown} is not YAML: {reason}") from None
+    except NOT_YAML as error:
+        raise UserError(f"configuration file {shown} is not YAML: {_reason(error)}") from None
+    _check_keys(data, f"configuration file {shown}")
     if not isinstance(data, dict):
         raise UserError(f"configuration file {shown} holds a {type(data).__name__}; it must be a mapping of fields")
     return data
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, yaml.YAMLError):
+        return " ".join(str(error).split())
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    said = " ".join(str(error).split())
+    return f"a value cannot be read ({said}); quote what is text but looks like a date or a number"
+
+
+def _check_keys(data: object, shown: str) -> None:
+    """Raise UserError for a key at any depth that is no string."""
+    seen: set[int] = set()  # aliases may lead back, and to one part many times over
+    waiting = [data]
+    while waiting:
+        part = waiting.pop()
+        if not isinstance(part, dict | list) or id(part) in seen:
+            continue
+        seen.add(id(part))
+        waiting += part.values() if isinstance(part, dict) else part
+        for key in part if isinstance(part, dict) else ():
+            if not isinstance(key, str):
+                quoted = "YAML reads on, off, yes and no as true and false: quote" if isinstance(key, bool) else "quote"
+                raise UserError(f"{shown} has the key {key!r}, which is no text; {quoted} it, or remove it")
 
 
 def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -53,8 +86,11 @@ def parse_assignment(text: str) -> dict[str, Any]:
         raise UserError(f"--set {text!r} is not key=value; write e.g. --set kfac.damping=0.01")
     try:
         parsed: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {text!r}: {value!r} is not a YAML value") from None
+    except NOT_YAML as error:
+        # Where in the text YAML's own errors are is of no use in one that is this short.
+        reason = "" if isinstance(error, yaml.YAMLError) else f": {_reason(error)}"
+        raise UserError(f"--set {_cut(text)!r}: {_cut(value)!r} is not a YAML value{reason}") from None
+    _check_keys(parsed, f"--set {_cut(text)!r}")
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
     result: dict[str, Any] = parsed

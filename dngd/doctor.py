@@ -17,6 +17,7 @@ from typing import Any, Literal
 import psutil
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dngd.sampling.dgl_import import INSTALL_HINT, dgl_parts
 
@@ -95,11 +96,11 @@ class Diagnosis:
             colour = colours[finding.status]
             if finding.status == "missing" and not finding.required:
                 colour = "yellow"
-            table.add_row(finding.name, finding.found, f"[{colour}]{finding.status}[/]")
+            table.add_row(Text(finding.name), Text(finding.found), Text(finding.status, style=colour))
         console.print(table)
         for finding in self.findings:
             if finding.fix:
-                console.print(f"{finding.name}: {finding.fix}", markup=False, highlight=False, soft_wrap=True)
+                console.print(Text(f"{finding.name}: {finding.fix}"), soft_wrap=True)
         verdict = "dngd can run here" if self.exit_code == 0 else "dngd cannot run here: see the fixes above"
         console.print(verdict, style="bold")
 

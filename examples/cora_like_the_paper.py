@@ -10,6 +10,7 @@ best cell of its sweep. `dngd bench paper` is the whole table, with the paper's 
 
 import argparse
 import statistics
+import time
 from pathlib import Path
 
 import dngd
@@ -28,6 +29,7 @@ def main():
     parser.add_argument("--run-dir", default="runs/cora-like-the-paper")
     arguments = parser.parse_args()
 
+    runs = Path(arguments.run_dir) / time.strftime("%Y%m%d-%H%M%S")
     tests = []
     for seed in range(arguments.seeds):
         config = dngd.TrainConfig(
@@ -47,7 +49,7 @@ def main():
             epochs=arguments.epochs,
             eval_period=5,
             seed=seed,
-            run_dir=Path(arguments.run_dir) / f"seed-{seed}",
+            run_dir=runs / f"seed-{seed}",
         )
         result = dngd.Trainer(config, quiet=True).fit()
         tests.append(100 * result.test_accuracy)

@@ -4,10 +4,11 @@
     python examples/own_parquet.py --folder my-tables   # a folder with nodes*.parquet and edges*.parquet
 
 Columns: `id`, `label` (empty for nodes without one) and numbers as features; `src`, `dst` with ids. Edges are followed
-in both directions here (add_reverse).
+in both directions here (add_reverse). Run again, it imports the tables anew and makes another run folder.
 """
 
 import argparse
+import time
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,8 @@ def main():
     if not folder.exists():
         make_tables(folder)
 
-    store = import_tables(folder, folder / "graph.store", add_reverse=True)
+    store = import_tables(folder, folder / "graph.store", add_reverse=True, overwrite=True)
+    run = folder / time.strftime("run-%Y%m%d-%H%M%S")
     trainer = dngd.Trainer(
         dngd.TrainConfig(
             dataset=str(store.path),
@@ -59,14 +61,15 @@ def main():
             batch_size=256,
             epochs=arguments.epochs,
             metric="macro_f1",
-            run_dir=folder / "run",
+            run_dir=run,
         )
     )
     result = trainer.fit()
     print(f"macro-F1 of nodes held out: {result.test_accuracy:.3f}")
 
     # In the order of the graph's nodes, which have the names that the table gave them.
-    table = trainer.predict_file(folder / "predictions.parquet", nodes="unlabelled")
+    table = trainer.predict_file(run / "predictions.parquet", nodes="unlabelled")
+    print(f"predictions: {table.path}")
     found = pq.read_table(table.path)
     print(found.slice(0, 3).to_pandas().to_string(index=False))
     counts = pc.value_counts(found["class_name"]).to_pylist()

@@ -8,6 +8,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 _NAMES = {"cora": "Cora", "citeseer": "CiteSeer", "pubmed": "PubMed"}
 
@@ -56,9 +57,8 @@ def _figure(spread: Mapping[str, float]) -> str:
     return f"{spread['mean']:.2f} ± {spread['std']:.2f}"
 
 
-def _marked(spread: Mapping[str, float], cell: Mapping[str, Any]) -> str:
-    text = _figure(spread)
-    return f"[bold]{text}[/bold]" if spread["mean"] > cell["paper"]["mean"] else text
+def _marked(spread: Mapping[str, float], cell: Mapping[str, Any]) -> Text:
+    return Text(_figure(spread), style="bold" if spread["mean"] > cell["paper"]["mean"] else "")
 
 
 def _print_seconds(seconds: Mapping[str, Any], console: Console) -> None:

@@ -27,6 +27,7 @@ from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.graph import like_config, write_synth
 from dngd.models import MODELS
+from dngd.paths import expanded
 from dngd.sampling import steps_per_epoch
 from dngd.train.optimizers import factor_layout
 from dngd.train.plan import make_plan
@@ -93,7 +94,7 @@ def parse_compute(text: str) -> Compute:
         found = dict((part.partition("=")[0].strip(), part.partition("=")[2]) for part in text.split(","))
     else:
         try:
-            found = json.loads(Path(text).read_text())
+            found = json.loads(expanded(text).read_text())
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--compute {text} is no JSON file that can be read ({error}); or write {example}"

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from dngd.bench.optimizers import BASELINE
 
@@ -94,7 +94,7 @@ def _contenders(console: Console, title: str, found: Mapping[str, Any]) -> None:
     for name, of in found["contenders"].items():
         table.add_row(
             name.partition(":")[0],
-            escape(of["how"]),
+            Text(of["how"]),
             str(of["processes"]),
             f"{1e3 * of['seconds_a_batch']:.1f}",
             f"{of['seeds_per_second']:,.0f}",

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from dngd.cli.bench_accuracy import bench_accuracy, bench_accuracy_overview
 from dngd.cli.bench_network import bench_comm, bench_scale
 from dngd.cli.bench_paper import bench_paper
-from dngd.cli.common import Json, bench_fields, check_output, field_help, out, print_json
+from dngd.cli.common import Json, bench_fields, error_console, field_help, out, output_file, print_json
 from dngd.config import TrainConfig
 from dngd.config_text import merge, parse_assignment
 
@@ -72,7 +71,7 @@ def bench_step(
         threads=threads,
         scale=scale,
     )
-    with progress_for(Console(stderr=True)) as progress:
+    with progress_for(error_console()) as progress:
         result = run_step_bench(options, progress)
     print_json(result) if as_json else print_step(result, out)
 
@@ -117,7 +116,7 @@ def bench_pipeline(
     from dngd.bench.pipeline import ROWS
     from dngd.bench.tables import print_pipeline
 
-    check_output(output)
+    output = output_file(output)
     options = PipelineOptions(
         TrainConfig(**bench_fields(locals()), dataset=dataset, seed=seed, engine="local"),
         rows=ROWS if rows is None else parse_names(rows),
@@ -128,7 +127,7 @@ def bench_pipeline(
         threads=threads,
         scale=scale,
     )
-    with progress_for(Console(stderr=True)) as progress:
+    with progress_for(error_console()) as progress:
         result = run_pipeline_bench(options, progress)
     if output is not None:
         output.write_text(json.dumps(result) + "\n")
@@ -167,7 +166,7 @@ def bench_trace(
     """Time training steps on a GPU, samplers included, and trace some; tell how much of the copying to it runs while it computes."""
     from dngd.bench.trace import trace_training
 
-    check_output(output)
+    output = output_file(output)
     fields: dict[str, Any] = bench_fields(locals()) | {
         "dataset": dataset,
         "optimizer": optimizer,

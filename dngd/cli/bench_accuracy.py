@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from dngd.cli.common import Json, bench_fields, field_help, out, print_json
+from dngd.cli.common import Json, bench_fields, error_console, expanded_or_none, field_help, out, print_json
 from dngd.config import TrainConfig
 from dngd.config_text import merge
 from dngd.errors import UserError
+from dngd.paths import expanded
 
 MODELS = "gcn:2,sage:3"
 GIVEN_EPOCHS = 30
@@ -115,6 +115,7 @@ def bench_accuracy(
 
     if models is not None and model is not None:
         raise UserError("--models and --model are both given; leave one out")
+    output, page, picture = map(expanded_or_none, (output, page, picture))
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"--out {output} is a file; give a folder, which keeps finished trainings")
     for path in (page, picture):
@@ -144,7 +145,7 @@ def bench_accuracy(
         folder=output,
         search_only=search_only,
     )
-    with progress_for(Console(stderr=True)) as progress:
+    with progress_for(error_console()) as progress:
         result = run_accuracy_bench(options, progress)
     if search_only:
         print_json(result) if as_json else print_searches(result, out)
@@ -168,9 +169,10 @@ def bench_accuracy_overview(
     from dngd.bench.accuracy_tables import print_overview
     from dngd.report import check_file, write_accuracy_svg
 
+    picture = expanded_or_none(picture)
     if picture is not None:
         check_file(picture)
-    result = combine_results(results)
+    result = combine_results([expanded(path) for path in results])
     if picture is not None:
         write_accuracy_svg(result, picture)
     print_json(result) if as_json else print_overview(result, out)

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from dngd.cli.common import Json, bench_fields, check_output, field_help, out, print_json
+from dngd.cli.common import Json, bench_fields, error_console, field_help, out, output_file, print_json
 from dngd.config import TrainConfig
 from dngd.config_text import merge
 from dngd.errors import UserError
@@ -54,7 +53,7 @@ def bench_comm(
     from dngd.bench.competitors import SETTABLE, parse_fields
     from dngd.bench.network_tables import print_comm
 
-    check_output(output)
+    output = output_file(output)
     flags = bench_fields(locals()) | {"epochs": epochs, "num_samplers": num_samplers}
     fields = merge(flags, parse_fields(assignments or [], SETTABLE, "--set"))
     options = CommOptions(
@@ -67,7 +66,7 @@ def bench_comm(
         threads=threads,
         scale=scale,
     )
-    with progress_for(Console(stderr=True)) as progress:
+    with progress_for(error_console()) as progress:
         result = run_comm_bench(options, progress)
     if output is not None:
         output.write_text(json.dumps(result) + "\n")
@@ -118,7 +117,7 @@ def bench_scale(
     from dngd.bench.network_tables import print_scale
     from dngd.bench.projection import Machines, parse_compute
 
-    check_output(output)
+    output = output_file(output)
     flags = bench_fields(locals()) | {"num_samplers": 0}
     fields = merge(flags, parse_fields(assignments or [], SETTABLE, "--set"))
     for name, value in (("gpus-per-host", gpus_per_host), ("gbits", gbits), ("gpu-gbytes", gpu_gbytes)):
@@ -138,7 +137,7 @@ def bench_scale(
         compute=None if compute is None else parse_compute(compute),
         machines=Machines(gpus_per_host, gbits * 1e9 / 8, gpu_gbytes * 1e9, latency_us / 1e6),
     )
-    with progress_for(Console(stderr=True)) as progress:
+    with progress_for(error_console()) as progress:
         result = run_scale_bench(options, progress)
     if output is not None:
         output.write_text(json.dumps(result) + "\n")

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from dngd.cli.common import Json, field_help, out, print_json
+from dngd.cli.common import Json, error_console, expanded_or_none, field_help, out, print_json
 from dngd.config import TrainConfig
 
 
@@ -44,6 +43,7 @@ def bench_paper(
     from dngd.bench.competitors import parse_names
     from dngd.bench.paper_table import print_paper
 
+    output = expanded_or_none(output)
     options = PaperOptions(
         datasets=parse_names(datasets),
         splits=parse_names(splits),
@@ -58,7 +58,7 @@ def bench_paper(
         data_root=TrainConfig(dataset="cora", data_root=data_root).data_root_in_use,
         cache_dir=cache_dir,
     )
-    with progress_for(Console(stderr=True)) as progress:
+    with progress_for(error_console()) as progress:
         result = run_paper_bench(options, progress)
     if output is not None:
         (output / "result.json").write_text(json.dumps(result) + "\n")

@@ -12,8 +12,16 @@ from rich.console import Console
 
 from dngd.config import TrainConfig
 from dngd.errors import UserError
+from dngd.paths import expanded
 
-out = Console()
+out = Console(markup=False, emoji=False)
+"""Standard output. Names and paths are printed as they are: no [markup] and no :emoji: in a string; use rich's Text."""
+
+
+def error_console() -> Console:
+    """Return standard error, likewise without markup in strings."""
+    return Console(stderr=True, markup=False, emoji=False)
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else there.")]
 
@@ -42,10 +50,17 @@ def size_text(count: float) -> str:
     raise AssertionError
 
 
-def check_output(output: Path | None) -> None:
-    """Raise UserError unless a benchmark's --out can become a file, before anything is measured."""
+def expanded_or_none(path: Path | None) -> Path | None:
+    """Return a path that was given with ~ expanded, see `expanded`."""
+    return None if path is None else expanded(path)
+
+
+def output_file(output: Path | None) -> Path | None:
+    """Return a benchmark's --out, ~ expanded; raise UserError unless it can become a file, before the measurement."""
+    output = expanded_or_none(output)
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise UserError(f"--out {output} is a folder or lies in none that exists; give the path of a file")
+    return output
 
 
 def bench_fields(flags: dict[str, Any]) -> dict[str, Any]:

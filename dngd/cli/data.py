@@ -96,7 +96,7 @@ def verify(store: Annotated[Path, typer.Argument(help="Store folder")]) -> None:
         problems = graph.verify_store(store, lambda _, done, total: progress("reading", done, total))
     if problems:
         raise UserError(f"{store}: " + "; ".join(problems))
-    out.print(f"{store}: every file matches its manifest", highlight=False)
+    out.print(f"{store}: every file matches its manifest", highlight=False, soft_wrap=True)
 
 
 def show_store(store: Any, as_json: bool) -> None:

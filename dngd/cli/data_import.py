@@ -10,6 +10,7 @@ import typer
 
 from dngd.cli.common import Json
 from dngd.errors import UserError
+from dngd.paths import expanded
 
 _TABLES = "Node and edge tables (parquet, csv, arrow)"
 
@@ -112,6 +113,7 @@ def data_import(
     from dngd import graph
     from dngd.cli.data import show_store
     from dngd.cli.progress import data_progress
+    from dngd.graph.filesystems import is_remote
 
     columns = {
         "id": id_column,
@@ -127,6 +129,8 @@ def data_import(
     }
     named: dict[str, Any] = {key: value for key, value in columns.items() if value}
     style = graph.CsvStyle(delimiter=delimiter, header=not no_header)
+    if not is_remote(store):
+        store = str(expanded(store))
     kind = _kind(source, source_format, tables=bool(nodes or edges))
     table_only = bool(named or nodes or edges) or style != graph.CsvStyle()
     if table_only and kind != "tables":
@@ -202,11 +206,11 @@ def _import(kind: str, source: str, store: str | Path, options: dict[str, Any]) 
     if kind == "dgl":
         from dngd.sampling.dgl_files import import_dgl_file
 
-        return import_dgl_file(Path(source).expanduser(), store, cast(graph.ImportOptions, options))
+        return import_dgl_file(expanded(source), store, cast(graph.ImportOptions, options))
     importers: dict[str, Any] = {
         "npz": graph.import_npz,
         "planetoid": graph.import_planetoid,
         "ogb": graph.import_ogb,
         "pyg": graph.import_pyg,
     }
-    return importers[kind](source if kind == "ogb" else Path(source).expanduser(), store, **options)
+    return importers[kind](source if kind == "ogb" else expanded(source), store, **options)

@@ -9,6 +9,7 @@ import typer
 
 from dngd.cli.common import Json, out, print_json
 from dngd.errors import UserError
+from dngd.paths import expanded
 
 if TYPE_CHECKING:
     from dngd.graph import GraphStore, Partition
@@ -55,6 +56,7 @@ def partition(
     if new_store is None:
         check_writable(opened, parts, overwrite=overwrite)
     else:
+        new_store = expanded(new_store)
         check_target(new_store, overwrite, is_store_file)
     train = mask_training_nodes(opened) if split is None else opened.split(split, seed).train
     with data_progress() as progress:
@@ -69,7 +71,7 @@ def partition(
             progress=progress,
         )
         if new_store is None:
-            written = write_partition(opened, made, overwrite=overwrite)
+            written = write_partition(opened, made, overwrite=overwrite, progress=progress)
         else:
             permutation = order_by_partition(opened, made.assignment, progress)
             written = reorder_store(

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from dngd.cli.common import error_console
 
 _LOG_SECONDS = 10.0
 
@@ -18,16 +21,16 @@ Callback = Callable[[str, int, int], None]
 @contextmanager
 def data_progress(console: Console | None = None) -> Iterator[Callback]:
     """Give a progress callback that shows each stage on the console; default: standard error."""
-    console = console or Console(stderr=True)
+    console = console or error_console()
     if not console.is_terminal:
         log = _Log(console)
         yield log
         log.close()
         return
     bars = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
-        TextColumn("{task.fields[count]}"),
+        TextColumn("{task.fields[count]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -92,4 +95,4 @@ class _Log:
 
     def _say(self, what: str, now: float) -> None:
         text = f"{self._stage}: {what}, {now - self._began:.0f} s"
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(Text(text), soft_wrap=True)

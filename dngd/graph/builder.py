@@ -37,6 +37,7 @@ from dngd.graph.edge_sort import EdgeSort
 from dngd.graph.features import RowBlocks, write_features
 from dngd.graph.node_ids import canonical_node_ids
 from dngd.graph.staging import StagedFolder, check_target
+from dngd.paths import expanded
 
 if TYPE_CHECKING:
     from dngd.graph.store import GraphStore
@@ -80,7 +81,7 @@ class StoreBuilder:
         memory_bytes: of sorting edges; None: a fraction of the topology, at least 32 MiB.
         Raises UserError.
         """
-        target = Path(path)
+        target = expanded(path)
         if isinstance(name, str) and not name.strip():
             raise UserError("name='' is empty; give the graph a name, or leave it out to take the folder's")
         check_edge_options(self_loops, duplicates, weighted)

@@ -12,6 +12,7 @@ from dngd.graph.builder import Progress
 from dngd.graph.lock import file_lock
 from dngd.graph.staging import remove_unfinished
 from dngd.graph.store import GraphStore
+from dngd.paths import expanded
 
 CACHE_VARIABLE = "DNGD_CACHE_DIR"
 
@@ -22,7 +23,7 @@ _CACHE_VERSION = 1
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """Return the cache folder: the argument, else $DNGD_CACHE_DIR, else ~/.cache/dngd."""
     chosen = cache_dir or os.environ.get(CACHE_VARIABLE) or Path("~/.cache/dngd")
-    return Path(chosen).expanduser().absolute()
+    return expanded(chosen).absolute()
 
 
 def open_or_build(

@@ -24,6 +24,7 @@ from dngd.graph.remote import open_copy
 from dngd.graph.store import GraphStore
 from dngd.graph.synth import BUILT_IN, write_synth
 from dngd.graph.writer import Progress
+from dngd.paths import expanded
 
 DATA_VARIABLE = "DNGD_DATA_ROOT"
 
@@ -61,7 +62,7 @@ def resolve_dataset(
         raise UserError(f"dataset={text!r} is empty; give a name such as products-mini, or a path")
     if is_remote(text):
         return open_copy(text, cache, wait_seconds, progress=progress)
-    candidates = [Path(text).expanduser()]
+    candidates = [expanded(text)]
     if root is not None:
         # Not with_suffix: a name may hold a dot.
         candidates += [root / f"{text}.npz", root / text]
@@ -90,7 +91,7 @@ def available_datasets(data_root: str | Path | None = None) -> list[str]:
 
 def _data_root(data_root: str | Path | None) -> Path | None:
     chosen = data_root or os.environ.get(DATA_VARIABLE)
-    return Path(chosen).expanduser() if chosen else None
+    return expanded(chosen) if chosen else None
 
 
 def _is_graph(path: Path) -> bool:

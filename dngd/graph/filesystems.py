@@ -21,6 +21,7 @@ from typing import Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
 from dngd.errors import UserError
+from dngd.paths import expanded
 
 _S3_OPTIONS = ("region", "scheme", "endpoint_override", "anonymous")
 _GCS_OPTIONS = ("scheme", "endpoint_override", "anonymous")
@@ -76,7 +77,7 @@ def locate(source: str | Path) -> Location:
     text = address_of(source)
     if not is_remote(text):
         text = text.removeprefix("file://")
-        return Location(pyarrow.fs.LocalFileSystem(), str(Path(text).expanduser().absolute()), text, remote=False)
+        return Location(pyarrow.fs.LocalFileSystem(), str(expanded(text).absolute()), text, remote=False)
     shown = shown_address(text)
     scheme, bucket, key, options = _parse(text, shown)
     path = f"{bucket}/{key}" if key else bucket
@@ -104,7 +105,7 @@ def list_files(source: str | Path) -> list[Location]:
     text = address_of(source)
     # A question mark of an address begins its options, so that only local patterns can use it as a wildcard.
     bare, mark, options = text.partition("?") if is_remote(source) else (text, "", "")
-    if not _WILD.search(bare) or (not is_remote(source) and Path(text).expanduser().exists()):
+    if not _WILD.search(bare) or (not is_remote(source) and expanded(text).exists()):
         return _files_of(locate(source))
     return _matching(bare, mark + options)
 

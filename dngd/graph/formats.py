@@ -11,6 +11,7 @@ from dngd.graph.filesystems import address_of, is_remote, shown_address
 from dngd.graph.manifest import MANIFEST_NAME
 from dngd.graph.ogb import is_ogb_folder
 from dngd.graph.table_files import format_of
+from dngd.paths import expanded
 
 ImportFormat = Literal["npz", "planetoid", "ogb", "pyg", "dgl", "tables"]
 """tables: Parquet, CSV or Arrow files, each told by its own name"""
@@ -30,7 +31,7 @@ def guess_format(source: str | Path) -> ImportFormat:
     if is_remote(text):
         check_local(text, _SUFFIXES.get(Path(shown_address(text)).suffix, "tables"))
         return "tables"
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.is_file():
         known = _SUFFIXES.get(path.suffix)
         if known is None and format_of(path.name) is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import time
@@ -52,6 +53,43 @@ def file_lock(
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def folder_lock(
+    folder: Path, *, purpose: str, wait_seconds: float, on_wait: Callable[[str], None] | None = None
+) -> Iterator[None]:
+    """Hold an exclusive lock on a folder itself: nothing is written there for it, so that its holder is not known.
+
+    purpose, on_wait: as of `file_lock`. Where the file system has no locks nothing is held, and two writers at once
+    must be kept apart by their users. Raises UserError after wait_seconds, OSError if the folder cannot be locked.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        deadline = time.monotonic() + wait_seconds
+        while not _try_folder_lock(descriptor):
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    f"waited {wait_seconds:g} s for another process to finish {purpose}; wait for it or end it, then "
+                    "start again"
+                )
+            if on_wait is not None:
+                on_wait(f"waiting for another process to finish {purpose}")
+            time.sleep(_POLL_SECONDS)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_folder_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.EBADF):
+            raise
+    return True
 
 
 def _try_lock(descriptor: int, path: Path) -> bool:

@@ -25,6 +25,7 @@ from dngd.graph.import_options import ImportOptions, check_options, check_traini
 from dngd.graph.manifest import MASK_NAMES, Provenance
 from dngd.graph.npz_members import NpzMembers
 from dngd.graph.store import GraphStore
+from dngd.paths import expanded
 
 Array = npt.NDArray[Any]
 
@@ -51,7 +52,7 @@ def import_npz(path: str | Path, out: str | Path, **options: Unpack[ImportOption
         check_options(out, options, weighted=weighted)
         num_edges = check_edge_index(members, "edge_index")
         weights = _weights(members, num_edges) if weighted else None
-        features = _features(members, num_nodes, Path(out).absolute().parent)
+        features = _features(members, num_nodes, expanded(out).absolute().parent)
         labels, num_classes = canonical_labels(members.read("y") if "y" in members.names else None, num_nodes, None)
         keys = {part: f"{part}_mask" for part in MASK_NAMES}
         masks = {part: members.read(key) for part, key in keys.items() if key in members.names}

@@ -35,6 +35,7 @@ from dngd.graph.store import GraphStore
 from dngd.graph.table_files import Table, open_table
 from dngd.graph.table_readers import CsvStyle
 from dngd.graph.table_values import numbers
+from dngd.paths import expanded
 
 Array = npt.NDArray[Any]
 
@@ -78,7 +79,7 @@ def import_ogb(
     features, or it cannot be downloaded. Nothing is left behind then but the download.
     """
     check_options(out, options, weighted=False)
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if not folder.is_dir():
         folder = _downloaded(str(source), download_dir)
     raw = folder / "raw" if (folder / "raw").is_dir() else folder
@@ -102,7 +103,7 @@ def import_ogb(
                     f"{raw} holds {count} edges but says {num_edges}; the files are incomplete: fetch them again"
                 )
             return builder.finish(
-                features=files.features(num_nodes, Path(out).absolute().parent),
+                features=files.features(num_nodes, expanded(out).absolute().parent),
                 labels=labels,
                 num_classes=num_classes,
                 masks=masks,
@@ -259,10 +260,16 @@ def _downloaded(name: str, download_dir: str | Path | None) -> Path:
             f"{name} is neither a folder nor an OGB node-property set; give a folder with {_NUM_FORMS}, or one of "
             f"{', '.join(known.name for known in _KNOWN)}"
         )
-    root = Path(download_dir).expanduser() if download_dir is not None else cache_folder() / "downloads"
+    root = expanded(download_dir) if download_dir is not None else cache_folder() / "downloads"
     target = root / name.replace("-", "_")
     if is_ogb_folder(target):
         return target
+    # What is there is replaced by the download.
+    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+        raise UserError(
+            f"{target}, where {name} would be put, exists and holds no {_NUM_FORMS}; move it away, or choose another "
+            "download_dir"
+        )
     url, folder_in_zip = _address(name)
     with file_lock(root / f"{target.name}.lock", purpose=f"downloading {name}", wait_seconds=_WAIT_SECONDS):
         if not is_ogb_folder(target):

@@ -11,11 +11,8 @@ and the choice between the two methods are `dngd.sampling.partition_nodes`.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +27,12 @@ from dngd.graph.arrow_files import write_columns
 from dngd.graph.balance import BoolArray, Int32Array, Limits, enforce
 from dngd.graph.builder import Progress
 from dngd.graph.ldg import cut_share, ldg_assignment
+from dngd.graph.lock import folder_lock
 from dngd.graph.store import GraphStore
 
 MAX_PARTS = 1 << 16
 _SEEDS = 2**64
+_WAIT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -148,13 +147,16 @@ def check_writable(store: GraphStore, parts: int, *, overwrite: bool) -> None:
         raise _write_error(store.path, error) from error
 
 
-def write_partition(store: GraphStore, partition: Partition, *, overwrite: bool = False) -> GraphStore:
+def write_partition(
+    store: GraphStore, partition: Partition, *, overwrite: bool = False, progress: Progress | None = None
+) -> GraphStore:
     """Put a partition into the store and return the store opened anew.
 
     overwrite: replace a partition in as many parts. A process killed at any moment leaves a sound store, with
-    the graph as it was and the partition whole or absent. Writers of one store wait for each other; readers
-    that have it open keep what they opened.
-    Raises UserError if there is such a partition already, it is not one of this graph, or the store cannot be written.
+    the graph as it was and the partition whole or absent. Writers of one store wait for each other, ten minutes
+    at most; readers that have it open keep what they opened. progress: hears of such a wait.
+    Raises UserError if there is such a partition already, it is not one of this graph, the wait is too long, or the
+    store cannot be written.
     """
     folder, parts = store.path, partition.parts
     part = partition.assignment.numpy()
@@ -167,7 +169,9 @@ def write_partition(store: GraphStore, partition: Partition, *, overwrite: bool 
         raise UserError("the assignment's parts have other sizes than its info says; make it again")
     made: list[Path] = []
     try:
-        with _locked(folder):
+        purpose = f"writing a partition into {folder}"
+        on_wait = None if progress is None else lambda text: progress(text, 0, 0)
+        with folder_lock(folder, purpose=purpose, wait_seconds=_WAIT_SECONDS, on_wait=on_wait):
             _remove_leftovers(folder)
             manifest = m.read_manifest(folder)
             if manifest.num_nodes != store.num_nodes or GraphStore.open(folder).digest != store.digest:
@@ -248,22 +252,6 @@ def _check_absent(manifest: m.Manifest, folder: Path, parts: int, overwrite: boo
             f"{folder} has a partition in {parts} parts already (by {info.method}, {info.edge_cut:.1%} of the edges "
             "cut); use it, or replace it with --overwrite"
         )
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system releases when its holder ends, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            # Where the file system has no locks, two writers at once must be kept apart by their users.
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.EBADF):
-                raise
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _write_error(folder: Path, error: OSError) -> UserError:

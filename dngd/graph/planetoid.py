@@ -26,6 +26,7 @@ from dngd.graph.import_options import ImportOptions, check_options, recorded
 from dngd.graph.manifest import Provenance
 from dngd.graph.npz import csr_features
 from dngd.graph.store import GraphStore
+from dngd.paths import expanded
 
 PARTS = ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index")
 _NUM_VALIDATION = 500
@@ -115,7 +116,7 @@ def import_planetoid(folder: str | Path, out: str | Path, **options: Unpack[Impo
     with zero features and label 0, and in no mask.
     Raises UserError if files are missing, damaged, do not fit together, or hold more than data.
     """
-    raw, prefix = find_planetoid(Path(folder))
+    raw, prefix = find_planetoid(expanded(folder))
     check_options(out, options, weighted=False)
     paths = {part: raw / f"ind.{prefix}.{part}" for part in PARTS}
     missing = [path.name for path in paths.values() if not path.is_file()]

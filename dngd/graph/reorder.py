@@ -25,6 +25,7 @@ from dngd.graph.filesystems import address_of, is_remote, shown_address
 from dngd.graph.partition import Partition
 from dngd.graph.staging import StagedFolder, check_target
 from dngd.graph.store import GraphStore
+from dngd.paths import expanded
 
 _BLOCK_BYTES = 1 << 26
 
@@ -70,7 +71,7 @@ def reorder_store(
     if is_remote(out):
         shown = shown_address(address_of(out))
         raise UserError(f"{shown} cannot be written to directly; give a local folder, then copy it there whole")
-    target = Path(out).expanduser()
+    target = expanded(out)
     check_target(target, overwrite, m.is_store_file)
     if isinstance(name, str) and not name.strip():
         raise UserError("name='' is empty; give the graph a name, or leave it out to keep the one it has")

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from dngd.errors import UserError
+from dngd.graph.manifest import MANIFEST_NAME
 
 _TEMPORARY_MARK = ".tmp-"
 _RETIRED_MARK = "-old"
@@ -34,7 +35,8 @@ def remove_unfinished(target: Path) -> None:
 
 
 def check_target(target: Path, overwrite: bool, is_own: Callable[[str], bool]) -> None:
-    """Raise UserError if a folder cannot be put at target: taken, or with files whose names are not its own."""
+    """Raise UserError if a folder cannot be put at target: taken, or no store, which has a manifest and no file whose
+    name is not its own. An empty folder may be replaced."""
     if is_temporary(target) or not target.name:
         raise UserError(f"{target} cannot be the name of a store; choose a folder name without '{_TEMPORARY_MARK}'")
     if not target.exists() and not target.is_symlink():
@@ -43,7 +45,8 @@ def check_target(target: Path, overwrite: bool, is_own: Callable[[str], bool]) -
         raise UserError(f"{target} already exists and is not overwritten; choose another path, or --overwrite")
     foreign = not target.is_dir() or target.is_symlink()
     if not foreign:
-        foreign = not all(is_own(entry.name) for entry in target.iterdir())
+        names = [entry.name for entry in target.iterdir()]
+        foreign = bool(names) and not (MANIFEST_NAME in names and all(map(is_own, names)))
     if foreign:
         raise UserError(
             f"{target} is not a graph store, or holds other files too, so that it is not overwritten; "

@@ -28,6 +28,7 @@ from dngd.graph.builder import Progress, RowBlocks, StoreBuilder
 from dngd.graph.key_sort import KeySort, keep_only
 from dngd.graph.manifest import Provenance
 from dngd.graph.store import GraphStore
+from dngd.paths import expanded
 
 IntArray = npt.NDArray[np.int64]
 NodeArray = npt.NDArray[np.int32]
@@ -135,7 +136,7 @@ def write_like(
     Raises UserError if memory or disk space do not suffice, before anything is drawn, or if so many distinct edges
     cannot be found.
     """
-    target = Path(out)
+    target = expanded(out)
     _check_room(config, target)
     draws = [np.random.PCG64(np.random.SeedSequence([config.seed, part])) for part in range(5)]
     classes = _classes(config, draws[0])

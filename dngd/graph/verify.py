@@ -12,6 +12,7 @@ from dngd.graph import manifest as m
 from dngd.graph.arrow_files import file_sha256
 from dngd.graph.node_ids import first_repeated
 from dngd.graph.store import GraphStore
+from dngd.paths import expanded
 
 _BLOCK_VALUES = 1 << 23
 
@@ -22,7 +23,7 @@ def verify_store(path: str | Path, progress: Callable[[str, int, int], None] | N
     Reads every byte. progress: called with (file, bytes done, bytes in all). Never raises UserError: a store
     that does not open is a problem like another.
     """
-    folder = Path(path).expanduser().absolute()
+    folder = expanded(path).absolute()
     try:
         manifest = m.read_manifest(folder)
     except UserError as error:

@@ -17,7 +17,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, quote_plus, urlsplit
 
@@ -28,6 +27,7 @@ from ray.job_submission import JobSubmissionClient
 
 from dngd.errors import UserError
 from dngd.launch.head import TOKEN_FIX, token_sentence
+from dngd.paths import expanded
 
 CONNECT_SECONDS = 15.0
 REQUEST_SECONDS = 20.0
@@ -103,7 +103,7 @@ def make_request(
             f"{words[0]!r} after -- is none of dngd's commands ({known}); for anything else use ray job submit"
         )
     if working_dir is not None and "://" not in working_dir:
-        path = Path(working_dir).expanduser()
+        path = expanded(working_dir)
         if not (path.is_dir() or (path.is_file() and path.suffix == ".zip")):
             there = "is neither a folder nor a zip file" if path.exists() else "does not exist"
             raise UserError(f"--working-dir {working_dir} {there}; give the folder that the job needs, or leave it out")
@@ -113,10 +113,11 @@ def make_request(
             raise UserError(
                 f"--pip was given {len(pip)} times, one of them a file; give one file, or requirements only"
             )
-        if not Path(pip[0]).is_file():
+        if not expanded(pip[0]).is_file():
             raise UserError(
                 f"--pip {pip[0]} does not exist; give a requirements file, or a requirement such as ogb>=1.3.6"
             )
+        pip = [str(expanded(pip[0]))]
     if submission_id is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", submission_id):
         raise UserError(f"--submission-id {submission_id!r} must be letters, digits, '.', '_' and '-' only")
     return JobRequest(words, working_dir, _environment(environment), tuple(pip), submission_id)

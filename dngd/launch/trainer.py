@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dngd.comm import LocalCommunicator
 from dngd.config import TrainConfig
 from dngd.errors import UserError
+from dngd.paths import expanded
 from dngd.report import metric_words, write_report
 from dngd.train import RunPlan, RunResult, check_run_folder, make_plan, prepare_run_folder, run_rank
 from dngd.train.callbacks import Callback
@@ -170,9 +171,9 @@ class Trainer:
         """
         return predict_run(
             self._run_folder(),
-            Path(out),
+            expanded(out),
             nodes=nodes,
-            pairs=None if pairs is None else Path(pairs),
+            pairs=None if pairs is None else expanded(pairs),
             data_root=self.config.data_root,
             probabilities=probabilities,
             parts=self._parts,
@@ -193,7 +194,7 @@ class Trainer:
         """
         from dngd.train.export import export_run  # imports PyG, which takes seconds
 
-        return export_run(self._run_folder(), Path(out), format=format, overwrite=overwrite, parts=self._parts)
+        return export_run(self._run_folder(), expanded(out), format=format, overwrite=overwrite, parts=self._parts)
 
     def _run_folder(self) -> Path:
         if self._run_dir is None:

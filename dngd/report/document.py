@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dngd.errors import UserError
+from dngd.paths import expanded
 from dngd.report.style import style_sheet
 from dngd.report.text import escape
 
@@ -48,7 +49,7 @@ def card_list(cards: Sequence[tuple[str, str, str]]) -> str:
 
 def check_file(out: Path) -> None:
     """Raise UserError if a file cannot come to be at this path, before hours of work for it."""
-    out = out.expanduser()
+    out = expanded(out)
     if out.is_dir():
         raise UserError(f"{out} is a folder; give the name of a file, e.g. {out / 'report.html'}")
     if not out.absolute().parent.is_dir():
@@ -57,7 +58,7 @@ def check_file(out: Path) -> None:
 
 def write_file(out: Path, text: str) -> Path:
     """Write a file and return its path. Raises UserError if it cannot be written."""
-    out = Path(out).expanduser()
+    out = expanded(out)
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; give the name of a file, e.g. {out / 'report.html'}")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.writing")

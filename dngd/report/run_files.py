@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from dngd.errors import UserError
+from dngd.paths import expanded
 from dngd.report.axes import plottable
 
 NOT_A_NUMBER = float("nan")
@@ -79,7 +80,7 @@ def read_runs(run_dirs: Sequence[Path]) -> list[RunFiles]:
 
     Raises UserError if there is none, or if a folder holds no run.
     """
-    folders = list({Path(path).expanduser().resolve(): Path(path).expanduser() for path in run_dirs}.values())
+    folders = list({expanded(path).resolve(): expanded(path) for path in run_dirs}.values())
     if not folders:
         raise UserError("no run folder was given; name at least one, e.g. dngd report runs/my-run")
     return [read_run(path, name) for path, name in zip(folders, unique_names(folders))]
@@ -101,7 +102,11 @@ def read_run(path: Path, name: str) -> RunFiles:
     steps = as_number(result.get("steps"))
     if steps is not None and any(evaluation.step > steps for evaluation in evaluations):
         result = {}  # the run was resumed with more epochs and is going on: result.json is of its past
-    return RunFiles(name, path, flatten(config), evaluations, result, _health(path / "health.jsonl"), metric)
+    try:
+        flat = flatten(config)
+    except RecursionError:
+        raise UserError(f"{files[0]} is nested too deeply, or leads back to itself; mend or remove it") from None
+    return RunFiles(name, path, flat, evaluations, result, _health(path / "health.jsonl"), metric)
 
 
 def unique_names(folders: Sequence[Path]) -> list[str]:
@@ -191,7 +196,7 @@ def _mapping(path: Path) -> dict[str, Any]:
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
         data = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is not {kind}: {' '.join(str(error).split())}; mend or remove it") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} holds a {type(data).__name__}, not a mapping; mend or remove it")

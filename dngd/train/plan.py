@@ -376,6 +376,7 @@ def check_fits(plan: RunPlan, config: TrainConfig, workers_here: int, *, is_work
     needed = (plan.worker_bytes - taken) * workers_here + tables
     if needed > free:
         parts = {
+            "weights": plan.model_bytes + plan.optimizer_bytes,
             "curvature": plan.curvature_bytes,
             "links": plan.link_bytes,
             "full batch": plan.full_batch_bytes,
@@ -386,6 +387,7 @@ def check_fits(plan: RunPlan, config: TrainConfig, workers_here: int, *, is_work
         largest = max(parts, key=lambda name: parts[name])
         constant = config.constant_full_batch
         fix = {
+            "weights": "use a smaller --hidden",
             "curvature": "use a first-order --optimizer or a graph with fewer features",
             "links": "use a machine with more memory, or fewer workers a machine",
             "full batch": "use a number as --batch-size with a --fanout, which samples",

@@ -17,6 +17,7 @@ from torch import Tensor
 from dngd.errors import UserError
 from dngd.graph import GraphStore
 from dngd.graph.manifest import dngd_version
+from dngd.paths import expanded
 from dngd.train.evaluation import EvaluationProgress
 from dngd.train.link_predict import pair_batches, pair_fields, read_pairs
 from dngd.train.new_file import new_file
@@ -90,7 +91,7 @@ def predict_run(
     written a row group at a time.
     Raises UserError for what `evaluate_run` does, a path that cannot be written, and nodes that the graph has not.
     """
-    out = out.expanduser()
+    out = expanded(out)
     _check_out(out, overwrite)
     trained = load_trained(run, parts)
     _check_task(trained, nodes, pairs, probabilities)

@@ -56,6 +56,19 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--set", "kfac.dampin=1"], ["kfac.dampin", "did you mean kfac.damping?"]),
         (["--set", "hiden=1"], ["hiden", "did you mean hidden?"]),
         (["--set", "hidden"], ["hidden", "key=value"]),
+        (["--set", "self=1"], ["'self' is unknown"]),
+        (["--set", "seed=2020-99-99"], ["seed=2020-99-99", "month must be in 1..12", "quote"]),
+        (["--set", "kfac={on: 3}"], ["key True", "quote"]),
+        (["--set", "lr=.inf"], ["lr=inf", "finite"]),
+        (["--set", "kfac.kl_bound=.inf"], ["kfac.kl_bound=inf", "finite"]),
+        (["--hidden", "100000000000"], ["hidden=100000000000", "65536"]),
+        (["--task", "link", "--set", "embedding=100000000000"], ["embedding=100000000000", "65536"]),
+        (["--dataset", "~no-such-user/x"], ["~no-such-user/x", "whole path"]),
+        (["--data-root", "~no-such-user/x"], ["~no-such-user/x", "whole path"]),
+        (["--cache-dir", "~no-such-user/x"], ["~no-such-user/x", "whole path"]),
+        (["--stage-dir", "~no-such-user/x"], ["~no-such-user/x", "whole path"]),
+        (["--run-dir", "~no-such-user/x"], ["~no-such-user/x", "whole path"]),
+        (["--config", "~no-such-user/x"], ["~no-such-user/x", "whole path"]),
         (["--damping", "0"], ["kfac.damping=0", "greater than 0"]),
         (["--lr", "-1"], ["lr=-1"]),
         (["--use-gpu"], ["--use-gpu", "no CUDA device"]),
@@ -216,9 +229,12 @@ def test_a_run_that_will_not_fit(
     capsys: pytest.CaptureFixture[str], store: GraphStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    wide = ["train", "--dataset", str(store.path), *BASE, "--batch-size", "50", "--set", "hidden=3000000"]
-    assert "GiB" in refused(capsys, *wide)
-    assert "GiB" in refused(capsys, *wide, "--dry-run")
+    wide = ["train", "--dataset", str(store.path), *BASE, "--batch-size", "50", "--hidden", "65536"]
+    wide += ["--num-layers", "16", "--fanout", ",".join(["5"] * 16)]
+    for flags in (wide, [*wide, "--dry-run"]):
+        said = refused(capsys, *flags)
+        assert "largest part: weights" in said
+        assert "smaller --hidden" in said
 
 
 def test_dry_run_starts_nothing(
@@ -246,3 +262,113 @@ def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for command in ("train", "evaluate", "report", "doctor", "data"):
         assert command in out
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("on: 3", ["key True", "yes and no", "quote"]),
+        ("1: 2", ["key 1,", "quote"]),
+        ("kfac: {no: 1}", ["key False", "quote"]),
+        ("seed: 2020-99-99", ["not YAML", "month must be in 1..12", "quote"]),
+        ("seed: !!timestamp x", ["not YAML", "quote"]),
+        ("seed: " + "[" * 5000 + "]" * 5000, ["nested too deeply"]),
+        ("self: 1", ["'self' is unknown"]),
+        ("lr: .nan", ["lr=nan", "finite"]),
+    ],
+)
+def test_wrong_configuration_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: list[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(f"{content}\ndataset: cora\n")
+    told = refused(capsys, "train", "--config", str(tmp_path / "c.yaml"), "--dry-run")
+    for text in said:
+        assert text in told
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("data", "import", "~no-such-user/x", "--out", "new"),
+        ("data", "import", "GRAPH", "--out", "~no-such-user/x"),
+        ("data", "synth", "--out", "~no-such-user/x"),
+        ("data", "info", "~no-such-user/x"),
+        ("data", "verify", "~no-such-user/x"),
+        ("evaluate", "~no-such-user/x"),
+        ("report", "~no-such-user/x"),
+        ("report", "GRAPH", "--out", "~no-such-user/x"),
+        ("predict", "GRAPH", "--out", "~no-such-user/x"),
+        ("export", "GRAPH", "--out", "~no-such-user/x"),
+        ("bench", "comm", "--out", "~no-such-user/x"),
+        ("bench", "accuracy", "--svg", "~no-such-user/x"),
+        ("bench", "paper", "--out", "~no-such-user/x"),
+    ],
+    ids=" ".join,
+)
+def test_no_such_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez(tmp_path / "g.npz", edge_index=np.array([[0, 1], [1, 2]]), num_nodes=3, x=np.ones((3, 1)))
+    told = refused(capsys, *(str(tmp_path / "g.npz") if word == "GRAPH" else word for word in arguments))
+    assert "~no-such-user/x begins with ~no-such-user" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["g.npz"]
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_folder(
+    tmp_path: Path, store: GraphStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    for arguments in (
+        ["train", "--dataset", str(store.path), *BASE, "--batch-size", "50", "--run-dir", "~/run"],
+        ["data", "synth", "--nodes", "200", "--edges", "800", "--classes", "3", "--out=~/synth"],
+        ["data", "import", "~/g.npz", "--out=~/imported"],
+        ["data", "import", "~/g.npz", "--out=~/ordered", "--order", "degree"],
+        ["data", "partition", "~/synth", "--parts", "2", "--method", "ldg", "--reorder", "--out=~/parts"],
+        ["report", "~/run", "--out=~/page.html"],
+        ["predict", "~/run", "--out=~/predictions.parquet"],
+    ):
+        np.savez(home / "g.npz", edge_index=np.array([[0, 1], [1, 2]]), num_nodes=3, x=np.ones((3, 1)))
+        assert run(capsys, *arguments)[0] == 0, arguments
+        assert list(here.iterdir()) == [], arguments
+    made = {"run", "synth", "imported", "ordered", "parts", "page.html", "predictions.parquet"}
+    assert {path.name for path in home.iterdir()} == {"g.npz", *made}
+    (home / "notes.html").write_text("mine")
+    assert "is no dngd report" in refused(capsys, "report", "~/run", "--out=~/notes.html")
+    assert (home / "notes.html").read_text() == "mine"
+
+
+def test_names_are_printed_as_they_are(
+    tmp_path: Path, store: GraphStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not as rich's markup: [/x] would end the command, [red] and :x: would be eaten."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def shown(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main(list(arguments))
+        told = capsys.readouterr()
+        assert exit_info.value.code == 0, told.err
+        return told.out + told.err
+
+    np.savez(tmp_path / "g.npz", edge_index=np.array([[0, 1], [1, 2]]), num_nodes=3, x=np.ones((3, 1)))
+    name = "[/x] [red] :x:"
+    graph = str(tmp_path / "[red]" / "graph[")
+    assert name in shown("data", "import", str(tmp_path / "g.npz"), "--out", graph, "--name", name)
+    assert name in shown("data", "info", graph)
+    assert f"{graph}: every" in shown("data", "verify", graph)
+    folder = str(tmp_path / "[red][" / "x]")
+    (tmp_path / "link [").symlink_to(store.path)
+    loud = [word for word in BASE if word != "--quiet"]
+    flags = [*loud, "--batch-size", "50", "--run-dir", folder]
+    told = shown("train", "--dataset", str(tmp_path / "link ["), *flags)
+    assert f"run folder  {folder}\n" in told
+    assert f"reading {tmp_path / 'link ['}\n" in told
+    assert f"{folder}:modelofstep" in "".join(shown("evaluate", folder).split()), "a title may be broken"
+    page = str(tmp_path / "[red][") + "/page :x:.html"
+    assert f"{page}\n" in shown("report", folder, "--out", page)
+    assert f"{page}.parquet: 600 nodes" in shown("predict", folder, "--out", f"{page}.parquet")

@@ -593,8 +593,8 @@ def test_used_twice(kind: str) -> None:
 def law_seeds_that_miss_a_layer(takes_part: bool) -> None:
     """A step whose seeds do not reach a layer is still n seeds of its G: `G = (1/n) Σ g gᵀ` over all of them.
 
-    takes_part: whether the layer has a gradient then, of zeros, and so takes the step. Without one it does not, and G is
-    over the seeds of the steps that it takes, as the mean of its gradients is.
+    takes_part: whether the layer has a gradient then, of zeros, and so takes the step. Without one it does not, and G
+    is over the seeds of the steps that it takes, as the mean of its gradients is.
     """
 
     class Branches(nn.Module):

@@ -73,12 +73,12 @@ def test_a_terminal_gets_a_bar_for_each_stage() -> None:
     console = shown(terminal=True)
     with data_progress(console) as progress:
         for done in (0, 1_000, 2_000):
-            progress("edges", done, 0)
+            progress("edges [/x]", done, 0)
         for done in (0, 1_000, 4_000):
             progress("sorting", done, 4_000)
     assert isinstance(console.file, io.StringIO)
     last = console.file.getvalue().rsplit("\r", 1)[-1]
-    assert "edges" in last
+    assert "edges [/x]" in last
     assert "2,000" in last
     assert "4,000/4,000" in last
 

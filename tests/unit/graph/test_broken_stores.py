@@ -438,3 +438,18 @@ def test_a_parent_that_is_a_file_is_named(arrays: dict[str, Any], tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         GraphStore.write(tmp_path / "file" / "g", **arrays)
+
+
+def test_only_a_store_or_an_empty_folder_is_overwritten(tmp_path: Path) -> None:
+    """Files that are called as a store's may be the user's own."""
+    target = tmp_path / "g"
+    target.mkdir()
+    for name in ("labels.arrow", "features.arrow"):
+        (target / name).write_text("mine")
+    with pytest.raises(UserError, match="is not a graph store"):
+        build(target, overwrite=True)
+    assert (target / "labels.arrow").read_text() == "mine"
+    shutil.rmtree(target)
+    target.mkdir()
+    build(target, overwrite=True)
+    assert build(target, overwrite=True, name="again").name == "again"

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dngd.errors import UserError
-from dngd.graph import GraphStore, resolve_dataset
+from dngd.graph import GraphStore, ogb, resolve_dataset
 from dngd.graph.ogb import import_ogb
 from dngd.graph.tables import import_tables
 from tests.helpers.object_store import ObjectStore, object_store
@@ -203,6 +203,22 @@ def test_bad_ogb_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="features are of edges"):
         import_ogb("ogbn-proteins", tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+def test_a_download_replaces_nothing_that_is_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str) -> None:
+        raise AssertionError(name)
+
+    monkeypatch.setattr(ogb, "_address", download)
+    kept = tmp_path / "sets" / "ogbn_arxiv" / "notes.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    with pytest.raises(UserError, match=r"ogbn_arxiv.* exists and holds no raw/edge.csv.gz.* download_dir"):
+        import_ogb("ogbn-arxiv", tmp_path / "store", download_dir=tmp_path / "sets")
+    assert kept.read_text() == "mine"
+    kept.unlink()
+    with pytest.raises(AssertionError, match="ogbn-arxiv"):  # an empty folder is in nobody's way
+        import_ogb("ogbn-arxiv", tmp_path / "store", download_dir=tmp_path / "sets")
 
 
 # --- an object store

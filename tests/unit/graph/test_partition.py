@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
 import itertools
 import os
@@ -439,6 +440,21 @@ def test_writers_at_once_lose_nothing(small: GraphStore) -> None:
     store = GraphStore.open(small.path)
     assert list(store.partitions) == list(range(2, 8))
     assert store.verify() == []
+
+
+def test_a_wait_for_another_writer_is_told_and_ends(small: GraphStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "_WAIT_SECONDS", 0.3)
+    told: list[str] = []
+    made = partition_by_ldg(small, 2)
+    lock = os.open(small.path, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(
+        UserError, match=r"waited 0\.3 s for another process to finish writing a partition into .* end it"
+    ):
+        write_partition(small, made, progress=lambda stage, *_: told.append(stage))
+    assert set(told) == {f"waiting for another process to finish writing a partition into {small.path}"}
+    os.close(lock)
+    assert list(write_partition(small, made).partitions) == [2]
 
 
 def test_limits_are_an_even_share_and_its_slack() -> None:

@@ -243,3 +243,11 @@ def test_result_of_odd_types(tmp_path: Path) -> None:
     outcome = {name: "text" for name in result()} | {"steps": [1], "phase_ms": {"forward": None, "x": True}}
     page = page_of(write_run(tmp_path / "run", outcome=json.loads(json.dumps(outcome))))
     assert "81.25%" in page.text, "falls back to the evaluations"
+
+
+@pytest.mark.parametrize("content", ["seed: !!timestamp x", "a: &x {b: *x}"])
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path: Path, content: str) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"config\.yaml is .*; mend or remove it"):
+        write_report([run], tmp_path / "page.html")

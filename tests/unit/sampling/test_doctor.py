@@ -82,3 +82,10 @@ def test_too_many_threads_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = next(finding for finding in diagnose().findings if finding.name == "OMP_NUM_THREADS")
     assert finding.status == "untested"
     assert "unset it" in finding.fix
+
+
+def test_what_was_found_is_printed_as_it_is() -> None:
+    """Not as rich's markup."""
+    said = rendered(Diagnosis((Finding("a [/x]", "b [red] :x:", "missing", False, "c [/y] :x:"),)))
+    for text in ("a [/x]", "b [red] :x:", "c [/y] :x:", "missing"):
+        assert text in said
