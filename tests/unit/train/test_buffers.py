@@ -27,8 +27,9 @@ def shard_rows(step: int, shard: int) -> Tensor:
     return torch.randn(6, 4, generator=generator) + shard
 
 
-def trained_statistics(communicator: Any, momentum: float | None, empty: tuple[int, ...] = ()) -> list[Tensor]:
-    net = copy.deepcopy(make_net(momentum))
+def trained_statistics(communicator: Any, made: nn.Sequential, empty: tuple[int, ...] = ()) -> list[Tensor]:
+    """made: alike at all ranks, which share one random stream here."""
+    net = copy.deepcopy(made)
     statistics = RunningStatistics(net, communicator)
     own = SHARDS // communicator.world_size
     for step in range(STEPS):
@@ -53,7 +54,8 @@ def expected_statistics(momentum: float) -> tuple[Tensor, Tensor]:
 
 
 def law_statistics_are_the_shards_mean(world: int) -> None:
-    for mean, variance, steps in run_threads(world, lambda comm: trained_statistics(comm, 0.2)):
+    made = make_net(0.2)
+    for mean, variance, steps in run_threads(world, lambda comm: trained_statistics(comm, made)):
         for found, expected in zip((mean, variance), expected_statistics(0.2)):
             assert torch.allclose(found, expected, atol=1e-6)
         assert int(steps) == 2, "a step, not a shard"
@@ -72,7 +74,8 @@ def test_statistics_are_the_shards_mean(world: int) -> None:
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_shard_without_seeds_has_no_part(momentum: float | None) -> None:
     """None: the mean of all steps, which goes by their count, on a rank without a shard too."""
-    worlds = [run_threads(world, lambda comm: trained_statistics(comm, momentum, (2, 3))) for world in (1, 2, 4)]
+    made = make_net(momentum)
+    worlds = [run_threads(world, lambda comm: trained_statistics(comm, made, (2, 3))) for world in (1, 2, 4)]
     whole = worlds[0][0]
     for ranks in worlds[1:]:
         for found in ranks:
