@@ -10,7 +10,7 @@ best cell of its sweep. `dngd bench paper` is the whole table, with the paper's 
 
 import argparse
 import statistics
-import time
+import tempfile
 from pathlib import Path
 
 import dngd
@@ -29,7 +29,8 @@ def main():
     parser.add_argument("--run-dir", default="runs/cora-like-the-paper")
     arguments = parser.parse_args()
 
-    runs = Path(arguments.run_dir) / time.strftime("%Y%m%d-%H%M%S")
+    Path(arguments.run_dir).mkdir(parents=True, exist_ok=True)
+    runs = Path(tempfile.mkdtemp(prefix="runs-", dir=arguments.run_dir))
     tests = []
     for seed in range(arguments.seeds):
         config = dngd.TrainConfig(

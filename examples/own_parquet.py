@@ -8,7 +8,7 @@ in both directions here (add_reverse). Run again, it imports the tables anew and
 """
 
 import argparse
-import time
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,7 @@ def main():
         make_tables(folder)
 
     store = import_tables(folder, folder / "graph.store", add_reverse=True, overwrite=True)
-    run = folder / time.strftime("run-%Y%m%d-%H%M%S")
+    run = Path(tempfile.mkdtemp(prefix="run-", dir=folder))
     trainer = dngd.Trainer(
         dngd.TrainConfig(
             dataset=str(store.path),

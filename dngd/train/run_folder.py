@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +73,16 @@ def resume_command(config: TrainConfig, folder: RunFolder) -> str:
 
 
 def default_run_dir(config: TrainConfig) -> Path:
-    """Return runs/DATASET-MODEL-OPTIMIZER-TIME below the working directory."""
+    """Return runs/DATASET-MODEL-OPTIMIZER-TIME below the working directory, with -2, -3, ... if that is there."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{Path(config.dataset).stem}-{config.model}-{config.optimizer}-{stamp}"
+    first = Path("runs") / f"{Path(config.dataset).stem}-{config.model}-{config.optimizer}-{stamp}"
+    return next(path for path in _numbered(first) if not path.exists())
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.name}-{number}")
 
 
 def saved_fields(run_dir: Path) -> dict[str, Any] | None:
