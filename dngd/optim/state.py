@@ -120,7 +120,7 @@ def load_preconditioner_state(pre: KFACPreconditioner, states: Sequence[State]) 
     names = list(pre.states)
     pre.deferred = [names[int(i)] for i in shared.get("shared.deferred", ())]
     # States of before it was kept: of layers that take part in all steps.
-    usual = [value for _ in names for value in (pre.steps, -1)]
+    usual = [value for _ in names for value in (0, -1)]
     saved_participation = shared.get("shared.participation")
     pre.participation.restore(names, usual if saved_participation is None else saved_participation.tolist())
     for name, state in pre.states.items():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -186,8 +186,13 @@ def law_lazy_is_eager(scenario: Scenario) -> None:
                         assert torch.allclose(a, b, rtol=1e-7, atol=1e-9), f"step {step}, layer {name}"
 
 
+DROPPED_FACTOR_STEPS = Scenario(((1,),) * 9, frozenset({4, 6}), 0.0, 2, 2, 0, 0)
+"""A layer of all steps is not late where factor steps were dropped."""
+
+
 @settings(max_examples=60, deadline=None)
 @given(scenarios())
+@example(DROPPED_FACTOR_STEPS)
 def test_lazy_is_eager(scenario: Scenario) -> None:
     law_lazy_is_eager(scenario)
 

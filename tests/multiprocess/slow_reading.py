@@ -13,7 +13,7 @@ from dngd.errors import TrainingError
 from dngd.train import checkpoint
 from dngd.train.checkpoint import CheckpointFolder, Snapshot
 
-LIMIT_SECONDS = 2.0
+LIMIT_SECONDS = 1.0
 """Of each collective."""
 
 

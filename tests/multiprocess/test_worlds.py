@@ -81,7 +81,7 @@ def assert_same_run(
     assert found["staleness"] == expected["staleness"]
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("delay", DELAYS)
 def test_any_world_size_is_the_same_run(world_size: int, delay: int) -> None:
     results = run(world_size, {"delay": delay})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -101,11 +101,13 @@ def test_heads_by_turns_are_both_measured() -> None:
         assert float(optimizer.preconditioner.states[name].folded.counts[0]) > 1.5 * N
 
 
-def test_a_layer_of_all_steps_asks_for_none() -> None:
+@pytest.mark.parametrize("dropped", [(), range(10, 95, 10)])
+def test_a_layer_of_all_steps_asks_for_none(dropped: Sequence[int]) -> None:
+    """dropped: factor steps that were, and did not count."""
     asked = Participation()
     for step in range(500):
-        due = step % 10 == 0
-        assert asked.note(step, ["a"], is_factor_step=due, period=10) == []
+        if step not in dropped:
+            assert asked.note(step, ["a"], is_factor_step=step % 10 == 0, period=10) == []
         assert not asked.wants(step + 1)
 
 
