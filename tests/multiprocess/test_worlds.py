@@ -205,6 +205,7 @@ def test_mutant_per_rank_means_is_caught() -> None:
         assert_same_run(run(2, {"delay": 0, "mutant": "per_rank_means"})[0], run(1, {"delay": 0})[0])
 
 
+@pytest.mark.slow
 def test_mutant_swapped_collective_is_caught() -> None:
     """One rank that shares inverses in another order: an error within the limit or another result, never a hang."""
     with pytest.raises(AssertionError, match=r"rank \d of 2: .* failed|Not equal|drifted|exited with"):

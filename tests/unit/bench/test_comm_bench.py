@@ -28,6 +28,7 @@ COMM += f" --set kfac.kl_bound_period={PERIOD}"
 COMM += f" --set kfac.inverse_update_period={PERIOD} --set kfac.factor_update_period=2 --set kfac.dense_steps=2"
 
 
+@pytest.mark.slow
 def test_two_worlds_of_two_processes(store: GraphStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "comm.json"
     with pytest.raises(SystemExit) as exit_info:
