@@ -38,14 +38,7 @@ def file_lock(
         deadline = time.monotonic() + wait_seconds
         while not _try_lock(descriptor, path):
             holder = os.pread(descriptor, 64, 0).decode("ascii", "replace").strip() or "unknown"
-            if time.monotonic() >= deadline:
-                raise UserError(
-                    f"waited {wait_seconds:g} s for process {holder} to finish: {purpose} (lock {path}); "
-                    "wait for it or end it, then start again"
-                )
-            if on_wait is not None:
-                on_wait(f"waiting for process {holder} to finish {purpose}")
-            time.sleep(_POLL_SECONDS)
+            _wait(f"process {holder}", purpose, f" (lock {path})", wait_seconds, deadline, on_wait)
         # On a full disk those who wait are not told who holds it; what is done under the lock says what is wrong.
         with contextlib.suppress(OSError):
             os.truncate(descriptor, 0)
@@ -68,17 +61,24 @@ def folder_lock(
     try:
         deadline = time.monotonic() + wait_seconds
         while not _try_folder_lock(descriptor):
-            if time.monotonic() >= deadline:
-                raise UserError(
-                    f"waited {wait_seconds:g} s for another process to finish {purpose}; wait for it or end it, then "
-                    "start again"
-                )
-            if on_wait is not None:
-                on_wait(f"waiting for another process to finish {purpose}")
-            time.sleep(_POLL_SECONDS)
+            _wait("another process", purpose, "", wait_seconds, deadline, on_wait)
         yield
     finally:
         os.close(descriptor)
+
+
+def _wait(
+    holder: str, purpose: str, where: str, wait_seconds: float, deadline: float, on_wait: Callable[[str], None] | None
+) -> None:
+    """Wait for a moment before the next try. Raises UserError after the deadline, of time.monotonic()."""
+    if time.monotonic() >= deadline:
+        raise UserError(
+            f"waited {wait_seconds:g} s for {holder} to finish: {purpose}{where}; wait for it or end it, then start "
+            "again"
+        )
+    if on_wait is not None:
+        on_wait(f"waiting for {holder} to finish {purpose}")
+    time.sleep(_POLL_SECONDS)
 
 
 def _try_folder_lock(descriptor: int) -> bool:

@@ -333,7 +333,7 @@ class KFACPreconditioner:
         return finite
 
     def _take_note(self) -> list[str]:
-        """Note which layers have a gradient; return those that are measured for the first time, after step 0."""
+        """Note which layers have a gradient; return those that come late to be measured, which this step does."""
         names = [name for name, layer in self.layers.items() if layer.has_gradient]
         period = period_at(self.schedule.factor_update_period, self.steps)
         return self.participation.note(self.steps, names, is_factor_step=self.capture.active, period=period)
@@ -456,6 +456,7 @@ class KFACPreconditioner:
     def discard(self) -> None:
         """Forget this step's captured rows, on all ranks, and count the step as dropped."""
         self.forget()
+        self._was_stepped = True
         self.dropped_steps += 1
         self.dropped_in_a_row += 1
 

@@ -449,7 +449,7 @@ def test_a_wait_for_another_writer_is_told_and_ends(small: GraphStore, monkeypat
     lock = os.open(small.path, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     with pytest.raises(
-        UserError, match=r"waited 0\.3 s for another process to finish writing a partition into .* end it"
+        UserError, match=r"waited 0\.3 s for another process to finish: writing a partition into .* end it"
     ):
         write_partition(small, made, progress=lambda stage, *_: told.append(stage))
     assert set(told) == {f"waiting for another process to finish writing a partition into {small.path}"}

@@ -194,3 +194,14 @@ def test_gradients_that_are_given_up_are_no_skipped_step() -> None:
         scaler.scale(F.cross_entropy(net(x), y)).backward()
         optimizer.zero_grad(set_to_none=False)
     assert optimizer.preconditioner.dropped_steps == 0
+
+
+def test_a_step_that_was_discarded_is_counted_once() -> None:
+    net = make_net()
+    x, y = make_data(0)
+    optimizer = NaturalGradient(net, loss_scale=lambda: 1.0)
+    for count in (1, 2):
+        (F.cross_entropy(net(x), y) * float("inf")).backward()
+        optimizer.preconditioner.discard()
+        optimizer.zero_grad()
+        assert optimizer.preconditioner.dropped_steps == count
