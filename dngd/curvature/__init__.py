@@ -9,6 +9,8 @@ of the **sum** of the seeds' losses with respect to row `z_i`. Its Fisher block 
 from dngd.curvature.damping import DampingMode, damping_split, pi_ratio
 from dngd.curvature.fisher import FisherKind, LossKind, hessian_columns, random_signs, sampled_gradient
 from dngd.curvature.inverse import InverseResult, cholesky_inverse, eigendecomposition
+from dngd.curvature.layout import FactorLayout
+from dngd.curvature.low_rank import LowRank
 from dngd.curvature.precondition import (
     inner_product,
     kl_clip_scale,
@@ -21,16 +23,7 @@ from dngd.curvature.precondition import (
     row_scales,
 )
 from dngd.curvature.statistics import FactorStatistics, KroneckerFactors
-from dngd.curvature.structure import (
-    BlockDiagonal,
-    Dense,
-    Diagonal,
-    FactorLayout,
-    FactorStructure,
-    LowRank,
-    Tensors,
-    gram,
-)
+from dngd.curvature.structure import BlockDiagonal, Dense, Diagonal, FactorStructure, Tensors, gram
 from dngd.curvature.symmetric import pack_symmetric, packed_diagonal, packed_size, unpack_symmetric
 
 __all__ = [

@@ -6,6 +6,7 @@ a CPU, where they go from tensor to tensor, the same numbers come with the fewes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -46,6 +47,18 @@ def scaled(tensors: Sequence[Tensor], scale: Tensor) -> Sequence[Tensor]:
     if _in_few_kernels(tensors):
         return torch._foreach_mul(list(tensors), scale)
     return [tensor * scale for tensor in tensors]
+
+
+def all_finite(tensors: Sequence[Tensor], device: torch.device) -> bool:
+    """Return whether every entry of every tensor is finite, by their norms; one host synchronisation.
+
+    device: where the norms are brought together if they are of several devices or types. A tensor whose sum of squares
+    overflows counts as not finite.
+    """
+    norms = torch._foreach_norm(list(tensors))
+    if len({(norm.device, norm.dtype) for norm in norms}) > 1:
+        norms = tuple(norm.to(device, torch.float64) for norm in norms)
+    return all(map(math.isfinite, torch.stack(norms).tolist()))
 
 
 def _in_few_kernels(tensors: Sequence[Tensor]) -> bool:

@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 import torch
@@ -21,17 +21,15 @@ from dngd.curvature import (
     FisherKind,
     KroneckerFactors,
     LossKind,
-    inner_product,
-    kl_clip_scale,
-    norm_scale,
 )
 from dngd.errors import TrainingError, UserError
 from dngd.optim.arguments import LossReduction, Method, check_arguments, check_wrapper, in_range
 from dngd.optim.capture import Capture, Variant, WeightSharing
+from dngd.optim.commit import fold_pending, sound_layers
 from dngd.optim.directions import Directions
 from dngd.optim.eigenvalues import EigenvalueCorrection
 from dngd.optim.findings import Damping
-from dngd.optim.foreach import scaled
+from dngd.optim.foreach import all_finite, scaled
 from dngd.optim.health import layer_health, layer_table
 from dngd.optim.inverses import PRECISIONS, WIRES, FactorWire, InversePrecision, Wanted
 from dngd.optim.layer_state import LayerState
@@ -41,6 +39,7 @@ from dngd.optim.plan import TRAFFIC_BUDGET, LayerSizes, Plan, Planner, StrategyC
 from dngd.optim.refresh import RefreshPipeline
 from dngd.optim.schedules import Period, Schedule, UpdateSchedule, period_at, value_at
 from dngd.optim.state import load_preconditioner_state, preconditioner_state
+from dngd.optim.step_scale import StepScale
 
 
 class KFACPreconditioner:
@@ -178,9 +177,7 @@ class KFACPreconditioner:
         self.dropped_steps = 0
         self.dropped_in_a_row = 0
         self.non_finite_statistics = 0
-        self.last_scale: Tensor = torch.ones((), device="cpu")
-        self._quadratic: Tensor | None = None
-        self._bounded_rate = 0.0
+        self._scale = StepScale()
         self.phase_seconds: dict[str, float] = defaultdict(float)
         self.inside: Callable[[str], contextlib.AbstractContextManager[None]] = lambda _: contextlib.nullcontext()
         """Entered with the name of each part of a step: for those who watch what a process is at."""
@@ -378,11 +375,7 @@ class KFACPreconditioner:
         gradients = [p.grad for p in distinct.values() if p.grad is not None]
         if not gradients:
             raise UserError("step() found no gradient; call loss.backward() before it")
-        dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        norms = [torch.linalg.vector_norm(gradient) for gradient in dense]
-        if len({(norm.device, norm.dtype) for norm in norms}) > 1:
-            norms = [norm.to(self.device, torch.float64) for norm in norms]
-        return bool(torch.isfinite(torch.stack(norms)).all())
+        return all_finite([g.coalesce().values() if g.is_sparse else g for g in gradients], self.device)
 
     def commit(self, num_samples: float, factor_samples: float | None = None) -> None:
         """Fold this step's captured rows into this rank's running sums: `S ← ρS + ΔS`, `c ← ρc + Δc`.
@@ -406,52 +399,23 @@ class KFACPreconditioner:
         if self.capture.fisher == "empirical" and paper == (self.loss_reduction == "sum"):
             # Rows hold gradients of the loss as back-propagated; wanted are the summed loss's (the paper: the mean's).
             scale = 1.0 / max(num_samples, 1.0) if paper else float(num_samples)
-        sound = self._sound_layers()
-        # Seeds that do not reach a layer are seeds of its G too, whichever rank they were on; not so where the layer
-        # has no gradient at all, since it was frozen, say: it takes no step to which those seeds would count.
-        is_measured = any(layer.pending is not None for layer in self.layers.values())
-        for name, layer in self.layers.items():
-            state = self.states[name]
-            target = state.folded if state.unfolded is None else state.unfolded
-            target.decay_(rho)
-            if state.unfolded is not None:
-                state.decay *= rho
-            if layer.pending is not None and sound[name]:
-                for tensor in layer.pending.g:
-                    tensor.mul_(scale * scale)
-                layer.pending.counts[1].fill_(num_samples)  # an assignment would wait for the GPU
-                if paper:
-                    layer.pending.counts.fill_(num_samples if factor_samples is None else factor_samples)
-                target.add_(layer.pending)
-                if layer.only_constant and layer.constant.is_only_input and state.unfolded is None:
-                    # The average of what never changes is its latest value: rows that were not reached at first
-                    # do not linger in it, and the factor stays as it is. Its weight c goes on as ever.
-                    # Where no row was ever reached both counts are 0, and so are the sums.
-                    share = target.counts[0] / layer.pending.counts[0].clamp_min(1)
-                    for mine, latest in zip(target.a, layer.pending.a):
-                        torch.mul(latest, share, out=mine)
-            elif layer.pending is None and is_measured and layer.has_gradient:
-                target.counts[1] += num_samples
+        sound = sound_layers(self.layers, self.device)
+        self.non_finite_statistics += list(sound.values()).count(False)
+        shared_count = (num_samples if factor_samples is None else factor_samples) if paper else None
+        fold_pending(
+            self.layers,
+            self.states,
+            sound,
+            decay=rho,
+            gradient_scale=scale,
+            num_samples=num_samples,
+            shared_count=shared_count,
+        )
         if self.eigenvalues is not None:
             self.eigenvalues.commit(rho, num_samples, scale * scale)
         for layer in self.layers.values():
             layer.forget()
         self.factor_steps += 1
-
-    def _sound_layers(self) -> dict[str, bool]:
-        """Return for each layer whether its pending sums are finite; one host synchronisation.
-
-        `|Σ m_i m_j| <= max(Σ m_i², Σ m_j²)`: a sum that overflows shows on the diagonal.
-        """
-        names, totals = [], []
-        for name, layer in self.layers.items():
-            if layer.pending is not None:
-                names.append(name)
-                total = layer.a.diagonal(layer.pending.a).sum() + layer.g.diagonal(layer.pending.g).sum()
-                totals.append(total.to(self.device, torch.float64))
-        verdicts = torch.isfinite(torch.stack(totals)).tolist() if totals else []
-        self.non_finite_statistics += verdicts.count(False)
-        return dict(zip(names, verdicts))
 
     def discard(self) -> None:
         """Forget this step's captured rows, on all ranks, and count the step as dropped."""
@@ -550,49 +514,32 @@ class KFACPreconditioner:
         gradients, directions = self._directions.take(gradient_scale, measures_gpu=measures_gpu)
         if not gradients:
             raise UserError("step() found no gradient; call loss.backward() before it")
-        pairs = [(self.layers[name], directions[name], gradient) for name, gradient in gradients.items()]
-        self._quadratic = inner_product((preconditioned, gradient) for _, preconditioned, gradient in pairs)
-        scale = self._trust_scale([preconditioned for _, preconditioned, _ in pairs])
-        out = [preconditioned for _, preconditioned, _ in pairs]
-        for (layer, _, _), direction in zip(pairs, out if scale is None else scaled(out, scale)):
-            layer.set_gradient(direction)
+        out = [directions[name] for name in gradients]
+        scale = self._scale.take(
+            out,
+            list(gradients.values()),
+            None if self.lr is None else value_at(self.lr, self.steps),
+            None if self.kl_clip is None else value_at(self.kl_clip, self.steps),
+            None if self.norm_constraint is None else value_at(self.norm_constraint, self.steps),
+        )
+        for name, direction in zip(gradients, out if scale is None else scaled(out, scale)):
+            self.layers[name].set_gradient(direction)
 
-    def _trust_scale(self, directions: Sequence[Tensor]) -> Tensor | None:
-        """Return ν as a 0-d tensor, without a host synchronisation; None where nothing bounds the step."""
-        if self.kl_clip is None and self.norm_constraint is None:
-            return None
-        assert self.lr is not None
-        assert self._quadratic is not None
-        lr = self._bounded_rate = value_at(self.lr, self.steps)
-        if self.kl_clip is None:
-            scale = torch.ones_like(self._quadratic)
-        else:
-            kl_clip = value_at(self.kl_clip, self.steps)
-            in_range("kl_clip", kl_clip, low_open=0.0)
-            scale = kl_clip_scale(self._quadratic, lr, kl_clip)
-        if self.norm_constraint is not None:
-            bound = value_at(self.norm_constraint, self.steps)
-            in_range("norm_constraint", bound, low_open=0.0)
-            squared = inner_product((direction, direction) for direction in directions)
-            scale = torch.minimum(scale, norm_scale(squared, lr, bound))
-        self.last_scale = scale
-        return scale
+    @property
+    def last_scale(self) -> Tensor:
+        """ν of the last step, a 0-d tensor: by how much the KL clip and the norm constraint shortened it."""
+        return self._scale.last
 
     def predicted_reduction(self, lr: float) -> float:
         """Return by how much the damped quadratic model says that the last step, `-ηνv`, reduces the loss:
-        `ην q (1 - ην/2)`, `q = Σ⟨v, ∇⟩`. Without momentum or weight decay."""
-        if self._quadratic is None:
-            raise UserError("there is no step to predict yet; call step() first")
-        length = lr * float(self.last_scale)
-        return length * float(self._quadratic) * (1 - length / 2)
+        `ηνq (1 - ην/2)`, `q = Σ⟨v, ∇⟩`. Without momentum or weight decay."""
+        return self._scale.predicted_reduction(lr)
 
     def predicted_divergence(self) -> float:
         """Return the KL divergence that the damped quadratic model says the last step, `-ηνv`, brought: `(ην)² q / 2`,
         `q = Σ⟨v, ∇⟩`, η the rate that bounded it; 0 before the first step. Without momentum on v, or weight decay; an
         upper bound of the model's own, since q counts the damping too."""
-        if self._quadratic is None:
-            return 0.0
-        return (self._bounded_rate * float(self.last_scale)) ** 2 * float(self._quadratic) / 2
+        return self._scale.predicted_divergence()
 
     def factors(self) -> dict[str, KroneckerFactors]:
         """Return the averages {layer: (A, G)} over this world's ranks up to now, as matrices.

@@ -24,7 +24,7 @@ from dngd.curvature import (
     precondition_with_inverses,
     structure,
 )
-from dngd.optim import KFACPreconditioner, directions, preconditioner
+from dngd.optim import KFACPreconditioner, directions, step_scale
 from tests.helpers.mutants import assert_caught
 
 D_IN, D_HIDDEN, CLASSES = 4, 3, 3
@@ -300,7 +300,7 @@ def test_kl_clip(mean_gradients: bool) -> None:
 def test_mutant_kl_clip_without_lr_is_caught() -> None:
     assert_caught(
         lambda: law_kl_clip(True),
-        preconditioner,
+        step_scale,
         "kl_clip_scale",
         lambda quadratic, lr, kl_clip: kl_clip_scale(quadratic, lr**0.5, kl_clip),
     )

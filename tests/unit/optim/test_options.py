@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dngd.curvature import BlockDiagonal, Dense, Diagonal, FactorLayout, FactorStructure, LowRank
 from dngd.errors import TrainingError, UserError
-from dngd.optim import KFACPreconditioner, NaturalGradient, UpdateSchedule, directions, inverses, preconditioner
+from dngd.optim import KFACPreconditioner, NaturalGradient, UpdateSchedule, directions, inverses, step_scale
 from dngd.optim.findings import Findings
 from dngd.optim.inverses import Wanted, decompose, from_bytes, to_bytes
 from dngd.optim.layers.base import ConstantInput
@@ -75,9 +75,9 @@ def law_norm_constraint() -> None:
 
 def test_norm_constraint() -> None:
     law_norm_constraint()
-    original = preconditioner.norm_scale
+    original = step_scale.norm_scale
     assert_caught(
-        law_norm_constraint, preconditioner, "norm_scale", lambda squared, lr, bound: original(squared, lr**2, bound)
+        law_norm_constraint, step_scale, "norm_scale", lambda squared, lr, bound: original(squared, lr**2, bound)
     )
 
 
@@ -120,9 +120,9 @@ def test_predicted_reduction(options: dict[str, Any]) -> None:
     law_predicted_reduction(options)
     assert_caught(
         lambda: law_predicted_reduction(options),
-        KFACPreconditioner,
+        step_scale.StepScale,
         "predicted_reduction",
-        lambda self, lr: lr * float(self.last_scale) * float(self._quadratic) / 2,
+        lambda self, lr: lr * float(self.last) * float(self._quadratic) / 2,
     )
 
 
@@ -270,8 +270,8 @@ def test_bounds_are_schedules() -> None:
     pre = KFACPreconditioner(net, kl_clip=by_step(bounds), lr=by_step(rates), damping=0.01)
 
     def clipped(step: int) -> None:
-        assert pre._quadratic is not None
-        length = rates[step] ** 2 * float(pre._quadratic)
+        assert pre._scale._quadratic is not None
+        length = rates[step] ** 2 * float(pre._scale._quadratic)
         assert float(pre.last_scale) == pytest.approx(min(1.0, (bounds[step] / length) ** 0.5))
 
     run(pre, net, clipped)

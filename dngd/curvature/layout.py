@@ -1,0 +1,72 @@
+"""Which structure each factor of a layer gets, by its width and the parts that its input is made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from dngd.curvature.low_rank import LowRank
+from dngd.curvature.structure import BlockDiagonal, Dense, Diagonal, FactorStructure
+from dngd.errors import UserError
+
+RANK, RANK_OF_WIDEST, WIDEST = 64, 128, 4096
+"""Columns of a low-rank factor where none are asked for: up to a width, and beyond it."""
+
+WideInputs = str
+"""What is done with an A factor wider than max_dimension: "low_rank", "block_diagonal", "diagonal" or "dense"."""
+
+
+@dataclass(frozen=True)
+class FactorLayout:
+    """Which structure a factor gets, by its width.
+
+    max_dimension: the widest factor that is kept dense. wide: what a wider A becomes: "low_rank", "block_diagonal"
+    (equal blocks of at most max_dimension), "diagonal" or "dense". A wider G becomes block-diagonal, or diagonal or
+    dense where wide says so. rank: columns of "low_rank"; None: 64, and 128 for a factor wider than 4,096.
+    split_inputs: whether an input that a layer puts together from several parts (self and neighbour rows of
+    GraphSAGE) gets one block a part.
+    """
+
+    max_dimension: int = 2048
+    wide: WideInputs = "low_rank"
+    rank: int | None = 256
+    split_inputs: bool = True
+
+    def __post_init__(self) -> None:
+        if self.wide not in ("low_rank", "block_diagonal", "diagonal", "dense"):
+            raise UserError(f"wide={self.wide!r} is unknown; use one of: low_rank, block_diagonal, diagonal, dense")
+        for name in ("max_dimension", "rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} is out of range; give a whole number, at least 1")
+
+    def for_eigenbases(self) -> FactorLayout:
+        """Return the layout where factors are decomposed: a low-rank sketch has no full basis, its diagonal is kept."""
+        return replace(self, wide="diagonal") if self.wide == "low_rank" else self
+
+    def input_structure(self, dimension: int, parts: tuple[int, ...] = ()) -> FactorStructure:
+        """Return A's structure. parts: sizes of the blocks that the layer itself is made of (relations,
+        self and neighbour rows), () for none."""
+        sizes = parts if parts and self.split_inputs else (dimension,)
+        rank = (RANK if dimension <= WIDEST else RANK_OF_WIDEST) if self.rank is None else self.rank
+        if max(sizes) > self.max_dimension and self.wide == "low_rank" and rank < dimension:
+            return LowRank(dimension, rank)
+        if max(sizes) > self.max_dimension and self.wide == "diagonal":
+            return Diagonal(dimension)
+        if self.wide != "dense":
+            sizes = tuple(block for size in sizes for block in _even_blocks(size, self.max_dimension))
+        return Dense(dimension) if len(sizes) == 1 else BlockDiagonal(sizes)
+
+    def output_structure(self, dimension: int) -> FactorStructure:
+        """Return G's structure."""
+        if dimension <= self.max_dimension or self.wide == "dense":
+            return Dense(dimension)
+        if self.wide == "diagonal":
+            return Diagonal(dimension)
+        return BlockDiagonal(_even_blocks(dimension, self.max_dimension))
+
+
+def _even_blocks(dimension: int, limit: int) -> tuple[int, ...]:
+    """Return sizes of the fewest nearly equal blocks of at most `limit`; they add up to `dimension`."""
+    count = math.ceil(dimension / limit)
+    return tuple(dimension * (i + 1) // count - dimension * i // count for i in range(count))

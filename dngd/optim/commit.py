@@ -1,0 +1,68 @@
+"""Folding a step's captured rows into the running sums, once the step is known to count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from dngd.optim.layer_state import LayerState
+from dngd.optim.layers import CurvatureLayer
+
+
+def fold_pending(
+    layers: Mapping[str, CurvatureLayer],
+    states: Mapping[str, LayerState],
+    sound: Mapping[str, bool],
+    *,
+    decay: float,
+    gradient_scale: float,
+    num_samples: float,
+    shared_count: float | None = None,
+) -> None:
+    """Make each layer's sums and counts on this rank `S ← ρS + ΔS`, `c ← ρc + Δc`, from what its hooks left pending.
+
+    A layer without pending sums, or with unsound ones, still decays. sound: whether a layer's pending sums are finite.
+    decay: ρ. gradient_scale: turns the rows' gradients into those of the summed loss. num_samples: n, the seeds that G
+    is over. shared_count: n of the paper's variant, in which A has it, too.
+    """
+    # Seeds that do not reach a layer are seeds of its G too, whichever rank they were on; not so where the layer
+    # has no gradient at all, since it was frozen, say: it takes no step to which those seeds would count.
+    is_measured = any(layer.pending is not None for layer in layers.values())
+    for name, layer in layers.items():
+        state, pending = states[name], layer.pending
+        target = state.folded if state.unfolded is None else state.unfolded
+        target.decay_(decay)
+        if state.unfolded is not None:
+            state.decay *= decay
+        if pending is not None and sound[name]:
+            for tensor in pending.g:
+                tensor.mul_(gradient_scale * gradient_scale)
+            pending.counts[1].fill_(num_samples)  # an assignment would wait for the GPU
+            if shared_count is not None:
+                pending.counts.fill_(shared_count)
+            target.add_(pending)
+            if layer.only_constant and layer.constant.is_only_input and state.unfolded is None:
+                # The average of what never changes is its latest value: rows that were not reached at first
+                # do not linger in it, and the factor stays as it is. Its weight c goes on as ever.
+                # Where no row was ever reached both counts are 0, and so are the sums.
+                share = target.counts[0] / pending.counts[0].clamp_min(1)
+                for mine, latest in zip(target.a, pending.a):
+                    torch.mul(latest, share, out=mine)
+        elif pending is None and is_measured and layer.has_gradient:
+            target.counts[1] += num_samples
+
+
+def sound_layers(layers: Mapping[str, CurvatureLayer], device: torch.device) -> dict[str, bool]:
+    """Return for each layer with pending sums whether they are finite; one host synchronisation, on `device`.
+
+    `|Σ m_i m_j| <= max(Σ m_i², Σ m_j²)`: a sum that overflows shows on the diagonal.
+    """
+    names, totals = [], []
+    for name, layer in layers.items():
+        if layer.pending is not None:
+            names.append(name)
+            total = layer.a.diagonal(layer.pending.a).sum() + layer.g.diagonal(layer.pending.g).sum()
+            totals.append(total.to(device, torch.float64))
+    verdicts = torch.isfinite(torch.stack(totals)).tolist() if totals else []
+    return dict(zip(names, verdicts))
