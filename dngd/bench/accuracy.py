@@ -18,6 +18,7 @@ import torch
 from dngd.allocator import keep_freed_memory
 from dngd.bench.competitors import Setting, make_settings, parse_rates
 from dngd.bench.curves import LEAST_EVALUATIONS, SMOOTHING, TARGET_MARGIN, Curve, mean_curve, smoothed
+from dngd.bench.graphs import PRODUCTS_SHAPED, scale_of
 from dngd.bench.heat import Track, open_track, run_heat, samplers_of
 from dngd.bench.machine import describe_machine, torch_threads
 from dngd.bench.optimizers import BASELINE, SUBJECT
@@ -100,7 +101,7 @@ class _Panel:
             self.track_of.clear()
             options = self.plan.options
             own = self.config.model_copy(update={"seed": seed})
-            self.track_of[seed] = open_track(own, options.metric, options.scale)
+            self.track_of[seed] = open_track(own, options.metric, scale_of(own.dataset, options.scale))
         return self.track_of[seed]
 
     def heat(self, settings: Sequence[Setting], seed: int, density: int) -> list[RunRecord]:
@@ -186,6 +187,10 @@ def run_accuracy_bench(options: AccuracyOptions, progress: BenchProgress | None 
 def _plan(options: AccuracyOptions, progress: BenchProgress) -> _Plan:
     if not options.datasets:
         raise UserError("no data set is named; give --datasets, e.g. --datasets products-mini")
+    if options.scale != 1.0 and PRODUCTS_SHAPED not in [dataset for dataset, _ in options.datasets]:
+        raise UserError(
+            f"--scale {options.scale:g} makes a smaller {PRODUCTS_SHAPED}, which is not among --datasets; leave it out"
+        )
     settings = make_settings(options.config, options.optimizers, options.rates, options.variants)
     file = TrainingFile(options.folder)
     if options.search_only and (options.folder is None or options.protocol == GIVEN):
@@ -277,6 +282,8 @@ def _run_panel(panel: _Panel) -> dict[str, Any]:
         "num_layers": panel.config.num_layers,
         "metric": track.metric,
         "graph": describe_graph(track.store, track.split),
+        "fanout": list(track.config.fanouts),
+        "scale": scale_of(panel.config.dataset, plan.options.scale),
         "batch_size": track.batch_size(settings[0]),
         "steps_per_epoch": track.steps_per_epoch(settings[0]),
         **judged,
@@ -314,9 +321,9 @@ def _described(plan: _Plan) -> dict[str, Any]:
     options, protocol = plan.options, plan.protocol
     varied = ("dataset", "seed", "split", "model", "num_layers", "fanout")
     shared = {k: v for k, v in describe_config(options.config).items() if k not in varied}
-    names = ("epochs", "max_steps", "lr_schedule", "warmup_steps", "prefetch")
+    names = ["epochs", "max_steps", "lr_schedule", "warmup_steps", "lr_half_steps", "average_share", "momentum"]
     return shared | {
-        **{name: getattr(options.config, name) for name in names},
+        **{name: getattr(options.config, name) for name in [*names, "prefetch"]},
         "protocol": options.protocol,
         "seeds": list(plan.seeds),
         "datasets": [list(pair) for pair in options.datasets],

@@ -14,13 +14,23 @@ from dngd.errors import UserError
 ALIKE = ("protocol", "seeds", "hidden", "dropout", "batch_size", "weight_decay", "target_margin", "smoothing")
 """Fields of the configuration without which ratios of two results say nothing together."""
 
+COMPARED = {
+    "epochs": "K-FAC's length in epochs",
+    "max_steps": "K-FAC's max_steps",
+    "lr_schedule": "K-FAC's rate schedule",
+    "lr_half_steps": "K-FAC's lr_half_steps",
+    "warmup_steps": "K-FAC's warmup_steps",
+    "average_share": "K-FAC's average_share",
+}
+"""Further fields, with words for them: where they differ it is told."""
+
 
 def combine_results(paths: Sequence[Path]) -> dict[str, Any]:
     """Return {benchmark, config, panels, summary, remarks} of files that `dngd bench accuracy --json` wrote, in order.
 
-    config: what they share. remarks: where K-FAC's settings are not the same in all. Raises UserError for a file that
-    is no such result, or has no K-FAC or Adam, for a graph and model that occur twice, and for results measured in
-    different ways (ALIKE).
+    config: what they share. remarks: where K-FAC's settings, lengths or fanouts are not the same in all. Raises
+    UserError for a file that is no such result, or has no K-FAC or Adam, for a graph and model that occur twice, and
+    for results measured in different ways (ALIKE).
     """
     if not paths:
         raise UserError("no result is named; give files that dngd bench accuracy --json wrote")
@@ -43,8 +53,21 @@ def combine_results(paths: Sequence[Path]) -> dict[str, Any]:
         "config": shared,
         "panels": panels,
         "summary": aggregate(panels, SUBJECT),
-        "remarks": _differences(paths, [result["config"].get(SUBJECT) or {} for result in results]),
+        "remarks": _differences(paths, [_compared(result) for result in results]),
     }
+
+
+def _compared(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ratios depend on, by words for it: where a file does not say, it is from before it could."""
+    config, grid = result["config"], result["config"].get("grid") or {}
+    out = {f"K-FAC's {name}": value for name, value in (config.get(SUBJECT) or {}).items()}
+    out |= {words: config[name] for name, words in COMPARED.items() if name in config}
+    if "max_epochs" in grid:
+        out["the baselines' range of epochs"] = f"{grid.get('first_epochs')} to {grid['max_epochs']}"
+    for panel in result["panels"]:
+        if "fanout" in panel:
+            out[f"the fanout of {panel['num_layers']} layers"] = panel["fanout"]
+    return out
 
 
 def _differences(paths: Sequence[Path], settings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -54,7 +77,7 @@ def _differences(paths: Sequence[Path], settings: Sequence[Mapping[str, Any]]) -
         values = {str(path): own[name] for path, own in zip(paths, settings) if name in own}
         if any(value != next(iter(values.values())) for value in values.values()):
             told = ", ".join(f"{value} in {file}" for file, value in values.items())
-            out.append(f"K-FAC's {name} is not the same in all: {told}")
+            out.append(f"{name} is not the same in all: {told}")
     return out
 
 

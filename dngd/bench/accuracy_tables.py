@@ -34,9 +34,12 @@ def print_accuracy(result: Mapping[str, Any], console: Console) -> None:
 
 
 def print_overview(result: Mapping[str, Any], console: Console) -> None:
-    """Print the ratios over all graphs of what combine_results returned."""
+    """Print the ratios over all graphs of what combine_results returned, and what each graph's own table warns of."""
     _line(console, f"Curves: {result['config']['smoothing']}; evaluation is in no time.")
     _summary(result, console)
+    for panel in result["panels"]:
+        for remark in panel["remarks"]:
+            _line(console, f"{panel['name']}: {remark}.")
     for remark in result["remarks"]:
         _line(console, f"Mind: {remark}.")
 

@@ -147,7 +147,8 @@ class Child:
             self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a disk ends when it answers
+                self._process.wait(END_SECONDS)
         # They would see that their parent is gone, but in seconds only.
         _signal(below, signal.SIGTERM)
         _signal(psutil.wait_procs(below, END_SECONDS)[1], signal.SIGKILL)

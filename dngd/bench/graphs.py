@@ -31,23 +31,39 @@ _KEY_FIELDS = (
 
 
 def open_graph(
-    dataset: str, data_root: Path | None = None, cache_dir: Path | None = None, scale: float = 1.0
+    dataset: str,
+    data_root: Path | None = None,
+    cache_dir: Path | None = None,
+    scale: float = 1.0,
+    *,
+    takes_multilabel: bool = False,
 ) -> GraphStore:
     """Open a data set by name or path, `products-shaped` included (generated on first use, kept in the cache).
 
-    scale: of products-shaped alone, the share of its nodes and edges. Raises UserError for an unknown data set, and
-    for a scale of any other graph.
+    scale: of products-shaped alone, the share of its nodes and edges. takes_multilabel: whether the caller can train
+    graphs with several labels a node. Raises UserError for an unknown data set, for a scale of any other graph, and
+    for such a graph where the caller cannot.
     """
     if dataset != PRODUCTS_SHAPED:
         if scale != 1.0:
             raise UserError(f"scale={scale:g} makes a smaller {PRODUCTS_SHAPED} but dataset={dataset!r}; leave one out")
-        return resolve_dataset(dataset, data_root, cache_dir)
+        store = resolve_dataset(dataset, data_root, cache_dir)
+        if store.is_multilabel and not takes_multilabel:
+            raise UserError(
+                f"{store.name} has several labels a node, and benchmarks train graphs with one; dngd train takes it"
+            )
+        return store
     config = like_config(_LIKE, scale)
 
     def build(out: Path) -> GraphStore:
         return write_like(out, config, name=PRODUCTS_SHAPED, source=f"dngd bench {PRODUCTS_SHAPED}", overwrite=True)
 
     return open_or_build(_cache_key(config), build, f"generating {PRODUCTS_SHAPED}", cache_dir)
+
+
+def scale_of(dataset: str, scale: float) -> float:
+    """Return the scale of a data set among several, which is products-shaped's alone."""
+    return scale if dataset == PRODUCTS_SHAPED else 1.0
 
 
 def _cache_key(config: LikeConfig) -> str:

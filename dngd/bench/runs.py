@@ -255,7 +255,7 @@ class Run:
 def settle(pipeline: SamplerPipeline) -> None:
     """Wait until a pipeline's samplers have drawn all that they may draw ahead; a minute at most."""
     if not pipeline.pids:
-        on_sampling_thread(_nothing)  # queued behind all that was asked for
+        on_sampling_thread(_nothing, SETTLE_LIMIT_SECONDS)  # queued behind all that was asked for
         return
     started = time.monotonic()
     used = _cpu_seconds(pipeline.pids)

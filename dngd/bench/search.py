@@ -1,12 +1,12 @@
 """Finds the best settings of a baseline without training all of its grid with all seeds. No training here.
 
 1. Lengths. Every lineage (optimizer, learning rate, schedule, batch size) is trained with the first seed for
-   `first_epochs` and for twice as long, whatever it showed. It is then trained for twice as long again, anew with its
-   schedule stretched, for as long as the last doubling gained at least `tolerance` and as much from each doubling that
-   is left up to `max_epochs` would bring it within `slack` of the best of its family: the budget is where validation
-   stops improving, setting by setting, and a rate that is too low for short trainings is followed to long ones. Shorter
-   cosine schedules stay in the grid, since they may reach a target sooner; a constant rate's shorter training is the
-   beginning of its longer one, which takes its place.
+   `first_epochs` and for twice as long, whatever it showed. It is then trained for twice as long again (at last for
+   `max_epochs`), anew with its schedule stretched, for as long as the last doubling gained at least `tolerance` and as
+   much from each doubling that is left up to `max_epochs` would bring it within `slack` of the best of its family: the
+   budget is where validation stops improving, setting by setting, and a rate that is too low for short trainings is
+   followed to long ones. Shorter cosine schedules stay in the grid, since they may reach a target sooner; a constant
+   rate's shorter training is the beginning of its longer one, which takes its place.
 2. Seeds. All settings are compared on the first seed; the leaders are trained with the second and compared on both;
    the leaders of those go on to all seeds, in turns with K-FAC. A leader is one of the first `keep` in any of three
    respects: best accuracy, fewest seconds to the primary target, fewest to just below the best. Targets are those of
@@ -20,7 +20,6 @@ are steps times the median pace of the optimizer at that batch size, so that the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -60,20 +59,28 @@ def search(lineages: Sequence[Lineage], protocol: Protocol, train: Train) -> tup
 
 def find_lengths(grid: Grid, lineages: Sequence[Lineage], protocol: Protocol, train: Train) -> None:
     """Train lineages with the first seed, twice as long each time while that helps."""
-    racing, epochs = list(lineages), protocol.first_epochs
-    while racing and epochs <= protocol.max_epochs:
-        is_first = epochs == protocol.first_epochs
-        has_next = 2 * epochs <= protocol.max_epochs
-        # The first half of a constant rate's next training is this one.
-        members = [Member(own, epochs) for own in racing if own.schedule == "cosine" or not (is_first and has_next)]
+    racing, lengths = list(lineages), lengths_of(protocol)
+    for place, epochs in enumerate(lengths):
+        is_first, left = place == 0, len(lengths) - 1 - place
+        # The beginning of a constant rate's next training is this one.
+        members = [Member(own, epochs) for own in racing if own.schedule == "cosine" or not (is_first and left)]
+        shorter = 0 if is_first else lengths[place - 1]
         for member, curve in zip(members, train(members, protocol.seeds[0])):
-            _take(grid, member, curve)
-        epochs *= 2
+            _take(grid, member, curve, shorter)
         if not is_first:
-            left = int(math.log2(protocol.max_epochs / epochs)) + 1 if has_next else 1
-            racing = still_racing(grid, racing, protocol, left)
-            if not has_next:
-                grid.capped |= set(racing)
+            racing = still_racing(grid, racing, protocol, max(1, left))
+        if left == 0:
+            grid.capped |= set(racing)  # with one length nothing shows that it was enough
+
+
+def lengths_of(protocol: Protocol) -> list[int]:
+    """Return the lengths in epochs: the first, twice as long each time, and at last max_epochs, whatever it is."""
+    lengths = [protocol.first_epochs]
+    while 2 * lengths[-1] <= protocol.max_epochs:
+        lengths.append(2 * lengths[-1])
+    if lengths[-1] < protocol.max_epochs:
+        lengths.append(protocol.max_epochs)
+    return lengths
 
 
 def still_racing(grid: Grid, racing: Sequence[Lineage], protocol: Protocol, left: int) -> list[Lineage]:
@@ -131,15 +138,17 @@ def _kind(member: Member) -> tuple[str, int | None]:
     return member.lineage.optimizer, member.lineage.batch_size
 
 
-def _take(grid: Grid, member: Member, curve: Curve) -> None:
-    """Note a first seed's training, and the best validation by its length."""
+def _take(grid: Grid, member: Member, curve: Curve, shorter: int) -> None:
+    """Note a first seed's training, and the best validation by its length. shorter: epochs of the length before, 0 for
+    the first, whose constant rate's training this one has in its beginning."""
     lineage = member.lineage
     bests = grid.bests.setdefault(lineage, [])
     smooth = smoothed(curve, SEARCH_SMOOTHING)
     if lineage.schedule == "constant":
-        for shorter in [other for other in grid.curves if other.lineage == lineage]:
-            del grid.curves[shorter]
-        half = [accuracy for step, accuracy in zip(smooth.steps, smooth.accuracy) if 2 * step <= smooth.steps[-1]]
-        bests.append(max(half))
+        for beginning in [other for other in grid.curves if other.lineage == lineage]:
+            del grid.curves[beginning]
+        end = smooth.steps[-1] * shorter / member.epochs
+        if shorter:
+            bests.append(max(accuracy for step, accuracy in zip(smooth.steps, smooth.accuracy) if step <= end))
     grid.curves[member] = [curve]
     bests.append(max(smooth.accuracy))

@@ -173,7 +173,7 @@ def trace_training(
     if steps < 1 or warmup < 1:
         raise UserError(f"steps={steps} and warmup={warmup} must both be at least 1")
     check_device(config)
-    store = open_graph(config.dataset, config.data_root_in_use, config.cache_dir, scale)
+    store = open_graph(config.dataset, config.data_root_in_use, config.cache_dir, scale, takes_multilabel=True)
     config = config.model_copy(update={"dataset": str(store.path)})
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with tempfile.TemporaryDirectory(prefix="dngd-trace-") as folder:

@@ -62,8 +62,9 @@ class LayerEdges:
         """Return GCN's edges, self loops added, and their coefficients: ([2, E + num_dst], float32 [E + num_dst]).
 
         `c_uv = (deg_v / k_v) · w_uv · d_u^(-1/2) · d_v^(-1/2)` and `c_vv = 1 / d_v`, with d = 1 + totals of the whole
-        graph and k_v the sampled neighbours: unbiased for `D^(-1/2)(A + I)D^(-1/2)`. For convolutions that take edge
-        weights as they are, such as GCNConv(normalize=False).
+        graph and k_v the sampled neighbours: unbiased for `D^(-1/2)(A + I)D^(-1/2)`, but for edges that are left out
+        after the draw (dngd.models.message_passing.gcn_coefficients). For convolutions that take edge weights as
+        they are, such as GCNConv(normalize=False).
         """
         source, destination = self.edge_index
         norm = (self.totals + 1.0).rsqrt()

@@ -149,7 +149,8 @@ def gcn_coefficients(graph: LayerGraphLike, source_norm: Tensor, destination_nor
 
     `c_uv = (deg_v / k_v) · w_uv · d_u^(-1/2) · d_v^(-1/2)` and `c_vv = 1 / d_v`, with d from the whole
     graph, k_v the number of sampled neighbours. Neighbours are drawn uniformly, so the sum is an
-    unbiased estimate of `D^(-1/2)(A + I)D^(-1/2)H`, and equal to it when all are drawn.
+    unbiased estimate of `D^(-1/2)(A + I)D^(-1/2)H`, and equal to it when all are drawn. Where edges are left out after
+    the draw, deg_v and k_v count those that stay: unbiased given that one of them was drawn, else they count as none.
     source_norm: d^(-1/2) of each edge's source, [num_edges]. destination_norm: [num_dst].
     """
     sampled = graph.indptr.diff()

@@ -6,6 +6,7 @@ fork would give the child this process's OpenMP and DGL state.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -210,7 +211,8 @@ def _stop(process: subprocess.Popen[bytes], requests: socket.socket, log: IO[byt
         process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # of one that waits for a disk nothing more can be had
+            process.wait(STOP_SECONDS)
     log.close()
 
 

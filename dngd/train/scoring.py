@@ -2,7 +2,7 @@
 
 Of one label a node, with C classes: accuracy is the share of nodes whose largest output is their class; macro-F1 the
 mean over classes of `2·tp / (2·tp + fp + fn)`, over those that occur or are predicted; ROC-AUC and average precision
-the mean over classes, each against the rest, by the class's probability; with two classes those of class 1.
+the mean over classes, each against the rest, in the order of the class's probability; of two classes that of class 1.
 Of several labels a node: outputs above 0 (probability 1/2) are predicted; accuracy is the share of right entries.
 Classes that only, or never, occur among the nodes have no ROC-AUC or average precision and are left out of the mean.
 """
@@ -151,7 +151,7 @@ def _value(metric: Metric | CustomMetric, objective: Objective, outputs: Tensor,
     elif outputs.shape[1] == 2:
         scores, positive = (outputs[:, 1] - outputs[:, 0])[:, None], (labels == 1)[:, None]
     else:
-        scores = outputs.double().softmax(dim=1)
+        scores = _log_odds(outputs.double())
         positive = torch.nn.functional.one_hot(labels, outputs.shape[1]).bool()
     values = [
         of_class(scores[:, c], positive[:, c])
@@ -159,6 +159,14 @@ def _value(metric: Metric | CustomMetric, objective: Objective, outputs: Tensor,
         if 0 < int(positive[:, c].sum()) < len(positive)
     ]
     return sum(values) / len(values) if values else math.nan
+
+
+def _log_odds(outputs: Tensor) -> Tensor:
+    """Return `log p_c / (1 - p_c)` of the softmax, [n, C]: ordered as p_c is, also where p_c rounds to 1."""
+    # From the largest, and sorted: sums of the same terms round alike, and what is equal stays so.
+    outputs = outputs - outputs.amax(dim=1, keepdim=True)
+    rest = [torch.cat([outputs[:, :c], outputs[:, c + 1 :]], dim=1) for c in range(outputs.shape[1])]
+    return outputs - torch.stack([others.sort(dim=1).values.logsumexp(dim=1) for others in rest], dim=1)
 
 
 def roc_auc(scores: Tensor, positive: Tensor) -> float:
@@ -182,7 +190,10 @@ def average_precision(scores: Tensor, positive: Tensor) -> float:
     """Return `Σ_k (R_k - R_{k-1}) P_k` over the distinct scores k, descending: recall's steps times precision.
 
     scores: [n]. positive: bool [n], at least one. No interpolation; equal scores are one step.
+    The positives' share, which equal scores have, where a score is not a number: such a model ranks nobody.
     """
+    if bool(torch.isnan(scores).any()):
+        return float(positive.double().mean())
     values, place = torch.unique(scores, return_inverse=True)
     hits = torch.bincount(place, weights=positive.double(), minlength=len(values)).flip(0)
     seen = torch.bincount(place, minlength=len(values)).flip(0).cumsum(0).double()

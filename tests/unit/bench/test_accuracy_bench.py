@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -224,6 +225,17 @@ def test_other_settings_are_not_taken_from_the_folder(store: GraphStore, tmp_pat
         assert result["trainings_from_file"] == found, changed
 
 
+def test_the_scale_is_products_shapeds_alone(store: GraphStore, tmp_path: Path) -> None:
+    """Among several data sets: the others keep their size."""
+    base = config(epochs=1, max_steps=2, cache_dir=tmp_path)
+    datasets = [(str(store.path), "masks"), ("products-shaped", "masks")]
+    fields: dict[str, Any] = {"scale": 0.001, "optimizers": ("adam",), "seeds": (0,), "rates": "adam=0.01"}
+    result = run_accuracy_bench(replace(options_for(store, base, **fields), datasets=datasets))
+    found = [(panel["graph"]["num_nodes"], panel["scale"], panel["fanout"]) for panel in result["panels"]]
+    assert found == [(store.num_nodes, 1.0, [4, 4]), (2449, 0.001, [4, 4])]
+    assert {"lr_half_steps", "average_share", "momentum"} <= result["config"].keys()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -239,6 +251,7 @@ def test_other_settings_are_not_taken_from_the_folder(store: GraphStore, tmp_pat
         ({"protocol": "quick", "rates": "kfac=0.1,0.2"}, "kfac has several learning rates"),
         ({"protocol": "thorough"}, "'thorough' is unknown"),
         ({"protocol": "quick", "search_only": True}, "give --out FOLDER"),
+        ({"scale": 0.05}, "not among --datasets"),
     ],
 )
 def test_bad_options_are_told_before_training(store: GraphStore, options: dict[str, Any], message: str) -> None:

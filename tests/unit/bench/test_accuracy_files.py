@@ -64,6 +64,23 @@ def test_settings_of_kfac_that_differ_are_told(tmp_path: Path) -> None:
     ]
 
 
+def test_lengths_and_fanouts_that_differ_are_told(tmp_path: Path) -> None:
+    paths = []
+    for name, epochs, longest, fanout in (("a", 10, 40, [10, 10]), ("b", 5, 16, [5, 5])):
+        one = panel(name) | {"fanout": fanout}
+        found = result(one)
+        found["config"] |= {"epochs": epochs, "lr_half_steps": 20.0, "grid": {"first_epochs": 2, "max_epochs": longest}}
+        paths.append(written(tmp_path, f"{name}.json", found))
+    before = result(panel("c"))  # of a version that did not write these
+    paths.append(written(tmp_path, "c.json", before))
+    one, other, _ = paths
+    assert combine_results(paths)["remarks"] == [
+        f"K-FAC's length in epochs is not the same in all: 10 in {one}, 5 in {other}",
+        f"the baselines' range of epochs is not the same in all: 2 to 40 in {one}, 2 to 16 in {other}",
+        f"the fanout of 2 layers is not the same in all: [10, 10] in {one}, [5, 5] in {other}",
+    ]
+
+
 def without_adam() -> dict[str, Any]:
     found = copy.deepcopy(result(panel("cora")))
     for compared in found["panels"][0]["comparison"]:

@@ -143,6 +143,10 @@ def test_accuracy_overview_of_results(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "median" in out
     assert "cora" in out
     assert "pubmed" in out
+    warned = accuracy_panel("cora")["remarks"]
+    assert warned
+    for name in ("cora", "pubmed"):
+        assert all(f"{name}: {remark}." in " ".join(out.split()) for remark in warned), "what its own table warns of"
     assert picture.read_text().count("Adam's seconds over K-FAC's".replace("'", "&#x27;")) == 2
     code, out, _ = run(["accuracy-overview", *texts, "--json"], capsys)
     assert code == 0

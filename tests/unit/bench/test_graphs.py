@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from dngd.bench import graphs
 from dngd.bench.graphs import PRODUCTS_SHAPED, open_graph
@@ -37,6 +38,15 @@ def test_a_scale_out_of_range_is_refused(scale: float, tmp_path: Path) -> None:
 def test_only_products_shaped_has_a_scale(store: GraphStore) -> None:
     with pytest.raises(UserError, match="leave one out"):
         open_graph(str(store.path), scale=0.5)
+
+
+def test_several_labels_a_node_are_refused_where_they_cannot_be_trained(tmp_path: Path) -> None:
+    labels = torch.zeros(4, 2, dtype=torch.int8)
+    parts = {"indptr": torch.tensor([0, 1, 2, 3, 4]), "indices": torch.tensor([1, 0, 3, 2])}
+    made = GraphStore.write(tmp_path / "several", **parts, features=torch.eye(4), labels=labels)
+    with pytest.raises(UserError, match="several labels a node"):
+        open_graph(str(made.path))
+    assert open_graph(str(made.path), takes_multilabel=True).is_multilabel
 
 
 def test_memory_is_checked_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

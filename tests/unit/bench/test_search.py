@@ -76,6 +76,25 @@ def test_what_gains_until_the_longest_length_is_marked() -> None:
     assert grid.capped == set()
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize(
+    ("first", "longest", "lengths"), [(5, 30, [5, 10, 20, 30]), (5, 9, [5, 9]), (20, 30, [20, 30]), (5, 5, [5])]
+)
+def test_the_longest_length_is_reached_and_marked(first: int, longest: int, lengths: list[int], schedule: str) -> None:
+    own = lineage(0.01, schedule)
+    protocol = replace(PROTOCOL, first_epochs=first, max_epochs=longest)
+    trainings = Trainings(lambda member, _: rise(0.9, 200.0, member.epochs))
+    grid, finalists = search([own], protocol, trainings)
+    skipped = 1 if schedule == "constant" and len(lengths) > 1 else 0  # it is the beginning of the second
+    assert trainings.epochs_of(own) == lengths[skipped:]
+    assert grid.capped == {own}, "with one length nothing shows that it was enough"
+    assert finalists[0] == Member(own, longest)
+    known = [0.9 * (1 - 0.5 ** (epochs / 200.0)) for epochs in lengths]
+    if skipped:  # each training tells of the length before it, too
+        known = [value for pair in zip(known, known[1:]) for value in pair]
+    assert grid.bests[own] == pytest.approx(known, rel=0.02)
+
+
 def test_a_low_rate_that_catches_up_is_not_given_up() -> None:
     """It is far behind at first, but as much as its last doubling gained, from each that is left, brings it near."""
     lead, late = lineage(0.01), lineage(0.001)

@@ -42,7 +42,8 @@ def expected(metric: str, case: str, outputs: Tensor, labels: Tensor) -> float:
     function = {"roc_auc": sk.roc_auc_score, "average_precision": sk.average_precision_score}[metric]
     if case == "binary":
         return float(function(labels, outputs[:, 1] - outputs[:, 0]))
-    scores = outputs if several else outputs.double().softmax(dim=1)
+    # Rounded, so that probabilities that are equal but for the order of their sums are equal.
+    scores = outputs if several else outputs.double().softmax(dim=1).round(decimals=12)
     rows = labels if several else F.one_hot(labels)
     return float(function(rows, scores, average="macro"))
 
@@ -67,6 +68,25 @@ def test_metrics_are_scikit_learns(metric: Metric, case: str) -> None:
     together = run_threads(3, lambda comm: scored(metric, objective, outputs, labels, classes, comm))
     assert {round(score.accuracy, 12) for score in together} == {round(found.accuracy, 12)}
     assert together[0].loss == pytest.approx(found.loss)
+
+
+@pytest.mark.parametrize("metric", ["roc_auc", "average_precision"])
+def test_certain_outputs_keep_their_order(metric: Metric) -> None:
+    """A probability that rounds to 1 is still below one that is nearer to it."""
+    outputs = torch.zeros(6, 3)
+    outputs[:, 0] = torch.arange(50.0, 110.0, 10.0)
+    labels = torch.tensor([1, 1, 1, 0, 0, 0])
+    # Class 0 is ranked without a mistake, and class 1 in the same order of the nodes.
+    assert scored(metric, Objective(), outputs, labels, 3, LocalCommunicator()).accuracy == pytest.approx(1.0)
+
+
+def test_outputs_that_are_no_numbers_rank_nobody() -> None:
+    """Whatever the order of the nodes: such an evaluation must not be the best."""
+    outputs = torch.full((10, 2), float("nan"))
+    for labels in (torch.arange(10) < 5, torch.arange(10) >= 5, torch.arange(10) < 2):
+        for metric, value in (("roc_auc", 0.5), ("average_precision", float(labels.double().mean()))):
+            found = scored(metric, Objective(), outputs, labels.long(), 2, LocalCommunicator())
+            assert found.accuracy == pytest.approx(value)
 
 
 def test_a_class_that_never_occurs_is_left_out() -> None:
