@@ -3,15 +3,21 @@
     python sync_runs.py /shared/runs s3://BUCKET/runs [--period 300] [--once]
 
 A file is copied when it is new or its size or time changed since the last round. Checkpoints that a run has removed
-are removed there too, after its newer ones are copied; nothing else is ever removed. Needs pyarrow and nothing of
-dngd. Credentials are those of the machine.
+are removed there too, after its newer ones are copied; nothing else is ever removed. A source folder is copied by one
+process of a machine at a time: another one says so and ends, with exit code 0, or 2 with --once. Needs pyarrow and
+nothing of dngd. Credentials are those of the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
+import hashlib
+import os
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -53,9 +59,33 @@ def copy_changed(source: Path, target: pafs.FileSystem, base: str, seen: dict[st
         copied += 1
     for name in [name for name in seen if name not in found]:
         if CHECKPOINTS in name.split("/"):
-            target.delete_file(f"{base}/{name}")
+            with contextlib.suppress(FileNotFoundError):  # gone from there already
+                target.delete_file(f"{base}/{name}")
         del seen[name]
     return copied
+
+
+def lock_path(source: Path) -> Path:
+    """Return the file that is locked while a source folder is copied.
+
+    It is in this machine's own temporary folder: on a shared file system a lock may outlive a lost machine.
+    """
+    key = hashlib.sha256(os.fsencode(os.path.realpath(source))).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"sync_runs-{os.getuid()}-{key}.lock"
+
+
+def lock(source: Path) -> int | None:
+    """Return the open file whose lock says that this process copies the folder; None if another one does.
+
+    The lock goes with the process, however it ends.
+    """
+    descriptor = os.open(lock_path(source), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def main() -> None:
@@ -65,6 +95,9 @@ def main() -> None:
     parser.add_argument("--period", type=float, default=300.0, help="seconds between rounds")
     parser.add_argument("--once", action="store_true", help="one round, then end")
     arguments = parser.parse_args()
+    if lock(arguments.source) is None:
+        print(f"{arguments.source} is being copied by another sync_runs.py; left to that", file=sys.stderr, flush=True)
+        sys.exit(2 if arguments.once else 0)
     target, base = pafs.FileSystem.from_uri(arguments.target)
     seen: dict[str, tuple[int, int]] = {}
     while True:

@@ -109,7 +109,7 @@ class RayConfig(_Section):
     address: str | None = Field(None, description="cluster to connect to; null: $RAY_ADDRESS, else this machine's, else a local one is started")
     cpus_per_worker: float = Field(1.0, gt=0, description="CPUs reserved for a worker")
     gpus_per_worker: float = Field(1.0, gt=0, description="GPUs reserved for a worker with use_gpu; below 1 workers share one")
-    resources_per_worker: dict[str, float] = Field(default_factory=dict, description="other Ray resources reserved for a worker, e.g. {memory: 8e9}")
+    resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict, description="other Ray resources reserved for a worker, e.g. {memory: 8e9}")
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field("PACK", description="workers on as few nodes as possible, on as many, on one alone, or each on a node of its own")
     backend: Literal["auto", "nccl", "gloo"] = Field("auto", description="collectives; auto: nccl where each worker has a GPU of its own, else gloo")
     min_workers: int | None = Field(None, ge=1, description="fewest workers that the run goes on with when nodes are lost; null: num_workers, which is the most")
@@ -283,6 +283,8 @@ class TrainConfig(_Section):
             raise ValueError(f"ray.min_workers={self.ray.min_workers} is above num_workers={self.num_workers}, which is the most; use at most {self.num_workers}")
         if self.ray.backend == "nccl" and not self.use_gpu:
             raise ValueError("ray.backend=nccl needs GPUs but use_gpu is off; add --use-gpu, or leave ray.backend at auto")
+        if not any(({"CPU": self.ray.cpus_per_worker} | ({"GPU": self.ray.gpus_per_worker} if self.use_gpu else {}) | self.ray.resources_per_worker).values()):
+            raise ValueError(f"ray.resources_per_worker={self.ray.resources_per_worker} leaves a worker nothing to reserve, which Ray does not start; give one amount above 0, e.g. {{CPU: 0.1}}")
         if self.num_workers > self.shards:
             raise ValueError(f"num_workers={self.num_workers} is above num_shards={self.shards}: a worker would have no shard; use at most {self.shards} workers")
         return self

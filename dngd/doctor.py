@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+from packaging.requirements import Requirement
+from packaging.version import InvalidVersion, Version
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from dngd.sampling.dgl_import import INSTALL_HINT, dgl_parts
 
-Status = Literal["ok", "untested", "missing"]
+Status = Literal["ok", "untested", "too old", "too new", "missing"]
+FAILURES: tuple[Status, ...] = ("too old", "too new", "missing")
 
 TESTED: dict[str, tuple[str, ...]] = {
     "python": ("3.11",),
@@ -36,21 +39,30 @@ TESTED: dict[str, tuple[str, ...]] = {
 
 SUPPORTED_PYTHON = ((3, 10), (3, 12))
 
-# package: (required, how to install it)
+# package: (whether dngd needs it to run, what pip installs)
 _PACKAGES: dict[str, tuple[bool, str]] = {
-    "numpy": (True, "pip install 'numpy>=1.26,<3'"),
-    "ray": (True, "pip install 'ray[train,default]>=2.55,<3'"),
-    "pyarrow": (True, "pip install 'pyarrow>=15'"),
-    "torch-geometric": (False, "pip install 'torch-geometric>=2.5,<3'"),
-    "scipy": (True, "pip install 'scipy>=1.11'"),
-    "pandas": (True, "pip install 'pandas>=2'"),
-    "pydantic": (True, "pip install 'pydantic>=2.6,<3'"),
-    "safetensors": (True, "pip install 'safetensors>=0.4'"),
-    "typer": (True, "pip install 'typer>=0.12'"),
-    "rich": (True, "pip install 'rich>=13'"),
-    "psutil": (True, "pip install 'psutil>=5.9'"),
-    "pyyaml": (True, "pip install 'pyyaml>=6'"),
+    "torch": (True, "torch>=2.2,<2.14"),
+    "dgl": (True, "dgl>=2.1,<2.2"),
+    "numpy": (True, "numpy>=1.26,<3"),
+    "ray": (True, "ray[train,default]>=2.55,<3"),
+    "pyarrow": (True, "pyarrow>=15"),
+    "torch-geometric": (False, "torch-geometric>=2.5,<3"),
+    "scipy": (True, "scipy>=1.11"),
+    "pandas": (True, "pandas>=2"),
+    "pydantic": (True, "pydantic>=2.6,<3"),
+    "safetensors": (True, "safetensors>=0.4"),
+    "typer": (True, "typer>=0.12"),
+    "rich": (True, "rich>=13"),
+    "psutil": (True, "psutil>=5.9"),
+    "pyyaml": (True, "pyyaml>=6"),
+    "packaging": (True, "packaging>=22"),
+    "typing_extensions": (True, "typing_extensions>=4.4"),
 }
+"""The dependencies of pyproject.toml, in its words."""
+
+_IMPORTED = ("torch", "dgl")
+"""Those that are imported to be looked at; of the others the installed version says enough."""
+
 _LOW_MEMORY_BYTES = 4 * 2**30
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -59,7 +71,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 class Finding:
     """One line of the diagnosis.
 
-    found: the version or amount. status: "untested" is a warning; "missing" is an error where required.
+    found: the version or amount. status: "untested" is a warning; one of FAILURES is an error where required.
     fix: what to do, empty when nothing needs doing.
     """
 
@@ -78,8 +90,8 @@ class Diagnosis:
 
     @property
     def exit_code(self) -> int:
-        """0, or 1 when something required is missing or cannot be used."""
-        return int(any(finding.required and finding.status == "missing" for finding in self.findings))
+        """0, or 1 when something required is missing, too old or new, or cannot be used."""
+        return int(any(finding.required and finding.status in FAILURES for finding in self.findings))
 
     def to_json(self) -> str:
         """Return {"exit_code": ..., "findings": [{"name", "found", "status", "required", "fix"}, ...]}."""
@@ -88,13 +100,13 @@ class Diagnosis:
 
     def render(self, console: Console) -> None:
         """Print the findings as a table, then each fix on a line of its own, so that it can be copied."""
-        colours = {"ok": "green", "untested": "yellow", "missing": "red"}
+        colours = {"ok": "green", "untested": "yellow"} | dict.fromkeys(FAILURES, "red")
         table = Table(box=None, pad_edge=False)
         for title in ("", "found", "status"):
             table.add_column(title, overflow="fold")
         for finding in self.findings:
             colour = colours[finding.status]
-            if finding.status == "missing" and not finding.required:
+            if finding.status in FAILURES and not finding.required:
                 colour = "yellow"
             table.add_row(Text(finding.name), Text(finding.found), Text(finding.status, style=colour))
         console.print(table)
@@ -107,7 +119,7 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Look at this process's packages, devices, threads and memory. Imports torch and dgl; never raises."""
-    findings = [_python(), _torch(), *_dgl(), *(_package(name) for name in _PACKAGES)]
+    findings = [_python(), _torch(), *_dgl(), *(_package(name) for name in _PACKAGES if name not in _IMPORTED)]
     findings += [*_devices(), *_threads(), _memory()]
     return Diagnosis(tuple(findings))
 
@@ -120,7 +132,7 @@ def _python() -> Finding:
     status: Status = "missing"
     if supported:
         status = "ok" if f"{minor[0]}.{minor[1]}" in TESTED["python"] else "untested"
-    return Finding("python", platform.python_version(), status, True, fix or _untested_fix("python", status))
+    return Finding("python", platform.python_version(), status, True, fix or _version_fix("python", status))
 
 
 def _torch() -> Finding:
@@ -128,10 +140,10 @@ def _torch() -> Finding:
         import torch
     except Exception as error:
         found = f"cannot be imported ({type(error).__name__}: {error})"
-        return Finding("torch", found, "missing", True, "pip install 'torch>=2.2,<2.14'")
+        return Finding("torch", found, "missing", True, _install("torch"))
     version = str(torch.__version__)
-    status = _status("torch", version.split("+")[0])
-    return Finding("torch", version, status, True, _untested_fix("torch", status))
+    status = _status("torch", version)
+    return Finding("torch", version, status, True, _version_fix("torch", status))
 
 
 def _dgl() -> list[Finding]:
@@ -139,8 +151,8 @@ def _dgl() -> list[Finding]:
     core = parts.pop("core")
     status: Status = "missing"
     if core.usable:
-        status = _status("dgl", core.detail.removeprefix("dgl ").split("+")[0])
-    fix = _untested_fix("dgl", status) if core.usable else f"{core.detail}; e.g. {INSTALL_HINT}"
+        status = _status("dgl", core.detail.removeprefix("dgl "))
+    fix = _version_fix("dgl", status) if core.usable else f"{core.detail}; e.g. {INSTALL_HINT}"
     findings = [Finding("dgl core", core.detail if core.usable else "not usable", status, True, fix)]
     for name, part in parts.items():
         found = part.detail if part.usable else "not usable, and not needed by dngd"
@@ -150,22 +162,43 @@ def _dgl() -> list[Finding]:
 
 
 def _package(name: str) -> Finding:
-    required, install = _PACKAGES[name]
+    required = _PACKAGES[name][0]
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
-        return Finding(name, "not installed", "missing", required, install)
+        return Finding(name, "not installed", "missing", required, _install(name))
     status = _status(name, version)
-    return Finding(name, version, status, required, _untested_fix(name, status))
+    return Finding(name, version, status, required, _version_fix(name, status))
 
 
 def _status(name: str, version: str) -> Status:
-    return "ok" if name not in TESTED or version in TESTED[name] else "untested"
+    """Return what a package's version is; what follows its + is of the build."""
+    if (refusal := _refusal(name, version)) is not None:
+        return refusal
+    return "ok" if name not in TESTED or version.split("+")[0] in TESTED[name] else "untested"
 
 
-def _untested_fix(name: str, status: Status) -> str:
-    if status != "untested":
+def _refusal(name: str, version: str) -> Status | None:
+    """Return on which side of the versions that dngd needs a version is; None if it is one, or cannot be told."""
+    try:
+        found = Version(version)
+    except InvalidVersion:
+        return None
+    refusing = [one for one in Requirement(_PACKAGES[name][1]).specifier if not one.contains(found, prereleases=True)]
+    if not refusing:
+        return None
+    return "too old" if any(one.operator.startswith(">") for one in refusing) else "too new"
+
+
+def _install(name: str) -> str:
+    return f"pip install '{_PACKAGES[name][1]}'"
+
+
+def _version_fix(name: str, status: Status) -> str:
+    if status == "ok":
         return ""
+    if status != "untested":
+        return _install(name)
     return f"expected to work, but only tested with {' and '.join(TESTED[name])}"
 
 

@@ -48,6 +48,11 @@ def main():
     parser.add_argument("--storage", default=os.path.abspath("runs"))
     arguments = parser.parse_args()
     fields = {name: getattr(arguments, name) for name in ("dataset", "data_root", "split", "batch_size", "epochs")}
+    # Trials have working directories of their own.
+    if os.path.exists(arguments.dataset):
+        fields["dataset"] = os.path.abspath(arguments.dataset)
+    if arguments.data_root is not None:
+        fields["data_root"] = os.path.abspath(arguments.data_root)
     fields |= {"num_layers": 2, "hidden": 128, "fanout": (10, 10)}
 
     ray.init(log_to_driver=False, logging_level="ERROR")

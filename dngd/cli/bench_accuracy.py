@@ -111,7 +111,7 @@ def bench_accuracy(
         parse_seeds,
         parse_targets,
     )
-    from dngd.report import check_file, write_accuracy_page, write_accuracy_svg
+    from dngd.report import check_file, check_page, write_accuracy_page, write_accuracy_svg
 
     if models is not None and model is not None:
         raise UserError("--models and --model are both given; leave one out")
@@ -121,6 +121,8 @@ def bench_accuracy(
     for path in (page, picture):
         if path is not None:
             check_file(path)
+    if page is not None:
+        check_page(page, "--report")
     chosen = parse_models(models or MODELS) if model is None else ((model, num_layers),)
     flags = bench_fields(locals() | {"model": chosen[0][0], "num_layers": chosen[0][1]})
     if epochs is not None or protocol == GIVEN:

@@ -5,7 +5,9 @@ Exit codes: 0 done; 1 training failed; 2 a mistake that the user can mend, told 
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -35,7 +37,19 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
 INTERRUPTED = 130
-RESUME_HINT = "interrupted; a run goes on from its newest checkpoint with dngd train --run-dir RUN --resume"
+INTERRUPTED_HINT = "interrupted before the end; run the same command again for the whole result"
+"""Of commands without a sentence of their own; train has one."""
+
+PATH_FIXES = {
+    errno.EACCES: "give a path that you may read and write, or have its permissions changed",
+    errno.EPERM: "give a path that you may read and write, or have its permissions changed",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "mend the link, or give another path",
+    errno.ENOTDIR: "a part of it is a file; give another path",
+    errno.EROFS: "give a path on a file system that can be written",
+    errno.ENOSPC: "free space, or give a path on another disk",
+}
+"""What mends an error of the file system; others than these are not the user's."""
 
 # Newer typer brings a click of its own, older ones use the installed one: the base class of either.
 _UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -63,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; the `dngd` script."""
     try:
         code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        if sys.stdout is not None:  # it is None where the shell closed it
+            sys.stdout.flush()
     except UserError as error:
         _fail(str(error), 2)
     except TrainingError as error:
@@ -74,12 +90,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Interrupted as error:
         _fail(str(error), INTERRUPTED)
     except (KeyboardInterrupt, typer.Abort):
-        _fail(RESUME_HINT, INTERRUPTED)
+        _fail(INTERRUPTED_HINT, INTERRUPTED)
     except MemoryError as error:
         _fail(f"out of memory ({error or 'no details'}); ask for less, or use a machine with more", 1)
+    except BrokenPipeError:  # what read the output has ended, as head does
+        _give_up_output()
+        sys.exit(1)
+    except OSError as error:
+        if (told := _path_sentence(error)) is None:
+            raise
+        _give_up_output()
+        _fail(told, 2)
     else:
         if code == INTERRUPTED:  # typer turns Ctrl-C into this code
-            _fail(RESUME_HINT, INTERRUPTED)
+            _fail(INTERRUPTED_HINT, INTERRUPTED)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -88,6 +112,25 @@ def _sentence(error: Exception) -> str:
     format_message = getattr(error, "format_message", None)
     text = str(format_message() if format_message else error)
     return " ".join(text.split())
+
+
+def _path_sentence(error: OSError) -> str | None:
+    """Return what is wrong with a path, and the fix; None for an error that is not the user's."""
+    if error.errno not in PATH_FIXES:
+        return None
+    if isinstance(error.filename, str | bytes):
+        return f"{os.fsdecode(error.filename)}: {error.strerror}; {PATH_FIXES[error.errno]}"
+    if error.errno == errno.ENOSPC:  # writing to an open file names none
+        return f"output cannot be written: {error.strerror}; free space, or send it elsewhere"
+    return None
+
+
+def _give_up_output() -> None:
+    """Write what standard output holds, or drop it: Python would try again at its end, and print a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,9 +13,11 @@ from rich.table import Table
 from dngd.cli.common import Interrupted, Json, field_help, out, print_json, size_text
 from dngd.config import TrainConfig, address_of_run
 from dngd.config_text import merge, parse_assignment, read_yaml
-from dngd.errors import RunInterrupted, UserError
+from dngd.errors import RunInterrupted
 from dngd.paths import expanded
 from dngd.report.text import metric_words
+
+RESUME_HINT = "interrupted; a run goes on from its newest checkpoint with dngd train --run-dir RUN --resume"
 
 
 def train(
@@ -112,9 +115,9 @@ def train(
         flags["ray"] = {name: value for name, value in cluster.items() if value is not None}
     from dngd.launch import Trainer  # imports torch: not for --help
 
-    fields = merge(_base_fields(config, run_dir, bool(resume)), flags)
     for text in assignments or []:
-        fields = merge(fields, parse_assignment(text))
+        flags = merge(flags, parse_assignment(text))
+    fields = merge(_base_fields(config, flags.get("run_dir"), flags.get("resume") is True), flags)
     trainer = Trainer(TrainConfig(**fields), quiet=quiet)
     if dry_run:
         plan = trainer.plan()
@@ -124,20 +127,22 @@ def train(
         result = trainer.fit()
     except RunInterrupted as error:
         raise Interrupted(str(error)) from None
+    except KeyboardInterrupt:
+        raise Interrupted(RESUME_HINT) from None
     if as_json:
         print_json(result.to_json())
     elif not quiet:
-        _print_result(result.to_json())
+        _print_result(asdict(result))
 
 
-def _base_fields(config: Path | None, run_dir: Path | None, resume: bool) -> dict[str, Any]:
+def _base_fields(config: Path | None, run_dir: Any, resume: bool) -> dict[str, Any]:
     """Return what flags go on top of: the configuration file, or else the resumed run's own configuration."""
     if config is not None:
         return read_yaml(config)
-    if resume and run_dir is not None:
+    if resume and isinstance(run_dir, str | Path):
         from dngd.train.run_folder import saved_fields
 
-        return saved_fields(run_dir) or {}
+        return saved_fields(Path(run_dir)) or {}
     return {}
 
 
@@ -246,12 +251,11 @@ def report(
     output: Annotated[Path, typer.Option("--out", help="HTML file to write")] = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML page about one or several runs."""
-    from dngd.report import write_report
+    from dngd.report import check_page, write_report
     from dngd.train.remote_run import readable_folder
 
     output = expanded(output)
-    if output.exists() and (output.is_dir() or b"dngd" not in output.read_bytes()[:4096]):
-        raise UserError(f"--out {output} exists and is no dngd report; give another path")
+    check_page(output)
     folders = [readable_folder(run) for run in runs]
     out.print(str(write_report([folder.path for folder in folders], output)), highlight=False, soft_wrap=True)
 

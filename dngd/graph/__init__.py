@@ -12,11 +12,12 @@ processes. This package imports nothing of dngd but its errors.
 
 from dngd.graph.builder import Progress, RowBlocks, StoreBuilder
 from dngd.graph.cache import cache_folder, open_or_build
-from dngd.graph.catalog import available_datasets, resolve_dataset
+from dngd.graph.catalog import available_datasets, graph_at, resolve_dataset
 from dngd.graph.describe import describe
 from dngd.graph.dgl_graph import import_dgl
 from dngd.graph.import_options import ImportOptions
 from dngd.graph.links import LinkSplit, split_links
+from dngd.graph.lock import folder_lock
 from dngd.graph.manifest import FORMAT_VERSION, Manifest, PartitionInfo, Provenance
 from dngd.graph.npz import import_npz
 from dngd.graph.ogb import import_ogb
@@ -58,6 +59,8 @@ __all__ = [
     "available_datasets",
     "cache_folder",
     "describe",
+    "folder_lock",
+    "graph_at",
     "import_dgl",
     "import_npz",
     "import_ogb",

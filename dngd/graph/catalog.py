@@ -78,6 +78,14 @@ def resolve_dataset(
     raise UserError(_not_found(text, root, candidates))
 
 
+def graph_at(dataset: str) -> Path | None:
+    """Return the path of a data set that is named by it; None for a name, and for an address."""
+    if not dataset.strip() or is_remote(dataset):
+        return None
+    path = expanded(dataset)
+    return path if _is_graph(path) else None
+
+
 def available_datasets(data_root: str | Path | None = None) -> list[str]:
     """Return the names that `resolve_dataset` finds: those in data_root, then the built-in ones."""
     root = _data_root(data_root)

@@ -171,8 +171,10 @@ def _missing(demand: Demand) -> _Missing | None:
 def _places(demand: Demand) -> int:
     """Return how many workers the cluster's nodes hold when idle; a worker does not span nodes."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    amounts = {kind: amount for kind, amount in demand.worker.items() if amount}
     return sum(
-        int(min(have.get(kind, 0.0) // amount for kind, amount in demand.worker.items() if amount)) for have in alive
+        int(min((have.get(kind, 0.0) // n for kind, n in amounts.items()), default=demand.num_workers))
+        for have in alive
     )
 
 

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -104,7 +105,12 @@ def _run_on_ray(config: TrainConfig, reporter: Reporter, parts: RunParts | None,
     trainer = _InterruptibleTrainer(
         watch,
         _worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "channel": channel, "parts": parts},
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "data_root": None if config.data_root_in_use is None else str(config.data_root_in_use.absolute()),
+            "channel": channel,
+            "parts": parts,
+        },
         scaling_config=_scaling(config),
         run_config=ray.train.RunConfig(
             name="ray",
@@ -231,9 +237,18 @@ def _process_is_gone(error: BaseException) -> bool:
     return any(isinstance(item, ray.exceptions.RayActorError) for item in _nested(error))
 
 
+def _with_data_root(config: TrainConfig, of_driver: str | None) -> TrainConfig:
+    """Return the configuration with the driver's folder of data sets, unless this node has one of its own. A relative
+    one is no node's: a worker's working directory is Ray's."""
+    own = config.data_root_in_use
+    if of_driver is None or (own is not None and own.is_absolute()):
+        return config
+    return config.model_copy(update={"data_root": Path(of_driver)})
+
+
 def _worker(loop_config: dict[str, Any]) -> None:
     """Run one Ray Train worker's rank, this time."""
-    config = TrainConfig(**loop_config["config"])
+    config = _with_data_root(TrainConfig(**loop_config["config"]), loop_config["data_root"])
     channel = loop_config["channel"]
     context = ray.train.get_context()
     communicator = current_communicator(timeout_seconds=config.collective_timeout_seconds)

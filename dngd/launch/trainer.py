@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.paths import expanded
 from dngd.report import metric_words, write_report
-from dngd.train import RunPlan, RunResult, check_run_folder, make_plan, prepare_run_folder, run_rank
+from dngd.train import RunPlan, RunResult, check_run_folder, hold_run_folder, make_plan, run_rank
 from dngd.train.callbacks import Callback
 from dngd.train.evaluate_run import evaluate_run
 from dngd.train.interrupt import CtrlC
@@ -27,6 +28,7 @@ from dngd.train.plan import check_device, check_fits, with_samplers
 from dngd.train.predict import Predictions, predict_run, probabilities_of_run
 from dngd.train.progress import ConsoleReporter, Reporter, SilentReporter
 from dngd.train.remote_run import readable_folder, send_report
+from dngd.train.run_folder import reached_step
 from dngd.train.scoring import CustomMetric
 from dngd.train.supervision import Supervision
 from dngd.train.task import split_of
@@ -117,9 +119,7 @@ class Trainer:
             metric = metric_words(self._parts.metric_name(self.config))
             with ConsoleReporter(Console(file=sys.stderr), metric) as reporter:
                 result = self._run(reporter)
-        # The configuration's address has options, such as an endpoint, that the result's is without.
-        run = self.config.run_dir if self.config.run_address else Path(result.run_dir)
-        assert run is not None
+        run = self._run_folder()
         folder = readable_folder(run)
         try:
             report = write_report([folder.path], folder.report)
@@ -204,17 +204,23 @@ class Trainer:
     def _run(self, reporter: Reporter) -> RunResult:
         # Bad input is refused before a folder is made or a worker started.
         reporter.message(f"reading {self.config.dataset}")
-        self.plan(reporter.message)
+        plan = self.plan(reporter.message)
+        if self.config.resume and (reached := reached_step(self.config)) > plan.total_steps:
+            raise UserError(
+                f"run {self.config.run_dir} has taken {reached} steps and is asked for {plan.total_steps}; give at "
+                "least as many by --epochs, and by --max-steps if it is set"
+            )
         if self.config.engine == "local":
-            config = self._prepared()
-            supervision = Supervision(stops=CtrlC(reporter.message))
-            return run_rank(config, LocalCommunicator(), reporter, supervision=supervision, parts=self._parts)
+            with self._prepared(reporter) as config:
+                supervision = Supervision(stops=CtrlC(reporter.message))
+                return run_rank(config, LocalCommunicator(), reporter, supervision=supervision, parts=self._parts)
         from dngd.launch.ray_train import on_cluster, run_on_ray  # importing Ray takes seconds
 
-        with on_cluster(self.config, reporter):
-            return run_on_ray(self._prepared(), reporter, self._parts)
+        with on_cluster(self.config, reporter), self._prepared(reporter) as config:
+            return run_on_ray(config, reporter, self._parts)
 
-    def _prepared(self) -> TrainConfig:
-        config = prepare_run_folder(self.config)
-        self._run_dir = config.run_dir
-        return config
+    @contextmanager
+    def _prepared(self, reporter: Reporter) -> Iterator[TrainConfig]:
+        with hold_run_folder(self.config, reporter.message) as config:
+            self._run_dir = config.run_dir
+            yield config

@@ -42,6 +42,8 @@ class RunFiles:
     metric: what the evaluations' accuracies are.
 
     health: a (step, {layer: {measure: value}}) an evaluation, without what is not known; empty without factors.
+
+    graph_digest: of the graph's files, as the newest checkpoint that can be read has it; None without one.
     """
 
     name: str
@@ -51,6 +53,7 @@ class RunFiles:
     result: dict[str, Any]
     health: tuple[tuple[int, dict[str, dict[str, float]]], ...] = ()
     metric: str = "accuracy"
+    graph_digest: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -106,7 +109,8 @@ def read_run(path: Path, name: str) -> RunFiles:
         flat = flatten(config)
     except RecursionError:
         raise UserError(f"{files[0]} is nested too deeply, or leads back to itself; mend or remove it") from None
-    return RunFiles(name, path, flat, evaluations, result, _health(path / "health.jsonl"), metric)
+    health, digest = _health(path / "health.jsonl"), _graph_digest(path / "checkpoints")
+    return RunFiles(name, path, flat, evaluations, result, health, metric, digest)
 
 
 def unique_names(folders: Sequence[Path]) -> list[str]:
@@ -186,6 +190,22 @@ def _health(path: Path) -> tuple[tuple[int, dict[str, dict[str, float]]], ...]:
             known[str(layer)] = {name: v for name, v in numbers.items() if v is not None and plottable(v)}
         records.append((step, known))
     return tuple(records)
+
+
+def _graph_digest(checkpoints: Path) -> str | None:
+    """Return what the newest checkpoint says of the graph; ones that cannot be read are passed over."""
+    try:
+        states = sorted(checkpoints.glob("step-*/state.json"), reverse=True)
+    except OSError:
+        return None
+    for state in states:
+        try:
+            digest = json.loads(state.read_text(encoding="utf-8"))["position"]["graph_digest"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if isinstance(digest, str) and digest:
+            return digest
+    return None
 
 
 def _mapping(path: Path) -> dict[str, Any]:

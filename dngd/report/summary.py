@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import PurePath
 from typing import Any
 
@@ -80,16 +81,23 @@ def dataset_name(config: dict[str, Any]) -> str | None:
 
 
 def same_nodes(runs: Sequence[RunFiles]) -> bool:
-    """Whether the runs are scored on the same: data set, task and split; for a random split the same seed."""
+    """Whether the runs are scored on the same: graph, task and split; for a random split the same seed."""
 
-    def scored_on(run: RunFiles) -> tuple[str, ...]:
+    def split_of(run: RunFiles) -> tuple[str, ...]:
         if run.config.get("task") == "link":
-            return (str(dataset_name(run.config)), str(run.config.get("link_split")), str(run.config.get("seed")))
+            return ("link", str(run.config.get("link_split")), str(run.config.get("seed")))
         split = str(run.config.get("split"))
         drawn = str(run.config.get("seed")) if split.startswith("random") else ""
-        return (str(dataset_name(run.config)), split, drawn)
+        return ("node", split, drawn)
 
-    return len({scored_on(run) for run in runs}) <= 1
+    return len({split_of(run) for run in runs}) <= 1 and all(same_graph(*pair) for pair in combinations(runs, 2))
+
+
+def same_graph(one: RunFiles, other: RunFiles) -> bool:
+    """Whether two runs are about one graph: the same content where both tell of it, else data sets of one name."""
+    if one.graph_digest is not None and other.graph_digest is not None:
+        return one.graph_digest == other.graph_digest
+    return dataset_name(one.config) == dataset_name(other.config)
 
 
 def metrics_of(runs: Sequence[RunFiles]) -> list[str]:

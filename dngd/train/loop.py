@@ -445,6 +445,11 @@ class TrainingLoop:
             test_accuracy=scores["test"].accuracy,
             train_seconds=self.train_seconds,
         )
+        if math.isnan(record.val_accuracy) and not any(math.isnan(before.val_accuracy) for before in self.history):
+            self.reporter.message(
+                f"the validation {self.metric_name} is not defined (its nodes are of one class alone, or an output is "
+                "not finite): until it is, the first model counts as the best"
+            )
         self.history.append(record)
         preconditioner = self.optimizer.preconditioner
         health = preconditioner.health() if preconditioner is not None and self.comm.rank == 0 else {}

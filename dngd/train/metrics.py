@@ -80,10 +80,25 @@ class RunResult:
     history: list[EvaluationRecord] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of result.json (the history is metrics.jsonl's)."""
+        """Return the content of result.json (the history is metrics.jsonl's); JSON has no NaN: null."""
         out = asdict(self)
         out.pop("history")
-        return out
+        return {name: None if _is_undefined(value) else value for name, value in out.items()}
+
+
+def read_result(path: Path) -> RunResult | None:
+    """Return what a result.json holds; None if there is none, or one that is damaged or of another version."""
+    try:
+        read: dict[str, Any] = json.loads(path.read_bytes())
+        known = [name for name in RunResult.__dataclass_fields__ if name in read and name != "history"]
+        fields: dict[str, Any] = {name: math.nan if read[name] is None else read[name] for name in known}
+        return RunResult(**fields)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return None
+
+
+def _is_undefined(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 class MetricsLog:
@@ -107,7 +122,7 @@ class MetricsLog:
 
     def _line(self, record: EvaluationRecord) -> str:
         # JSON has no NaN: an epoch without a single kept step has a null train_loss.
-        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(record).items()}
+        values = {k: None if _is_undefined(v) else v for k, v in asdict(record).items()}
         if self._metric != "accuracy":
             values["metric"] = self._metric
         return json.dumps(values) + "\n"
@@ -118,7 +133,7 @@ def read_metrics(path: Path) -> list[EvaluationRecord]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             read: dict[str, Any] = json.loads(line)
             read.pop("metric", None)

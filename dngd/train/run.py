@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import replace
 
 import torch
 
@@ -12,7 +13,7 @@ from dngd.config import TrainConfig
 from dngd.errors import RunInterrupted, TrainingError, UserError
 from dngd.train.checkpoint import replace_file
 from dngd.train.loop import TrainingLoop
-from dngd.train.metrics import RunResult
+from dngd.train.metrics import RunResult, read_result
 from dngd.train.parts import RunParts
 from dngd.train.progress import Reporter
 from dngd.train.remote_run import open_run_folder
@@ -80,8 +81,10 @@ def run_rank(
 
 def _write_result(loop: TrainingLoop, result: RunResult) -> RunResult:
     """Write result.json and return what it holds."""
-    if not loop.clock.step_seconds and loop.folder.result.exists():
+    if not loop.clock.step_seconds:
         # A finished run that is resumed takes no step: its own result, with its times, stays.
-        return RunResult(**json.loads(loop.folder.result.read_text()), history=result.history)
+        before = read_result(loop.folder.result)
+        if before is not None and before.steps == loop.step:
+            result = replace(before, run_dir=loop.folder.shown, history=result.history)
     replace_file(loop.folder.result, json.dumps(result.to_json(), indent=2).encode())
     return result

@@ -6,19 +6,28 @@ import itertools
 import os
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dngd.config import TrainConfig, address_of_run
 from dngd.config_text import parse_yaml, read_yaml
 from dngd.errors import UserError
-from dngd.graph import cache_folder
+from dngd.graph import cache_folder, folder_lock, graph_at
 from dngd.paths import expanded
-from dngd.train.checkpoint import STATE_NAME, check_same_run, complete_checkpoints, newest_identity, replace_file
+from dngd.train.checkpoint import (
+    PREFIX,
+    STATE_NAME,
+    check_same_run,
+    complete_checkpoints,
+    newest_identity,
+    replace_file,
+)
 from dngd.train.remote_files import CHECKPOINTS, RemoteFiles
 
 CONFIG_NAME = "config.yaml"
+OTHER_RUN_SECONDS = 120.0
 
 
 class RunFolder:
@@ -130,6 +139,17 @@ def check_run_folder(config: TrainConfig) -> Path:
     return path
 
 
+def reached_step(config: TrainConfig) -> int:
+    """Return the step of the newest checkpoint in a run folder, here or at an address; 0 without one."""
+    assert config.run_dir is not None
+    if config.run_address is not None:
+        names = RemoteFiles(config.run_address).checkpoints()
+    else:
+        names = [path.name for path in complete_checkpoints(RunFolder(expanded(config.run_dir)).checkpoints)]
+    steps = [name.removeprefix(PREFIX) for name in names]
+    return max((int(step) for step in steps if step.isdecimal()), default=0)
+
+
 def _newest_identity(path: Path, remote: RemoteFiles | None) -> dict[str, Any] | None:
     if remote is not None:
         return newest_identity(remote.checkpoints(), lambda name: remote.read(f"{CHECKPOINTS}/{name}/{STATE_NAME}"))
@@ -138,19 +158,64 @@ def _newest_identity(path: Path, remote: RemoteFiles | None) -> dict[str, Any] |
     return newest_identity(names, lambda name: (folder / name / STATE_NAME).read_bytes())
 
 
+@contextmanager
+def hold_run_folder(config: TrainConfig, tell: Callable[[str], None]) -> Iterator[TrainConfig]:
+    """Do what `prepare_run_folder` does, and keep the folder to this process while the block runs.
+
+    Another process that trains there, on this machine or on one that shares its locks, is waited for:
+    OTHER_RUN_SECONDS at most, since one that died with its machine may still seem to be there. Where the file system
+    has no locks, and at an address, nobody is kept out. tell: hears of the wait. Raises UserError after it.
+    """
+    path = check_run_folder(config)
+    if config.run_address is not None:
+        yield prepare_run_folder(config)
+        return
+    _make_folder(path)
+    told = False
+
+    def tell_once(text: str) -> None:
+        nonlocal told
+        if not told:
+            tell(text)
+        told = True
+
+    with folder_lock(path, purpose=f"the run in {path}", wait_seconds=OTHER_RUN_SECONDS, on_wait=tell_once):
+        yield prepare_run_folder(config.model_copy(update={"run_dir": path}))
+
+
 def prepare_run_folder(config: TrainConfig) -> TrainConfig:
-    """Create the run folder, or check that it may be gone on with, and return the configuration with its path.
+    """Create the run folder, or check that it may be gone on with, and return the configuration with its path, and with
+    all paths of this machine absolute: workers, and who goes on with the run, have other working directories.
 
     Raises UserError, before anything is overwritten, if `check_run_folder` does or it cannot be written.
     """
     path = check_run_folder(config)
-    prepared = TrainConfig(**(config.model_dump() | {"run_dir": path}))
+    prepared = TrainConfig(**(config.model_dump() | _absolute(config) | {"run_dir": path}))
     # On resuming too: workers, epochs and the like may have changed, and the file says what is run.
     # S is written out: it stays what it was when the run goes on with other workers.
     kept = TrainConfig(**(prepared.model_dump() | {"resume": False, "num_shards": config.shards}))
     if prepared.run_address is not None:
         RemoteFiles(prepared.run_address).write(CONFIG_NAME, kept.to_yaml().encode())
         return prepared
+    _make_folder(path)
+    replace_file(RunFolder(path).config, kept.to_yaml().encode())
+    return prepared
+
+
+def _absolute(config: TrainConfig) -> dict[str, Any]:
+    """Return the fields that are paths, absolute; a data set that is a name or an address stays as it is."""
+    found: dict[str, Any] = {
+        name: expanded(path).absolute()
+        for name in ("data_root", "cache_dir", "stage_dir")
+        if (path := getattr(config, name)) is not None
+    }
+    if (graph := graph_at(config.dataset)) is not None:
+        found["dataset"] = str(graph.absolute())
+    return found
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder, unless it is there, and see that it can be written. Raises UserError if it cannot."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".probe-{os.getpid()}"
@@ -158,5 +223,3 @@ def prepare_run_folder(config: TrainConfig) -> TrainConfig:
         probe.unlink()
     except OSError as error:
         raise UserError(f"run folder {path} cannot be written: {error.strerror}; give another --run-dir") from None
-    replace_file(RunFolder(path).config, kept.to_yaml().encode())
-    return prepared

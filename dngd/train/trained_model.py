@@ -98,9 +98,10 @@ def load_trained(run: Path, parts: RunParts | None = None) -> TrainedModel:
 def open_graph(trained: TrainedModel, dataset: str | None = None, data_root: Path | None = None) -> GraphStore:
     """Open the run's graph, or another that its model fits.
 
-    dataset, data_root: as for training; None: the run's own. A graph with fewer classes than the model's, or without
-    labels, fits. Where both have names of the classes, the graph's are numbered as the model's are, by name. Raises
-    UserError if there is no such graph, or its features or classes are not the model's.
+    dataset, data_root: as for training; None: the run's own, which has to be the very graph. A graph with fewer
+    classes than the model's, or without labels, fits. Where both have names of the classes, the graph's are numbered as
+    the model's are, by name. Raises UserError if there is no such graph, if it is not the run's own where that is
+    asked for, or if its features or classes are not the model's.
     """
     config = trained.config
     name = config.dataset if dataset is None else dataset
@@ -110,6 +111,11 @@ def open_graph(trained: TrainedModel, dataset: str | None = None, data_root: Pat
         if dataset is None:
             raise UserError(f"the run's graph was not found: {error}; or give where it is now with --dataset") from None
         raise
+    if dataset is None and trained_on(trained) not in (None, store.digest):
+        raise UserError(
+            f"run {trained.folder.path} was trained on another graph than the {store.name} that is at {store.path} now "
+            f"(it has other content); give the run's own with --data-root or --dataset, or this one with --dataset"
+        )
     if store.num_features != trained.num_features:
         raise UserError(
             f"graph {store.name} has {store.num_features} features a node but the model of run {trained.folder.path} "

@@ -32,11 +32,12 @@ def run(cluster: Cluster, *arguments: str, timeout: float = 240) -> subprocess.C
 
 def test_two_workers_give_the_run_of_two_shards(cluster: Cluster, store: GraphStore, tmp_path: Path) -> None:
     """Through `ray job submit`, as a user does it; the local engine runs the same two shards. With a measured KL bound:
-    one worker alone has the shard that is measured, and both go by it."""
-    common = ["train", "--dataset", str(store.path), *SMALL, "--num-workers", "2", "--set", "kfac.kl_bound=0.05"]
+    one worker alone has the shard that is measured, and both go by it. The data set is named as it is seen from the
+    driver's working directory, which is not the workers'."""
+    common = ["train", "--dataset", store.path.name, *SMALL, "--num-workers", "2", "--set", "kfac.kl_bound=0.05"]
     submit = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", cluster.jobs_address, "--"]
     done = subprocess.run(
-        [*submit, *dngd_command(*common, "--run-dir", str(tmp_path / "ray"))],
+        [*submit, "env", "-C", str(store.path.parent), *dngd_command(*common, "--run-dir", str(tmp_path / "ray"))],
         env=cluster.environment,
         capture_output=True,
         text=True,

@@ -65,3 +65,38 @@ def test_the_script(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "copied 1 files" in done.stdout
     assert tree(tmp_path / "bucket") == {"one/result.json": "{}"}
+
+
+def test_a_checkpoint_that_is_gone_from_the_bucket_stops_no_other(copy_changed: object, tmp_path: Path) -> None:
+    assert callable(copy_changed)
+    source, target = tmp_path / "runs", tmp_path / "bucket"
+    for step in (1, 2):
+        write(source / f"one/checkpoints/step-{step}/state", str(step))
+    seen: dict[str, tuple[int, int]] = {}
+    copy_changed(source, pafs.LocalFileSystem(), str(target), seen)
+    (target / "one/checkpoints/step-1/state").unlink()
+    for step in (1, 2):
+        (source / f"one/checkpoints/step-{step}/state").unlink()
+    copy_changed(source, pafs.LocalFileSystem(), str(target), seen)
+    assert tree(target) == {}
+    assert seen == {}
+
+
+@pytest.mark.parametrize(("flags", "code"), [([], 0), (["--once"], 2)])
+def test_a_second_one_leaves_a_folder_to_the_first(tmp_path: Path, flags: list[str], code: int) -> None:
+    write(tmp_path / "runs/one/result.json", "{}")
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    command = [sys.executable, str(SCRIPT)]
+    target = f"file://{tmp_path}/bucket"
+    with subprocess.Popen([*command, str(tmp_path / "runs"), target], stdout=subprocess.PIPE, text=True) as first:
+        try:
+            assert first.stdout is not None
+            assert "copied 1 files" in first.stdout.readline()
+            second = [*command, str(tmp_path / "link"), target, *flags]
+            done = subprocess.run(second, capture_output=True, text=True, timeout=60)
+            assert (done.returncode, done.stdout) == (code, "")
+            assert "is being copied by another sync_runs.py" in done.stderr
+        finally:
+            first.kill()
+    done = subprocess.run([*second, "--once"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, "the lock goes with its process"

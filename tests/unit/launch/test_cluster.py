@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.launch import cluster
 from dngd.launch.cluster import Demand, wait_for_resources
@@ -134,3 +135,25 @@ def test_a_cluster_that_is_taken_asks_for_patience_and_not_for_fewer_workers(mon
         wait_for_resources(DEMAND, 1e-6, lambda text: None, may_grow=True)
     assert "--num-workers" not in str(refused.value)
     assert ray.given_up == 1
+
+
+def test_workers_that_take_nothing_have_room_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = fake(monkeypatch, nodes=1)
+    wait_for_resources(Demand(4, {"CPU": 0.0}), None, lambda text: None, may_grow=False)
+    assert ray.groups == []
+
+
+@pytest.mark.parametrize(
+    ("amounts", "said"),
+    [({"CPU": -1}, "ray.resources_per_worker=-1.* greater than or equal to 0"), ({"CPU": 0}, "nothing to reserve")],
+)
+def test_amounts_that_ray_does_not_take_are_refused(amounts: dict[str, float], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        TrainConfig(dataset="cora", ray={"resources_per_worker": amounts})
+
+
+@pytest.mark.parametrize("fields", [{"use_gpu": True, "amounts": {"CPU": 0}}, {"amounts": {"CPU": 0, "memory": 1e9}}])
+def test_a_worker_may_do_without_cpus(fields: dict[str, Any]) -> None:
+    amounts = fields.pop("amounts")
+    config = TrainConfig(dataset="cora", **fields, ray={"resources_per_worker": amounts})
+    assert config.ray.resources_per_worker == amounts

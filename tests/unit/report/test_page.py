@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dngd.errors import UserError
-from dngd.report import write_report
+from dngd.report import check_file, check_page, write_report
+from dngd.report.accuracy_page import render_accuracy
+from dngd.report.document import write_file
+from dngd.report.run_files import read_run
+from tests.unit.report.benchmark import panel
+from tests.unit.report.benchmark import result as accuracy_result
 from tests.unit.report.run_folders import Page, record, result, write_run
 
 
@@ -128,6 +136,85 @@ def test_runs_of_different_data_are_not_ranked(tmp_path: Path) -> None:
     assert "do not compare" in page.text
     assert "reached by all" not in page.text
     assert "Best val accuracy" not in page.text
+
+
+def write_state(run: Path, step: int, digest: object) -> None:
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"step": step, "position": {"graph_digest": digest}}))
+
+
+@pytest.mark.parametrize(
+    ("datasets", "digests", "compare"),
+    [
+        (("a/cora", "b/cora"), ("one", "other"), False),
+        (("cora", "copy-of-cora"), ("one", "one"), True),
+        (("a/cora", "b/cora"), ("one", None), True),
+        (("cora", "pubmed"), ("one", None), False),
+        (("cora", "cora"), ("one", 7), True),
+    ],
+)
+def test_graphs_are_told_apart_by_their_content(
+    tmp_path: Path, datasets: tuple[str, str], digests: tuple[str, object], compare: bool
+) -> None:
+    runs = [write_run(tmp_path / f"run-{n}", config={"dataset": name}) for n, name in enumerate(datasets)]
+    for run, digest in zip(runs, digests):
+        write_state(run, 10, "an older one's")
+        if digest is None:
+            shutil.rmtree(run / "checkpoints")
+        else:
+            write_state(run, 20, digest)
+    if digests[1] == 7:
+        shutil.rmtree(runs[1] / "checkpoints" / "step-00000010")
+    assert ("do not compare" not in page_of(*runs).text) is compare
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"position": 3}', b"[" * 100_000])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, content: bytes) -> None:
+    run = write_run(tmp_path / "run")
+    write_state(run, 10, "one")
+    write_state(run, 20, "other")
+    (run / "checkpoints" / "step-00000020" / "state.json").write_bytes(content)
+    assert read_run(run, "run").graph_digest == "one"
+
+
+def test_only_pages_of_ours_and_empty_files_are_replaced(tmp_path: Path) -> None:
+    page = write_report([write_run(tmp_path / "run")], tmp_path / "report.html")
+    long = write_report([write_run(tmp_path / ("&" * 250))], tmp_path / "long.html")
+    bench = write_file(tmp_path / "bench.html", render_accuracy(accuracy_result(panel("cora"))))
+    (tmp_path / "empty.html").touch()
+    (tmp_path / "link.html").symlink_to(page)
+    for name in (page, long, bench, tmp_path / "empty.html", tmp_path / "link.html", tmp_path / "new.html"):
+        check_page(name)
+    whole = page.read_bytes()
+    for content in (
+        b"how I use dngd",
+        whole.replace(b"dngd report</title>", b"report</title>"),
+        whole.replace(b"<title>", b"<title>my notes</title><title>"),
+        b"\n" + whole,
+        whole[:200],
+    ):
+        (tmp_path / "notes.html").write_bytes(content)
+        with pytest.raises(UserError, match="is no dngd report"):
+            check_page(tmp_path / "notes.html")
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "report.html").symlink_to(tmp_path / "pages" / "one.html")
+    write_report([write_run(tmp_path / "run")], tmp_path / "report.html")
+    assert (tmp_path / "report.html").is_symlink()
+    assert [path.name for path in (tmp_path / "pages").iterdir()] == ["one.html"]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("check", [check_page, check_file, lambda out: write_file(out, "")])
+def test_a_pipe_is_neither_read_nor_replaced(tmp_path: Path, check: Callable[[Path], object]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(UserError, match="is a pipe or a device"):
+            check(path)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def named(records: list[dict[str, float]], metric: str) -> list[dict[str, Any]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -50,7 +52,7 @@ def test_exit_code(status: doctor.Status, required: bool, code: int) -> None:
 
 
 def test_missing_and_untested_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {"ray": "99.0"}
+    versions = {"ray": "2.99.0"}
 
     def version(name: str) -> str:
         if name in versions:
@@ -63,6 +65,47 @@ def test_missing_and_untested_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "only tested with" in findings["ray"].fix
     assert findings["pyarrow"].status == "missing"
     assert findings["pyarrow"].fix.startswith("pip install")
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "status"),
+    [
+        ("ray", "2.54.9", "too old"),
+        ("ray", "3.0.0", "too new"),
+        ("numpy", "1.25.2", "too old"),
+        ("pydantic", "2.5.3", "too old"),
+        ("pydantic", "2.6.0", "ok"),
+        ("torch", "2.1.2+cpu", "too old"),
+        ("torch", "2.14.0+cu130", "too new"),
+        ("torch", "2.13.0+cu130", "ok"),
+        ("torch", "2.12.0.dev20260101", "untested"),
+        ("torch", "of one's own", "untested"),
+        ("dgl", "2.2.1", "too new"),
+    ],
+)
+def test_versions_that_do_not_do_are_failures(
+    monkeypatch: pytest.MonkeyPatch, name: str, version: str, status: str
+) -> None:
+    real = metadata.version
+    monkeypatch.setattr(doctor.metadata, "version", lambda asked: version if asked == name else real(asked))
+    monkeypatch.setattr("torch.__version__", version if name == "torch" else "2.13.0")
+    if name == "dgl":
+        monkeypatch.setattr(doctor, "dgl_parts", lambda: {"core": PartStatus(True, f"dgl {version}")})
+    diagnosis = diagnose()
+    [finding] = [one for one in diagnosis.findings if one.name.removesuffix(" core") == name]
+    assert finding.status == status
+    if status.startswith("too"):
+        assert finding.fix.startswith(f"pip install '{name}")
+        assert diagnosis.exit_code == 1
+        assert status in rendered(diagnosis)
+
+
+def test_the_versions_are_those_of_the_project() -> None:
+    project = (Path(doctor.__file__).parents[1] / "pyproject.toml").read_text()
+    [listed] = re.findall(r"^dependencies = \[\n(.*?)^\]", project, re.MULTILINE | re.DOTALL)
+    assert sorted(re.findall(r'^ +"(.*)",$', listed, re.MULTILINE)) == sorted(
+        requirement for _, requirement in doctor._PACKAGES.values()
+    )
 
 
 def test_unusable_dgl_core_fails(monkeypatch: pytest.MonkeyPatch) -> None:

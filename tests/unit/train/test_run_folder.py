@@ -1,14 +1,219 @@
-"""Names of run folders."""
+"""Run folders: their names, who may write there, what they keep of paths and results."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import dngd
+from dngd.errors import UserError
+from dngd.graph import GraphStore
+from dngd.train import hold_run_folder, run_folder
+from dngd.train.evaluate_run import evaluate_run
+from dngd.train.metrics import read_metrics, read_result
+from dngd.train.predict import predict_run
 from dngd.train.run_folder import default_run_dir
+
+
+def config(dataset: str, run_dir: Path, **changes: Any) -> dngd.TrainConfig:
+    fields: dict[str, Any] = {"engine": "local", "num_layers": 2, "fanout": (4, 4), "hidden": 8, "batch_size": 60}
+    return dngd.TrainConfig(dataset=dataset, run_dir=run_dir, **(fields | {"epochs": 1, "num_samplers": 0} | changes))
+
+
+def fit(configuration: dngd.TrainConfig) -> dngd.RunResult:
+    return dngd.Trainer(configuration, quiet=True).fit()
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory; its sibling `other` is another one."""
+    for name in ("here", "other"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "other"
+
+
+def test_relative_paths_hold_from_any_working_directory(
+    store: GraphStore, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(store.path, "graph")
+    fit(config("graph", Path("run"), cache_dir=Path("cache")))
+    run = Path("run").absolute()
+    monkeypatch.chdir(elsewhere)
+    saved = dngd.TrainConfig.from_yaml(run / "config.yaml")
+    assert saved.dataset == str(run.parent / "graph")
+    assert saved.cache_dir == run.parent / "cache"
+    assert saved.data_root is None, "what the environment says is not the run's"
+    assert evaluate_run(run)["step"] > 0
+    resumed = dngd.TrainConfig.from_yaml(run / "config.yaml", {"run_dir": run, "resume": True, "epochs": 2})
+    assert fit(resumed).epochs == 2.0
+
+
+def test_names_and_folders_of_data_sets_stay_names(
+    store: GraphStore, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(store.path, "data/graph")
+    fit(config("graph", Path("run"), data_root=Path("data")))
+    saved = dngd.TrainConfig.from_yaml(Path("run/config.yaml"))
+    assert (saved.dataset, saved.data_root) == ("graph", Path("data").absolute())
+
+
+def test_a_run_folder_has_one_writer(store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second process that resumes a run under way is told, and changes nothing; after the first it may go on."""
+    monkeypatch.setattr(run_folder, "OTHER_RUN_SECONDS", 0.3)
+    run = tmp_path / "run"
+    first = config(str(store.path), run)
+    told: list[str] = []
+    with hold_run_folder(first, told.append):
+        before = (run / "config.yaml").read_bytes()
+        with pytest.raises(UserError, match=r"another process to finish: the run in .*run"):
+            fit(config(str(store.path), run, resume=True, epochs=5))
+        with (
+            pytest.raises(UserError, match="another process"),
+            hold_run_folder(config(str(store.path), run, resume=True), told.append),
+        ):
+            pass
+        assert (run / "config.yaml").read_bytes() == before
+    assert len(told) == 1, "said once, not at each try"
+    assert fit(config(str(store.path), run, resume=True)).steps > 0
+
+
+def test_a_new_run_does_not_take_the_folder_of_one_that_began_meanwhile(
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "OTHER_RUN_SECONDS", 20.0)
+    run = tmp_path / "run"
+    run.mkdir()
+    waits = threading.Event()
+    raised: list[BaseException] = []
+
+    def second() -> None:
+        try:
+            with hold_run_folder(config(str(store.path), run), lambda text: waits.set()):
+                pass
+        except UserError as error:
+            raised.append(error)
+
+    with ExitStack() as stack:
+        stack.enter_context(run_folder.folder_lock(run, purpose="a test", wait_seconds=1.0))
+        other = threading.Thread(target=second)
+        other.start()
+        assert waits.wait(10)
+        (run / "config.yaml").write_text(config(str(store.path), run).to_yaml())
+    other.join(20)
+    assert "already holds a run" in str(raised[0])
+
+
+def test_a_run_killed_before_its_result_gets_one(store: GraphStore, tmp_path: Path) -> None:
+    """Its last checkpoint is there, its result.json is of an earlier end."""
+    run = tmp_path / "run"
+    early = fit(config(str(store.path), run))
+    old = (run / "result.json").read_bytes()
+    late = fit(config(str(store.path), run, resume=True, epochs=2))
+    (run / "result.json").write_bytes(old)
+    again = fit(config(str(store.path), run, resume=True, epochs=2))
+    assert early.steps < again.steps == late.steps
+    assert again.best_val_accuracy == late.best_val_accuracy
+    found = read_result(run / "result.json")
+    assert found is not None
+    assert found.steps == late.steps
+    assert found.train_seconds == pytest.approx(late.train_seconds, rel=0.5)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"steps": 4}', b"\xff"])
+def test_a_damaged_result_is_written_anew(store: GraphStore, tmp_path: Path, content: bytes) -> None:
+    run = tmp_path / "run"
+    before = fit(config(str(store.path), run))
+    (run / "result.json").write_bytes(content)
+    assert fit(config(str(store.path), run, resume=True)).best_val_accuracy == before.best_val_accuracy
+    assert json.loads((run / "result.json").read_text())["steps"] == before.steps
+
+
+def test_a_result_of_another_version_is_read(store: GraphStore, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    before = fit(config(str(store.path), run))
+    said = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps(said | {"of_a_later_version": 1}))
+    again = fit(config(str(store.path), run, resume=True))
+    assert (again.steps, again.step_ms) == (before.steps, before.step_ms)
+
+
+def test_less_than_was_done_is_refused(store: GraphStore, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    steps = fit(config(str(store.path), run, epochs=3)).steps
+    before = (run / "config.yaml").read_bytes()
+    for fewer in ({"epochs": 1}, {"epochs": 3, "max_steps": steps - 1}):
+        with pytest.raises(UserError, match=rf"has taken {steps} steps .* give at least as many"):
+            fit(config(str(store.path), run, resume=True, **fewer))
+    assert (run / "config.yaml").read_bytes() == before
+    assert fit(config(str(store.path), run, resume=True, epochs=3)).steps == steps
+
+
+def test_a_damaged_byte_ends_the_metrics_there(store: GraphStore, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fit(config(str(store.path), run, epochs=2))
+    path = run / "metrics.jsonl"
+    first, second = path.read_bytes().splitlines()
+    path.write_bytes(first + b"\n\xff" + second + b"\n")
+    assert len(read_metrics(path)) == 1
+
+
+def test_a_finished_run_that_was_moved_stays_where_it_is(store: GraphStore, tmp_path: Path) -> None:
+    """Its result names the folder that it had, in which there may be another run by now."""
+    fit(config(str(store.path), tmp_path / "run"))
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    fit(config(str(store.path), tmp_path / "run", seed=5))
+    others = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    (tmp_path / "moved" / "report.html").unlink()
+    result = fit(config(str(store.path), tmp_path / "moved", resume=True))
+    assert result.run_dir == str(tmp_path / "moved")
+    assert (tmp_path / "moved" / "report.html").exists()
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == others
+
+
+def test_another_graph_in_the_place_of_the_runs_is_refused(store: GraphStore, tmp_path: Path) -> None:
+    """Unless it is asked for by name: scores on another graph are not the run's."""
+    shutil.copytree(store.path, tmp_path / "graph")
+    run = tmp_path / "run"
+    fit(config(str(tmp_path / "graph"), run))
+    assert evaluate_run(run)["step"] > 0
+    shutil.rmtree(tmp_path / "graph")
+    changed = {"indptr": store.indptr, "indices": store.indices, "features": store.features * 2}
+    GraphStore.write(tmp_path / "graph", **changed, labels=store.labels, masks=store.split_masks)
+    with pytest.raises(UserError, match=r"was trained on another graph .* with --dataset"):
+        evaluate_run(run)
+    with pytest.raises(UserError, match="another graph"):
+        predict_run(run, tmp_path / "out.parquet")
+    assert evaluate_run(run, dataset=str(tmp_path / "graph"))["step"] > 0
+
+
+def test_an_undefined_metric_is_null(store: GraphStore, tmp_path: Path) -> None:
+    """JSON has no NaN: validation nodes of one class have no ROC-AUC."""
+    labels = store.labels.clone()
+    labels[store.split("masks").val] = 0
+    parts = {"indptr": store.indptr, "indices": store.indices, "features": store.features}
+    made = GraphStore.write(tmp_path / "graph", **parts, labels=labels, masks=store.split_masks)
+    run = tmp_path / "run"
+    result = fit(config(str(made.path), run, metric="roc_auc"))
+    assert np.isnan(result.best_val_accuracy)
+
+    def refuse(text: str) -> None:
+        raise AssertionError(text)
+
+    written = json.loads((run / "result.json").read_text(), parse_constant=refuse)
+    assert written["best_val_accuracy"] is None
+    again = read_result(run / "result.json")
+    assert again is not None
+    assert np.isnan(again.best_val_accuracy)
+    assert np.isnan(fit(config(str(made.path), run, metric="roc_auc", resume=True)).best_val_accuracy)
 
 
 def test_runs_that_begin_in_one_second_have_folders_of_their_own(

@@ -1,0 +1,135 @@
+"""What errors become at the command line's root: one sentence, an exit code, no traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dngd import cli
+from dngd.cli import root
+
+
+def ended(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Return exit code and standard error of the command line."""
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(list(arguments))
+    return int(exit_info.value.code or 0), capsys.readouterr().err
+
+
+def raising(error: BaseException) -> Any:
+    def command(*_: object, **__: object) -> None:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "--dataset", "DATA", "--engine", "local", "--quiet", "--run-dir", "LONG"),
+        ("train", "--dataset", "LONG/x", "--engine", "local", "--quiet"),
+        ("evaluate", "LONG"),
+        ("report", "LONG"),
+        ("report", "RUN", "--out", "LONG"),
+        ("predict", "RUN", "--out", "LONG"),
+        ("export", "RUN", "--out", "LONG"),
+        ("data", "import", "LONG", "--out", "new"),
+        ("data", "info", "LONG"),
+        ("bench", "comm", "--out", "LONG"),
+    ],
+    ids=" ".join,
+)
+def test_a_path_that_is_too_long_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    words = {"RUN": "run", "LONG": "x" * 300, "LONG/x": "x" * 300 + "/x", "DATA": "products-mini"}
+    code, said = ended(capsys, *(words.get(word, word) for word in arguments))
+    assert code == 2, said
+    assert said.startswith("dngd: ")
+    assert said.count("\n") == 1, said
+    assert "x" * 300 in said
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("number", sorted(root.PATH_FIXES), ids=errno.errorcode.get)
+def test_a_path_that_cannot_be_used_is_named_with_the_fix(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    reason = os.strerror(number)
+    monkeypatch.setattr(root, "app", raising(OSError(number, reason, "/private/run")))
+    assert ended(capsys) == (2, f"dngd: /private/run: {reason}; {root.PATH_FIXES[number]}\n")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error", "/x"), OSError(errno.EACCES, "no path")])
+def test_other_errors_are_not_the_users(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    monkeypatch.setattr(root, "app", raising(error))
+    with pytest.raises(OSError, match=str(error.strerror)):
+        cli.main([])
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["doctor", "--json"]], ids=" ".join)
+def test_a_full_disk_behind_standard_output(arguments: list[str]) -> None:
+    """Printed by rich, which flushes, or written and flushed in the end."""
+    command = [sys.executable, "-m", "dngd.cli", *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == "dngd: output cannot be written: No space left on device; free space, or send it elsewhere\n"
+
+
+def test_a_reader_that_ended_is_told_nothing() -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "dngd.cli", "--version"]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [
+        (["report", "run"], "dngd.report.write_report"),
+        (["predict", "run", "--out", "p"], "dngd.train.predict.predict_run"),
+        (["evaluate", "run"], "dngd.train.evaluate_run.evaluate_run"),
+        (["train", "--dataset", "cora"], "dngd.launch.Trainer.fit"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_ctrl_c_speaks_of_resuming_where_there_is_something_to_resume(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    where: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(where, raising(KeyboardInterrupt()))
+    code, said = ended(capsys, *arguments)
+    assert code == 130
+    assert said.splitlines()[-1].startswith("dngd: interrupted")
+    assert ("--resume" in said) is (arguments[0] == "train")
+
+
+def test_a_report_never_replaces_what_is_not_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    (tmp_path / "notes.md").write_text("how I use dngd")
+    for command in (["report", "run", "--out", "notes.md"], ["bench", "accuracy", "--report", "notes.md"]):
+        code, said = ended(capsys, *command)
+        assert (code, said) == (2, f"dngd: {command[-2]} notes.md exists and is no dngd report; give another path\n")
+    for _ in range(2):
+        assert ended(capsys, "report", "run")[0] == 0
+    assert (tmp_path / "notes.md").read_text() == "how I use dngd"
