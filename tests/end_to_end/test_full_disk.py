@@ -89,7 +89,7 @@ def no_space(*_: object) -> None:
 
 def test_a_report_that_finds_no_space(store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run is finished all the same, and the sentence says what is left to do."""
-    monkeypatch.setattr("dngd.report.document.os", SimpleNamespace(replace=no_space, getpid=os.getpid))
+    monkeypatch.setattr("dngd.report.document.os", SimpleNamespace(replace=no_space, getpid=os.getpid, path=os.path))
     with pytest.raises(
         dngd.UserError, match=r"the run is finished, but report .*No space left.*dngd report .*/run --out"
     ):
