@@ -35,6 +35,7 @@ from dngd.launch.channel import RunChannel
 from dngd.launch.cluster import Demand, connect, wait_for_resources
 from dngd.launch.gauges import Gauges
 from dngd.launch.watch import Watch
+from dngd.paths import expanded
 from dngd.train import EvaluationRecord, RunResult, run_rank
 from dngd.train.heartbeat import Beat, Heartbeat
 from dngd.train.interrupt import NobodyStops
@@ -107,7 +108,7 @@ def _run_on_ray(config: TrainConfig, reporter: Reporter, parts: RunParts | None,
         _worker,
         train_loop_config={
             "config": config.model_dump(mode="json"),
-            "data_root": None if config.data_root_in_use is None else str(config.data_root_in_use.absolute()),
+            "data_root": None if (root := config.data_root_in_use) is None else str(expanded(root).absolute()),
             "channel": channel,
             "parts": parts,
         },
