@@ -79,6 +79,7 @@ class KFACConfig(_Section):
     strategy: Literal["auto", "replicate", "share_inverse", "share_gradient"] = Field("auto", description="every rank inverts, owners send inverses, owners send preconditioned gradients, or what agreed measurements favour for each layer")
     traffic_budget: float = Field(0.03, ge=0, description="strategy auto: a layer's inverses are sent only where they and its statistics send at most this share of its gradient's bytes a step, else every rank inverts; share_gradient needs 1")
     refresh_budget_seconds: float | None = Field(None, gt=0, description="most seconds of inversions that a step starts, as measured; further layers wait for the next step; null for no limit", json_schema_extra=IDENTITY)
+    cuda_graph: bool = Field(True, description="on a GPU, a step's preconditioning is replayed as a CUDA graph, with method kfac; the numbers are the same")
 
     @property
     def has_usual_clip_schedule(self) -> bool:

@@ -85,17 +85,21 @@ def inner_product(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.zeros((), device="cpu") if total is None else total
 
 
-def kl_clip_scale(quadratic: Tensor, lr: float, kl_clip: float) -> Tensor:
+def kl_clip_scale(quadratic: Tensor, squared_rate: float | Tensor, kl_clip: float | Tensor) -> Tensor:
     """Return `ν = min(1, √(κ / (η² q)))`, `q = Σ_l ⟨v_l, ∇_l⟩`, as a 0-d tensor without a host synchronisation.
 
-    lr: η >= 0. kl_clip: κ > 0. `η² q` is the step's predicted squared length in the Fisher's metric,
-    twice its predicted KL divergence. Ba, Grosse & Martens 2017, section 5.
+    squared_rate: η² >= 0. kl_clip: κ > 0. Both numbers, or 0-d tensors of q's type, which give the same bits. `η² q` is
+    the step's predicted squared length in the Fisher's metric, twice its predicted KL divergence. Ba, Grosse & Martens
+    2017, section 5.
     """
-    length = lr**2 * quadratic.abs()
-    return (kl_clip / length.clamp_min(torch.finfo(length.dtype).tiny)).sqrt().clamp_max(1.0)
+    length = squared_rate * quadratic.abs()
+    return (length.clamp_min(torch.finfo(length.dtype).tiny).reciprocal() * kl_clip).sqrt().clamp_max(1.0)
 
 
-def norm_scale(squared_norm: Tensor, lr: float, bound: float) -> Tensor:
-    """Return `min(1, c / (η ‖v‖))`, which bounds the step's Euclidean length by c; 0-d tensor."""
+def norm_scale(squared_norm: Tensor, lr: float | Tensor, bound: float | Tensor) -> Tensor:
+    """Return `min(1, c / (η ‖v‖))`, which bounds the step's Euclidean length by c; 0-d tensor.
+
+    lr: η. bound: c. Both numbers, or 0-d tensors of the norm's type, which give the same bits.
+    """
     length = lr * squared_norm.sqrt()
-    return (bound / length.clamp_min(torch.finfo(length.dtype).tiny)).clamp_max(1.0)
+    return (length.clamp_min(torch.finfo(length.dtype).tiny).reciprocal() * bound).clamp_max(1.0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dngd.comm import Communicator
-from dngd.curvature import precondition_in_eigenbasis, precondition_with_inverses
+from dngd.curvature import Tensors, precondition_in_eigenbasis, precondition_with_inverses
 from dngd.errors import UserError
 from dngd.optim.arguments import Method
 from dngd.optim.eigenvalues import EigenvalueCorrection
@@ -51,11 +51,18 @@ class Directions:
         self._strict = strict
         self._unmeasured: set[str] = set()
 
-    def take(self, gradient_scale: float, *, measures_gpu: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def take(
+        self,
+        gradient_scale: float,
+        *,
+        measures_gpu: bool,
+        inverses: Mapping[str, tuple[Tensors, Tensors]] | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return (gradients, directions) of the layers that have a gradient, [d_g, d_a] each; all ranks enter.
 
         gradient_scale: what turns `.grad` into the mean loss's gradient. measures_gpu: whether to wait for a GPU
-        around each layer, which works on while the clock is read.
+        around each layer, which works on while the clock is read. inverses: of A and of G by layer, in the precision to
+        compute with; None: those in use.
         """
         gradients: dict[str, Tensor] = {}
         directions: dict[str, Tensor] = {}
@@ -69,31 +76,43 @@ class Directions:
                 continue
             gradients[name] = gradient * gradient_scale if gradient_scale != 1.0 else gradient
             if holder is None or holder == self._comm.rank:
-                directions[name] = self._timed(layer, gradients[name], measures_gpu)
+                own = None if inverses is None else inverses[name]
+                directions[name] = self._timed(layer, gradients[name], measures_gpu, own)
         if holders:
             directions |= share_directions(self._layers, holders, directions, self._comm)
         return gradients, directions
 
-    def _timed(self, layer: CurvatureLayer, gradient: Tensor, measures_gpu: bool) -> Tensor:
+    def _timed(
+        self, layer: CurvatureLayer, gradient: Tensor, measures_gpu: bool, inverses: tuple[Tensors, Tensors] | None
+    ) -> Tensor:
         state = self._states[layer.name]
         on_gpu = layer.device.type == "cuda"
         if self._comm.world_size == 1 or len(state.inverses) < 2 or (on_gpu and not measures_gpu):
-            return self._direction(layer, state, gradient)
+            return self._direction(layer, state, gradient, inverses)
         if on_gpu:
             torch.cuda.synchronize(layer.device)
         started = time.perf_counter()
-        direction = self._direction(layer, state, gradient)
+        direction = self._direction(layer, state, gradient, inverses)
         if on_gpu:
             torch.cuda.synchronize(layer.device)
         self._on_timed(layer.name, time.perf_counter() - started)
         return direction
 
-    def _direction(self, layer: CurvatureLayer, state: LayerState, gradient: Tensor) -> Tensor:
+    def _direction(
+        self,
+        layer: CurvatureLayer,
+        state: LayerState,
+        gradient: Tensor,
+        inverses: tuple[Tensors, Tensors] | None,
+    ) -> Tensor:
         """Return a layer's preconditioned gradient; the gradient itself while there is no inverse."""
         if len(state.inverses) < 2:
             self._check_measured(layer, state, gradient)
             return gradient
-        a, g = (state.inverses[which].expanded(layer.dtype) for which in "AG")
+        if inverses is None:
+            a, g = (state.inverses[which].expanded(layer.dtype) for which in "AG")
+        else:
+            a, g = inverses
         working = gradient.to(layer.dtype)
         if self._method == "kfac":
             out = precondition_with_inverses(working, layer.a, a, layer.g, g)

@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 
 import torch
@@ -21,6 +21,7 @@ from dngd.curvature import (
     FisherKind,
     KroneckerFactors,
     LossKind,
+    Tensors,
 )
 from dngd.errors import TrainingError, UserError
 from dngd.optim.arguments import LossReduction, Method, check_arguments, check_wrapper, in_range
@@ -37,9 +38,10 @@ from dngd.optim.layers import CurvatureLayer, find_layers
 from dngd.optim.participation import Participation
 from dngd.optim.plan import TRAFFIC_BUDGET, LayerSizes, Plan, Planner, StrategyChoice
 from dngd.optim.refresh import RefreshPipeline
+from dngd.optim.replay import StepReplay
 from dngd.optim.schedules import Period, Schedule, UpdateSchedule, period_at, value_at
 from dngd.optim.state import load_preconditioner_state, preconditioner_state
-from dngd.optim.step_scale import StepScale
+from dngd.optim.step_scale import Bounds, Shortening, StepScale, shortening
 
 
 class KFACPreconditioner:
@@ -105,6 +107,8 @@ class KFACPreconditioner:
     loss_scale: a function that returns what the loss was multiplied with, e.g. `scaler.get_scale`; gradients must be
         unscaled (`scaler.unscale_(optimizer)`) before `step`.
     max_dropped_steps: non-finite steps in a row after which TrainingError is raised; None for no limit.
+    cuda_graph: on a GPU, replay a step's preconditioning as a CUDA graph, with method="kfac" and without unit_scale;
+        it keeps the inverses once more, in the layers' precision. The numbers are the same.
     communicator: None takes torch.distributed's, all ranks, if initialised. The gradients given to `step` must
         already be reduced over the ranks (as DDP does).
 
@@ -146,6 +150,7 @@ class KFACPreconditioner:
         refresh_budget_seconds: float | None = None,
         loss_scale: Callable[[], float] | None = None,
         max_dropped_steps: int | None = 10,
+        cuda_graph: bool = True,
         strict: bool = False,
         seed: int = 0,
         communicator: Communicator | None = None,
@@ -246,6 +251,8 @@ class KFACPreconditioner:
             unit_scale=unit_scale,
             strict=strict,
         )
+        replays = cuda_graph and self.device.type == "cuda" and method == "kfac" and not unit_scale
+        self._replay = StepReplay(self.layers, self.states, self._precondition_now) if replays else None
         self.capture.start_step(0, self.schedule.is_factor_step(0))
 
     def _stored_dtype(self, precision: InversePrecision) -> torch.dtype | None:
@@ -510,25 +517,41 @@ class KFACPreconditioner:
 
         gradient_scale: what turns `.grad` into the mean loss's gradient ∇W.
         """
-        measures_gpu = self._planner.is_due(self.steps + 1, period_at(self.schedule.inverse_update_period, self.steps))
-        gradients, directions = self._directions.take(gradient_scale, measures_gpu=measures_gpu)
-        if not gradients:
-            raise UserError("step() found no gradient; call loss.backward() before it")
-        out = [directions[name] for name in gradients]
-        scale = self._scale.take(
-            out,
-            list(gradients.values()),
+        bounds = Bounds.checked(
             None if self.lr is None else value_at(self.lr, self.steps),
             None if self.kl_clip is None else value_at(self.kl_clip, self.steps),
             None if self.norm_constraint is None else value_at(self.norm_constraint, self.steps),
         )
-        for name, direction in zip(gradients, out if scale is None else scaled(out, scale)):
+        period = period_at(self.schedule.inverse_update_period, self.steps)
+        measures_gpu = self.communicator.world_size > 1 and self._planner.is_due(self.steps + 1, period)
+        found = None
+        if self._replay is not None and gradient_scale == 1.0 and not measures_gpu:
+            found = self._replay.take(bounds)
+        if found is None:
+            found = self._precondition_now(bounds, None, gradient_scale, measures_gpu=measures_gpu)
+        self._scale.note(found, bounds)
+
+    def _precondition_now(
+        self,
+        bounds: Bounds,
+        inverses: Mapping[str, tuple[Tensors, Tensors]] | None,
+        gradient_scale: float = 1.0,
+        *,
+        measures_gpu: bool = False,
+    ) -> Shortening:
+        gradients, directions = self._directions.take(gradient_scale, measures_gpu=measures_gpu, inverses=inverses)
+        if not gradients:
+            raise UserError("step() found no gradient; call loss.backward() before it")
+        out = [directions[name] for name in gradients]
+        found = shortening(out, list(gradients.values()), bounds)
+        for name, direction in zip(gradients, out if found.scale is None else scaled(out, found.scale)):
             self.layers[name].set_gradient(direction)
+        return found
 
     @property
     def last_scale(self) -> Tensor:
         """ν of the last step, a 0-d tensor: by how much the KL clip and the norm constraint shortened it."""
-        return self._scale.last
+        return self._scale.last.clone()
 
     def predicted_reduction(self, lr: float) -> float:
         """Return by how much the damped quadratic model says that the last step, `-ηνv`, reduces the loss:
@@ -602,6 +625,8 @@ class KFACPreconditioner:
             tensors += [t for inverse in refresh.inverses.values() if inverse is not None for t in inverse.tensors]
         if self.eigenvalues is not None:
             tensors += self.eigenvalues.tensors()
+        if self._replay is not None:
+            tensors += self._replay.tensors()
         distinct = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
         return sum(distinct.values()) + sum(layer.memory_bytes() for layer in self.layers.values())
 
@@ -627,6 +652,8 @@ class KFACPreconditioner:
         for layer in self.layers.values():
             layer.remove()
         self.pipeline.close()
+        if self._replay is not None:
+            self._replay.close()
 
 
 def _layer_sizes(layer: CurvatureLayer, wanted: Wanted) -> LayerSizes:

@@ -165,6 +165,7 @@ def build_optimizer(
                 strategy=kfac.strategy,
                 traffic_budget=kfac.traffic_budget,
                 refresh_budget_seconds=kfac.refresh_budget_seconds,
+                cuda_graph=kfac.cuda_graph,
                 max_dropped_steps=None,  # the loop counts them itself
                 seed=config.seed,
                 communicator=communicator,
@@ -172,11 +173,14 @@ def build_optimizer(
             average,
         )
     parameters = list(model.parameters())
+    # On a GPU one kernel for all parameters; None leaves a CPU's step as torch's default has it.
+    fused = True if all(p.device.type == "cuda" and p.is_floating_point() for p in parameters) else None
     if config.optimizer == "adam":
-        return FirstOrder(torch.optim.Adam(parameters, lr=lr, weight_decay=decay), average)
+        return FirstOrder(torch.optim.Adam(parameters, lr=lr, weight_decay=decay, fused=fused), average)
     if config.optimizer == "adamw":
-        return FirstOrder(torch.optim.AdamW(parameters, lr=lr, weight_decay=decay), average)
-    return FirstOrder(torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay), average)
+        return FirstOrder(torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=fused), average)
+    momentum = config.momentum
+    return FirstOrder(torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay, fused=fused), average)
 
 
 def weight_average(config: TrainConfig, model: nn.Module) -> WeightAverage | None:
@@ -279,16 +283,21 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
-    """Restore what `moments` returned, each tensor on its parameter's device (step counts stay on the CPU)."""
+    """Restore what `moments` returned, each tensor on its parameter's device (step counts where the optimizer has
+    them: on the CPU, but for a fused one's)."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    counts_there = [
+        bool(group.get("fused") or group.get("capturable")) for group in optimizer.param_groups for _ in group["params"]
+    ]
     for key, value in saved.items():
         index, name = key.split(".", 1)
         if index == "group":
             _load_number(optimizer, name, value)
             continue
         parameter = parameters[int(index)]
-        # Step counts stay on the CPU; Adam in the eigenbasis has moments of other shapes than its parameters.
-        device = parameter.device if value.dim() > 0 else torch.device("cpu")
+        # Adam in the eigenbasis has moments of other shapes than its parameters.
+        is_there = value.dim() > 0 or counts_there[int(index)]
+        device = parameter.device if is_there else torch.device("cpu")
         optimizer.state[parameter][name] = value.to(device, copy=True)
 
 

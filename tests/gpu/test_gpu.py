@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 
 import dngd
-from dngd.optim import FactorLayout, NaturalGradient
+from dngd.comm import LocalCommunicator
+from dngd.optim import FactorLayout, KLTrustRegion, NaturalGradient
+from dngd.train.optimizers import StepOptimizer, build_optimizer, load_moments, moments
 from tests.helpers.graphs import small_store
 
 pytestmark = [
@@ -100,3 +103,79 @@ def test_autocast_with_grad_scaler(dtype: torch.dtype) -> None:
     assert all(torch.isfinite(p).all() for p in net.parameters())
     trace = float(optimizer.preconditioner.factors()["2"].G.trace())
     assert 0 < trace < 2, "a cross-entropy's gradient at the logits is at most √2 long"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kl_clip": KLTrustRegion(0.1)},
+        {"kl_clip": None, "norm_constraint": 1e-3},
+        {"update": "momentum", "kl_clip": 1e-5},
+        {"layout": FactorLayout(max_dimension=16, rank=8)},
+        {"layout": FactorLayout(max_dimension=16, wide="block_diagonal")},
+        {"inverse_precision": "full", "inverse_delay": 3},
+    ],
+    ids=["default", "measured", "length", "momentum", "low_rank", "block_diagonal", "delayed"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_replayed_steps_are_the_steps(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """With a CUDA graph and without, whatever becomes of the gradients' memory: the same bits."""
+    found = []
+    for cuda_graph in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(20, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 5, bias=False))
+        net = net.to("cuda", dtype)
+        optimizer = NaturalGradient(net, inverse_update_period=7, cuda_graph=cuda_graph, **options)
+        generator = torch.Generator().manual_seed(1)
+        for step in range(40):
+            x = torch.randn(64, 20, generator=generator, dtype=dtype).cuda()
+            y = torch.randint(5, (64,), generator=generator).cuda()
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
+            optimizer.zero_grad(set_to_none=step % 3 > 0)
+            nn.functional.cross_entropy(net(x), y).backward()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                optimizer.step(num_samples=64)
+        pre = optimizer.preconditioner
+        assert (pre._replay is not None) == cuda_graph
+        if pre._replay is not None:
+            assert len(pre._replay._recordings) == 1
+        found.append([*(p.detach().cpu() for p in net.parameters()), pre.last_scale.cpu()])
+        pre.close()
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["kfac", "adam", "adamw", "sgd"])
+def test_a_loaded_state_goes_on_alike(name: str) -> None:
+    """Moments of a fused optimizer, its step counts on the GPU included, and what a CUDA graph reads: the same bits."""
+    config = dngd.TrainConfig(dataset="cora", optimizer=name, use_gpu=True, epochs=1, kfac={"kl_bound": None})
+    nets, optimizers = [], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        nets.append(nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 5)).cuda())
+        optimizers.append(build_optimizer(config, nets[-1], LocalCommunicator()))
+    data = torch.randn(8, 64, 20).cuda(), torch.randint(5, (8, 64)).cuda()
+    train(nets[0], optimizers[0], *(part[:4] for part in data))
+    nets[1].load_state_dict(nets[0].state_dict())
+    load_moments(optimizers[1].torch_optimizer, moments(optimizers[0].torch_optimizer))
+    if name == "kfac":
+        mine, other = (optimizer.preconditioner for optimizer in optimizers)
+        assert mine is not None
+        assert other is not None
+        other.load_state_dict(mine.state_dict())
+    else:
+        assert optimizers[0].torch_optimizer.param_groups[0]["fused"]
+    for net, optimizer in zip(nets, optimizers):
+        train(net, optimizer, *(part[4:] for part in data))
+    assert all(torch.equal(one, other) for one, other in zip(nets[0].parameters(), nets[1].parameters()))
+
+
+def train(net: nn.Module, optimizer: StepOptimizer, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+    for x, y in zip(inputs, labels):
+        optimizer.torch_optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y, reduction="sum").backward()
+        for parameter in net.parameters():
+            assert parameter.grad is not None
+            parameter.grad /= 64
+        optimizer.step(num_seeds_here=64, finite=True)

@@ -302,7 +302,7 @@ def test_mutant_kl_clip_without_lr_is_caught() -> None:
         lambda: law_kl_clip(True),
         step_scale,
         "kl_clip_scale",
-        lambda quadratic, lr, kl_clip: kl_clip_scale(quadratic, lr**0.5, kl_clip),
+        lambda quadratic, squared, kl_clip: kl_clip_scale(quadratic, squared**0.5, kl_clip),
     )
 
 
