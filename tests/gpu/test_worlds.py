@@ -48,8 +48,8 @@ def test_ranks_that_share_a_gpu_train_alike(tmp_path: Path) -> None:
         for number, wire in enumerate(WIRES)
     ]
     on_cpu, on_gpu = ([{"config": config, "use_gpu": use_gpu} for config in configs] for use_gpu in (False, True))
-    alone = run_ranks("tests.gpu.work:train", 1, on_cpu + on_gpu)
-    shared = run_ranks("tests.gpu.work:train", 2, on_gpu)
+    alone = run_ranks("tests.gpu.work:train", 1, on_cpu + on_gpu, limit_seconds=100)
+    shared = run_ranks("tests.gpu.work:train", 2, on_gpu, limit_seconds=100)
     for wire, (on_cpu_alone,), (on_gpu_alone,), (first, second) in zip(WIRES, alone, alone[len(WIRES) :], shared):
         expected = on_cpu_alone["losses"]
         assert len(expected) == 2

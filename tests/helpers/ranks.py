@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
@@ -12,14 +13,22 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 120
+END_SECONDS = 10
 
 
-def run_ranks(function: str, world_size: int, arguments: list[Any], *, wait_limit_seconds: int = 60) -> list[list[Any]]:
+def run_ranks(
+    function: str,
+    world_size: int,
+    arguments: list[Any],
+    *,
+    wait_limit_seconds: int = 60,
+    limit_seconds: int = TIMEOUT_SECONDS,
+) -> list[list[Any]]:
     """Return what `module:function(communicator, argument)` returns for each argument, on each rank in order.
 
     function: "tests.multiprocess.work:name". One set of processes does all the arguments, since starting one
-    costs seconds. Arguments and results travel as JSON. wait_limit_seconds: of every collective. A rank that fails or
-    does not end within two minutes fails the test with its output.
+    costs seconds. Arguments and results travel as JSON. wait_limit_seconds: of every collective. A rank that fails, or
+    does not end within limit_seconds and then tells where its threads are, fails the test with its output.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
@@ -35,6 +44,7 @@ def run_ranks(function: str, world_size: int, arguments: list[Any], *, wait_limi
                     str(world_size),
                     folder,
                     str(wait_limit_seconds),
+                    str(limit_seconds),
                 ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -52,7 +62,7 @@ def run_ranks(function: str, world_size: int, arguments: list[Any], *, wait_limi
         outputs = []
         try:
             for process in processes:
-                outputs.append(process.communicate(timeout=TIMEOUT_SECONDS)[0])
+                outputs.append(process.communicate(timeout=limit_seconds + END_SECONDS)[0])
         finally:
             for process in processes:
                 process.kill()
@@ -64,6 +74,7 @@ def run_ranks(function: str, world_size: int, arguments: list[Any], *, wait_limi
 
 def _main() -> None:
     function, rank, world_size, folder, limit = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4], int(sys.argv[5])
+    faulthandler.dump_traceback_later(int(sys.argv[6]), exit=True)
     arguments = json.load(sys.stdin)
     from dngd.comm import current_communicator, destroy_process_group, init_process_group
 
