@@ -126,7 +126,7 @@ class _Panel:
             self.plan.file.add(key, {"panel": self.title, "seed": seed}, records)
         else:
             for setting in settings:
-                self._advance(track.total_steps(setting), setting.label)
+                self.plan.progress.skip(track.total_steps(setting))
         return records
 
     def _what_came_later(self, track: Track, settings: Sequence[Setting]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Workforce:
             for seed in seeds
         }
         missing = {key: at for at, key in asked.items() if key not in self._finished.outcomes}
-        self._progress.advance(len(asked) - len(missing), f"{place.dataset} {place.split}")
+        self._progress.skip(len(asked) - len(missing))
         for key, outcome in self._done(place, [(key, recipes[i], seed) for key, (i, seed) in missing.items()]):
             self._finished.put(key, outcome)
             self._progress.advance(1, f"{place.dataset} {place.split}")

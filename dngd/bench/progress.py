@@ -1,13 +1,19 @@
-"""How far a benchmark is: a bar on standard error where that is a terminal, nothing otherwise."""
+"""How far a benchmark is: a bar on standard error where that is a terminal, a line every half minute otherwise."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import TimeElapsedColumn as Elapsed
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.text import Text
+
+LINE_SECONDS = 30.0
+"""Between two lines of a log."""
 
 
 class BenchProgress:
@@ -30,6 +36,9 @@ class BenchProgress:
     def advance(self, steps: int, text: str) -> None:
         """Count steps as done; text: what is at work."""
 
+    def skip(self, steps: int) -> None:
+        """Count steps as not to be done: they were done before, and say nothing of the rate."""
+
 
 class TerminalProgress(BenchProgress):
     """A bar drawn only when `advance` is called: a refreshing thread would run inside the timed steps."""
@@ -38,6 +47,7 @@ class TerminalProgress(BenchProgress):
         self._console = console
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._total = self._left_out = 0
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -55,7 +65,8 @@ class TerminalProgress(BenchProgress):
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
-                TimeElapsedColumn(),
+                _RateColumn(),
+                Elapsed(),
                 TextColumn("left"),
                 Remaining(),
                 console=self._console,
@@ -64,6 +75,7 @@ class TerminalProgress(BenchProgress):
             self._bar.start()
         if self._task is not None:
             self._bar.remove_task(self._task)
+        self._total, self._left_out = total, 0
         self._task = self._bar.add_task(text, total=total)
 
     def advance(self, steps: int, text: str) -> None:
@@ -72,7 +84,58 @@ class TerminalProgress(BenchProgress):
         self._bar.update(self._task, advance=steps, description=text)
         self._bar.refresh()
 
+    def skip(self, steps: int) -> None:
+        assert self._bar is not None
+        assert self._task is not None
+        self._left_out += steps
+        self._bar.update(self._task, total=self._total - self._left_out)
+
+
+class LineProgress(BenchProgress):
+    """Lines of a log, written only when `advance` is called and the last one is half a minute old.
+
+    clock: seconds.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._clock = clock
+        self._last_line = clock()
+        self._began = self._last_line
+        self._done = self._total = 0
+
+    def message(self, text: str) -> None:
+        self._console.print(Text(text), soft_wrap=True)
+
+    def begin(self, total: int, text: str) -> None:
+        self._began, self._done, self._total = self._clock(), 0, total
+
+    def advance(self, steps: int, text: str) -> None:
+        self._done += steps
+        now = self._clock()
+        if now - self._last_line < LINE_SECONDS or self._done == 0:
+            return
+        self._last_line = now
+        rate = self._done / max(now - self._began, 1e-9)
+        left = (self._total - self._done) / rate
+        self.message(f"{text}: {self._done} of {self._total}, {rate:.3g}/s, about {_duration(left)} left")
+
+    def skip(self, steps: int) -> None:
+        self._total -= steps
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.3g}/s")
+
+
+def _duration(seconds: float) -> str:
+    """Return seconds in words: "40 s", "12 min", "3.2 h"."""
+    if seconds < 100:
+        return f"{max(0.0, seconds):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
 
 def progress_for(console: Console) -> BenchProgress:
-    """Return a bar for a terminal, silence for anything else."""
-    return TerminalProgress(console) if console.is_terminal else BenchProgress()
+    """Return a bar for a terminal, lines of a log for anything else."""
+    return TerminalProgress(console) if console.is_terminal else LineProgress(console)

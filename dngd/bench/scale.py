@@ -336,3 +336,6 @@ class _Counting(BenchProgress):
 
     def advance(self, steps: int, text: str) -> None:
         self._whole.advance(0, text)
+
+    def skip(self, steps: int) -> None:
+        return None

@@ -10,10 +10,10 @@ preconditioned gradients back after it, inverses when they are new, and the few 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class StepReplay:
         if recording is None and len(self._recordings) == MOST_RECORDINGS:
             return None
         self._copy_inverses()
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = _gradients(parameters)
         if recording is None:
             recording = self._recorded(parameters, bounds)
             if recording is None:
@@ -155,7 +155,7 @@ class StepReplay:
             self._copied[name] = a, g
 
     def _recorded(self, parameters: tuple[nn.Parameter, ...], bounds: Bounds) -> _Recording | None:
-        gradients = tuple(torch.clone(p.grad, memory_format=torch.preserve_format) for p in parameters if p.grad is not None)
+        gradients = tuple(gradient.clone() for gradient in _gradients(parameters))
         fixed = Bounds(*(None if value is None else gradients[0].new_full((), float(value)) for value in bounds))  # type: ignore[arg-type]
 
         def work() -> Shortening:
@@ -176,7 +176,7 @@ class StepReplay:
 def record_cuda_graph(work: Callable[[], Shortening]) -> Callable[[], Shortening]:
     """Return what replays `work`, recorded as a CUDA graph; it is done twice before that, which libraries want that set
     themselves up at their first call. Raises RuntimeError if it cannot be recorded."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
@@ -197,14 +197,18 @@ def record_cuda_graph(work: Callable[[], Shortening]) -> Callable[[], Shortening
 @contextmanager
 def _gradients_in_place(parameters: tuple[nn.Parameter, ...], gradients: tuple[Tensor, ...]) -> Iterator[None]:
     """Have other gradients in the place of the parameters' own."""
-    own = [parameter.grad for parameter in parameters]
+    own = _gradients(parameters)
     try:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         yield
     finally:
-        for parameter, gradient in zip(parameters, own):
+        for parameter, gradient in zip(parameters, own, strict=True):
             parameter.grad = gradient
+
+
+def _gradients(parameters: tuple[nn.Parameter, ...]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def _fill(fixed: Bounds, bounds: Bounds) -> None:

@@ -1,5 +1,5 @@
-"""Replayed steps against steps that are not: the same bits. What a CUDA graph does is done here by calling again; with a
-GPU's graphs, tests/gpu/test_gpu.py."""
+"""Replayed steps against steps that are not: the same bits. What a CUDA graph does is done here by calling again; with
+a GPU's graphs, tests/gpu/test_gpu.py."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ def train(net: nn.Module, optimizer: NaturalGradient, steps: int = STEPS, dtype:
 )
 @pytest.mark.parametrize("make", [plain_net, TwoHeads])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_replayed_steps_are_the_steps(make: Callable[[], nn.Module], options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_replayed_steps_are_the_steps(
+    make: Callable[[], nn.Module], options: dict[str, Any], dtype: torch.dtype
+) -> None:
     found = []
     for record in (None, CalledAgain()):
         torch.manual_seed(0)
@@ -184,8 +186,8 @@ def test_a_step_that_cannot_be_recorded_goes_on_without() -> None:
             []
             if record is None
             else [
-                "K-FAC's step could not be recorded as a CUDA graph and goes on without, slower: operation not permitted "
-                "when stream is capturing"
+                "K-FAC's step could not be recorded as a CUDA graph and goes on without, slower: operation not "
+                "permitted when stream is capturing"
             ]
         )
         found.append(list(net.parameters()))
