@@ -36,8 +36,11 @@ Inverses = Mapping[str, tuple[Tensors, Tensors]]
 Body = Callable[[Bounds, Inverses], Shortening]
 """Preconditions what is in `.grad`, in place, by these inverses."""
 
-Record = Callable[[Callable[[], Shortening]], Callable[[], Shortening]]
-"""Returns what does a function's work on the GPU again, on the same memory, and returns the same tensors."""
+Record = Callable[[Callable[[], Shortening], torch.device], Callable[[], Shortening]]
+"""Returns what does a function's work on a device again, on the same memory, and returns the same tensors."""
+
+MOST_DIFFERENCE = 1e-3
+"""Of the largest entry, by which a recording's first replay may differ from the step; rounding does by far less."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,8 @@ class StepReplay:
         parameters = self._parameters()
         if self._has_given_up or not parameters:
             return None
-        if parameters[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return None  # a graph of the caller's own
+        if _is_capturing(parameters[0].device):
+            return None
         key = (tuple(map(id, parameters)), bounds.kl_clip is None, bounds.norm_constraint is None)
         recording = self._recordings.get(key)
         if recording is None and len(self._recordings) == MOST_RECORDINGS:
@@ -163,29 +166,59 @@ class StepReplay:
                 return self._body(fixed, self._inverses)
 
         try:
-            replay = self._record(work)
+            replay = self._record(work, gradients[0].device)
+            reason = "" if self._is_sound(work, replay, parameters, gradients) else "its replay gave other numbers"
         except RuntimeError as error:
-            self._has_given_up = True
-            warnings.warn(
-                f"K-FAC's step could not be recorded as a CUDA graph and goes on without, slower: {error}", stacklevel=2
-            )
-            return None
-        return _Recording(parameters, gradients, fixed, replay)
+            reason = str(error)
+        if not reason:
+            return _Recording(parameters, gradients, fixed, replay)
+        self._has_given_up = True
+        warnings.warn(
+            f"K-FAC's step could not be recorded as a CUDA graph and goes on without, slower: {reason}", stacklevel=2
+        )
+        return None
+
+    def _is_sound(
+        self,
+        work: Callable[[], Shortening],
+        replay: Callable[[], Shortening],
+        parameters: tuple[nn.Parameter, ...],
+        gradients: tuple[Tensor, ...],
+    ) -> bool:
+        """Return whether a replay does what the work does, by one step of each: all of it was recorded."""
+        own, results = list(gradients), []
+        for step in (work, replay):
+            torch._foreach_copy_(own, _gradients(parameters))
+            step()
+            results.append([gradient.clone() for gradient in own])
+        return all(
+            torch.allclose(one, other, rtol=0.0, atol=MOST_DIFFERENCE * float(one.abs().amax()), equal_nan=True)
+            for one, other in zip(*results, strict=True)
+        )
 
 
-def record_cuda_graph(work: Callable[[], Shortening]) -> Callable[[], Shortening]:
-    """Return what replays `work`, recorded as a CUDA graph; it is done twice before that, which libraries want that set
+def _is_capturing(device: torch.device) -> bool:
+    """Whether the caller records a graph of its own."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def record_cuda_graph(work: Callable[[], Shortening], device: torch.device) -> Callable[[], Shortening]:
+    """Return what replays `work`, recorded as a CUDA graph; it is done twice before that, since libraries set
     themselves up at their first call. Raises RuntimeError if it cannot be recorded."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads copy batches and watch collectives meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        found = work()
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads copy batches and watch collectives meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            found = work()
 
     def replay() -> Shortening:
         graph.replay()

@@ -29,7 +29,8 @@ class CalledAgain:
         self.recordings = 0
         self.replays = 0
 
-    def __call__(self, work: Callable[[], Shortening]) -> Callable[[], Shortening]:
+    def __call__(self, work: Callable[[], Shortening], device: torch.device) -> Callable[[], Shortening]:
+        assert device.type == "cpu"
         self.recordings += 1
         found = work()
 
@@ -117,7 +118,8 @@ def test_replayed_steps_are_the_steps(
         pre = optimizer.preconditioner
         found.append([*net.parameters(), pre.last_scale, torch.tensor(pre.predicted_divergence())])
         if record is not None:
-            assert record.replays == STEPS
+            # Each recording is replayed once more, to be compared with the step.
+            assert record.replays == STEPS + record.recordings
             # The first head alone, both while the second one's inverse is new, and the second alone are sets.
             assert record.recordings == (1 if make is plain_net else 2)
         pre.close()
@@ -133,7 +135,7 @@ def test_a_frozen_layer_is_another_recording() -> None:
     train(net, optimizer, 3)
     net[0].requires_grad_(False)
     train(net, optimizer, 3)
-    assert (record.recordings, record.replays) == (2, 6)
+    assert (record.recordings, record.replays) == (2, 8)
 
 
 def test_too_many_sets_of_layers_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,29 +169,38 @@ def test_what_is_not_recorded(what: str) -> None:
         assert record.replays == (1 if what == "sparse" else 0)
 
 
-def test_a_step_that_cannot_be_recorded_goes_on_without() -> None:
-    def refuses(work: Callable[[], Shortening]) -> Callable[[], Shortening]:
-        work()
-        raise RuntimeError("operation not permitted when stream is capturing")
+def refuses(work: Callable[[], Shortening], device: torch.device) -> Callable[[], Shortening]:
+    work()
+    raise RuntimeError("operation not permitted when stream is capturing")
 
+
+def misses_something(work: Callable[[], Shortening], device: torch.device) -> Callable[[], Shortening]:
+    """As where kernels run on another device than the one that records."""
+    found = work()
+    return lambda: found
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (refuses, "operation not permitted when stream is capturing"),
+        (misses_something, "its replay gave other numbers"),
+    ],
+)
+def test_a_step_that_cannot_be_recorded_goes_on_without(record: Callable[..., Any], reason: str) -> None:
     found = []
-    for record in (None, refuses):
+    for replays in (False, True):
         torch.manual_seed(0)
         net = plain_net()
         optimizer = NaturalGradient(net)
-        if record is not None:
+        if replays:
             replayed(optimizer, record)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             train(net, optimizer)
-        assert [str(w.message) for w in told if "CUDA graph" in str(w.message)] == (
-            []
-            if record is None
-            else [
-                "K-FAC's step could not be recorded as a CUDA graph and goes on without, slower: operation not "
-                "permitted when stream is capturing"
-            ]
-        )
+        said = [str(w.message) for w in told if "CUDA graph" in str(w.message)]
+        expected = f"K-FAC's step could not be recorded as a CUDA graph and goes on without, slower: {reason}"
+        assert said == [expected] * replays
         found.append(list(net.parameters()))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
