@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +18,10 @@ from dngd.bench.paper_graph import PaperGraph
 from dngd.bench.paper_recipes import Features, Recipe
 from dngd.bench.paper_training import Outcome, train
 from dngd.bench.progress import BenchProgress
+from dngd.errors import TrainingError
+
+TRAINING_SECONDS = 900.0
+"""Within which one of a pool's trainings ends; each takes seconds."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,17 @@ def train_at(place: Place, recipe: Recipe, seed: int) -> Outcome:
 
 
 class Workforce:
-    """Does trainings. finished: those done before, and where new ones are kept. pool: None for this process."""
+    """Does trainings. finished: those done before, and where new ones are kept. pool: None for this process.
+    limit_seconds: of the wait for any of the pool's trainings to end."""
 
-    def __init__(self, finished: Finished, pool: ProcessPoolExecutor | None, progress: BenchProgress) -> None:
+    def __init__(
+        self,
+        finished: Finished,
+        pool: ProcessPoolExecutor | None,
+        progress: BenchProgress,
+        limit_seconds: float = TRAINING_SECONDS,
+    ) -> None:
+        self._limit_seconds = limit_seconds
         self._finished = finished
         self._pool = pool
         self._progress = progress
@@ -79,22 +91,42 @@ class Workforce:
             for key, recipe, seed in work:
                 yield key, train_at(place, recipe, seed)
             return
-        futures = {self._pool.submit(train_at, place, recipe, seed): key for key, recipe, seed in work}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        waiting = {self._pool.submit(train_at, place, recipe, seed): key for key, recipe, seed in work}
+        while waiting:
+            ended, _ = wait(waiting, timeout=self._limit_seconds, return_when=FIRST_COMPLETED)
+            if not ended:
+                raise TrainingError(
+                    f"none of the trainings of {place.dataset} {place.split} at work ended within "
+                    f"{self._limit_seconds:g} s; use fewer --processes"
+                )
+            for future in ended:
+                key = waiting.pop(future)
+                try:
+                    outcome = future.result()
+                except BrokenExecutor:
+                    raise TrainingError(
+                        f"a process that trains {place.dataset} {place.split} was killed (out of memory, perhaps); use "
+                        "fewer --processes (what --out keeps is not trained again)"
+                    ) from None
+                yield key, outcome
 
 
 @contextmanager
 def worker_pool(processes: int) -> Iterator[ProcessPoolExecutor | None]:
     """Yield a pool of processes with one torch thread each; None for one: the caller's own. Unfinished work is given
-    up at the end."""
+    up at the end, and after an error its processes are killed."""
     if processes == 1:
         yield None
         return
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         processes, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     )
     try:
         yield pool
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)

@@ -179,8 +179,7 @@ def build_optimizer(
         return FirstOrder(torch.optim.Adam(parameters, lr=lr, weight_decay=decay, fused=fused), average)
     if config.optimizer == "adamw":
         return FirstOrder(torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=fused), average)
-    momentum = config.momentum
-    return FirstOrder(torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay, fused=fused), average)
+    return FirstOrder(torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay), average)
 
 
 def weight_average(config: TrainConfig, model: nn.Module) -> WeightAverage | None:

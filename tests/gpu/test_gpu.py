@@ -165,7 +165,7 @@ def test_a_loaded_state_goes_on_alike(name: str) -> None:
         assert other is not None
         other.load_state_dict(mine.state_dict())
     else:
-        assert optimizers[0].torch_optimizer.param_groups[0]["fused"]
+        assert bool(optimizers[0].torch_optimizer.param_groups[0].get("fused")) == name.startswith("adam")
     for net, optimizer in zip(nets, optimizers):
         train(net, optimizer, *(part[4:] for part in data))
     assert all(torch.equal(one, other) for one, other in zip(nets[0].parameters(), nets[1].parameters()))

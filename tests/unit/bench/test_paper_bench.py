@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,9 @@ from dngd.bench.paper_graph import PaperGraph
 from dngd.bench.paper_recipes import ADAM, PAPER, ROWS, SGD, Recipe, Row
 from dngd.bench.paper_sparse import ConstantMatrix
 from dngd.bench.paper_training import Outcome, train
+from dngd.bench.progress import BenchProgress
 from dngd.comm import LocalCommunicator
-from dngd.errors import UserError
+from dngd.errors import TrainingError, UserError
 from dngd.graph import GraphStore
 from dngd.optim import KFACPreconditioner
 from dngd.train import TrainingLoop, prepare_run_folder
@@ -341,3 +346,49 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "the paper's best" in shown
     assert "82.84 ± 0.87" in shown
     assert "mean nothing" in shown
+
+
+class StuckPool:
+    """Trainings of which none ends, or of which one is killed."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self._error = error
+
+    def submit(self, *_: Any) -> Future[Outcome]:
+        future: Future[Outcome] = Future()
+        if self._error is not None:
+            future.set_exception(self._error)
+        return future
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (None, "none of the trainings of {} masks at work ended within 0.1 s; use fewer --processes"),
+        (BrokenProcessPool(), "a process that trains {} masks was killed (out of memory, perhaps)"),
+    ],
+)
+def test_a_pool_that_does_not_come_back_is_told(store: GraphStore, error: BaseException | None, said: str) -> None:
+    place = paper_work.Place(str(store.path), "masks", None, None)
+    pool: Any = StuckPool(error)
+    workforce = paper_work.Workforce(Finished(None), pool, BenchProgress(), limit_seconds=0.1)
+    with pytest.raises(TrainingError) as raised:
+        workforce.outcomes(place, ADAM, [0, 1])
+    assert said.format(store.path) in str(raised.value)
+
+
+def _fail_while_one_trains() -> None:
+    with paper_work.worker_pool(2) as pool:
+        assert pool is not None
+        stuck = pool.submit(time.sleep, 300)
+        while not stuck.running():
+            time.sleep(0.01)
+        raise TrainingError("another failed")
+
+
+def test_an_error_does_not_wait_for_trainings_at_work() -> None:
+    began = time.monotonic()
+    with pytest.raises(TrainingError, match="another failed"):
+        _fail_while_one_trains()
+    assert time.monotonic() - began < 100
+    assert not [child for child in multiprocessing.active_children() if child.name.startswith("SpawnProcess")]
