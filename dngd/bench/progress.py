@@ -92,9 +92,8 @@ class TerminalProgress(BenchProgress):
 
 
 class LineProgress(BenchProgress):
-    """Lines of a log, written only when `advance` is called and the last one is half a minute old.
-
-    clock: seconds.
+    """Lines of a log, written only when `advance` is called and the last one is half a minute old: a short benchmark,
+    or a mistake, has nothing else on standard error. clock: seconds.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
@@ -103,9 +102,6 @@ class LineProgress(BenchProgress):
         self._last_line = clock()
         self._began = self._last_line
         self._done = self._total = 0
-
-    def message(self, text: str) -> None:
-        self._console.print(Text(text), soft_wrap=True)
 
     def begin(self, total: int, text: str) -> None:
         self._began, self._done, self._total = self._clock(), 0, total
@@ -118,7 +114,8 @@ class LineProgress(BenchProgress):
         self._last_line = now
         rate = self._done / max(now - self._began, 1e-9)
         left = (self._total - self._done) / rate
-        self.message(f"{text}: {self._done} of {self._total}, {rate:.3g}/s, about {_duration(left)} left")
+        line = f"{text}: {self._done} of {self._total}, {rate:.3g}/s, about {_duration(left)} left"
+        self._console.print(Text(line), soft_wrap=True)
 
     def skip(self, steps: int) -> None:
         self._total -= steps

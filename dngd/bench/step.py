@@ -89,10 +89,10 @@ def run_step_bench(options: StepOptions, progress: BenchProgress | None = None) 
         learners = _learners(names, config, store)
         try:
             stream = _take_steps(learners, config, store, split, warmup, measured, progress)
+            results = {learner.name: _result(learner) for learner in learners}
         finally:
             for learner in learners:
                 learner.close()
-    results = {learner.name: _result(learner) for learner in learners}
     return {
         "benchmark": "step",
         "machine": machine,

@@ -107,8 +107,9 @@ class KFACPreconditioner:
     loss_scale: a function that returns what the loss was multiplied with, e.g. `scaler.get_scale`; gradients must be
         unscaled (`scaler.unscale_(optimizer)`) before `step`.
     max_dropped_steps: non-finite steps in a row after which TrainingError is raised; None for no limit.
-    cuda_graph: on a GPU, replay a step's preconditioning as a CUDA graph, with method="kfac" and without unit_scale;
-        it keeps the inverses once more, in the layers' precision. The numbers are the same.
+    cuda_graph: on a GPU, replay a step's preconditioning as a CUDA graph, with method="kfac" and without unit_scale.
+        The numbers are the same. It keeps the inverses once more, in the layers' precision, and about four times the
+        gradients; what torch computes matrix products in (TF32, say) is settled when it is recorded, at the first step.
     communicator: None takes torch.distributed's, all ranks, if initialised. The gradients given to `step` must
         already be reduced over the ranks (as DDP does).
 

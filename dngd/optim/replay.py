@@ -9,16 +9,21 @@ preconditioned gradients back after it, inverses when they are new, and the few 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
 
 from dngd.curvature import Tensors
+from dngd.errors import TrainingError
+from dngd.optim.foreach import all_finite
 from dngd.optim.inverses import StoredInverse
 from dngd.optim.layer_state import LayerState
 from dngd.optim.layers import CurvatureLayer
@@ -56,7 +61,7 @@ class _Recording:
 class StepReplay:
     """Records preconditioning where it can, and replays it.
 
-    body: what is recorded. record: how; by default as a CUDA graph.
+    body: a method that does what is recorded; its object is not kept alive. record: how; by default as CUDA graphs.
     """
 
     def __init__(
@@ -68,33 +73,31 @@ class StepReplay:
     ) -> None:
         self._layers = layers
         self._states = states
-        self._body = body
-        self._record = record_cuda_graph if record is None else record
-        self._recordings: dict[Any, _Recording] = {}
+        self._body = WeakMethod(body)
+        self._record = CudaGraphs() if record is None else record
+        self._recordings: dict[Any, _Recording | None] = {}
+        """None: what could not be recorded."""
         self._inverses: dict[str, tuple[Tensors, Tensors]] = {}
         self._copied: dict[str, tuple[StoredInverse, StoredInverse]] = {}
-        self._has_given_up = False
 
     def take(self, bounds: Bounds) -> Shortening | None:
         """Precondition the gradients, and return q and ν, which the next replay overwrites; None if it cannot be, and
-        nothing is done. bounds: numbers."""
+        nothing is done. bounds: numbers. Raises TrainingError where a recording fails half-way."""
         parameters = self._parameters()
-        if self._has_given_up or not parameters:
-            return None
-        if _is_capturing(parameters[0].device):
+        if not parameters or _is_capturing(parameters[0].device):
             return None
         key = (tuple(map(id, parameters)), bounds.kl_clip is None, bounds.norm_constraint is None)
-        recording = self._recordings.get(key)
-        if recording is None and len(self._recordings) == MOST_RECORDINGS:
-            return None
-        self._copy_inverses()
-        gradients = _gradients(parameters)
-        if recording is None:
-            recording = self._recorded(parameters, bounds)
-            if recording is None:
+        if key not in self._recordings:
+            if len(self._recordings) == MOST_RECORDINGS:
+                return None
+            if (recording := self._recorded(key, parameters, bounds)) is None:
                 return None
             self._recordings[key] = recording
-        own = list(recording.gradients)
+        elif (recording := self._recordings[key]) is None:
+            return None
+        else:
+            self._copy_inverses()
+        gradients, own = _gradients(parameters), list(recording.gradients)
         torch._foreach_copy_(own, gradients)
         _fill(recording.bounds, bounds)
         found = recording.replay()
@@ -105,7 +108,7 @@ class StepReplay:
         """Return what is kept besides the graphs' own memory."""
         found = [tensor for pair in self._inverses.values() for inverse in pair for tensor in inverse]
         for recording in self._recordings.values():
-            found += recording.gradients
+            found += [] if recording is None else recording.gradients
         return found
 
     def close(self) -> None:
@@ -113,7 +116,6 @@ class StepReplay:
         self._recordings.clear()
         self._inverses.clear()
         self._copied.clear()
-        self._has_given_up = True
 
     def _parameters(self) -> tuple[nn.Parameter, ...]:
         """Return the parameters that have a gradient; none where one of their layers has no inverse here, or a gradient
@@ -122,6 +124,8 @@ class StepReplay:
         first: Tensor | None = None
         for name, layer in self._layers.items():
             before = len(found)
+            if layer.keeps_plain_gradient:
+                continue
             for parameter in layer.parameters:
                 gradient = parameter.grad
                 if gradient is None:
@@ -157,22 +161,37 @@ class StepReplay:
                         own.copy_(tensor)
             self._copied[name] = a, g
 
-    def _recorded(self, parameters: tuple[nn.Parameter, ...], bounds: Bounds) -> _Recording | None:
-        gradients = tuple(gradient.clone() for gradient in _gradients(parameters))
-        fixed = Bounds(*(None if value is None else gradients[0].new_full((), float(value)) for value in bounds))  # type: ignore[arg-type]
-
-        def work() -> Shortening:
-            with _gradients_in_place(parameters, gradients):
-                return self._body(fixed, self._inverses)
-
+    def _recorded(self, key: Any, parameters: tuple[nn.Parameter, ...], bounds: Bounds) -> _Recording | None:
+        """Return a new recording; None for none, at this step or, with a warning, at any."""
+        body = self._body()
+        assert body is not None, "the preconditioner is gone"
         try:
-            replay = self._record(work, gradients[0].device)
-            reason = "" if self._is_sound(work, replay, parameters, gradients) else "its replay gave other numbers"
+            self._copy_inverses()
+            gradients = tuple(gradient.clone() for gradient in _gradients(parameters))
+            like = gradients[0]
+            fixed = Bounds(*(None if value is None else like.new_zeros(()) for value in bounds))  # type: ignore[arg-type]
+            _fill(fixed, bounds)
+
+            def work() -> Shortening:
+                with _gradients_in_place(parameters, gradients):
+                    return body(fixed, self._inverses)
+
+            replay = self._record(work, like.device)
+            is_sound = self._is_sound(work, replay, parameters, gradients)
+        except TrainingError:
+            raise
         except RuntimeError as error:
             reason = str(error)
-        if not reason:
-            return _Recording(parameters, gradients, fixed, replay)
-        self._has_given_up = True
+        else:
+            if is_sound is None:
+                return None
+            if is_sound:
+                return _Recording(parameters, gradients, fixed, replay)
+            reason = "its replay gave other numbers"
+        self._recordings[key] = None
+        if not any(self._recordings.values()):
+            self._inverses.clear()
+            self._copied.clear()
         warnings.warn(
             f"K-FAC's step could not be recorded as a CUDA graph and goes on without, slower: {reason}", stacklevel=2
         )
@@ -184,17 +203,69 @@ class StepReplay:
         replay: Callable[[], Shortening],
         parameters: tuple[nn.Parameter, ...],
         gradients: tuple[Tensor, ...],
-    ) -> bool:
-        """Return whether a replay does what the work does, by one step of each: all of it was recorded."""
+    ) -> bool | None:
+        """Return whether a replay does what the work does, by one step of each: all of it was recorded. None where the
+        step is not finite, and tells nothing."""
         own, results = list(gradients), []
         for step in (work, replay):
             torch._foreach_copy_(own, _gradients(parameters))
             step()
             results.append([gradient.clone() for gradient in own])
+        if not all_finite(results[0], own[0].device):
+            return None
         return all(
-            torch.allclose(one, other, rtol=0.0, atol=MOST_DIFFERENCE * float(one.abs().amax()), equal_nan=True)
+            torch.allclose(one, other, rtol=0.0, atol=MOST_DIFFERENCE * float(one.abs().amax()))
             for one, other in zip(*results, strict=True)
+            if one.numel()
         )
+
+
+class CudaGraphs:
+    """Records what one preconditioner does, as graphs that share their memory: they are replayed one at a time."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, work: Callable[[], Shortening], device: torch.device) -> Callable[[], Shortening]:
+        """Return what replays `work` on the current stream; it is done twice before it is recorded, since libraries set
+        themselves up at their first call.
+
+        Raises RuntimeError if it cannot be done there. Raises TrainingError if it fails while it is recorded: torch's
+        memory and random streams are then not in a state to go on from.
+        """
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+            warm_up, recording = _streams(torch.cuda.current_device())
+            caller = torch.cuda.current_stream()
+            warm_up.wait_stream(caller)
+            try:
+                with torch.cuda.stream(warm_up):
+                    for _ in range(2):
+                        work()
+            finally:
+                caller.wait_stream(warm_up)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                # Other threads copy batches and watch collectives meanwhile.
+                with torch.cuda.graph(graph, self._pool, recording, capture_error_mode="thread_local"):
+                    found = work()
+            except RuntimeError as error:
+                raise TrainingError(
+                    f"K-FAC's step could not be recorded as a CUDA graph ({error}); leave the graph out with "
+                    "cuda_graph=False, in a run with --set kfac.cuda_graph=false"
+                ) from error
+            self._pool = graph.pool()
+
+        def replay() -> Shortening:
+            graph.replay()
+            return found
+
+        return replay
+
+
+@lru_cache
+def _streams(device: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """Return a device's streams, to warm up on and to record on: cuBLAS keeps memory for each stream that it sees."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _is_capturing(device: torch.device) -> bool:
@@ -203,28 +274,6 @@ def _is_capturing(device: torch.device) -> bool:
         return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
-
-
-def record_cuda_graph(work: Callable[[], Shortening], device: torch.device) -> Callable[[], Shortening]:
-    """Return what replays `work`, recorded as a CUDA graph; it is done twice before that, since libraries set
-    themselves up at their first call. Raises RuntimeError if it cannot be recorded."""
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                work()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads copy batches and watch collectives meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            found = work()
-
-    def replay() -> Shortening:
-        graph.replay()
-        return found
-
-    return replay
 
 
 @contextmanager
@@ -245,8 +294,8 @@ def _gradients(parameters: tuple[nn.Parameter, ...]) -> list[Tensor]:
 
 
 def _fill(fixed: Bounds, bounds: Bounds) -> None:
-    """Bring a step's numbers to where the graph reads them."""
+    """Bring a step's numbers to where the graph reads them; beyond the type's range infinity, as in arithmetic."""
     for tensor, value in zip(fixed, bounds):
         if isinstance(tensor, Tensor):
-            assert value is not None
-            tensor.fill_(value)
+            assert isinstance(value, (int, float))
+            tensor.fill_(value if value <= torch.finfo(tensor.dtype).max else math.inf)

@@ -281,9 +281,13 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return out
 
 
+COUNTS = ("step", "weight")
+"""Names of what torch's optimizers and NaturalGradient keep beside moments."""
+
+
 def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
-    """Restore what `moments` returned, each tensor on its parameter's device (step counts where the optimizer has
-    them: on the CPU, but for a fused one's)."""
+    """Restore what `moments` returned, each tensor on its parameter's device; counts, which have no dimension, where
+    the optimizer has them: on the CPU, but for a fused one's."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     counts_there = [
         bool(group.get("fused") or group.get("capturable")) for group in optimizer.param_groups for _ in group["params"]
@@ -295,7 +299,8 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> 
             continue
         parameter = parameters[int(index)]
         # Adam in the eigenbasis has moments of other shapes than its parameters.
-        is_there = value.dim() > 0 or counts_there[int(index)]
+        is_moment = value.dim() > 0 or (parameter.dim() == 0 and name not in COUNTS)
+        is_there = is_moment or counts_there[int(index)]
         device = parameter.device if is_there else torch.device("cpu")
         optimizer.state[parameter][name] = value.to(device, copy=True)
 

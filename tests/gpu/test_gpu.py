@@ -109,7 +109,7 @@ def test_autocast_with_grad_scaler(dtype: torch.dtype) -> None:
     "options",
     [
         {},
-        {"kl_clip": KLTrustRegion(0.1)},
+        {"kl_clip": KLTrustRegion},
         {"kl_clip": None, "norm_constraint": 1e-3},
         {"update": "momentum", "kl_clip": 1e-5},
         {"layout": FactorLayout(max_dimension=16, rank=8)},
@@ -126,17 +126,22 @@ def test_replayed_steps_are_the_steps(options: dict[str, Any], dtype: torch.dtyp
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(20, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 5, bias=False))
         net = net.to("cuda", dtype)
-        optimizer = NaturalGradient(net, inverse_update_period=7, cuda_graph=cuda_graph, **options)
+        own = {key: value(0.1) if value is KLTrustRegion else value for key, value in options.items()}
+        optimizer = NaturalGradient(net, inverse_update_period=7, cuda_graph=cuda_graph, **own)
         generator = torch.Generator().manual_seed(1)
         for step in range(40):
             x = torch.randn(64, 20, generator=generator, dtype=dtype).cuda()
             y = torch.randint(5, (64,), generator=generator).cuda()
             optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
             optimizer.zero_grad(set_to_none=step % 3 > 0)
-            nn.functional.cross_entropy(net(x), y).backward()
+            outputs, is_measured = net(x), optimizer.is_clip_due
+            nn.functional.cross_entropy(outputs, y).backward()
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 optimizer.step(num_samples=64)
+            if is_measured:
+                with torch.no_grad():
+                    optimizer.adapt_clip(outputs, net(x))
         pre = optimizer.preconditioner
         assert (pre._replay is not None) == cuda_graph
         if pre._replay is not None:
@@ -157,6 +162,7 @@ def test_a_loaded_state_goes_on_alike(name: str) -> None:
         optimizers.append(build_optimizer(config, nets[-1], LocalCommunicator()))
     data = torch.randn(8, 64, 20).cuda(), torch.randint(5, (8, 64)).cuda()
     train(nets[0], optimizers[0], *(part[:4] for part in data))
+    train(nets[1], optimizers[1], *(part[4:] for part in data))
     nets[1].load_state_dict(nets[0].state_dict())
     load_moments(optimizers[1].torch_optimizer, moments(optimizers[0].torch_optimizer))
     if name == "kfac":

@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "doctor": {"sampling"},
     "bench": {"train", "optim", "allocator", "sampling", "models", "graph", "comm", "config", "config_text"},
     "cli": {"launch", "train", "graph", "config", "config_text", "report", "doctor", "bench", "sampling", ""},
+    "__main__": {"cli"},
     "": {"launch", "train", "graph", "config", "sampling", "models"},
 }
 """Part -> the parts that it may import; dngd.errors and dngd.paths are open to all; "" is the package's __init__."""

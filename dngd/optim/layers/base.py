@@ -66,6 +66,11 @@ class CurvatureLayer:
         return any(parameter.grad is not None for parameter in self.parameters)
 
     @property
+    def keeps_plain_gradient(self) -> bool:
+        """Whether `gradient` gives none for now, although there is one."""
+        return False
+
+    @property
     def device(self) -> torch.device:
         """The weight's device."""
         return self.parameters[0].device

@@ -149,6 +149,10 @@ class RelationalLayer(CurvatureLayer):
     def sources(self, payload: RelationalCall) -> tuple[Any, ...]:
         return payload.sources
 
+    @property
+    def keeps_plain_gradient(self) -> bool:
+        return self._is_featureless
+
     def gradient(self) -> Tensor | None:
         return None if self._is_featureless else join_columns(self.parameters)
 

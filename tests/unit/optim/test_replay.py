@@ -3,8 +3,12 @@ a GPU's graphs, tests/gpu/test_gpu.py."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dngd.curvature import FactorLayout
-from dngd.errors import UserError
-from dngd.optim import KLTrustRegion, NaturalGradient, replay
+from dngd.errors import TrainingError, UserError
+from dngd.optim import KFACPreconditioner, KLTrustRegion, NaturalGradient, replay
 from dngd.optim.inverses import StoredInverse
-from dngd.optim.replay import MOST_RECORDINGS, StepReplay
-from dngd.optim.step_scale import Shortening
+from dngd.optim.replay import MOST_RECORDINGS, CudaGraphs, StepReplay
+from dngd.optim.step_scale import Bounds, Shortening
 
 STEPS = 30
 
@@ -83,15 +87,19 @@ def train(net: nn.Module, optimizer: NaturalGradient, steps: int = STEPS, dtype:
         y = torch.randint(5, (32,), generator=generator)
         optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
         optimizer.zero_grad()
-        F.cross_entropy(net(x), y).backward()
+        outputs, is_measured = net(x), optimizer.is_clip_due
+        F.cross_entropy(outputs, y).backward()
         optimizer.step(num_samples=32)
+        if is_measured:
+            with torch.no_grad():
+                optimizer.adapt_clip(outputs, net(x))
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {"kl_clip": KLTrustRegion(0.1)},
+        {"kl_clip": KLTrustRegion},
         {"kl_clip": None},
         {"kl_clip": None, "norm_constraint": 1e-3},
         {"norm_constraint": 1e-2},
@@ -111,7 +119,8 @@ def test_replayed_steps_are_the_steps(
     for record in (None, CalledAgain()):
         torch.manual_seed(0)
         net = make().to(dtype)
-        optimizer = NaturalGradient(net, inverse_update_period=7, **options)
+        own = {key: value(0.1) if value is KLTrustRegion else value for key, value in options.items()}
+        optimizer = NaturalGradient(net, inverse_update_period=7, **own)
         if record is not None:
             replayed(optimizer, record)
         train(net, optimizer, dtype=dtype)
@@ -239,3 +248,202 @@ def test_the_scale_of_a_step_does_not_change_with_the_next() -> None:
     value = float(scale)
     train(net, optimizer, 1)
     assert float(scale) == value != float(optimizer.preconditioner.last_scale)
+
+
+def test_a_loaded_state_is_what_is_replayed() -> None:
+    """Into an optimizer that has steps of its own behind it: its inverses are others from then on."""
+    nets, optimizers = [], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        nets.append(plain_net())
+        optimizers.append(NaturalGradient(nets[-1], inverse_update_period=7))
+        train(nets[-1], optimizers[-1], 10 + seed)
+    replayed(optimizers[1], CalledAgain())
+    train(nets[1], optimizers[1], 3)
+    nets[1].load_state_dict(nets[0].state_dict())
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    for net, optimizer in zip(nets, optimizers):
+        train(net, optimizer, 4)
+    assert all(torch.equal(one, other) for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+
+
+def test_what_cannot_be_recorded_leaves_other_recordings_alone() -> None:
+    record = CalledAgain()
+    torch.manual_seed(0)
+    net = plain_net()
+    optimizer = NaturalGradient(net)
+    own = replayed(optimizer, record)
+    train(net, optimizer, 3)
+    own._record = refuses
+    net[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match="goes on without"):
+        train(net, optimizer, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(net, optimizer, 2)
+    net[0].requires_grad_(True)
+    before = record.replays
+    train(net, optimizer, 3)
+    assert record.replays == before + 3
+    assert len(own.tensors()) > 0
+
+
+def test_nothing_is_kept_where_nothing_could_be_recorded() -> None:
+    torch.manual_seed(0)
+    net = plain_net()
+    optimizer = NaturalGradient(net)
+    own = replayed(optimizer, refuses)
+    with pytest.warns(UserWarning, match="goes on without"):
+        train(net, optimizer, 3)
+    assert own.tensors() == []
+    assert own._copied == {}
+
+
+def test_a_step_that_is_not_finite_tells_nothing() -> None:
+    """Its recording is not kept; the next step's is."""
+    record = CalledAgain()
+    torch.manual_seed(0)
+    net = nn.Linear(20, 5)
+    optimizer = NaturalGradient(net, kl_clip=None, max_dropped_steps=None)
+    replayed(optimizer, record)
+    for huge in (True, False, False):
+        optimizer.zero_grad()
+        F.cross_entropy(net(torch.randn(8, 20)), torch.randint(5, (8,))).backward()
+        if huge:
+            for parameter in net.parameters():
+                assert parameter.grad is not None
+                parameter.grad.fill_(1e38)
+        weight = net.weight.detach().clone()
+        optimizer.step(num_samples=8, finite=True)
+        with torch.no_grad():
+            net.weight.copy_(weight)
+            net.bias.zero_()
+            for state in optimizer.state.values():
+                state["exp_avg"].zero_()
+    assert (record.recordings, record.replays) == (2, 4)
+
+
+def test_a_bound_beyond_the_type_is_none() -> None:
+    fixed = Bounds(*(torch.zeros(()) for _ in range(4)))
+    replay._fill(fixed, Bounds(0.1, 0.01, 1e40, 3.0))
+    assert [float(value) for value in fixed if value is not None] == [
+        pytest.approx(0.1),
+        pytest.approx(0.01),
+        math.inf,
+        3,
+    ]
+
+
+def test_a_preconditioner_that_is_dropped_is_gone_at_once() -> None:
+    net = plain_net()
+    pre = KFACPreconditioner(net)
+    pre._replay = StepReplay(pre.layers, pre.states, pre._precondition_now, refuses)
+    gone = weakref.ref(pre)
+    del pre
+    assert gone() is None
+
+
+def test_a_layer_that_keeps_its_plain_gradient_is_no_part() -> None:
+    torch.manual_seed(0)
+    net = plain_net()
+    optimizer = NaturalGradient(net)
+    own = replayed(optimizer, CalledAgain())
+    train(net, optimizer, 2)
+    first = next(iter(optimizer.preconditioner.layers.values()))
+    every = own._parameters()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(first), "keeps_plain_gradient", property(lambda layer: layer is first))
+        assert len(own._parameters()) == len(every) - len(first.parameters)
+
+
+class Streams:
+    """Stands for torch.cuda: which stream is current, and who waits for whom."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, fails: str = "") -> None:
+        self.current = "caller"
+        self.waits: list[tuple[str, str]] = []
+        self.pools: list[Any] = []
+        self.worked_on: list[str] = []
+        self.fails = fails
+        for name in ("device", "stream", "current_stream", "current_device", "CUDAGraph", "graph"):
+            patch.setattr(torch.cuda, name, getattr(self, name))
+        patch.setattr(replay, "_streams", lambda device: (self.named("warm-up"), self.named("recording")))
+
+    def named(self, name: str) -> Any:
+        return SimpleNamespace(name=name, wait_stream=lambda other: self.waits.append((name, other.name)))
+
+    def device(self, device: torch.device) -> Any:
+        return contextlib.nullcontext()
+
+    def current_device(self) -> int:
+        return 0
+
+    def current_stream(self, device: torch.device | None = None) -> Any:
+        return self.named(self.current)
+
+    @contextlib.contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, stream.name
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def CUDAGraph(self) -> Any:
+        return SimpleNamespace(replay=lambda: self.worked_on.append("replay"), pool=lambda: "the pool")
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, pool: Any, stream: Any, *, capture_error_mode: str) -> Iterator[None]:
+        """As torch's, it leaves its stream the current one where the recording fails."""
+        assert capture_error_mode == "thread_local"
+        self.pools.append(pool)
+        self.current = stream.name
+        yield
+        if self.fails == "recording":
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.current = "caller"
+
+    def work(self) -> Shortening:
+        if self.fails == self.current:
+            raise RuntimeError(f"out of memory on {self.current}")
+        self.worked_on.append(self.current)
+        return Shortening(torch.ones(()), None)
+
+
+def test_a_graph_is_recorded_after_a_warm_up_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, graphs = Streams(monkeypatch), CudaGraphs()
+    device = torch.device("cuda", 0)
+    replays = [graphs(cuda.work, device) for _ in range(2)]
+    assert cuda.worked_on == ["warm-up", "warm-up", "recording"] * 2
+    assert cuda.waits[:2] == [("warm-up", "caller"), ("caller", "warm-up")]
+    assert cuda.pools == [None, "the pool"], "graphs that are replayed by turns share their memory"
+    found = replays[0]()
+    assert cuda.worked_on[-1] == "replay"
+    assert replays[0]() is found
+
+
+def test_a_recording_that_fails_ends_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch is left with is not what one may go on with; the stream is the caller's again."""
+    cuda = Streams(monkeypatch, fails="recording")
+    with pytest.raises(TrainingError, match=r"kfac.cuda_graph=false$"):
+        CudaGraphs()(cuda.work, torch.device("cuda", 0))
+    assert cuda.current == "caller"
+
+
+def test_a_warm_up_that_fails_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Streams(monkeypatch, fails="warm-up")
+    with pytest.raises(RuntimeError, match="out of memory on warm-up"):
+        CudaGraphs()(cuda.work, torch.device("cuda", 0))
+    assert cuda.waits == [("warm-up", "caller"), ("caller", "warm-up")]
+    assert cuda.current == "caller"
+
+
+def test_a_failed_recording_is_not_swallowed() -> None:
+    def fails(work: Callable[[], Shortening], device: torch.device) -> Callable[[], Shortening]:
+        raise TrainingError("could not be recorded")
+
+    net = plain_net()
+    optimizer = NaturalGradient(net)
+    replayed(optimizer, fails)
+    with pytest.raises(TrainingError, match="could not be recorded"):
+        train(net, optimizer, 2)

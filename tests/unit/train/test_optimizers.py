@@ -12,7 +12,7 @@ from dngd.comm import LocalCommunicator
 from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.optim import KLTrustRegion, value_at
-from dngd.train.optimizers import TrainingSet, build_optimizer, damping_in_use, kl_clip_in_use
+from dngd.train.optimizers import TrainingSet, build_optimizer, damping_in_use, kl_clip_in_use, load_moments
 
 
 def kfac(**settings: object) -> TrainConfig:
@@ -192,3 +192,28 @@ def test_a_run_says_what_a_default_stands_for() -> None:
         named = TrainConfig(dataset="any", task=task, metric=metric, kfac={"damping_mode": mode})
         assert left_open.identity() == named.identity()
         assert left_open.identity()["kfac.damping_mode"] == mode
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "entry", "device"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9}, "0.momentum_buffer", "meta"),
+        (torch.optim.SGD, {"momentum": 0.9}, "1.momentum_buffer", "meta"),
+        (torch.optim.Adam, {}, "0.step", "cpu"),
+        (torch.optim.Adam, {}, "1.step", "cpu"),
+        (torch.optim.Adam, {"capturable": True}, "1.step", "meta"),
+        (torch.optim.Adam, {}, "1.exp_avg", "meta"),
+        (torch.optim.Adam, {}, "1.weight", "cpu"),
+    ],
+)
+def test_counts_lie_where_the_optimizer_has_them(
+    made: type[torch.optim.Optimizer], options: dict[str, object], entry: str, device: str
+) -> None:
+    """Moments lie where their parameters are, those of a parameter without dimensions too; the device "meta" stands for
+    a GPU."""
+    parameters = [nn.Parameter(torch.zeros(3, device="meta")), nn.Parameter(torch.zeros((), device="meta"))]
+    optimizer = made(parameters, lr=0.1, **options)  # type: ignore[call-arg]
+    index, key = entry.split(".")
+    value = torch.zeros(3 if index == "0" and key != "step" else ())
+    load_moments(optimizer, {entry: value})
+    assert optimizer.state[parameters[int(index)]][key].device.type == device
