@@ -305,6 +305,9 @@ def _parse(files: dict[str, bytes]) -> Snapshot:
         raise UserError(f"checkpoint of step {state['step']} cannot be read: {error}") from None
 
 
+HEADER_LENGTH_BYTES = 8
+"""Of a safetensors file: what it begins with, the length of its JSON header, which is a multiple of it too."""
+
 OWN_SETTINGS = "use the run's own settings, or another --run-dir for a new run"
 
 
@@ -323,6 +326,18 @@ def check_same_run(saved: dict[str, Any], wanted: dict[str, Any], fix: str = OWN
 def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors of the host's own memory, none of which shares it with another (tied weights do)."""
     return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+
+
+def weights_file(tensors: Mapping[str, Tensor], said: Mapping[str, str]) -> bytes:
+    """Return the content of a safetensors file of the host's tensors, and of metadata that is said of them: the same
+    bytes for the same content (the library writes metadata in an order that differs from call to call)."""
+    data: bytes = safetensors.torch.save(dict(tensors), dict(said))
+    end = HEADER_LENGTH_BYTES + int.from_bytes(data[:HEADER_LENGTH_BYTES], "little")
+    header = json.loads(data[HEADER_LENGTH_BYTES:end])
+    header["__metadata__"] = dict(sorted(said.items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_LENGTH_BYTES)
+    return len(text).to_bytes(HEADER_LENGTH_BYTES, "little") + text + data[end:]
 
 
 def _to_bytes(tensors: dict[str, Tensor]) -> bytes:

@@ -8,14 +8,13 @@ import os
 from pathlib import Path
 from typing import Literal, get_args
 
-import safetensors.torch
 from torch import Tensor
 
 from dngd.errors import UserError
 from dngd.graph.manifest import dngd_version
 from dngd.models import GNN, pyg_export
 from dngd.paths import expanded
-from dngd.train.checkpoint import host_copies, replace_file
+from dngd.train.checkpoint import host_copies, replace_file, weights_file
 from dngd.train.parts import RunParts
 from dngd.train.trained_model import TrainedModel, load_trained
 
@@ -110,5 +109,4 @@ def _said(trained: TrainedModel) -> dict[str, str]:
 
 
 def _saved(weights: dict[str, Tensor], said: dict[str, str]) -> bytes:
-    data: bytes = safetensors.torch.save(host_copies(weights), said)
-    return data
+    return weights_file(host_copies(weights), said)

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +30,7 @@ from dngd.sampling import derive_seed
 from dngd.train.batch import BatchSource, DeviceBatch
 from dngd.train.buffers import RunningStatistics, share_buffers
 from dngd.train.callbacks import Callbacks, RunState
-from dngd.train.checkpoint import CheckpointFolder, Snapshot, check_same_run, host_copies, replace_file
+from dngd.train.checkpoint import CheckpointFolder, Snapshot, check_same_run, host_copies, replace_file, weights_file
 from dngd.train.checkpoint_writer import CheckpointSchedule, CheckpointWriter
 from dngd.train.divergence import DivergenceMeter
 from dngd.train.health_log import HealthLog
@@ -507,8 +506,7 @@ class TrainingLoop:
             said["labels"] = "several"
         if self.store.label_names is not None and self.config.task == "node":
             said["label_names"] = json.dumps(self.store.label_names)
-        data: bytes = safetensors.torch.save(tensors, said)
-        return data
+        return weights_file(tensors, said)
 
     def _checkpoint(self) -> None:
         preconditioner = self.optimizer.preconditioner

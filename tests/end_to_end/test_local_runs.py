@@ -101,6 +101,8 @@ def test_two_runs_of_one_seed_are_bitwise_the_same(store: GraphStore, tmp_path: 
         for n in (0, 1, 2)
     }
     assert curve(runs[0]) == curve(runs[1]) == curve(runs[2])
+    models = [(tmp_path / f"samplers-{n}" / "model.safetensors").read_bytes() for n in runs]
+    assert models[0] == models[1] == models[2]
     other = fit(config(store, tmp_path / "other", seed=1, num_workers=2, batch_size=20))
     assert curve(other) != curve(runs[0])
 

@@ -18,6 +18,7 @@ from dngd import cli
 from dngd.errors import UserError
 from dngd.graph import GraphStore
 from dngd.models import build_model
+from dngd.train.checkpoint import weights_file
 from dngd.train.export import to_pyg
 from tests.end_to_end.test_local_runs import config
 from tests.helpers.exact_evaluation import dense_forward
@@ -116,3 +117,20 @@ def test_a_module_of_ones_own(store: GraphStore, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"best_model\(\)"):
         made.export(tmp_path / "plain", format="pyg")
     assert not (tmp_path / "plain").exists()
+
+
+@pytest.mark.parametrize("size", range(8))
+def test_a_file_of_weights_has_one_form(tmp_path: Path, size: int) -> None:
+    """The same bytes at every call, whatever the header's length; and what is in them comes back."""
+    tensors = {"b": torch.arange(5.0), "a": torch.ones(2, 3, dtype=torch.int64), "c": torch.zeros(())}
+    said = {key: 'ö"x' * size for key in ("step", "val", "labels", "width", "depth", "kind")}
+    files = {weights_file(tensors, dict(sorted(said.items(), reverse=n % 2 > 0))) for n in range(10)}
+    assert len(files) == 1
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(files.pop())
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == said
+        assert {name: file.get_tensor(name).tolist() for name in file.keys()} == {  # noqa: SIM118
+            name: tensor.tolist() for name, tensor in tensors.items()
+        }
+    assert safetensors.torch.load(path.read_bytes())["a"].dtype == torch.int64
