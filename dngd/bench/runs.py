@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -23,14 +22,13 @@ from dngd.config import TrainConfig
 from dngd.models import GNN
 from dngd.optim import learning_rate
 from dngd.sampling import BatchCoordinates, MiniBatch, SamplerPipeline
-from dngd.sampling.inline import on_sampling_thread
 from dngd.train.batch import DeviceBatch, PropagationBuilder
 from dngd.train.feeder import CudaCopyStream, DeviceFeeder
 from dngd.train.metrics import StepClock
 from dngd.train.optimizers import evaluated_weights
 from dngd.train.page_lock import CudaHostRegistration, PageLockedMemory
 
-SETTLE_SECONDS = 0.03
+SETTLE_POLL_SECONDS = 0.001
 SETTLE_LIMIT_SECONDS = 60.0
 
 
@@ -254,16 +252,9 @@ class Run:
 
 def settle(pipeline: SamplerPipeline) -> None:
     """Wait until a pipeline's samplers have drawn all that they may draw ahead; a minute at most."""
-    if not pipeline.pids:
-        on_sampling_thread(_nothing, SETTLE_LIMIT_SECONDS)  # queued behind all that was asked for
-        return
-    started = time.monotonic()
-    used = _cpu_seconds(pipeline.pids)
-    while time.monotonic() - started < SETTLE_LIMIT_SECONDS:
-        time.sleep(SETTLE_SECONDS)
-        before, used = used, _cpu_seconds(pipeline.pids)
-        if used == before:
-            return
+    give_up = time.monotonic() + SETTLE_LIMIT_SECONDS
+    while not pipeline.is_idle and time.monotonic() < give_up:
+        time.sleep(SETTLE_POLL_SECONDS)
 
 
 def evaluation_steps(total_steps: int, every: int | None = None, density: int = LEAST_EVALUATIONS) -> list[int]:
@@ -306,15 +297,3 @@ def interleaved(ends: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         for number, step in enumerate(own)
     ]
     return [(run, step) for _, _, run, step in sorted(keyed)]
-
-
-def _nothing() -> None:
-    """What the sampling thread does once it has drawn all that it was asked for."""
-
-
-def _cpu_seconds(pids: Sequence[int]) -> float:
-    total = 0.0
-    for pid in pids:
-        times = psutil.Process(pid).cpu_times()
-        total += times.user + times.system
-    return total

@@ -5,7 +5,7 @@ Batches travel in a shared slot where the request names one, and over the socket
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,17 +33,20 @@ class BatchDrawer:
         self._slots = slots
 
     @classmethod
-    def from_setup(cls, setup: dict[str, Any]) -> BatchDrawer:
-        """Return the drawer that a setup message asks for (see setup_message); one thread from here on."""
+    def from_setup(cls, setup: dict[str, Any], files: Mapping[int, int]) -> BatchDrawer:
+        """Return the drawer that a setup message asks for (see setup_message); one thread from here on.
+
+        files: this process's numbers of the trainer's open files, by the trainer's.
+        """
         torch.set_num_threads(1)
         keep_freed_memory()
-        graph, extra = open_shared(setup["graph"])
+        graph, extra = open_shared(setup["graph"], files)
         sampler = NeighborSampler(graph.indptr, graph.indices, graph.edge_weight, setup["fanouts"])
         first_rows = first_rows_of(graph, setup["aggregation"], extra.get("norm"), extra.get("on_host"))
         features: Tensor | None = getattr(graph, "features", None)
         if setup["random_reads"] and features is not None:
             read_randomly(features)
-        return cls(sampler, first_rows, SlotWriter(setup["slots"]))
+        return cls(sampler, first_rows, SlotWriter([files[fd] for fd in setup["slots"]]))
 
     def draw(
         self, seeds: Tensor, rng_seed: int, slot: int, excluded: Tensor | None = None
@@ -78,7 +81,7 @@ def setup_message(
     *,
     random_reads: bool,
 ) -> dict[str, Any]:
-    """Return the first message to a sampler process, which inherits the graph's and the slots' files."""
+    """Return the first message to a sampler process, which has the graph's and the slots' files."""
     return {
         "graph": graph.description,
         "fanouts": list(fanouts),

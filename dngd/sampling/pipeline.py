@@ -183,6 +183,13 @@ class SamplerPipeline:
         number = self._num_requested - len(self._pending)
         return self._processes[number % len(self._processes)].has_answer
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether all batches that were asked for have been drawn, so that nothing works until the next is taken."""
+        if self._inline is not None:
+            return self._inline.is_idle
+        return all(process.is_idle for process in self._processes)
+
     def __iter__(self) -> Iterator[MiniBatch]:
         return self
 
@@ -302,6 +309,11 @@ class _InlineSampler:
     def has_answer(self) -> bool:
         """Whether the oldest queued draw is done."""
         return bool(self._drawn) and self._drawn[0].done()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all queued draws are done."""
+        return all(drawn.done() for drawn in self._drawn)
 
     def answer(self, timeout_seconds: float) -> Drawn:
         """Return the oldest queued draw with its first rows. Raises TimeoutError, and what the draw raised."""

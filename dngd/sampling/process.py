@@ -1,7 +1,7 @@
 """The trainer's side of one sampler process: start it, ask it, notice its death or silence, end it.
 
-Processes are started as plain commands: multiprocessing's spawn imports the user's main module again, and
-fork would give the child this process's OpenMP and DGL state.
+Processes are copies of a fork server (dngd.sampling.forked): a fork of this process would have its OpenMP and DGL
+state, multiprocessing imports the user's main module again, and an interpreter each takes seconds and some 300 MB.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import contextlib
 import logging
 import os
 import queue
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -27,14 +25,13 @@ from dngd.errors import TrainingError
 from dngd.models.message_passing import Aggregation
 from dngd.sampling import wire
 from dngd.sampling.draw import NO_SLOT, setup_message, unpack_answer
+from dngd.sampling.forked import STOP_SECONDS, TAIL_CHARACTERS, ForkedProcess, ending_of, start_forked, tail_of
 from dngd.sampling.minibatch import Drawn, MiniBatch
 from dngd.sampling.slots import SlotPool
 from dngd.sampling.topology import SharedTopology
 
 logger = logging.getLogger(__name__)
 
-STOP_SECONDS = 2.0
-_TAIL_CHARACTERS = 4000
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
@@ -63,28 +60,21 @@ class SamplerProcess:
         self._timeout_seconds = timeout_seconds
         self._answers: queue.SimpleQueue[tuple[dict[str, Any], list[Tensor]]] = queue.SimpleQueue()
         self._ready = False
+        self._num_unanswered = 0
         self._requests, child_requests = socket.socketpair()
         replies, child_replies = socket.socketpair()
         # A stopped child would otherwise block the send of a large request for ever.
         self._requests.settimeout(timeout_seconds)
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (_stop closes it)
+        files = (child_requests.fileno(), child_replies.fileno(), self._log.fileno(), *graph.fds, *self._slots.fds)
         try:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "dngd.sampling.worker",
-                    str(child_requests.fileno()),
-                    str(child_replies.fileno()),
-                ],
-                pass_fds=(child_requests.fileno(), child_replies.fileno(), *graph.fds, *self._slots.fds),
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=self._log,
-                env=child_environment(),
-                # Ctrl-C is for the trainer, which then closes its samplers.
-                start_new_session=True,
-            )
+            self._process = start_forked(files, child_environment())
+        except OSError as error:
+            self._requests.close()
+            replies.close()
+            self._log.close()
+            self._slots.close()
+            raise TrainingError(f"{name} cannot be started: {error}") from error
         finally:
             child_requests.close()
             child_replies.close()
@@ -96,19 +86,29 @@ class SamplerProcess:
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        """Its number, waited for while it starts. Raises TrainingError where it does not."""
+        pid = self._process.pid(self._timeout_seconds)
+        if pid is None:
+            raise TrainingError(self._death("the first"))
+        return pid
 
     def request(self, number: int, rng_seed: int, batch: MiniBatch) -> None:
         """Ask for the layers of a batch. Raises TrainingError, which names it."""
         slot = self._slots.acquire()
         asked = {"request": number, "rng_seed": rng_seed, "slot": NO_SLOT if slot is None else slot}
         arrays = [batch.seeds] if batch.excluded is None else [batch.seeds, batch.excluded]
+        self._num_unanswered += 1
         self._send(asked, arrays, str(batch.coordinates))
 
     @property
     def has_answer(self) -> bool:
         """Whether `answer` returns or raises without waiting."""
         return self._answers.qsize() > (0 if self._ready else 1)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is at work: all are answered, or the process has ended."""
+        return self._answers.qsize() >= self._num_unanswered + (0 if self._ready else 1) or not self._reader.is_alive()
 
     def answer(self, number: int, what: str) -> Drawn:
         """Return the answer to the oldest request not yet answered, whose number is given.
@@ -123,7 +123,7 @@ class SamplerProcess:
                 waits_for = "its answer" if self._ready else "the process to start and open the graph"
                 raise TrainingError(
                     f"{self._whoami()} gave no batch ({what}) within {self._timeout_seconds:g} s; waiting "
-                    f"for {waits_for}; it is {_state(self.pid)}; raise the sampler timeout if it is only slow"
+                    f"for {waits_for}; it is {self._state()}; raise the sampler timeout if it is only slow"
                 ) from None
             if header["kind"] == "ready":
                 self._ready = True
@@ -132,10 +132,11 @@ class SamplerProcess:
             elif header["kind"] == "lost":
                 raise TrainingError(self._death(what))
             elif header["kind"] == "error":
-                tail = header["traceback"][-_TAIL_CHARACTERS:]
+                tail = header["traceback"][-TAIL_CHARACTERS:]
                 raise TrainingError(f"{self._whoami()} failed on the batch ({what}):\n{tail}")
             else:
                 assert header["request"] == number, (header["request"], number)
+                self._num_unanswered -= 1
                 return unpack_answer(header, arrays, self._slots)
 
     def hang_up(self) -> None:
@@ -154,7 +155,7 @@ class SamplerProcess:
         except TimeoutError:
             raise TrainingError(
                 f"{self._whoami()} did not take the request for the batch ({what}) within "
-                f"{self._timeout_seconds:g} s; it is {_state(self.pid)}"
+                f"{self._timeout_seconds:g} s; it is {self._state()}"
             ) from None
         except OSError:
             # The reader has seen the end as well and its report stands behind answers that did arrive.
@@ -162,24 +163,19 @@ class SamplerProcess:
 
     def _death(self, what: str) -> str:
         try:
-            code: int | None = self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
+            code = self._process.wait(STOP_SECONDS)
+        except TimeoutError:
             code = None
-        if code is None:
-            how = "closed its connection"
-        elif code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
-            if code == -signal.SIGKILL:
-                how += " (out of memory, perhaps)"
-        else:
-            how = f"exited with code {code}"
-        self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, self._log.tell() - _TAIL_CHARACTERS))
-        tail = self._log.read().decode(errors="replace").strip()
-        return f"{self._whoami()} {how} before the batch ({what})" + (f":\n{tail}" if tail else "")
+        how = self._process.failure or ending_of(code)
+        return f"{self._whoami()} {how} before the batch ({what})" + (self._process.server_log or tail_of(self._log))
 
     def _whoami(self) -> str:
-        return f"{self.name} (pid {self.pid})"
+        pid = self._process.pid(0.0)
+        return self.name if pid is None else f"{self.name} (pid {pid})"
+
+    def _state(self) -> str:
+        pid = self._process.pid(0.0)
+        return "not started yet" if pid is None else _state(pid)
 
 
 def child_environment() -> dict[str, str]:
@@ -205,13 +201,13 @@ def _read(replies: socket.socket, answers: queue.SimpleQueue[tuple[dict[str, Any
         answers.put(({"kind": "lost", "error": str(error)}, []))
 
 
-def _stop(process: subprocess.Popen[bytes], requests: socket.socket, log: IO[bytes]) -> None:
+def _stop(process: ForkedProcess, requests: socket.socket, log: IO[bytes]) -> None:
     requests.close()
     try:
         process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
+    except TimeoutError:
         process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # of one that waits for a disk nothing more can be had
+        with contextlib.suppress(TimeoutError):  # of one that waits for a disk nothing more can be had
             process.wait(STOP_SECONDS)
     log.close()
 

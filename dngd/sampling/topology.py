@@ -43,7 +43,7 @@ class SharedTopology:
     """What a child process needs to open a graph: its store's path, or open files that hold copies of what it has not.
 
     extra: further arrays by name, which the child gets as they are. description: for open_shared in the child.
-    fds: to be inherited by the child.
+    fds: for the child.
     """
 
     def __init__(self, graph: HasTopology, extra: Mapping[str, Tensor] | None = None) -> None:
@@ -68,7 +68,7 @@ class SharedTopology:
         self.description["arrays"] = described
 
     def close(self) -> None:
-        """Close this process's files; children that inherited them keep the memory."""
+        """Close this process's files; children that were given them keep the memory."""
         fds, self.fds = self.fds, ()
         for fd in fds:
             os.close(fd)
@@ -82,12 +82,12 @@ def open_store(path: str | Path) -> HasTopology:
     return store
 
 
-def open_shared(description: dict[str, Any]) -> tuple[HasTopology, dict[str, Tensor]]:
-    """Open what a SharedTopology describes, in the process that inherited its files: the graph, the extra arrays.
+def open_shared(description: dict[str, Any], files: Mapping[int, int]) -> tuple[HasTopology, dict[str, Tensor]]:
+    """Open what a SharedTopology describes, in a process that was given its files: the graph, the extra arrays.
 
-    Nothing is copied.
+    files: this process's numbers of those files, by the other's. Nothing is copied.
     """
-    arrays = {name: _map_file(*file) for name, file in description["arrays"].items()}
+    arrays = {name: _map_file(files[fd], *spec) for name, (fd, *spec) in description["arrays"].items()}
     own = {name: arrays.pop(name) for name in _NAMES if name in arrays}
     if "store" in description:
         store = open_store(description["store"])

@@ -1,4 +1,4 @@
-"""A sampler process: `python -m dngd.sampling.worker REQUEST_FD REPLY_FD`, started by dngd.sampling.process.
+"""A sampler process: a copy of the fork server (dngd.sampling.fork_server) that serves one SamplerProcess.
 
 It draws what it is asked for and knows nothing of epochs or shards. It ends when its request stream does, or
 when its parent is gone. Its main thread is the first to use DGL's generator, which makes its stream the
@@ -8,22 +8,23 @@ canonical one (see sampler).
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
+from typing import NoReturn
 
 PARENT_POLL_SECONDS = 1.0
 
 
-def main(argv: list[str]) -> int:
-    parent = os.getppid()
-    # A terminal's Ctrl-C reaches this process too, but when to stop is the parent's decision.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def serve(requests: socket.socket, replies: socket.socket, files: Mapping[int, int], parent: int) -> int:
+    """Answer requests until their stream ends; return the exit code.
+
+    files: this process's numbers of the trainer's open files, by the trainer's. parent: the number of this one's.
+    """
     threading.Thread(target=_leave_with_parent, args=(parent,), daemon=True).start()
-    requests, replies = (socket.socket(fileno=int(number)) for number in argv)
 
     from dngd.sampling import wire
 
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
 
             setup, _ = wire.receive(requests)
             is_canonical = canonical()
-            drawer = BatchDrawer.from_setup(setup)
+            drawer = BatchDrawer.from_setup(setup, files)
         except ConnectionError:
             raise
         except Exception:
@@ -54,6 +55,13 @@ def main(argv: list[str]) -> int:
         return 0
 
 
+def leave(code: int) -> NoReturn:
+    """End this process without DGL's and torch's teardown, which has nothing to save and can take long."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _leave_with_parent(parent: int) -> None:
     """End this process when its parent has ended.
 
@@ -63,11 +71,3 @@ def _leave_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_POLL_SECONDS)
     os._exit(0)
-
-
-if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Skips DGL's and torch's teardown, which has nothing to save and can take long.
-    os._exit(code)

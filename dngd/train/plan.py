@@ -29,6 +29,9 @@ FLOAT_BYTES = 4
 PROCESS_BYTES = 350 * 1024 * 1024
 """Private memory of a process that has imported torch and dgl and taken a step (measured: 326 MB), rounded up."""
 
+SAMPLER_BYTES = 64 * 1024 * 1024
+"""Private memory of a sampler that has drawn batches, a copy of a process as above (measured: 53 MB), rounded up."""
+
 MOST_SAMPLERS = 12
 """Sampler processes that feed one GPU, where their number is left open."""
 CPUS_OF_TRAINING = 2
@@ -215,7 +218,9 @@ def make_plan(config: TrainConfig, store: GraphStore, split: TaskSplit, module: 
         evaluation_bytes=evaluation.block,
         evaluation_table_bytes=evaluation.tables + evaluation.kept + embeddings,
         samplers=samplers,
-        sampler_bytes=samplers * (PROCESS_BYTES + slots_of_sampler(config.prefetch) * (batch.edges + batch.first_rows)),
+        sampler_bytes=_bytes_of_samplers(
+            samplers, SAMPLER_BYTES + slots_of_sampler(config.prefetch) * (batch.edges + batch.first_rows)
+        ),
         gradient_bytes_per_step=(parameters + TRAILING) * FLOAT_BYTES,
         factor_bytes_per_refresh=sum(layer.factors.statistics_sent for layer in layers) if kfac else 0,
         inverse_bytes_per_refresh=sum(layer.factors.inverses_sent for layer in layers)
@@ -338,13 +343,18 @@ def with_samplers(plan: RunPlan, config: TrainConfig, workers_here: int = 1) -> 
     cpus = usable_cpus() // workers_here
     if config.engine == "ray" and config.ray.cpus_per_worker > 1:
         cpus = min(cpus, int(config.ray.cpus_per_worker))
-    each = plan.sampler_bytes // plan.samplers
-    by_memory = available_memory() // 4 // workers_here // each
+    each = (plan.sampler_bytes - PROCESS_BYTES) // plan.samplers
+    by_memory = (available_memory() // 4 // workers_here - PROCESS_BYTES) // each
     number = max(1, min(MOST_SAMPLERS, cpus - CPUS_OF_TRAINING, by_memory))
     return (
-        replace(plan, samplers=number, sampler_bytes=number * each),
+        replace(plan, samplers=number, sampler_bytes=_bytes_of_samplers(number, each)),
         config.model_copy(update={"num_samplers": number}),
     )
+
+
+def _bytes_of_samplers(samplers: int, each: int) -> int:
+    """Return the memory of a worker's samplers, and of the process that they are copies of."""
+    return PROCESS_BYTES + samplers * each if samplers else 0
 
 
 def check_device(config: TrainConfig) -> None:

@@ -118,7 +118,7 @@ def test_sampler_processes_see_the_edges_that_are_left(tmp_path: Path) -> None:
     store = write(tmp_path / "g", np.random.default_rng(0).integers(0, 60, (400, 2)), 60)
     graph = split_links(store, "0.6/0.2/0.2", 0).graph
     shared = SharedTopology(graph)
-    opened, extra = open_shared(shared.description)
+    opened, extra = open_shared(shared.description, {fd: fd for fd in shared.fds})
     shared.close()
     assert extra == {}
     assert torch.equal(opened.indices, graph.indices)

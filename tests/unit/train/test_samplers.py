@@ -58,10 +58,12 @@ def test_what_ray_reserves_bounds_them(
 def test_memory_bounds_them_slots_included(store: GraphStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "usable_cpus", lambda: 64)
     one = make_plan(config(store, num_samplers=1), store, store.split("masks"))
-    assert one.sampler_bytes > plan.PROCESS_BYTES
-    monkeypatch.setattr(plan, "available_memory", lambda: 4 * 2 * 3 * one.sampler_bytes)
+    each = one.sampler_bytes - plan.PROCESS_BYTES
+    assert each > plan.SAMPLER_BYTES
+    three = plan.PROCESS_BYTES + 3 * each
+    monkeypatch.setattr(plan, "available_memory", lambda: 4 * 2 * three)
     assert samplers(store, 2) == 3
-    monkeypatch.setattr(plan, "available_memory", lambda: 4 * 2 * 3 * one.sampler_bytes - 1)
+    monkeypatch.setattr(plan, "available_memory", lambda: 4 * 2 * three - 1)
     assert samplers(store, 2) == 2
     monkeypatch.setattr(plan, "available_memory", lambda: 0)
     assert samplers(store, 2) == 1
@@ -73,7 +75,8 @@ def test_the_plan_tells_what_they_take(store: GraphStore, monkeypatch: pytest.Mo
     given = config(store)
     before: RunPlan = make_plan(given, store, store.split("masks"))
     after, _ = with_samplers(before, given)
-    assert after == replace(before, samplers=5, sampler_bytes=5 * before.sampler_bytes)
+    each = (before.sampler_bytes - plan.PROCESS_BYTES) // before.samplers
+    assert after == replace(before, samplers=5, sampler_bytes=plan.PROCESS_BYTES + 5 * each)
 
 
 def test_what_was_said_stays_and_a_cpu_has_its_thread(store: GraphStore, monkeypatch: pytest.MonkeyPatch) -> None:
