@@ -30,6 +30,9 @@ PARTS = ("graph", "batch_slots", "anonymous", "other_files")
 """graph: pages of the store's files. batch_slots: memory in which sampler processes hand batches over. anonymous:
 heaps, tensors, interpreters. other_files: libraries."""
 
+SAMPLERS = (1, 4)
+"""Sampler processes of the workers that tell what a sampler takes."""
+
 SMALL_BATCH = 8
 """Seeds of a batch whose buffers are next to nothing."""
 
@@ -42,12 +45,19 @@ def measure_memory(
     """Return the memory of 1 to num_workers workers, all there at once, and what each one added.
 
     Batch buffers are what workers with their batches take more than workers with next to none: heaps keep freed
-    memory, so that no count of tensors tells. progress: advanced 2 num_workers times.
+    memory, so that no count of tensors tells. What a sampler adds is told by one worker with few and with more of them,
+    with the config's batches; the first brings the process that all of a worker's are copies of, too. progress:
+    advanced 2 num_workers times, and once for each of SAMPLERS.
     """
     mapped = _map_whole(store)
     counts, workers = _start_workers(config, store, num_workers, steps, threads, progress)
     small = config.model_copy(update={"batch_size": SMALL_BATCH})
     small_counts, _ = _start_workers(small, store, num_workers, steps, threads, progress)
+    samplers = [
+        {"samplers": number, **_start_workers(own, store, 1, steps, threads, progress)[0][0]}
+        for number in SAMPLERS
+        for own in [config.model_copy(update={"num_samplers": number})]
+    ]
     del mapped
     return {
         "steps": steps,
@@ -56,6 +66,8 @@ def measure_memory(
         "counts_with_small_batches": small_counts,
         "workers": workers,
         "added": _added(counts, small_counts, workers),
+        "samplers": samplers,
+        "added_by_a_sampler": _added_by_a_sampler(samplers),
     }
 
 
@@ -119,6 +131,13 @@ def _added(
             }
         )
     return added
+
+
+def _added_by_a_sampler(samplers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return what each sampler beyond the first adds, in all and by part."""
+    few, more = samplers
+    number = more["samplers"] - few["samplers"]
+    return {part: (more[part] - few[part]) / number for part in (*PARTS, "total")}
 
 
 def pss_of(pids: Iterable[int], store: Path) -> dict[str, int]:

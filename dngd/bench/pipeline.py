@@ -28,7 +28,7 @@ from dngd.bench.contenders import Entry, Work, dgl_entries, entry_description, o
 from dngd.bench.disk import PLACEMENTS, measure_disk
 from dngd.bench.graphs import PRODUCTS_SHAPED, open_graph
 from dngd.bench.machine import describe_machine, torch_threads
-from dngd.bench.memory import measure_memory
+from dngd.bench.memory import SAMPLERS, measure_memory
 from dngd.bench.opening import measure_open
 from dngd.bench.progress import BenchProgress
 from dngd.bench.roofline import measure_roofline
@@ -179,7 +179,7 @@ class _Bench:
 
     def _memory(self) -> dict[str, Any]:
         steps = self._options.steps
-        self._progress.begin(2 * MEMORY_WORKERS, "memory")
+        self._progress.begin(2 * MEMORY_WORKERS + len(SAMPLERS), "memory")
         return measure_memory(self._adam, self._store.path, MEMORY_WORKERS, steps, self._threads, self._progress)
 
     def _open(self) -> dict[str, Any]:

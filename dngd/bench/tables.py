@@ -129,6 +129,14 @@ def _memory_row(console: Console, found: Mapping[str, Any]) -> None:
             f"of it beyond its model, gradients, optimizer state ({of['model_gradients_and_optimizer'] / 1e6:.0f} MB) "
             f"and batch buffers ({of['batch_buffers'] / 1e6:.0f} MB).",
         )
+    few, more = found["samplers"]
+    by_one = found["added_by_a_sampler"]
+    _line(
+        console,
+        f"A worker with {few['samplers']} sampler process takes {few['total'] / 1e6:.0f} MB, with {more['samplers']} "
+        f"{more['total'] / 1e6:.0f} MB: {by_one['total'] / 1e6:.0f} MB a sampler, {by_one['batch_slots'] / 1e6:.0f} MB "
+        "of it for its batches.",
+    )
 
 
 def _open_row(console: Console, found: Mapping[str, Any]) -> None:

@@ -79,6 +79,15 @@ def test_what_a_worker_adds_is_divided_without_a_rest() -> None:
     assert added["batch_buffers"] == 459 - 12 - 131
 
 
+def test_what_a_sampler_adds_is_what_further_ones_add_each() -> None:
+    """The first one's also brings the process that it is a copy of."""
+    few = {"samplers": 1, **dict.fromkeys(memory.PARTS, 100), "total": 400}
+    more = {"samplers": 4, "graph": 100, "batch_slots": 160, "anonymous": 130, "other_files": 97, "total": 487}
+    assert memory._added_by_a_sampler([few, more]) == {
+        "graph": 0, "batch_slots": 20, "anonymous": 10, "other_files": -1, "total": 29
+    }  # fmt: skip
+
+
 def test_the_whole_graph_is_mapped_before_workers_are_counted(store: GraphStore, tmp_path: Path) -> None:
     # Of the tests' common store, samplers of an earlier test may hold a share of the pages still.
     copy = shutil.copytree(store.path, tmp_path / "copy")
