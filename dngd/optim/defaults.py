@@ -8,6 +8,7 @@ from typing import TypedDict
 UNKNOWN_DAMPING = 1e-3
 UNKNOWN_G_RATIO = 30.0
 A_SHARE = 0.1
+A_SHARE_OF_CLASSES = 1.0
 G_SHARE = 0.5
 
 
@@ -21,7 +22,7 @@ class RelativeDamping(TypedDict):
 def default_damping(
     num_samples: int | None = None, num_classes: int | None = None, *, damping: float | None = None
 ) -> RelativeDamping:
-    """Return λ_A = 0.1/√n of tr A and λ_G = 0.5/C of tr G, n training samples and C classes.
+    """Return λ_A = min(0.1, 1/C)/√n of tr A and λ_G = 0.5/C of tr G, n training samples and C classes.
 
     >>> default_damping(num_samples=10_000, num_classes=5)
     {'damping': 0.001, 'damping_g_ratio': 100.0}
@@ -29,13 +30,15 @@ def default_damping(
     Give them on as `NaturalGradient(model, **default_damping(len(train_nodes), num_classes))`.
 
     What λ_A leaves to be fitted are directions of the input that n labels can tell from noise: with few labels weaker
-    damping fits the noise, with many stronger damping only takes longer. G of a softmax over C classes has about C
+    damping fits the noise, with many stronger damping only takes longer. What tells C classes apart are at least C - 1
+    of these directions, each with a smaller share of tr A the more there are. G of a softmax over C classes has about C
     eigenvalues that matter, and tr G/C is their mean: λ_G half as large evens them out only in part, alike for few
     classes and many.
 
-    n unknown: λ_A = 1e-3. C unknown: λ_G/λ_A = 30. damping: λ_A itself; λ_G stays 0.5/C.
+    n unknown: λ_A = 1e-3. C unknown: λ_A as for few classes, λ_G/λ_A = 30. damping: λ_A itself; λ_G stays 0.5/C.
     """
     if damping is None:
-        damping = UNKNOWN_DAMPING if not num_samples else A_SHARE / math.sqrt(num_samples)
+        share = min(A_SHARE, A_SHARE_OF_CLASSES / num_classes) if num_classes else A_SHARE
+        damping = UNKNOWN_DAMPING if not num_samples else share / math.sqrt(num_samples)
     ratio = UNKNOWN_G_RATIO if not num_classes else G_SHARE / num_classes / damping
     return {"damping": damping, "damping_g_ratio": ratio}

@@ -15,6 +15,12 @@ def test_shares_of_the_traces() -> None:
     assert known["damping"] * known["damping_g_ratio"] == pytest.approx(0.125)
     given = default_damping(10_000, 4, damping=0.01)
     assert (given["damping"], given["damping_g_ratio"]) == pytest.approx((0.01, 12.5))
+    for classes, share in ((10, 0.1), (20, 0.05), (100, 0.01)):
+        many = default_damping(10_000, classes)
+        assert many["damping"] == pytest.approx(share / 100)
+        assert many["damping"] * many["damping_g_ratio"] == pytest.approx(0.5 / classes)
+    assert default_damping(num_classes=100)["damping"] == default_damping()["damping"]
+    assert default_damping(10_000) == {"damping": 0.001, "damping_g_ratio": 30.0}
     assert default_damping() == {"damping": 1e-3, "damping_g_ratio": 30.0}
 
 
