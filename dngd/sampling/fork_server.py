@@ -1,4 +1,4 @@
-"""The fork server: `python -m dngd.sampling.fork_server CONTROL_FD`, started by dngd.sampling.forked.
+"""The fork server: `python -m dngd.sampling.fork_server CONTROL_FD TRAINER_PID`, started by dngd.sampling.forked.
 
 It imports torch, DGL and what a sampler needs, once, and then forks a sampler process for each request: that takes
 milliseconds where a new interpreter takes seconds, and the copies share what was imported. It uses one thread
@@ -6,8 +6,9 @@ milliseconds where a new interpreter takes seconds, and the copies share what wa
 that a copy's main thread is the first that does (see sampler).
 
 Messages on the control socket are JSON, one a packet. From the trainer: {"fork": numbers of the files that come with
-it there; the first three are the request stream, the reply stream and the log}, {"kill": pid}. To it: {"pid": of the
-oldest request}, or {"failed": why}; {"ended": pid, "code": exit code, or minus the signal}.
+it there; the first three are the request stream, the reply stream and the log, "number": the request's}, {"kill": pid}.
+To it: {"number", "pid"} with a file that stands for the process (pidfd) where the kernel has those, or {"number",
+"failed": why}; {"ended": pid, "code": exit code, or minus the signal}.
 
 It ends with its trainer, and after a minute without samplers.
 """
@@ -24,6 +25,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from dngd.sampling import worker
@@ -35,25 +37,26 @@ PACKET_BYTES = 1 << 16
 
 
 class ForkServer:
-    """Forks samplers. control: SOCK_SEQPACKET, to the trainer."""
+    """Forks samplers. control: SOCK_SEQPACKET, to the trainer. trainer: its process."""
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, trainer: int) -> None:
         self._control = control
-        self._trainer = os.getppid()
+        self._trainer = trainer
         self._samplers: set[int] = set()
         self._takes_requests = True
 
     def serve(self) -> None:
-        """Return when the trainer is gone, or nothing was asked for a minute."""
+        """Return when the trainer is gone, or after a minute without samplers."""
         woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, _note_in_the_pipe)
         self._wake_fds = (woken, wake)
+        poll, control = select.poll(), self._control.fileno()
+        poll.register(woken, select.POLLIN)
+        poll.register(control, select.POLLIN)
         idle_since = time.monotonic()
         while os.getppid() == self._trainer:
-            control = self._control.fileno()
-            watched = [woken, control] if self._takes_requests else [woken]
-            ready, _, _ = select.select(watched, [], [], worker.PARENT_POLL_SECONDS)
+            ready = [fd for fd, _ in poll.poll(1000 * worker.PARENT_POLL_SECONDS)]
             if woken in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(woken, PACKET_BYTES)
@@ -65,10 +68,12 @@ class ForkServer:
             elif not self._takes_requests:
                 return
             elif time.monotonic() - idle_since > IDLE_SECONDS:
-                # From here on the trainer's requests fail, and it starts another server; one may be on its way.
+                # From here on the trainer's requests fail, and it starts another server; some may be on their way.
                 self._control.shutdown(socket.SHUT_RD)
-                self._take_request()
                 self._takes_requests = False
+                poll.unregister(control)
+                while self._take_request():
+                    pass
 
     def _take_request(self) -> bool:
         """Do what the next packet asks for; False at the end of the stream."""
@@ -81,20 +86,32 @@ class ForkServer:
             if message["kill"] in self._samplers:
                 os.kill(message["kill"], signal.SIGKILL)
             return True
-        server = os.getpid()
         try:
-            pid = os.fork()
-        except OSError as error:
-            self._tell({"failed": str(error)})
-        else:
-            if pid == 0:
-                self._be_a_sampler(server, dict(zip(message["fork"], files)))
-            self._samplers.add(pid)
-            self._tell({"pid": pid})
+            self._fork(message["number"], message["fork"], files)
         finally:
             for file in files:
                 os.close(file)
         return True
+
+    def _fork(self, number: int, names: list[int], files: list[int]) -> None:
+        if len(files) != len(names):
+            self._tell({"number": number, "failed": f"only {len(files)} of {len(names)} files could be opened"})
+            return
+        server = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self._tell({"number": number, "failed": str(error)})
+            return
+        if pid == 0:
+            self._be_a_sampler(server, dict(zip(names, files)))
+        self._samplers.add(pid)
+        handles = []
+        with contextlib.suppress(OSError, AttributeError):
+            handles.append(os.pidfd_open(pid))
+        self._tell({"number": number, "pid": pid}, handles)
+        for handle in handles:
+            os.close(handle)
 
     def _be_a_sampler(self, server: int, files: dict[int, int]) -> None:
         """Serve the streams, and end the process.
@@ -126,10 +143,10 @@ class ForkServer:
             self._samplers.discard(pid)
             self._tell({"ended": pid, "code": os.waitstatus_to_exitcode(status)})
 
-    def _tell(self, message: dict[str, Any]) -> None:
+    def _tell(self, message: dict[str, Any], files: Sequence[int] = ()) -> None:
         # A trainer that is gone is seen elsewhere.
         with contextlib.suppress(OSError):
-            self._control.send(json.dumps(message).encode())
+            socket.send_fds(self._control, [json.dumps(message).encode()], files)
 
 
 def _note_in_the_pipe(number: int, frame: object) -> None:
@@ -148,11 +165,11 @@ def _import_what_samplers_need() -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run a fork server on the file whose number is given."""
+    """Run a fork server. argv: the number of the control socket's file, and of the trainer's process."""
     # A terminal's Ctrl-C may reach this process too, but when to stop is the trainer's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _import_what_samplers_need()
-    ForkServer(socket.socket(fileno=int(argv[0]))).serve()
+    ForkServer(socket.socket(fileno=int(argv[0])), int(argv[1])).serve()
     return 0
 
 

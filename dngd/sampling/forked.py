@@ -17,7 +17,6 @@ import tempfile
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from typing import IO, Any
 
@@ -34,14 +33,26 @@ class ForkedProcess:
 
     def __init__(self, server: _Server) -> None:
         self._server = server
+        self._owner = os.getpid()
         self._started = threading.Event()
         self._ended = threading.Event()
         self._pid: int | None = None
+        self._handle: int | None = None
         self._code: int | None = None
         self.failure = ""
         """How it was lost, or why it never started; empty otherwise."""
         self.server_log = ""
         """The end of what the server wrote, where that was lost."""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process asked for it, and is not a copy of the one that did."""
+        return os.getpid() == self._owner
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has, as far as this process was told."""
+        return self._ended.is_set()
 
     def pid(self, limit_seconds: float) -> int | None:
         """Return its number, waiting for it if it is not there yet; None if it is not started by then, or never."""
@@ -59,23 +70,26 @@ class ForkedProcess:
 
     def kill(self) -> None:
         """Kill it, if it has started and not ended."""
-        if self._pid is None or self._ended.is_set():
+        if self._pid is None or self.has_ended:
             return
-        try:
-            self._server.send({"kill": self._pid}, [])
-        except OSError:
-            # The server takes no requests any more, or is gone, and its copies with it in a second.
+        if self._handle is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, signal.SIGKILL)
+                signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+            return
+        with contextlib.suppress(OSError):  # a server that is gone takes its copies with it
+            self._server.send({"kill": self._pid}, [])
 
-    def _note_start(self, pid: int) -> None:
-        self._pid = pid
+    def _note_start(self, pid: int, handle: int | None) -> None:
+        self._pid, self._handle = pid, handle
         self._started.set()
 
     def _note_end(self, code: int | None, failure: str = "", server_log: str = "") -> None:
         self._code, self.failure, self.server_log = code, failure, server_log
         self._started.set()
         self._ended.set()
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            os.close(handle)
 
 
 class _Server:
@@ -86,7 +100,7 @@ class _Server:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (_stop closes it)
         try:
             self._process = subprocess.Popen(
-                [*_command(), str(theirs.fileno())],
+                [*_command(), str(theirs.fileno()), str(os.getpid())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
@@ -101,13 +115,15 @@ class _Server:
             raise
         finally:
             theirs.close()
-        # Guards the two below; a request and its place in the first are one step.
+        # Guards the three below.
         self._lock = threading.Lock()
-        self._starting: deque[ForkedProcess] = deque()
+        self._num_requests = 0
+        self._starting: dict[int, ForkedProcess] = {}
         self._running: dict[int, ForkedProcess] = {}
         self._lost = threading.Event()
         self._how_lost = ("was lost, since the process that samplers are forked from closed its connection,", "")
         self._finalizer = weakref.finalize(self, _stop, self._process, self._control, self._log)
+        _all_servers.add(self)
         threading.Thread(target=_listen, args=(weakref.ref(self), self._control), daemon=True).start()
 
     @property
@@ -116,13 +132,20 @@ class _Server:
         return self._lost.is_set()
 
     def start(self, files: Sequence[int]) -> ForkedProcess:
-        """Ask for a process that gets these open files. Raises OSError if the server takes no more requests."""
+        """Ask for a process that gets these open files. Raises ConnectionError if the server takes no more requests."""
         process = ForkedProcess(self)
         with self._lock:
             if self.is_lost:
                 raise BrokenPipeError
-            self.send({"fork": list(files)}, files)
-            self._starting.append(process)
+            self._num_requests += 1
+            number = self._num_requests
+            self._starting[number] = process
+            try:
+                self.send({"fork": list(files), "number": number}, files)
+            except BaseException:
+                # Where it was sent all the same, its streams are closed by now, and it ends.
+                del self._starting[number]
+                raise
         return process
 
     def send(self, message: dict[str, Any], files: Sequence[int]) -> None:
@@ -130,40 +153,50 @@ class _Server:
         deadline = time.monotonic() + IN_FLIGHT_SECONDS
         while True:
             try:
-                socket.send_fds(self._control, [json.dumps(message).encode()], files)
+                socket.send_fds(self._control, [json.dumps(message).encode()], files, socket.MSG_DONTWAIT)
                 return
             except OSError as error:
-                # A user's files on their way are limited; a server that still imports torch takes none.
-                if error.errno != errno.ETOOMANYREFS or time.monotonic() > deadline:
+                # Packets on their way are limited, and a user's files; a server that still imports torch takes none.
+                if error.errno not in (errno.ETOOMANYREFS, errno.EAGAIN) or time.monotonic() > deadline:
                     raise
             time.sleep(_IN_FLIGHT_POLL_SECONDS)
 
-    def hear(self, message: dict[str, Any]) -> None:
-        """Take a packet from the server."""
+    def hear(self, message: dict[str, Any], files: Sequence[int]) -> None:
+        """Take a packet from the server, and the files that came with it."""
         with self._lock:
             if "ended" in message:
-                self._running.pop(message["ended"])._note_end(message["code"])
+                ended = self._running.pop(message["ended"], None)
+                if ended is not None:
+                    ended._note_end(message["code"])
                 return
-            process = self._starting.popleft()
-            if "failed" in message:
+            process = self._starting.pop(message["number"], None)
+            if process is None:
+                for file in files:
+                    os.close(file)
+            elif "failed" in message:
                 process._note_end(None, f"could not be forked ({message['failed']})")
-                return
-            self._running[message["pid"]] = process
-            process._note_start(message["pid"])
+            else:
+                self._running[message["pid"]] = process
+                process._note_start(message["pid"], files[0] if files else None)
 
     def lose(self) -> None:
-        """Note that the server has ended, and with it all of its copies."""
+        """Note that the server has ended, and end its copies."""
         if not self._finalizer.alive:
             return  # this process ends
         how = ending_of(self._wait())
-        self._how_lost = (f"was lost, since the process that samplers are forked from {how},", tail_of(self._log))
+        tail = ""
+        with contextlib.suppress(ValueError):  # closed: this process ends
+            tail = tail_of(self._log)
+        self._how_lost = (f"was lost, since the process that samplers are forked from {how},", tail)
         self._finalizer()
         with self._lock:
             self._lost.set()
-            left = [*self._starting, *self._running.values()]
+            left = [*self._starting.values(), *self._running.values()]
             self._starting.clear()
             self._running.clear()
         for process in left:
+            # By itself it would end within a second, but not if it was stopped.
+            process.kill()
             process._note_end(None, *self._how_lost)
 
     def lost_process(self) -> ForkedProcess:
@@ -187,6 +220,9 @@ def _command() -> list[str]:
 _servers: dict[tuple[str, str], _Server] = {}
 """By Python and the folders that it looks for modules in; one as a rule."""
 _lock = threading.Lock()
+_all_servers: weakref.WeakSet[_Server] = weakref.WeakSet()
+_not_ours: list[_Server] = []
+"""Of the process that this one is a copy of; their end would be taken for a child's of this one."""
 
 
 def start_forked(files: Sequence[int], environment: dict[str, str]) -> ForkedProcess:
@@ -200,14 +236,14 @@ def start_forked(files: Sequence[int], environment: dict[str, str]) -> ForkedPro
     with _lock:
         server = _servers.get(key)
         if server is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(ConnectionError):
                 return server.start(files)
         for gone in [other for other, server in _servers.items() if server.is_lost]:
             del _servers[gone]
         _servers[key] = _Server(environment)
         try:
             return _servers[key].start(files)
-        except BrokenPipeError:
+        except ConnectionError:
             return _servers[key].lost_process()
 
 
@@ -217,8 +253,11 @@ def ending_of(code: int | None) -> str:
         return "closed its connection"
     if code >= 0:
         return f"exited with code {code}"
-    memory = " (out of memory, perhaps)" if code == -signal.SIGKILL else ""
-    return f"was killed by {signal.Signals(-code).name}{memory}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # a real-time signal
+        name = f"signal {-code}"
+    return f"was killed by {name}" + (" (out of memory, perhaps)" if code == -signal.SIGKILL else "")
 
 
 def tail_of(log: IO[bytes]) -> str:
@@ -230,16 +269,20 @@ def tail_of(log: IO[bytes]) -> str:
 
 
 def _listen(server_of: weakref.ref[_Server], control: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while packet := control.recv(PACKET_BYTES):
+    try:
+        while True:
+            packet, files, _, _ = socket.recv_fds(control, PACKET_BYTES, 1)
             server = server_of()
-            if server is None:
-                return
-            server.hear(json.loads(packet))
+            if not packet or server is None:
+                break
+            server.hear(json.loads(packet), files)
             del server
-    server = server_of()
-    if server is not None:
-        server.lose()
+    except OSError:
+        pass
+    finally:
+        server = server_of()
+        if server is not None:
+            server.lose()
 
 
 def _stop(process: subprocess.Popen[bytes], control: socket.socket, log: IO[bytes]) -> None:
@@ -256,17 +299,16 @@ def _stop(process: subprocess.Popen[bytes], control: socket.socket, log: IO[byte
     log.close()
 
 
-_not_ours: list[_Server] = []
-
-
 def _forget_servers() -> None:
     """In a copy of this process: its servers are the parent's."""
     global _lock
     _lock = threading.Lock()
-    for server in _servers.values():
-        server._finalizer.detach()
-    _not_ours.extend(_servers.values())
     _servers.clear()
+    for server in list(_all_servers):
+        server._finalizer.detach()
+        server._control.close()
+        _not_ours.append(server)
+    _all_servers.clear()
 
 
 os.register_at_fork(after_in_child=_forget_servers)

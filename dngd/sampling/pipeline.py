@@ -7,6 +7,7 @@ alone: not on the number of samplers, nor on where the iteration started.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -21,6 +22,7 @@ from torch import Tensor
 from dngd.errors import TrainingError, UserError
 from dngd.graph.advice import read_randomly
 from dngd.models.message_passing import Aggregation
+from dngd.sampling.forked import STOP_SECONDS
 from dngd.sampling.inline import inline_sampling_is_canonical, submit_to_sampling_thread
 from dngd.sampling.left_out import left_out_by
 from dngd.sampling.link_seeds import LinkSeeds
@@ -221,8 +223,11 @@ class SamplerPipeline:
         if self._inline is not None:
             self._inline.close()
         self._inline = None
+        deadline = time.monotonic() + STOP_SECONDS
         for process in self._processes:
             process.hang_up()
+        for process in self._processes:
+            process.end(deadline)
         for process in self._processes:
             process.close()
 

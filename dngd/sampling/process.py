@@ -56,30 +56,30 @@ class SamplerProcess:
         random_reads: bool = False,
     ) -> None:
         self.name = name
-        self._slots = SlotPool(num_slots, on_mapped)
         self._timeout_seconds = timeout_seconds
         self._answers: queue.SimpleQueue[tuple[dict[str, Any], list[Tensor]]] = queue.SimpleQueue()
         self._ready = False
         self._num_unanswered = 0
-        self._requests, child_requests = socket.socketpair()
-        replies, child_replies = socket.socketpair()
-        # A stopped child would otherwise block the send of a large request for ever.
-        self._requests.settimeout(timeout_seconds)
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (_stop closes it)
-        files = (child_requests.fileno(), child_replies.fileno(), self._log.fileno(), *graph.fds, *self._slots.fds)
-        try:
-            self._process = start_forked(files, child_environment())
-        except OSError as error:
-            self._requests.close()
-            replies.close()
-            self._log.close()
-            self._slots.close()
-            raise TrainingError(f"{name} cannot be started: {error}") from error
-        finally:
-            child_requests.close()
-            child_replies.close()
+        with contextlib.ExitStack() as opened, contextlib.ExitStack() as given:
+            try:
+                self._slots = SlotPool(num_slots, on_mapped)
+                opened.callback(self._slots.close)
+                self._requests, child_requests = map(opened.enter_context, socket.socketpair())
+                self._replies, child_replies = map(opened.enter_context, socket.socketpair())
+                for end in (child_requests, child_replies):
+                    given.enter_context(end)
+                # A stopped child would otherwise block the send of a large request for ever.
+                self._requests.settimeout(timeout_seconds)
+                self._log: IO[bytes] = opened.enter_context(tempfile.TemporaryFile())
+                own = (child_requests.fileno(), child_replies.fileno(), self._log.fileno())
+                self._process = start_forked((*own, *graph.fds, *self._slots.fds), child_environment())
+            except OSError as error:
+                raise TrainingError(f"{name} cannot be started: {error}") from error
+            opened.pop_all()
         self._finalizer = weakref.finalize(self, _stop, self._process, self._requests, self._log)
-        self._reader = threading.Thread(target=_read, args=(replies, self._answers), name=f"dngd {name}", daemon=True)
+        self._reader = threading.Thread(
+            target=_read, args=(self._replies, self._answers), name=f"dngd {name}", daemon=True
+        )
         self._reader.start()
         setup = setup_message(graph, fanouts, aggregation, self._slots, random_reads=random_reads)
         self._send(setup, [], "starting")
@@ -89,7 +89,9 @@ class SamplerProcess:
         """Its number, waited for while it starts. Raises TrainingError where it does not."""
         pid = self._process.pid(self._timeout_seconds)
         if pid is None:
-            raise TrainingError(self._death("the first"))
+            if self._process.has_ended:
+                raise TrainingError(self._death("the first"))
+            raise TrainingError(f"{self._whoami()} was not started within {self._timeout_seconds:g} s")
         return pid
 
     def request(self, number: int, rng_seed: int, batch: MiniBatch) -> None:
@@ -143,9 +145,16 @@ class SamplerProcess:
         """Tell the process to end, without waiting for it; idempotent."""
         self._requests.close()
 
+    def end(self, deadline: float) -> None:
+        """Wait until the process that was told to end has; kill it at the deadline, of time.monotonic."""
+        _end(self._process, deadline)
+
     def close(self) -> None:
         """End the process and wait for it; idempotent."""
         self._finalizer()
+        if self._process.is_ours:
+            with contextlib.suppress(OSError):  # one that has not started yet has the other end
+                self._replies.shutdown(socket.SHUT_RDWR)
         self._reader.join(STOP_SECONDS)
         self._slots.close()
 
@@ -201,12 +210,19 @@ def _read(replies: socket.socket, answers: queue.SimpleQueue[tuple[dict[str, Any
         answers.put(({"kind": "lost", "error": str(error)}, []))
 
 
-def _stop(process: ForkedProcess, requests: socket.socket, log: IO[bytes]) -> None:
-    requests.close()
+def _end(process: ForkedProcess, deadline: float) -> None:
+    if not process.is_ours or process.pid(0.0) is None:
+        return  # a copy's parent has use for it; one that has not started will find its streams closed
     try:
-        process.wait(STOP_SECONDS)
+        process.wait(max(0.0, deadline - time.monotonic()))
     except TimeoutError:
         process.kill()
+
+
+def _stop(process: ForkedProcess, requests: socket.socket, log: IO[bytes]) -> None:
+    requests.close()
+    _end(process, time.monotonic() + STOP_SECONDS)
+    if process.is_ours and process.pid(0.0) is not None:
         with contextlib.suppress(TimeoutError):  # of one that waits for a disk nothing more can be had
             process.wait(STOP_SECONDS)
     log.close()

@@ -34,9 +34,18 @@ class SlotPool:
     """
 
     def __init__(self, count: int, on_mapped: Callable[[Tensor], None] | None = None) -> None:
-        self.fds = tuple(os.memfd_create(f"dngd-slot-{number}") for number in range(count))
-        self._free = deque(range(count))
+        self.fds: tuple[int, ...] = ()
         self._mapped: dict[int, mmap.mmap] = {}
+        self._finalizer: weakref.finalize[..., SlotPool] | None = None
+        try:
+            for number in range(count):
+                self.fds += (os.memfd_create(f"dngd-slot-{number}"),)
+        except OSError:
+            self.close()
+            raise
+        self._finalizer = weakref.finalize(self, _close_files, self.fds)
+        self._finalizer.atexit = False
+        self._free = deque(range(count))
         self._on_mapped = on_mapped
 
     def acquire(self) -> int | None:
@@ -65,13 +74,15 @@ class SlotPool:
     def close(self) -> None:
         """Close the files; arrays that were handed out stay valid."""
         fds, self.fds = self.fds, ()
-        for fd in fds:
-            os.close(fd)
+        if self._finalizer is None:
+            _close_files(fds)
+        else:
+            self._finalizer()
         self._mapped.clear()
 
 
 class SlotWriter:
-    """The sampler process's side. fds: those of the pool, inherited."""
+    """The sampler process's side. fds: those of the pool, by this process's numbers."""
 
     def __init__(self, fds: Sequence[int]) -> None:
         self._fds = tuple(fds)
@@ -85,6 +96,11 @@ class SlotWriter:
             os.ftruncate(self._fds[slot], capacity)
             self._mapped[slot] = mmap.mmap(self._fds[slot], capacity)
         return _views(torch.frombuffer(self._mapped[slot], dtype=torch.uint8), offsets, specs)
+
+
+def _close_files(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def spec_of(array: Tensor) -> Spec:

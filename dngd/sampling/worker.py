@@ -57,9 +57,11 @@ def serve(requests: socket.socket, replies: socket.socket, files: Mapping[int, i
 
 def leave(code: int) -> NoReturn:
     """End this process without DGL's and torch's teardown, which has nothing to save and can take long."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def _leave_with_parent(parent: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -147,6 +148,8 @@ def test_what_the_server_ends_with_is_told_of_all_and_the_next_has_a_new_one(
     children += [Child(), Child()]
     pids = [child.process.pid(30.0) for child in children]
     (server,) = forked._servers.values()
+    assert pids[0] is not None
+    os.kill(pids[0], signal.SIGSTOP)  # one that would not see it by itself
     server._process.kill()
     for child in children:
         assert child.process.wait(10.0) is None
@@ -185,49 +188,124 @@ def test_an_idle_server_ends_and_the_next_process_has_another(
     assert [server for server in forked._servers.values()] != [first]
 
 
-def test_a_request_on_its_way_to_a_server_that_ends_is_served(tmp_path: Path) -> None:
+def test_requests_on_their_way_to_a_server_that_ends_are_served(tmp_path: Path) -> None:
     """The server looks once more after it has closed its ear; what comes later is refused at once."""
     late = """
 import os, socket
 class Control(socket.socket):
     def shutdown(self, how):
-        while not os.path.exists(os.environ["LATE"]):  # the request is sent in between
+        open(os.environ["HERE"], "w").close()
+        while not os.path.exists(os.environ["LATE"]):  # the requests are sent in between
             pass
         super().shutdown(how)
 socket.socket = Control
 """
     control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     control.settimeout(30.0)
-    requests, their_requests = socket.socketpair()
-    replies, their_replies = socket.socketpair()
-    replies.settimeout(30.0)
-    flag = tmp_path / "late"
+    streams = [(socket.socketpair(), socket.socketpair()) for _ in range(3)]
+    here, go_on = tmp_path / "here", tmp_path / "late"
     server = subprocess.Popen(
-        [*quick(idle=0.0, serve=late + ECHO), str(theirs.fileno())],
+        [*quick(idle=0.0, serve=late + ECHO), str(theirs.fileno()), str(os.getpid())],
         pass_fds=(theirs.fileno(),),
-        env=child_environment() | {"LATE": str(flag)},
+        env=child_environment() | {"HERE": str(here), "LATE": str(go_on)},
         cwd=ROOT,
     )
     try:
         theirs.close()
-        fds = (their_requests.fileno(), their_replies.fileno(), 2)
-        time.sleep(1.5)  # it waits in shutdown
-        socket.send_fds(control, [json.dumps({"fork": list(fds)}).encode()], fds)
-        flag.touch()
-        their_requests.close()
-        their_replies.close()
-        pid = json.loads(control.recv(999))["pid"]
+        assert appears(here)
+        for number, ((_, requests), (_, replies)) in enumerate(streams):
+            fds = (requests.fileno(), replies.fileno(), 2)
+            socket.send_fds(control, [json.dumps({"fork": list(fds), "number": number}).encode()], fds)
+            requests.close()
+            replies.close()
+        go_on.touch()
+        pids = [json.loads(socket.recv_fds(control, 999, 1)[0]) for _ in streams]
+        assert [told["number"] for told in pids] == [0, 1, 2]
         with pytest.raises(BrokenPipeError):
             control.send(b"{}")
-        requests.sendall(b"late")
-        assert replies.recv(10) == b"late"
-        assert json.loads(control.recv(999)) == {"ended": pid, "code": 4}
+        for (requests, _), (replies, _) in streams:
+            requests.sendall(b"late")
+            replies.settimeout(30.0)
+            assert replies.recv(10) == b"late"
+        ends = [json.loads(control.recv(999)) for _ in streams]
+        assert sorted(told["ended"] for told in ends) == sorted(told["pid"] for told in pids)
+        assert {told["code"] for told in ends} == {4}
         assert server.wait(10.0) == 0
     finally:
         server.kill()
         server.wait()
-        for end in (control, requests, replies):
-            end.close()
+        control.close()
+        for pair in (end for both in streams for end in both):
+            pair[0].close()
+
+
+def appears(file: Path, within_seconds: float = 30.0) -> bool:
+    deadline = time.monotonic() + within_seconds
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return file.exists()
+
+
+def test_a_trainer_with_many_open_files_samples(server_command: dict[str, Any], children: list[Child]) -> None:
+    """The control socket keeps its number in the server, and select() takes none above 1,023."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1500:
+        pytest.skip(f"this machine allows {hard} open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1500), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        children.append(Child())
+        children[0].requests.sendall(b"x")
+        assert children[0].replies.recv(10) == b"x"
+    finally:
+        for fd in opened:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_request_that_ctrl_c_cut_off_shifts_no_answers(
+    server_command: dict[str, Any], children: list[Child], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = socket.send_fds
+
+    def cut_off(*arguments: Any) -> int:
+        send(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(forked.socket, "send_fds", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        Child()
+    monkeypatch.setattr(forked.socket, "send_fds", send)
+    children += [Child(), Child()]
+    for child, word in zip(children, (b"ab", b"abc")):
+        child.requests.sendall(word)
+        assert child.replies.recv(10) == word
+        assert child.process.wait(10.0) == len(word)
+    (server,) = forked._servers.values()
+    assert (server._starting, server._running) == ({}, {})
+
+
+def test_a_server_whose_trainer_ended_while_it_imported_ends() -> None:
+    """Also where another process holds the control socket, so that there is no end of it."""
+    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with control, theirs:
+        nobody = subprocess.Popen([sys.executable, "-c", ""])
+        nobody.wait()
+        server = subprocess.Popen(
+            [*quick(), str(theirs.fileno()), str(nobody.pid)],
+            pass_fds=(theirs.fileno(),),
+            env=child_environment(),
+            cwd=ROOT,
+        )
+        assert server.wait(30.0) == 0
+
+
+def test_files_that_the_server_cannot_open_are_told(server_command: dict[str, Any], children: list[Child]) -> None:
+    few = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (6, 6))"
+    server_command["is"] = quick(serve=few)
+    children.append(Child())
+    assert children[0].process.wait(30.0) is None
+    assert "could not be forked (only " in children[0].process.failure
 
 
 def test_files_that_are_too_many_on_their_way_are_sent_later(
@@ -252,13 +330,19 @@ def test_files_that_are_too_many_on_their_way_are_sent_later(
         make_pipeline(1)
 
 
+def becomes_idle(batches: SamplerPipeline, deadline: float) -> bool:
+    while not batches.is_idle and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return batches.is_idle
+
+
 def take_until(batches: SamplerPipeline, deadline: float) -> None:
     while time.monotonic() < deadline:
         take(batches, 9)
 
 
 FORKING = """
-import os
+import os, sys
 from tests.unit.sampling.graphs import digest, make_pipeline, take
 from dngd.sampling import forked
 with make_pipeline(2) as batches:
@@ -268,7 +352,7 @@ with make_pipeline(2) as batches:
         assert not forked._servers
         with make_pipeline(2) as mine:
             ok = digest(take(mine, 6)) == expected and len(forked._servers) == 1
-        os._exit(7 if ok else 1)
+        sys.exit(7 if ok else 1)  # with all that runs at an exit, and at the end of the parent's with
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
     take(batches, 6)  # this one's go on
 (server,) = forked._servers.values()
@@ -292,11 +376,15 @@ def test_samplers_of_one_server_give_the_batches_of_another() -> None:
     with make_pipeline(2) as second:
         assert digest(take(second, 8)) == before
         assert {Path(f"/proc/{pid}/stat").read_text().split()[3] for pid in second.pids} == {str(server._process.pid)}
-        assert second.is_idle or next(second)
         deadline = time.monotonic() + 30.0
-        while not second.is_idle and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert second.is_idle
+        assert becomes_idle(second, deadline)
+        for pid in second.pids:
+            os.kill(pid, signal.SIGSTOP)
+        take(second, 1)  # was drawn, and another is asked for
+        assert not becomes_idle(second, time.monotonic() + 0.3)
+        for pid in second.pids:
+            os.kill(pid, signal.SIGCONT)
+        assert becomes_idle(second, deadline)
         assert second.has_next
         server._process.kill()
         with pytest.raises(TrainingError, match="forked from was killed by SIGKILL"):
