@@ -188,7 +188,6 @@ class _Server:
         with contextlib.suppress(ValueError):  # closed: this process ends
             tail = tail_of(self._log)
         self._how_lost = (f"was lost, since the process that samplers are forked from {how},", tail)
-        self._finalizer()
         with self._lock:
             self._lost.set()
             left = [*self._starting.values(), *self._running.values()]
@@ -198,6 +197,7 @@ class _Server:
             # By itself it would end within a second, but not if it was stopped.
             process.kill()
             process._note_end(None, *self._how_lost)
+        self._finalizer()
 
     def lost_process(self) -> ForkedProcess:
         """Return a process that never started, since the server ended before it was asked for one."""
