@@ -72,9 +72,10 @@ class ForkedProcess:
         """Kill it, if it has started and not ended."""
         if self._pid is None or self.has_ended:
             return
-        if self._handle is not None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+        handle = self._handle
+        if handle is not None:
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
             return
         with contextlib.suppress(OSError):  # a server that is gone takes its copies with it
             self._server.send({"kill": self._pid}, [])
