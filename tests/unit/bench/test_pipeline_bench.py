@@ -160,6 +160,8 @@ def test_the_table_says_what_was_found(store: GraphStore, log: list[tuple[str, M
                     "batch_buffers": 598e6,
                 }
             ],
+            "samplers": [{"samplers": 1, "total": 1.2e9}, {"samplers": 4, "total": 1.8e9}],
+            "added_by_a_sampler": {"batch_slots": 1.28e8, "total": 2e8},
         },
         "open": {
             "store": {"bytes": 2e9, "warm_seconds": 0.004, "cold_seconds": 0.02, "cached_share_when_cold": 0.01},
@@ -173,6 +175,7 @@ def test_the_table_says_what_was_found(store: GraphStore, log: list[tuple[str, M
         "the seeds a second of DGL's example (dgl-",
         "target 5:",
         "Worker 2 added 900 MB, 300 MB of it beyond",
+        "1 sampler process takes 1200 MB, with 4 1800 MB: 200 MB a sampler, 128 MB of it for",
         "GraphStore.open, store of 2,000 MB: 4.0 ms; with 1% of its files cached 20.0 ms.",
         "not allowed on this machine (no group can be made)",
     ):
@@ -289,3 +292,5 @@ def test_real_processes(store: GraphStore) -> None:
     for of in memory["added"]:
         parts = of["model_gradients_and_optimizer"] + of["batch_buffers"] + of["beyond_model_and_buffers"]
         assert parts == of["total"] > 0
+    assert [(of["samplers"], of["processes"]) for of in memory["samplers"]] == [(1, 3), (4, 6)], "one forks the others"
+    assert memory["added_by_a_sampler"]["total"] > 0
