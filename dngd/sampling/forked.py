@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from dngd.sampling.fork_server import PACKET_BYTES
 
 STOP_SECONDS = 2.0
 TAIL_CHARACTERS = 4000
+POLL_SECONDS = 1.0
 IN_FLIGHT_SECONDS = 60.0
 _IN_FLIGHT_POLL_SECONDS = 0.05
 
@@ -129,8 +131,13 @@ class _Server:
 
     @property
     def is_lost(self) -> bool:
-        """Whether it has ended."""
+        """Whether its end was noticed."""
         return self._lost.is_set()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its process has, whoever holds its end of the socket."""
+        return self._process.poll() is not None
 
     def start(self, files: Sequence[int]) -> ForkedProcess:
         """Ask for a process that gets these open files. Raises ConnectionError if the server takes no more requests."""
@@ -270,15 +277,22 @@ def tail_of(log: IO[bytes]) -> str:
 
 
 def _listen(server_of: weakref.ref[_Server], control: socket.socket) -> None:
+    poll = select.poll()
     try:
+        poll.register(control, select.POLLIN)
         while True:
-            packet, files, _, _ = socket.recv_fds(control, PACKET_BYTES, 1)
+            is_there = poll.poll(1000 * POLL_SECONDS)
             server = server_of()
-            if not packet or server is None:
+            # The end of the stream is not seen while a copy that was stopped at its birth still holds the other end.
+            if server is None or (not is_there and server.has_ended):
                 break
-            server.hear(json.loads(packet), files)
+            if is_there:
+                packet, files, _, _ = socket.recv_fds(control, PACKET_BYTES, 1)
+                if not packet:
+                    break
+                server.hear(json.loads(packet), files)
             del server
-    except OSError:
+    except (OSError, ValueError):  # closed: this process ends
         pass
     finally:
         server = server_of()

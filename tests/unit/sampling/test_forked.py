@@ -185,7 +185,7 @@ def test_an_idle_server_ends_and_the_next_process_has_another(
     children.append(Child())
     children[1].requests.sendall(b"xy")
     assert children[1].process.wait(30.0) == 2
-    assert [server for server in forked._servers.values()] != [first]
+    assert first not in forked._servers.values()
 
 
 def test_requests_on_their_way_to_a_server_that_ends_are_served(tmp_path: Path) -> None:
