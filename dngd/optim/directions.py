@@ -15,6 +15,7 @@ from dngd.curvature import Tensors, precondition_in_eigenbasis, precondition_wit
 from dngd.errors import UserError
 from dngd.optim.arguments import Method
 from dngd.optim.eigenvalues import EigenvalueCorrection
+from dngd.optim.inverses import Inverses
 from dngd.optim.layer_state import LayerState
 from dngd.optim.layers import CurvatureLayer
 
@@ -56,7 +57,7 @@ class Directions:
         gradient_scale: float,
         *,
         measures_gpu: bool,
-        inverses: Mapping[str, tuple[Tensors, Tensors]] | None = None,
+        inverses: Inverses | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return (gradients, directions) of the layers that have a gradient, [d_g, d_a] each; all ranks enter.
 

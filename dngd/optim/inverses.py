@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,9 @@ WIRES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloa
 
 MAX_ROUNDING = 0.06
 """Relative error of an inverse's smallest eigenvalue that half precision may bring."""
+
+Inverses = Mapping[str, tuple[Tensors, Tensors]]
+"""Each layer's damped inverses (of A, of G), in the precision that is computed with."""
 
 TensorSpec = tuple[tuple[int, ...], bool, torch.dtype]
 """(shape, symmetric, dtype)."""

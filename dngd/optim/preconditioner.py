@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 import torch
@@ -21,7 +21,6 @@ from dngd.curvature import (
     FisherKind,
     KroneckerFactors,
     LossKind,
-    Tensors,
 )
 from dngd.errors import TrainingError, UserError
 from dngd.optim.arguments import LossReduction, Method, check_arguments, check_wrapper, in_range
@@ -32,7 +31,7 @@ from dngd.optim.eigenvalues import EigenvalueCorrection
 from dngd.optim.findings import Damping
 from dngd.optim.foreach import all_finite, scaled
 from dngd.optim.health import layer_health, layer_table
-from dngd.optim.inverses import PRECISIONS, WIRES, FactorWire, InversePrecision, Wanted
+from dngd.optim.inverses import PRECISIONS, WIRES, FactorWire, InversePrecision, Inverses, Wanted
 from dngd.optim.layer_state import LayerState
 from dngd.optim.layers import CurvatureLayer, find_layers
 from dngd.optim.participation import Participation
@@ -535,7 +534,7 @@ class KFACPreconditioner:
     def _precondition_now(
         self,
         bounds: Bounds,
-        inverses: Mapping[str, tuple[Tensors, Tensors]] | None,
+        inverses: Inverses | None,
         gradient_scale: float = 1.0,
         *,
         measures_gpu: bool = False,

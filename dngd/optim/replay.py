@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dngd.curvature import Tensors
 from dngd.errors import TrainingError
 from dngd.optim.foreach import all_finite
-from dngd.optim.inverses import StoredInverse
+from dngd.optim.inverses import Inverses, StoredInverse
 from dngd.optim.layer_state import LayerState
 from dngd.optim.layers import CurvatureLayer
 from dngd.optim.step_scale import Bounds, Shortening
@@ -34,9 +34,6 @@ MOST_RECORDINGS = 4
 
 PRECISIONS = (torch.float32, torch.float64)
 """Of the gradients: with others a bound as a 0-d tensor would round unlike a number."""
-
-Inverses = Mapping[str, tuple[Tensors, Tensors]]
-"""Each layer's damped inverses (of A, of G), in the precision that is computed with."""
 
 Body = Callable[[Bounds, Inverses], Shortening]
 """Preconditions what is in `.grad`, in place, by these inverses."""
