@@ -77,4 +77,8 @@ class FactorStatistics:
         """Return (S_A / c_A, S_G / c_G) in their structures, or None while a count is zero."""
         if not bool((self.counts > 0).all()):
             return None
+        return self.quotients()
+
+    def quotients(self) -> tuple[Tensors, Tensors]:
+        """Return the averages of sums whose counts are known to be above zero; no host synchronisation."""
         return tuple(t / self.counts[0] for t in self.a), tuple(t / self.counts[1] for t in self.g)

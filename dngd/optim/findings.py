@@ -6,6 +6,7 @@ what comes over the wire, and in how many bytes, follows from it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from dngd.comm import Agreement, Communicator
 from dngd.comm.assignment import Factor
 from dngd.curvature import DampingMode, Tensors, damping_split
+from dngd.optim.foreach import numbers
 from dngd.optim.inverses import Wanted
 from dngd.optim.layer_state import LayerState
 
@@ -119,28 +121,41 @@ class Findings:
         return [replace(m, is_unchanged=next(agreed), rounds=next(agreed)) for m in found]
 
     def _measured(self, layers: Sequence[str], damping: Damping) -> list[Measured]:
-        out = []
-        for name in layers:
+        factors: list[tuple[Factor, Tensors, Tensor]] = []
+        scalars: list[Tensor] = []
+        least = numbers([self._states[name].folded.counts.min() for name in layers])
+        for name in (name for name, count in zip(layers, least) if count > 0):
             state = self._states[name]
-            averages = state.folded.averages()
-            if averages is None:
-                continue
+            averages = state.folded.quotients()
             diagonals = state.a.diagonal(averages[0]), state.g.diagonal(averages[1])
             split = damping.split(state, *diagonals)
-            for which, sums, diagonal, lam, old in zip("AG", averages, diagonals, map(float, split), state.damping):
-                structure = state.structure(which)
-                probe = structure.probe(sums)
-                is_unchanged = which in state.inverses and self._is_unchanged(state.probes.get(which), probe, old, lam)
-                rounds = self._wanted.rounds(float(diagonal.sum()), lam)
-                out.append(Measured((name, which), sums, lam, probe, is_unchanged, rounds))
+            for which, sums, diagonal, share in zip("AG", averages, diagonals, split):
+                probe = state.structure(which).probe(sums)
+                before = state.probes.get(which, probe)
+                factors.append(((name, which), sums, probe))
+                scalars += [share, diagonal.sum(), torch.linalg.vector_norm(probe - before)]
+                scalars.append(torch.linalg.vector_norm(before))
+        # All at once: on a GPU each number that is read waits for the device.
+        found = numbers(scalars)
+        out = []
+        for i, (factor, sums, probe) in enumerate(factors):
+            lam, trace, moved, size = found[4 * i : 4 * i + 4]
+            state, which = self._states[factor[0]], factor[1]
+            is_known = which in state.inverses and which in state.probes
+            old = state.damping["AG".index(which)]
+            is_unchanged = is_known and self._is_unchanged(moved, size, old, lam, probe.dtype)
+            out.append(Measured(factor, sums, lam, probe, is_unchanged, self._wanted.rounds(trace, lam)))
         return out
 
-    def _is_unchanged(self, old: Tensor | None, new: Tensor, old_damping: float, damping: float) -> bool:
-        """Return whether `‖(M - M₀) p‖ <= t ‖M₀ p‖` and λ moved by no more, t the threshold or a sum's rounding."""
-        if old is None or not bool(torch.isfinite(new).all()):
-            return False
-        rounding = 200 * torch.finfo(new.dtype).eps
+    def _is_unchanged(
+        self, moved: float, size: float, old_damping: float, damping: float, computed: torch.dtype
+    ) -> bool:
+        """Return whether `‖(M - M₀) p‖ <= t ‖M₀ p‖` and λ moved by no more, t the threshold or a sum's rounding.
+
+        moved, size: these norms; where M p is not finite, neither is the first. computed: the sums' precision.
+        """
+        rounding = 200 * torch.finfo(computed).eps
         limit = max(self._change_threshold, rounding)
-        change = float(torch.linalg.vector_norm(new - old)) / max(float(torch.linalg.vector_norm(old)), 1e-300)
+        is_near = math.isfinite(moved) and moved / max(size, 1e-300) <= limit
         # An eigenbasis does not depend on the damping.
-        return change <= limit and (self._wanted.eigenbasis or abs(damping - old_damping) <= limit * old_damping)
+        return is_near and (self._wanted.eigenbasis or abs(damping - old_damping) <= limit * old_damping)

@@ -61,6 +61,21 @@ def all_finite(tensors: Sequence[Tensor], device: torch.device) -> bool:
     return all(map(math.isfinite, torch.stack(norms).tolist()))
 
 
+def entries_are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Return whether every entry of every tensor is finite, however large; one host synchronisation for tensors of one
+    device."""
+    verdicts = [torch.isfinite(tensor).all() for tensor in tensors]
+    return all(numbers(verdicts))
+
+
+def numbers(scalars: Sequence[Tensor]) -> list[float]:
+    """Return the values of 0-d tensors; one host synchronisation where they are of one device and type."""
+    if len({(scalar.device, scalar.dtype) for scalar in scalars}) > 1:
+        return [float(scalar) for scalar in scalars]
+    values: list[float] = torch.stack(list(scalars)).tolist() if scalars else []
+    return values
+
+
 def _in_few_kernels(tensors: Sequence[Tensor]) -> bool:
     """Whether there is something to gain: several dense tensors of one type on one GPU."""
     if len(tensors) < 2 or tensors[0].device.type != "cuda":

@@ -22,6 +22,7 @@ from dngd.comm import Communicator, RoundedReduction, Work, flatten, unflatten
 from dngd.comm.assignment import Factor
 from dngd.curvature import FactorStatistics, FactorStructure, Tensors
 from dngd.optim.findings import Damping, Findings, device_of
+from dngd.optim.foreach import entries_are_finite
 from dngd.optim.inverses import HELD_ELSEWHERE, Decomposition, StoredInverse, Wanted, decompose, from_bytes, to_bytes
 from dngd.optim.layer_state import LayerState
 from dngd.optim.plan import Plan
@@ -270,12 +271,11 @@ class RefreshPipeline:
     def _fold(self, refresh: Refresh) -> None:
         states = [self._states[name] for name in refresh.layers]
         if self._comm.world_size == 1 or all(state.unfolded is None for state in states):
-            sound = all(bool(torch.isfinite(t).all()) for state in states for t in state.folded.tensors())
-            if not sound:
+            if not entries_are_finite([tensor for state in states for tensor in state.folded.tensors()]):
                 # A single rank's sums have no sound part to go back to: its average starts again.
                 self.discarded_statistics += 1
                 for state in states:
-                    if not all(bool(torch.isfinite(t).all()) for t in state.folded.tensors()):
+                    if not entries_are_finite(state.folded.tensors()):
                         state.folded.zero_()
             return
         exact = iter(self._unpacked(refresh, refresh.reduced, rounded=False))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dngd.curvature import BlockDiagonal, Dense, Diagonal, FactorLayout, FactorStructure, LowRank
 from dngd.errors import TrainingError, UserError
@@ -22,7 +23,6 @@ from dngd.optim import KFACPreconditioner, NaturalGradient, UpdateSchedule, dire
 from dngd.optim.findings import Findings
 from dngd.optim.inverses import Wanted, decompose, from_bytes, to_bytes
 from dngd.optim.layers.base import ConstantInput
-from dngd.optim.refresh import RefreshPipeline
 from dngd.optim.trust import LevenbergMarquardt
 from tests.helpers.mutants import assert_caught
 
@@ -379,11 +379,35 @@ def law_change_threshold() -> None:
 def test_change_threshold() -> None:
     law_change_threshold()
 
-    def follows(self: RefreshPipeline, old: Tensor | None, new: Tensor, old_damping: float, damping: float) -> bool:
-        return old is not None
+    assert_caught(law_change_threshold, Findings, "_is_unchanged", lambda self, *measured: True)
+    assert_caught(law_change_threshold, Findings, "_is_unchanged", lambda self, *measured: False)
 
-    assert_caught(law_change_threshold, Findings, "_is_unchanged", follows)
-    assert_caught(law_change_threshold, Findings, "_is_unchanged", lambda self, old, new, old_damping, damping: False)
+
+def test_what_a_refresh_finds_is_read_at_once() -> None:
+    """Each number that is read by itself makes the host wait for a GPU."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    net = make_net()
+    pre = KFACPreconditioner(net, damping=0.1, damping_mode="relative")
+    for seed in range(2):
+        net.zero_grad()
+        x, y = make_data(seed)
+        F.cross_entropy(net(x), y).backward()
+        pre.step(num_samples=N)
+    with Reads() as reads:
+        found = pre.pipeline._findings.measure(list(pre.layers), pre._damping_now())
+    assert len(found) == 2 * len(pre.layers)
+    assert reads.count == 0
+    with reads:
+        float(found[0].averages[0].sum())
+    assert reads.count == 1, "reads are not counted"
+    pre.close()
 
 
 def test_another_damping_is_another_inverse() -> None:
