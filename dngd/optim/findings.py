@@ -16,7 +16,7 @@ from torch import Tensor
 from dngd.comm import Agreement, Communicator
 from dngd.comm.assignment import Factor
 from dngd.curvature import DampingMode, Tensors, damping_split
-from dngd.optim.foreach import numbers
+from dngd.optim.foreach import read_together
 from dngd.optim.inverses import Wanted
 from dngd.optim.layer_state import LayerState
 
@@ -121,10 +121,13 @@ class Findings:
         return [replace(m, is_unchanged=next(agreed), rounds=next(agreed)) for m in found]
 
     def _measured(self, layers: Sequence[str], damping: Damping) -> list[Measured]:
+        # Each read makes the host wait for a GPU: first what counts, then all numbers at once.
+        fewest = read_together([self._states[name].folded.counts.min() for name in layers])
         factors: list[tuple[Factor, Tensors, Tensor]] = []
         scalars: list[Tensor] = []
-        least = numbers([self._states[name].folded.counts.min() for name in layers])
-        for name in (name for name, count in zip(layers, least) if count > 0):
+        for name, count in zip(layers, fewest):
+            if not count > 0:
+                continue
             state = self._states[name]
             averages = state.folded.quotients()
             diagonals = state.a.diagonal(averages[0]), state.g.diagonal(averages[1])
@@ -133,10 +136,9 @@ class Findings:
                 probe = state.structure(which).probe(sums)
                 before = state.probes.get(which, probe)
                 factors.append(((name, which), sums, probe))
-                scalars += [share, diagonal.sum(), torch.linalg.vector_norm(probe - before)]
-                scalars.append(torch.linalg.vector_norm(before))
-        # All at once: on a GPU each number that is read waits for the device.
-        found = numbers(scalars)
+                norm = torch.linalg.vector_norm
+                scalars += [share, diagonal.sum(), norm(probe - before), norm(before)]
+        found = read_together(scalars)
         out = []
         for i, (factor, sums, probe) in enumerate(factors):
             lam, trace, moved, size = found[4 * i : 4 * i + 4]
@@ -147,14 +149,12 @@ class Findings:
             out.append(Measured(factor, sums, lam, probe, is_unchanged, self._wanted.rounds(trace, lam)))
         return out
 
-    def _is_unchanged(
-        self, moved: float, size: float, old_damping: float, damping: float, computed: torch.dtype
-    ) -> bool:
+    def _is_unchanged(self, moved: float, size: float, old_damping: float, damping: float, dtype: torch.dtype) -> bool:
         """Return whether `‖(M - M₀) p‖ <= t ‖M₀ p‖` and λ moved by no more, t the threshold or a sum's rounding.
 
-        moved, size: these norms; where M p is not finite, neither is the first. computed: the sums' precision.
+        moved, size: these norms; where M p is not finite, neither is the first. dtype: of the sums.
         """
-        rounding = 200 * torch.finfo(computed).eps
+        rounding = 200 * torch.finfo(dtype).eps
         limit = max(self._change_threshold, rounding)
         is_near = math.isfinite(moved) and moved / max(size, 1e-300) <= limit
         # An eigenbasis does not depend on the damping.

@@ -65,12 +65,12 @@ def entries_are_finite(tensors: Sequence[Tensor]) -> bool:
     """Return whether every entry of every tensor is finite, however large; one host synchronisation for tensors of one
     device."""
     verdicts = [torch.isfinite(tensor).all() for tensor in tensors]
-    return all(numbers(verdicts))
+    return all(read_together(verdicts))
 
 
-def numbers(scalars: Sequence[Tensor]) -> list[float]:
-    """Return the values of 0-d tensors; one host synchronisation where they are of one device and type."""
-    if len({(scalar.device, scalar.dtype) for scalar in scalars}) > 1:
+def read_together(scalars: Sequence[Tensor]) -> list[float]:
+    """Return the values of 0-d tensors; one host synchronisation where they are of one device."""
+    if len({scalar.device for scalar in scalars}) > 1:
         return [float(scalar) for scalar in scalars]
     values: list[float] = torch.stack(list(scalars)).tolist() if scalars else []
     return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -318,7 +319,10 @@ def test_a_small_run_over_limited_links(store: GraphStore, capsys: pytest.Captur
     with pytest.raises(SystemExit) as exit_info:
         main(["bench", *arguments.split(), "--scale", "1", "--dataset", str(store.path), "--json", "--out", str(path)])
     captured = capsys.readouterr()
-    assert (exit_info.value.code, captured.err) == (0, "")
+    assert exit_info.value.code == 0
+    # On a busy machine it takes longer than the half minute after which progress is told.
+    told = captured.err.splitlines()
+    assert all(re.fullmatch(r"\d hosts.*: \d of 9, .*/s, about .* left", line) for line in told), told
     result = json.loads(captured.out, parse_constant=pytest.fail)
     assert json.loads(path.read_text()) == result
     assert len(result["settings"]) == 8

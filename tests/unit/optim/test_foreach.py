@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dngd.optim import NaturalGradient, foreach
-from dngd.optim.foreach import average_into, entries_are_finite, numbers, scaled, step_along
+from dngd.optim.foreach import average_into, entries_are_finite, read_together, scaled, step_along
 
 
 def several(seed: int) -> list[Tensor]:
@@ -51,10 +51,10 @@ def test_finite_entries_of_any_size() -> None:
 
 def test_numbers_are_the_tensors_own() -> None:
     third = torch.tensor(1.0) / 3
-    assert numbers([]) == []
-    assert numbers([third, 2 * third]) == [float(third), float(2 * third)]
+    assert read_together([]) == []
+    assert read_together([third, 2 * third]) == [float(third), float(2 * third)]
     doubles = [third, torch.tensor(1.0, dtype=torch.float64) / 3]
-    assert numbers(doubles) == [float(third), 1 / 3]
+    assert read_together(doubles) == [float(third), 1 / 3]
 
 
 def train(update: str, momentum: float) -> list[Tensor]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from dngd.curvature import BlockDiagonal, Dense, Diagonal, FactorLayout, FactorStructure, LowRank
 from dngd.errors import TrainingError, UserError
@@ -383,30 +383,58 @@ def test_change_threshold() -> None:
     assert_caught(law_change_threshold, Findings, "_is_unchanged", lambda self, *measured: False)
 
 
-def test_what_a_refresh_finds_is_read_at_once() -> None:
-    """Each number that is read by itself makes the host wait for a GPU."""
+class Reads(TorchFunctionMode):
+    """Counts what makes the host wait for a GPU's numbers."""
 
-    class Reads(TorchDispatchMode):
-        count = 0
+    WAITS = (Tensor.tolist, Tensor.item, Tensor.__float__, Tensor.__bool__, Tensor.__int__)
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.count += func is torch.ops.aten._local_scalar_dense.default
-            return func(*args, **(kwargs or {}))
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
 
-    net = make_net()
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in self.WAITS
+        return func(*args, **(kwargs or {}))
+
+
+def refreshed_twice(net: nn.Module) -> KFACPreconditioner:
     pre = KFACPreconditioner(net, damping=0.1, damping_mode="relative")
     for seed in range(2):
         net.zero_grad()
         x, y = make_data(seed)
         F.cross_entropy(net(x), y).backward()
         pre.step(num_samples=N)
+    return pre
+
+
+def test_what_a_refresh_finds_is_read_at_once() -> None:
+    """Each number that is read by itself makes the host wait for a GPU."""
+    pre = refreshed_twice(make_net())
     with Reads() as reads:
         found = pre.pipeline._findings.measure(list(pre.layers), pre._damping_now())
     assert len(found) == 2 * len(pre.layers)
-    assert reads.count == 0
-    with reads:
-        float(found[0].averages[0].sum())
-    assert reads.count == 1, "reads are not counted"
+    assert reads.count == 2, "the counts, and all else"
+    pre.close()
+
+
+def test_a_factor_of_a_layer_without_one_of_two_counts_is_not_measured() -> None:
+    pre = refreshed_twice(make_net())
+    pre.states["2"].folded.counts[1] = 0
+    found = pre.pipeline._findings.measure(list(pre.layers), pre._damping_now())
+    assert [m.factor for m in found] == [("0", "A"), ("0", "G")]
+    pre.close()
+
+
+def test_unsound_sums_are_forgotten_alone() -> None:
+    """Those of another layer go on."""
+    pre = refreshed_twice(make_net())
+    kept = pre.states["0"].folded.clone()
+    pre.states["2"].folded.a[0][1] = torch.inf
+    pre.pipeline.launch(pre.steps, list(pre.layers), pre._damping_now(), 0)
+    pre.pipeline.advance(pre.steps)
+    assert pre.pipeline.discarded_statistics == 1
+    assert all(torch.equal(now, before) for now, before in zip(pre.states["0"].folded.tensors(), kept.tensors()))
+    assert not any(bool(tensor.any()) for tensor in pre.states["2"].folded.tensors())
     pre.close()
 
 
