@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from dngd.comm import Agreement, Communicator
 from dngd.comm.assignment import Factor
@@ -121,7 +122,7 @@ class Findings:
         return [replace(m, is_unchanged=next(agreed), rounds=next(agreed)) for m in found]
 
     def _measured(self, layers: Sequence[str], damping: Damping) -> list[Measured]:
-        # Each read makes the host wait for a GPU: first what counts, then all numbers at once.
+        # Each read makes the host wait for a GPU: one for the counts, one for all that is found of the factors.
         fewest = read_together([self._states[name].folded.counts.min() for name in layers])
         factors: list[tuple[Factor, Tensors, Tensor]] = []
         scalars: list[Tensor] = []
@@ -136,8 +137,7 @@ class Findings:
                 probe = state.structure(which).probe(sums)
                 before = state.probes.get(which, probe)
                 factors.append(((name, which), sums, probe))
-                norm = torch.linalg.vector_norm
-                scalars += [share, diagonal.sum(), norm(probe - before), norm(before)]
+                scalars += [share, diagonal.sum(), vector_norm(probe - before), vector_norm(before)]
         found = read_together(scalars)
         out = []
         for i, (factor, sums, probe) in enumerate(factors):
