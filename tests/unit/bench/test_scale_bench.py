@@ -190,6 +190,7 @@ def test_what_is_missing_is_told_in_one_sentence(
     store: GraphStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing is opened before."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
     monkeypatch.setattr(shutil, "which", lambda tool: None if tool == "tc" else f"/sbin/{tool}")
     with pytest.raises(SystemExit) as exit_info:
         main(["bench", "scale", "--dataset", "nowhere"])

@@ -31,6 +31,7 @@ def test_importing_the_package_imports_neither_torch_nor_dgl() -> None:
     ok("import sys, dngd.sampling; assert not {'torch', 'dgl', 'numpy', 'ray'} & set(sys.modules)")
 
 
+@pytest.mark.slow
 def test_plain_import_after_ours_prints_nothing_and_writes_no_settings(tmp_path: Path) -> None:
     code = """
 import os
@@ -108,6 +109,7 @@ assert all(part.usable for part in dgl_parts().values()), dgl_parts()
     )
 
 
+@pytest.mark.slow
 @only_on_other_torch
 def test_ours_after_a_failed_import_from_many_threads() -> None:
     ok(
@@ -133,6 +135,7 @@ for name in list(sys.modules):
     )
 
 
+@pytest.mark.slow
 @only_on_other_torch
 def test_a_dgl_that_the_user_made_work_is_used_as_it_is() -> None:
     ok(
@@ -183,6 +186,7 @@ def test_core_library_that_cannot_load(tmp_path: Path) -> None:
     assert "reinstall" in said
 
 
+@pytest.mark.slow
 @only_on_other_torch
 def test_dgl_finds_a_packaging_where_none_is_installed() -> None:
     ok(

@@ -360,6 +360,7 @@ print(server._process.pid)
 """
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_trainer_has_a_server_of_its_own_and_none_outlives_its_trainer() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", FORKING], cwd=ROOT, capture_output=True, text=True, timeout=120
