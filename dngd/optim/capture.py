@@ -191,14 +191,14 @@ class Capture:
             gradients = _merged_gradients(layer.gradients(payload, gradient), samples)
             reached = self._reached(gradients)
             if with_inputs and samples is None and self._is_constant(layer, payload, gradients):
-                layer.add_constant_inputs(lambda: _merged_rows(layer.rows(payload), samples), reached)
+                layer.add_constant_inputs(lambda positions: _rows(layer, payload, None, positions), reached)
                 with_inputs = False
             chosen, weight = self._choose(layer, reached)
+            if chosen is not None:
+                gradients = gradients[chosen]
             # Rows can cost an aggregation over the graph: they are not made where nothing reads them.
             is_read = with_inputs or layer.basis is not None
-            rows = _merged_rows(layer.rows(payload), samples) if is_read else gradients[:, :0]
-            if chosen is not None:
-                rows, gradients = rows[chosen], gradients[chosen]
+            rows = _rows(layer, payload, samples, chosen) if is_read else gradients[:, :0]
             gradients = gradients.to(layer.dtype) * (self._gradient_factor(layer) if with_gradients else 0.0)
             layer.add(rows, gradients, weight, with_inputs=with_inputs)
 
@@ -265,10 +265,23 @@ class _Samples:
     index: Tensor | None
 
 
+def _rows(layer: CurvatureLayer, payload: Any, samples: _Samples | None, positions: Tensor | None) -> Tensor:
+    """Return a call's rows as [r, d], or those at some positions (int64 [k]) alone; of samples, their mean rows."""
+    if samples is None and positions is not None:
+        return layer.rows_at(payload, positions)
+    rows = _merged_rows(layer.rows(payload), samples)
+    return rows if positions is None else rows[positions]
+
+
+def flat_rows(rows: Tensor) -> Tensor:
+    """Return rows [..., d] as [r, d]."""
+    return rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
+
+
 def _merged_rows(rows: Tensor, samples: _Samples | None) -> Tensor:
     """Return rows as [r, d]; of samples, their mean rows."""
     if samples is None:
-        return rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
+        return flat_rows(rows)
     if samples.index is None:
         return rows.mean(dim=tuple(range(1, rows.dim() - 1)))
     count = int(samples.index.max()) + 1

@@ -10,10 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch_geometric import nn as pyg
 
 from dngd.optim.layers import base, linear
 from dngd.optim.layers import pyg as pyg_layers
+from dngd.optim.layers.pyg import neighbour_sums
 from tests.helpers.layers import (
     D_IN,
     D_OUT,
@@ -221,6 +224,86 @@ def test_kronecker_is_the_fisher_of_one_seed() -> None:
     law_kronecker_is_the_fisher_of_one_seed(gcn_case(8))
 
 
+@given(
+    data=st.data(),
+    num_edges=st.integers(0, 60),
+    with_weights=st.booleans(),
+    takes_mean=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_sums_over_neighbours(data: st.DataObject, num_edges: int, with_weights: bool, takes_mean: bool) -> None:
+    """Of edges in any order, repeated ones and nodes without any, at all nodes or at some, in any order."""
+    seed = data.draw(st.integers(0, 10_000))
+    edge_index, x = edges(seed, num_edges), features(seed)
+    weight = torch.rand(num_edges, dtype=torch.float64) - 0.5 if with_weights else None
+    dense = torch.zeros(N, N, dtype=torch.float64)
+    dense.index_put_(tuple(edge_index.flip(0)), torch.ones(num_edges).double() if weight is None else weight, True)
+    expected = dense @ x
+    if takes_mean:
+        expected /= torch.bincount(edge_index[1], minlength=N).clamp_min(1)[:, None]
+    places = data.draw(st.none() | st.lists(st.integers(0, N - 1), unique=True))
+    positions = None if places is None else torch.tensor(places, dtype=torch.int64)
+    found = neighbour_sums(x, edge_index[0], edge_index[1], weight, positions, takes_mean=takes_mean)
+    assert torch.allclose(found, expected if positions is None else expected[positions], rtol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("is_watched", [False, True])
+@pytest.mark.parametrize("variant", GCN_VARIANTS)
+def test_rows_at_some_positions_are_those_of_all(variant: str, is_watched: bool) -> None:
+    """By this package's own sums, and by PyG's propagation where somebody watches or changes its messages."""
+    case = gcn_case(2, variant)
+    (layer,), capture = start(case.model)
+    conv: Any = case.model["conv"]  # type: ignore[index]
+    if is_watched:
+        conv.register_propagate_forward_hook(lambda conv, inputs, out: 2 * out)
+    calls: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capture, "record", lambda layer, payload, output: calls.append(payload))
+        case.call(case.x)
+    rows = layer.rows(calls[0])
+    expected = case.rows(case.x)[:, :D_IN] * (1 + int(is_watched))
+    assert torch.allclose(rows, expected, rtol=1e-12)
+    positions = torch.tensor([5, 0, 3])
+    assert torch.allclose(layer.rows_at(calls[0], positions), expected[positions], rtol=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the entries of the largest tensor that is made while it is on."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return out
+
+
+def law_no_message_is_built(max_rows: int | None = 16) -> None:
+    """A wide input, of which PyG would send a message of its whole width along each edge: 600 x 200 entries here."""
+    num_edges, width = 600, 200
+    conv = randomised(pyg.GCNConv(width, 3))
+    x, edge_index = features(3, 40, width), edges(3, num_edges) % 40
+    (layer,), capture = start(conv, max_rows=max_rows)
+    for step in range(2):
+        capture.start_step(step, True)
+        layer.forget()
+        loss = read_loss(conv(x, edge_index))
+        with Largest() as largest:
+            loss.backward()
+        assert layer.pending is not None
+        assert float(layer.pending.counts[0]) > 0
+        assert largest.entries < num_edges * width / 2
+
+
+def test_no_message_of_the_inputs_width_is_built() -> None:
+    law_no_message_is_built()
+    law_no_message_is_built(max_rows=None)
+    assert_caught(law_no_message_is_built, pyg_layers, "_has_message_hooks", lambda conv: True)
+
+
 class Counting(nn.Module):
     """Counts the propagates of a convolution."""
 
@@ -233,30 +316,42 @@ class Counting(nn.Module):
         self.count += 1
 
 
-def law_constant_input_is_aggregated_once(changes: bool = False) -> None:
-    """A full-batch input costs one more propagate in all; another x, or one changed in place, is seen as such."""
-    counting = Counting(randomised(pyg.GCNConv(D_IN, D_OUT)))
+def law_constant_input_is_aggregated_once(changes: bool = False, is_watched: bool = True) -> None:
+    """A full-batch input is aggregated once more in all; another x, or one changed in place, is seen as such.
+
+    is_watched: count PyG's propagations, those of the forward passes too; otherwise this package's own sums.
+    """
+    conv = randomised(pyg.GCNConv(D_IN, D_OUT))
+    counting = Counting(conv) if is_watched else None
     x, edge_index = features(9).detach(), edges(9)
-    (layer,), capture = start(counting)
-    sums = []
-    for step in range(3):
-        capture.start_step(step, True)
-        layer.forget()
-        if changes and step == 1:
-            x.mul_(2.0)
-        read_loss(counting.conv(x, edge_index)).backward()
-        assert layer.pending is not None
-        sums.append(layer.a.dense(layer.pending.a))
+    (layer,), capture = start(conv)
+    sums, own = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        counted = lambda *given, **named: own.append(given) or neighbour_sums(*given, **named)  # noqa: E731
+        patch.setattr(pyg_layers, "neighbour_sums", counted)
+        for step in range(3):
+            capture.start_step(step, True)
+            layer.forget()
+            if changes and step == 1:
+                x.mul_(2.0)
+            read_loss(conv(x, edge_index)).backward()
+            assert layer.pending is not None
+            sums.append(layer.a.dense(layer.pending.a))
     a = adjacency(edge_index) + torch.eye(N)
     m = with_ones(a.sum(1)[:, None].rsqrt() * a * a.sum(1).rsqrt() @ x)
     reached = torch.arange(N) % 3 != 1
     assert torch.allclose(sums[2], m[reached].T @ m[reached])
-    assert counting.count == 3 + 1 + 2 * int(changes)
+    times = 1 + 2 * int(changes)
+    if counting is None:
+        assert len(own) == times
+    else:
+        assert (counting.count, own) == (3 + times, [])
 
 
-def test_constant_input_is_aggregated_once() -> None:
-    law_constant_input_is_aggregated_once()
-    law_constant_input_is_aggregated_once(changes=True)
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_constant_input_is_aggregated_once(is_watched: bool) -> None:
+    law_constant_input_is_aggregated_once(is_watched=is_watched)
+    law_constant_input_is_aggregated_once(changes=True, is_watched=is_watched)
 
 
 def test_a_compiled_convolution_is_measured() -> None:
@@ -283,14 +378,24 @@ def test_columns_of_the_ggn_share_one_input() -> None:
     assert torch.allclose(sums[0], sums[1], rtol=1e-12)
 
 
-def rows_before_the_aggregation(self: Any, payload: Any) -> Tensor:
-    return payload.x.detach()
+def rows_before_the_aggregation(self: Any, call: Any, positions: Any) -> Tensor:
+    return call.x.detach() if positions is None else call.x.detach()[positions]
 
 
-def rows_without_self_loops(self: Any, payload: Any) -> Tensor:
+def rows_without_self_loops(self: Any, call: Any, positions: Any) -> Tensor:
     bare = self._bare()
     bare.add_self_loops = False
-    return bare.forward(payload.x.detach(), payload.edge_index)  # type: ignore[no-any-return]
+    rows = bare.forward(call.x.detach(), call.edge_index)
+    return rows if positions is None else rows[positions]
+
+
+def sums_at_the_first_rows(x: Tensor, source: Any, target: Any, weight: Any, positions: Any, **named: Any) -> Tensor:
+    sums = neighbour_sums(x, source, target, weight, None, **named)
+    return sums if positions is None else sums[: positions.numel()]
+
+
+def sums_of_sorted_edges(x: Tensor, source: Any, target: Any, *rest: Any, **named: Any) -> Tensor:
+    return neighbour_sums(x, source, target.sort().values, *rest, **named)
 
 
 def without_bias_column(weight: Any, bias: Any) -> Tensor:
@@ -306,8 +411,10 @@ def gat_case(seed: int) -> Case:
 @pytest.mark.parametrize(
     ("case", "target", "attribute", "replacement"),
     [
-        (gcn_case, pyg_layers.GCNLayer, "rows", rows_before_the_aggregation),
-        (gcn_case, pyg_layers.GCNLayer, "rows", rows_without_self_loops),
+        (gcn_case, pyg_layers.GCNLayer, "_made", rows_before_the_aggregation),
+        (gcn_case, pyg_layers.GCNLayer, "_made", rows_without_self_loops),
+        (gcn_case, pyg_layers, "neighbour_sums", sums_at_the_first_rows),
+        (gcn_case, pyg_layers, "neighbour_sums", sums_of_sorted_edges),
         (gcn_case, pyg_layers, "join_gradient", without_bias_column),
         (gcn_case, pyg_layers.GCNLayer, "set_gradient", lambda self, value: None),
         (gat_case, pyg_layers.BiasLayer, "gradient", lambda self: self.bias.grad[:, None] / N),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dngd.curvature import FactorStatistics, FactorStructure, Tensors, row_scales
-from dngd.optim.capture import Capture
+from dngd.optim.capture import Capture, flat_rows
 
 
 class CurvatureLayer:
@@ -79,6 +79,13 @@ class CurvatureLayer:
         """Return the rows [..., d_in] (without the 1) of one call; asked for only when something reads them."""
         raise AssertionError(f"{type(self).__name__} must say what its rows are")
 
+    def rows_at(self, payload: Any, positions: Tensor) -> Tensor:
+        """Return the rows [k, d_in] at some positions among all of one call (int64 [k]).
+
+        For layers that can make them without the others.
+        """
+        return flat_rows(self.rows(payload))[positions]
+
     def gradients(self, payload: Any, gradient: Tensor) -> Tensor:
         """Return the rows' gradients [..., d_g] of one call, linear in the gradient of the recorded output."""
         return gradient
@@ -112,19 +119,18 @@ class CurvatureLayer:
             scales = row_scales(rows.to(self.dtype), gradients, self.has_ones, *self.basis)
             self._add_scales(scales * weight)
 
-    def add_constant_inputs(self, make_rows: Callable[[], Tensor], reached: Tensor) -> None:
+    def add_constant_inputs(self, make_rows: Callable[[Tensor | None], Tensor], reached: Tensor) -> None:
         """Add the rows [r, d_in] of an input that may never change: their product is taken once and kept.
 
-        Rows that any step so far reached count in all: a hidden unit that is dead or dropped in one step would
-        otherwise take its row out of a product that is meant to stay.
+        make_rows: returns all rows, or those at some positions. Rows that any step so far reached count in all: a
+        hidden unit that is dead or dropped in one step would otherwise take its row out of a product that is meant to
+        stay.
         """
         pending = self._pending()
         self.only_constant = self.only_constant is not False
         reach = self.constant.widen(reached)
         if self.constant.product is None:
-            rows = make_rows()
-            if not bool(reach.all()):
-                rows = rows[reach]
+            rows = make_rows(None if bool(reach.all()) else reach.nonzero()[:, 0])
             sums = self.a.zeros(self.dtype, self.device)
             self.a.accumulate_(sums, rows.to(self.dtype), ones=self.has_ones)
             self.constant.product = (sums, float(rows.shape[0]))

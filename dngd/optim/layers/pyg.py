@@ -18,10 +18,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dngd.curvature import FactorLayout
-from dngd.optim.capture import Capture
+from dngd.optim.capture import Capture, flat_rows
 from dngd.optim.layers.adapter import Adapted, argument, class_path, trainable
 from dngd.optim.layers.base import CurvatureLayer, InertHook
 from dngd.optim.layers.bias import BiasLayer
@@ -98,8 +100,32 @@ class GCNLayer(CurvatureLayer):
         self.capture.record(self, ConvolutionCall(x, edge_index, edge_weight, sources), output)
 
     def rows(self, payload: ConvolutionCall) -> Tensor:
-        # forward itself, not __call__: hooks of the module are not for this pass. Under no_grad, as all of rows.
-        rows: Tensor = self._bare().forward(payload.x.detach(), payload.edge_index, payload.edge_weight)
+        return self._made(payload, None)
+
+    def rows_at(self, payload: ConvolutionCall, positions: Tensor) -> Tensor:
+        return self._made(payload, positions)
+
+    def _made(self, call: ConvolutionCall, positions: Tensor | None) -> Tensor:
+        """Return `Â X`, or some of its rows as [k, d_in]: what forward makes of X without the parameters.
+
+        forward itself, not __call__: hooks of the module are not for this pass. Under no_grad, as all of rows. Edges
+        as a plain tensor are not propagated as PyG does, which would build a message of the input's width for each.
+        """
+        bare = self._bare()
+        sums_itself = call.x.dim() == 2 and bare.node_dim in (-2, 0) and not _has_message_hooks(bare)
+
+        def propagate(edge_index: Any, size: Any = None, **arguments: Any) -> Tensor:
+            x, edge_weight = arguments["x"], arguments.get("edge_weight")
+            if not sums_itself or type(edge_index) is not Tensor or edge_index.layout != torch.strided:
+                out: Tensor = type(bare).propagate(bare, edge_index, size=size, **arguments)
+                return out if positions is None else flat_rows(out)[positions]
+            source, target = edge_index if bare.flow == "source_to_target" else reversed(edge_index.unbind())
+            return neighbour_sums(
+                x.to(self.dtype), source, target, edge_weight, positions, takes_mean=bare.aggr == "mean"
+            )
+
+        bare.__dict__["propagate"] = propagate
+        rows: Tensor = bare.forward(call.x.detach(), call.edge_index, call.edge_weight)
         return rows
 
     def _bare(self) -> Any:
@@ -123,3 +149,57 @@ class GCNLayer(CurvatureLayer):
 
     def set_gradient(self, value: Tensor) -> None:
         split_gradient(self.weight, self.bias, value)
+
+
+MESSAGE_HOOKS = (
+    "_propagate_forward_pre_hooks",
+    "_propagate_forward_hooks",
+    "_message_forward_pre_hooks",
+    "_message_forward_hooks",
+    "_aggregate_forward_pre_hooks",
+    "_aggregate_forward_hooks",
+)
+
+
+def _has_message_hooks(conv: Any) -> bool:
+    """Return whether somebody watches, or changes, what the convolution sends along its edges."""
+    return any(getattr(conv, name, None) for name in MESSAGE_HOOKS)
+
+
+def neighbour_sums(
+    x: Tensor,
+    source: Tensor,
+    target: Tensor,
+    edge_weight: Tensor | None,
+    positions: Tensor | None,
+    *,
+    takes_mean: bool = False,
+) -> Tensor:
+    """Return `m_v = Σ_{e: target_e = v} w_e x_{source_e}`, [n, d], or [k, d] at some v alone; zeros without edges.
+
+    x: [n, d]. source, target: int64 [num_edges], in any order. edge_weight: w, [num_edges], or None for ones.
+    positions: int64 [k], distinct. takes_mean: divide by the number of edges at v. Gathers and sums without building
+    the messages, [num_edges, d].
+    """
+    num_rows = x.shape[0] if positions is None else positions.numel()
+    if positions is not None:
+        place = target.new_full((x.shape[0],), -1)
+        place[positions] = torch.arange(num_rows, dtype=place.dtype, device=place.device)
+        target = place[target]
+        kept = (target >= 0).nonzero()[:, 0]
+        source, target = source[kept], target[kept]
+        edge_weight = None if edge_weight is None else edge_weight[kept]
+    if target.numel() == 0:
+        return x.new_zeros(num_rows, x.shape[1])
+    target, order = target.sort(stable=True)
+    lengths = torch.bincount(target, minlength=num_rows)
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    sums: Tensor = F.embedding_bag(
+        source[order].to(offsets.dtype),
+        x,
+        offsets,
+        mode="sum",
+        per_sample_weights=None if edge_weight is None else edge_weight.view(-1)[order].to(x.dtype),
+        include_last_offset=True,
+    )
+    return sums / lengths.clamp_min(1).to(x.dtype)[:, None] if takes_mean else sums
