@@ -99,6 +99,8 @@ class Capture:
                 layer.forget()
             output.register_hook(_GradientHook(self, layer, payload))  # type: ignore[no-untyped-call]
             return
+        if _is_inside_backward():
+            return  # activation checkpointing makes a layer's output anew, whose first one was recorded
         if self._num_observed:
             # A new forward pass: what was observed of the last one is done with.
             del self._records[: self._num_observed]
@@ -321,6 +323,11 @@ class _GradientHook:
         self._fired = True
         with torch.no_grad():
             self._capture.take(self._layer, self._payload, gradient.detach())
+
+
+def _is_inside_backward() -> bool:
+    """Return whether autograd is at work in this thread."""
+    return torch._C._current_graph_task_id() != -1  # torch has no public name for it
 
 
 def _uniform_weight(weights: Tensor | None) -> float:

@@ -51,7 +51,10 @@ class EigenvalueCorrection:
         return None if state is None else state.scales
 
     def commit(self, rho: float, num_samples: float, factor: float) -> None:
-        """Fold the pending sums: `S ← ρS + ΔS`, `c ← ρc + n`. factor: what turns them into the summed loss's."""
+        """Fold the pending sums: `S ← ρS + ΔS`, `c ← ρc + n`. factor: what turns them into the summed loss's.
+
+        Of a step in which a layer has no gradient, since it was frozen, say, neither rows nor seeds count.
+        """
         is_measured = any(layer.pending is not None for layer in self._layers.values())
         for name, state in self.by_layer.items():
             pending = self._layers[name].pending_scales
@@ -60,7 +63,7 @@ class EigenvalueCorrection:
             if pending is not None and bool(torch.isfinite(pending).all()):
                 state.sum.add_(pending, alpha=factor)
                 state.count += num_samples
-            elif pending is None and is_measured:
+            elif pending is None and is_measured and self._layers[name].has_gradient:
                 state.count += num_samples
 
     def advance(self, step: int) -> None:

@@ -304,7 +304,7 @@ class KFACPreconditioner:
         factor_samples: n of the paper's variant of the factors, if it is not num_samples.
         Returns False for a step with non-finite gradients: nothing is committed or changed, the step is
         counted in `dropped_steps`, and the optimizer should skip it too.
-        Raises UserError if no layer has a gradient, TrainingError after max_dropped_steps non-finite steps in a row.
+        Raises UserError if nothing has a gradient, TrainingError after max_dropped_steps non-finite steps in a row.
         """
         if mean_gradients is None:
             mean_gradients = self.loss_reduction == "mean"
@@ -315,6 +315,7 @@ class KFACPreconditioner:
             )
         if finite is None:
             finite = self.gradients_are_finite()
+        self.check_call(num_samples, finite=finite)
         self._check_not_moved()
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             with self._phase("commit"):
@@ -384,21 +385,28 @@ class KFACPreconditioner:
             raise UserError("step() found no gradient; call loss.backward() before it")
         return all_finite([g.coalesce().values() if g.is_sparse else g for g in gradients], self.device)
 
+    def check_call(self, num_samples: float, *, finite: bool = True) -> None:
+        """Raise UserError for a step that cannot be taken as it is asked for, before anything is changed.
+
+        finite: whether the step's gradients are; otherwise it is dropped, and needs no outputs.
+        """
+        if num_samples < 0 or not math.isfinite(num_samples):
+            raise UserError(f"num_samples={num_samples} is out of range; give the number of seeds of the step")
+        if finite and self.capture.active and self.capture.is_waiting_for_outputs:
+            raise UserError(
+                f"fisher={self.capture.fisher!r} samples from the model's outputs; call observe(outputs) between the "
+                "forward and the backward pass, for each forward pass of the step (and evaluate under torch.no_grad())"
+            )
+
     def commit(self, num_samples: float, factor_samples: float | None = None) -> None:
         """Fold this step's captured rows into this rank's running sums: `S ← ρS + ΔS`, `c ← ρc + Δc`.
 
         All ranks commit the same steps; a rank that captured no rows for a layer still decays. Rows whose
         sums overflow count as no rows (`non_finite_statistics`).
         """
+        self.check_call(num_samples)
         if not self.capture.active:
             return
-        if num_samples < 0 or not math.isfinite(num_samples):
-            raise UserError(f"num_samples={num_samples} is out of range; give the number of seeds of the step")
-        if self.capture.is_waiting_for_outputs:
-            raise UserError(
-                f"fisher={self.capture.fisher!r} samples from the model's outputs; call observe(outputs) between the "
-                "forward and the backward pass, for each forward pass of the step (and evaluate under torch.no_grad())"
-            )
         rho = value_at(self.factor_decay, self.steps)
         in_range("factor_decay", rho, low=0.0, high_open=1.0)
         paper = self.capture.variant == "paper"
@@ -540,7 +548,7 @@ class KFACPreconditioner:
         measures_gpu: bool = False,
     ) -> Shortening:
         gradients, directions = self._directions.take(gradient_scale, measures_gpu=measures_gpu, inverses=inverses)
-        if not gradients:
+        if not gradients and all(parameter.grad is None for parameter in self._parameters):
             raise UserError("step() found no gradient; call loss.backward() before it")
         out = [directions[name] for name in gradients]
         found = shortening(out, list(gradients.values()), bounds)

@@ -52,7 +52,7 @@ def preconditioner_state(pre: KFACPreconditioner) -> State:
     for name, state in pre.states.items():
         out.update(_layer_state(name, state))
         constant = pre.layers[name].constant
-        out[f"local.constant.{name}"] = _integers(constant.repeats, constant.is_only_input)
+        out[f"local.constant.{name}"] = _integers(constant.repeats, constant.is_only_input, constant.was_seen)
         if constant.reach is not None and constant.repeats:
             out[f"local.reach.{name}"] = constant.reach.clone()
     if pre.eigenvalues is not None:
@@ -126,9 +126,11 @@ def load_preconditioner_state(pre: KFACPreconditioner, states: Sequence[State]) 
     for name, state in pre.states.items():
         _load_layer(name, state, shared, local)
         constant = pre.layers[name].constant = ConstantInput()
-        repeats, is_only_input = (bool(v) for v in local[f"local.constant.{name}"])
+        repeats, is_only_input, *others = (bool(v) for v in local[f"local.constant.{name}"])
+        constant.was_seen = others[0] if others else True  # states of before it was kept
         # Of an input that came once it is not known whether it would have come again.
-        constant.repeats, constant.is_only_input = repeats, repeats and is_only_input
+        constant.repeats = repeats
+        constant.is_only_input = is_only_input and (repeats or not constant.was_seen)
         reach = local.get(f"local.reach.{name}")
         constant.reach = None if reach is None else reach.to(state.folded.counts.device, copy=True)
     if pre.eigenvalues is not None:

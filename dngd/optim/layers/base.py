@@ -177,13 +177,15 @@ class ConstantInput:
 
     Full-batch training without input dropout shows the first layer the same rows at every step: their
     product is then computed once. The first call is kept on trust, if it is measured whole either way; a call
-    with another input ends that until an input comes twice in a row. repeats: whether that is so. is_only_input:
-    whether there never was another. reach: the rows that any step with this input reached. A saved state keeps
-    these. product: A's sums over these rows and their number, None until they are taken. The sample of the values
-    catches writes that torch does not count, such as those through a numpy array that shares the memory.
+    with another input ends that until an input comes twice in a row. was_seen: whether there was a call. repeats:
+    whether the last input came twice in a row. is_only_input: whether there never was another. reach: the rows that any
+    step with this input reached. A saved state keeps these. product: A's sums over these rows and their number, None
+    until they are taken. The sample of the values catches writes that torch does not count, such as those through a
+    numpy array that shares the memory.
     """
 
     def __init__(self) -> None:
+        self.was_seen = False
         self.repeats = False
         self.is_only_input = True
         self.reach: Tensor | None = None
@@ -192,7 +194,7 @@ class ConstantInput:
 
     def is_worth_keeping(self, sources: tuple[Any, ...], *, trusts_first: bool) -> bool:
         """Return whether this input is the one of the last call, or the first one ever and trusted."""
-        is_first = self._seen is None
+        is_first, self.was_seen = self._seen is None, True
         is_trusted = is_first and (trusts_first or self.repeats)
         now = [(weakref.ref(t), _version(t), _sample(t)) for t in sources]
         same = self._seen is not None and len(self._seen) == len(now)

@@ -60,18 +60,22 @@ class LinearLayer(CurvatureLayer):
 
 
 def join_gradient(weight: nn.Parameter, bias: nn.Parameter | None) -> Tensor | None:
-    """Return ∇[W | b], [d_out, d_in (+ 1)], a new tensor; None without a gradient."""
-    if weight.grad is None:
-        return None
+    """Return ∇[W | b], [d_out, d_in (+ 1)], a new tensor; None without a gradient.
+
+    One that has none beside the other (frozen, say) stands as zeros.
+    """
     if bias is None:
-        return weight.grad.clone()
+        return None if weight.grad is None else weight.grad.clone()
+    if weight.grad is None and bias.grad is None:
+        return None
+    main = torch.zeros_like(weight) if weight.grad is None else weight.grad
     column = torch.zeros_like(bias) if bias.grad is None else bias.grad
-    return torch.cat([weight.grad, column[:, None]], dim=1)
+    return torch.cat([main, column[:, None]], dim=1)
 
 
 def split_gradient(weight: nn.Parameter, bias: nn.Parameter | None, value: Tensor) -> None:
     """Overwrite ∇W and ∇b in place with the columns of a [d_out, d_in (+ 1)] matrix."""
-    assert weight.grad is not None
-    weight.grad.copy_(value[:, : weight.shape[1]])
+    if weight.grad is not None:
+        weight.grad.copy_(value[:, : weight.shape[1]])
     if bias is not None and bias.grad is not None:
         bias.grad.copy_(value[:, weight.shape[1]])

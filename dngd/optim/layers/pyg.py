@@ -10,7 +10,8 @@
   an α that depends on W too, so that no aggregated row gives `∇W = Σ g mᵀ`; the transform itself does, at every
   node (lin_edge: at every edge). The free bias is a block of its own (GATv2Conv joins further ones to lin_l, lin_r);
   the attention vectors keep the plain gradient.
-- Chebyshev, TAG and gated convolutions: inner linear maps and a free bias, likewise.
+- Gated convolutions: inner linear maps and a free bias, likewise. Of Chebyshev and TAG convolutions the bias and those
+  maps that PyG calls as modules; the others, of which it calls `forward`, keep the plain gradient, with a warning.
 - **GINConv** and others made of modules only need nothing here.
 """
 

@@ -1,0 +1,245 @@
+"""Steps in which some parameters have no gradient, steps that are refused, and states of before the first step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch_geometric import nn as pyg
+
+from dngd.errors import UserError
+from dngd.optim import NaturalGradient
+from dngd.optim.eigenvalues import EigenvalueCorrection
+from dngd.optim.layers import linear
+from dngd.optim.preconditioner import KFACPreconditioner
+from tests.helpers.mutants import assert_caught
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+N = 24
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N, 5, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 3, (N,), generator=generator)
+
+
+def network() -> Any:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+
+
+def moves_of_a_bias(
+    reduction: Any, update: Any, model: Any = None, call: Callable[[Tensor], Tensor] | None = None
+) -> float:
+    """Return how far the first bias moves in a step for which its weight was frozen."""
+    net = model or network()
+    first = net[0] if isinstance(net, nn.Sequential) else net
+    weight = first.lin.weight if hasattr(first, "lin") else first.weight
+    x, y = data()
+    optimizer = NaturalGradient(net, loss_reduction=reduction, update=update)
+    before = first.bias.detach().clone()
+    for step in range(4):
+        if step == 3:
+            weight.requires_grad_(False)
+            before, fixed = first.bias.detach().clone(), weight.detach().clone()
+        optimizer.zero_grad()
+        F.cross_entropy((call or net)(x), y, reduction=reduction).backward()
+        optimizer.step(num_samples=N)
+    assert torch.equal(weight, fixed)
+    return float((first.bias.detach() - before).norm())
+
+
+def law_a_bias_beside_a_frozen_weight() -> None:
+    edge_index = torch.randint(0, N, (2, 60), generator=torch.Generator().manual_seed(2))
+    for update in ("mean_gradient", "momentum", "adam_eigenbasis"):
+        moves = [moves_of_a_bias(reduction, update) for reduction in ("mean", "sum")]
+        assert moves[0] > 0
+        assert moves[1] == pytest.approx(moves[0], rel=1e-6)
+    for reduction in ("mean", "sum"):
+        torch.manual_seed(1)
+        conv = pyg.GCNConv(5, 3).double()
+        moves.append(moves_of_a_bias(reduction, "mean_gradient", conv, lambda x, conv=conv: conv(x, edge_index)))
+    assert moves[-1] == pytest.approx(moves[-2], rel=1e-6)
+
+
+def test_a_bias_beside_a_frozen_weight_steps_alike_for_means_and_sums() -> None:
+    def left_out(weight: Any, bias: Any) -> Tensor | None:
+        return None if weight.grad is None else joined(weight, bias)
+
+    joined = linear.join_gradient
+    assert_caught(law_a_bias_beside_a_frozen_weight, linear, "join_gradient", left_out)
+
+
+def law_scales_of_layers_used_by_turns() -> None:
+    """Two heads, each read in every other step, weights as good as fixed: E over the steps in which each is read."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 3), nn.Linear(5, 3)
+
+    x, y = data()
+    torch.manual_seed(1)
+    net = Heads().double()
+    optimizer = NaturalGradient(
+        net,
+        method="ekfac",
+        lr=1e-12,
+        momentum=0.0,
+        kl_clip=None,
+        factor_update_period=1,
+        inverse_update_period=1000,
+        max_rows=None,
+    )
+    for step in range(161):
+        optimizer.zero_grad()
+        head = net.a if step % 2 == 0 else net.b
+        F.cross_entropy(head(x), y).backward()
+        optimizer.step(num_samples=N)
+    corrected = optimizer.preconditioner.eigenvalues
+    assert corrected is not None
+    for name in "ab":
+        scales, factors = corrected.scales(name), optimizer.preconditioner.factors()[name]
+        assert scales is not None
+        # Rows m and gradients g of one layer: E‖g‖²‖m‖² is what the scales add up to.
+        rows = torch.cat([x, torch.ones(N, 1, dtype=x.dtype)], dim=1)
+        with torch.no_grad():
+            z = getattr(net, name)(x)
+        gradients = z.softmax(dim=1) - F.one_hot(y, 3)
+        expected = float((gradients.square().sum(dim=1) * rows.square().sum(dim=1)).mean())
+        assert float(scales.sum()) == pytest.approx(expected, rel=1e-5)
+        assert float(factors.G.trace()) == pytest.approx(float(gradients.square().sum(dim=1).mean()), rel=1e-5)
+
+
+def test_scales_of_layers_used_by_turns() -> None:
+    commit = EigenvalueCorrection.commit
+
+    def counts_all(self: Any, rho: float, num_samples: float, factor: float) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for layer in self._layers.values():
+                patch.setattr(type(layer), "has_gradient", True)
+            commit(self, rho, num_samples, factor)
+
+    assert_caught(law_scales_of_layers_used_by_turns, EigenvalueCorrection, "commit", counts_all)
+
+
+def test_a_step_in_which_no_layer_with_factors_has_a_gradient_is_the_plain_one() -> None:
+    x, y = data()
+    edge_index = torch.randint(0, N, (2, 60), generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(1)
+    conv = pyg.GATConv(5, 3).double()
+    optimizer = NaturalGradient(conv, momentum=0.0)
+    for step in range(3):
+        if step == 2:
+            conv.lin.requires_grad_(False)
+            conv.bias.requires_grad_(False)
+            before = conv.att_src.detach().clone()
+        optimizer.zero_grad()
+        F.cross_entropy(conv(x, edge_index), y).backward()
+        gradient = None if conv.att_src.grad is None else conv.att_src.grad.clone()
+        optimizer.step(num_samples=N)
+    assert torch.allclose(conv.att_src, before - optimizer.param_groups[0]["lr"] * gradient, rtol=1e-12)
+    optimizer.zero_grad()
+    with pytest.raises(UserError, match="found no gradient"):
+        optimizer.step(num_samples=N, finite=True)
+
+
+@pytest.mark.parametrize("update", ["mean_gradient", "momentum", "adam_eigenbasis"])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -5])
+def test_a_step_that_is_refused_changes_nothing(update: Any, wrong: float) -> None:
+    """At a factor step (the third) and at another (the fourth), and a right call goes on from there."""
+
+    def weights(refused_at: int | None) -> Tensor:
+        net, (x, y) = network(), data()
+        optimizer = NaturalGradient(net, update=update, loss_reduction="sum")
+        for step in range(5):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y, reduction="sum").backward()
+            if step == refused_at:
+                with pytest.raises(UserError, match="is out of range; give the number of seeds"):
+                    optimizer.step(num_samples=wrong)
+            optimizer.step(num_samples=N)
+        return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+    expected = weights(None)
+    assert torch.equal(weights(2), expected)
+    assert torch.equal(weights(3), expected)
+
+
+def test_outputs_that_were_forgotten_may_be_told_late() -> None:
+    def weights(forgets: bool) -> Tensor:
+        net, (x, y) = network(), data()
+        optimizer = NaturalGradient(net, fisher="monte_carlo")
+        for step in range(3):
+            optimizer.zero_grad()
+            outputs = net(x)
+            F.cross_entropy(outputs, y).backward(retain_graph=True)
+            if forgets and step == 2:
+                with pytest.raises(UserError, match="call observe"):
+                    optimizer.step(num_samples=N)
+            optimizer.observe(outputs)
+            optimizer.step(num_samples=N)
+        return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+    assert torch.equal(weights(True), weights(False))
+
+
+@pytest.mark.parametrize("fisher", ["monte_carlo", "ggn"])
+def test_activation_checkpoints_do_not_change_the_factors(fisher: Any) -> None:
+    x, y = data()
+
+    def factors(with_checkpoint: bool) -> Any:
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+        optimizer = NaturalGradient(net, fisher=fisher)
+        for _ in range(3):
+            optimizer.zero_grad()
+            hidden = net[0](x)
+            inner = net[1:4]
+            hidden = checkpoint(inner, hidden, use_reentrant=False) if with_checkpoint else inner(hidden)
+            outputs = net[4](hidden)
+            optimizer.observe(outputs)
+            F.cross_entropy(outputs, y).backward()
+            optimizer.step(num_samples=N)
+        return optimizer.preconditioner.factors()
+
+    found, expected = factors(True), factors(False)
+    for name in ("0", "2", "4"):
+        assert torch.allclose(found[name].A, expected[name].A, rtol=1e-12)
+        assert torch.allclose(found[name].G, expected[name].G, rtol=1e-12)
+
+
+def test_a_state_of_before_the_first_step_is_gone_on_with_bitwise() -> None:
+    """An input that never changes, of which each step reaches other rows: A is its latest value, not a mean."""
+    x, y = data()
+
+    def begin() -> tuple[Any, NaturalGradient]:
+        net = network()
+        return net, NaturalGradient(net)
+
+    def train(net: Any, optimizer: NaturalGradient) -> Any:
+        for step in range(12):
+            generator = torch.Generator().manual_seed(step)
+            seeds = torch.randperm(N, generator=generator)[:6]
+            optimizer.zero_grad()
+            F.cross_entropy(net(x)[seeds], y[seeds]).backward()
+            optimizer.step(num_samples=6)
+        return [p.detach().clone() for p in net.parameters()], optimizer.preconditioner.factors()["0"].A
+
+    net, optimizer = begin()
+    saved = copy.deepcopy(optimizer.state_dict())
+    expected, expected_a = train(net, optimizer)
+    other, restored = begin()
+    restored.load_state_dict(saved)
+    found, found_a = train(other, restored)
+    assert torch.equal(found_a, expected_a)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert isinstance(restored.preconditioner, KFACPreconditioner)
