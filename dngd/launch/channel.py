@@ -147,6 +147,10 @@ class RunChannel:
 
     # What Ray's controller tells.
 
+    def controlled_by(self, controller: Any) -> None:
+        """Keep Ray's controller, which the driver may have to kill."""
+        self._controller = controller
+
     def group_failed(self, lost: list[int], raised: dict[int, str], controller: Any = None) -> str | None:
         """Keep that an attempt ended, and return why the run is given up; None if workers are to start again.
 
@@ -206,7 +210,7 @@ class RunChannel:
     def waiting(self) -> tuple[float, Any]:
         """Return for how many seconds workers have been expected to run (0.0: they do), and Ray's controller.
 
-        The controller is known after a failure alone.
+        None stands for a controller that does not run yet.
         """
         since = self._waiting_since
         if since is None and self._beats:

@@ -11,14 +11,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -26,6 +23,7 @@ os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 import ray
 import ray.train
 import ray.train.torch
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dngd.comm import Communicator, current_communicator
@@ -33,18 +31,22 @@ from dngd.config import TrainConfig
 from dngd.errors import DivergedError, RunInterrupted, TrainingError, UserError
 from dngd.launch.channel import RunChannel
 from dngd.launch.cluster import Demand, connect, wait_for_resources
+from dngd.launch.fit import fit_in_thread
 from dngd.launch.gauges import Gauges
 from dngd.launch.watch import Watch
 from dngd.paths import expanded
 from dngd.train import EvaluationRecord, RunResult, run_rank
 from dngd.train.heartbeat import Beat, Heartbeat
-from dngd.train.interrupt import NobodyStops
+from dngd.train.interrupt import CtrlC, NobodyStops
 from dngd.train.logs import rank_logs
 from dngd.train.parts import RunParts
 from dngd.train.progress import Reporter, StepRecord, event
 from dngd.train.supervision import Attempt, Supervision
 
 ANSWER_SECONDS = 60.0
+NO_WAIT_SECONDS = 5.0
+"""For the channel's word on a run that is over already."""
+
 MOST_FAILED_STARTS = 20
 
 # Ray's own limits are minutes to unlimited. Ray Train hands the RAY_TRAIN ones on from the driver to its controller.
@@ -103,8 +105,7 @@ def _run_on_ray(config: TrainConfig, reporter: Reporter, parts: RunParts | None,
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     channel = ray.remote(RunChannel).options(num_cpus=0, scheduling_strategy=here).remote(config.ray.max_failures)
     watch = Watch(channel, config, reporter)
-    trainer = _InterruptibleTrainer(
-        watch,
+    trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config={
             "config": config.model_dump(mode="json"),
@@ -117,20 +118,20 @@ def _run_on_ray(config: TrainConfig, reporter: Reporter, parts: RunParts | None,
             name="ray",
             storage_path=folder,
             failure_config=_failure_config(),
-            callbacks=[FailureListener(channel)],
+            callbacks=[FailureListener(channel), StartListener(channel)],
         ),
         torch_config=ray.train.torch.TorchConfig(
             backend=config.collective_backend, timeout_s=int(config.collective_timeout_seconds)
         ),
     )
-    with watch, _own_ctrl_c():
+    with watch, CtrlC(lambda told: watch.ask_to_stop()):
         reporter.message(f"starting {config.num_workers} workers")
         try:
-            trainer.fit()
-        except SystemExit:  # what Ray makes of Ctrl-C
-            raise _given_up(channel) or KeyboardInterrupt from None
+            fit_in_thread(trainer.fit, watch)
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and what Ray makes of SIGTERM
+            raise _given_up(channel, NO_WAIT_SECONDS) or KeyboardInterrupt from None
         except Exception as error:  # Ray wraps what a worker raised in classes of its own
-            raise _given_up(channel) or _cause(error) from error
+            raise _given_up(channel, NO_WAIT_SECONDS if watch.given_up else ANSWER_SECONDS) or _cause(error) from error
     result = ray.get(channel.result.remote(), timeout=ANSWER_SECONDS)
     if result is None and (interruption := ray.get(channel.interruption.remote(), timeout=ANSWER_SECONDS)):
         raise RunInterrupted(**interruption)
@@ -140,43 +141,6 @@ def _run_on_ray(config: TrainConfig, reporter: Reporter, parts: RunParts | None,
         )
     result["history"] = [EvaluationRecord(**item) for item in result["history"]]
     return RunResult(**result)
-
-
-@contextmanager
-def _own_ctrl_c() -> Iterator[None]:
-    """Give Ctrl-C back to what had it before: Ray, and the below, keep it."""
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        if is_main_thread:
-            signal.signal(signal.SIGINT, before)
-
-
-class _InterruptibleTrainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
-    """A first Ctrl-C lets the workers end a step and write a checkpoint; a second one is Ray's, which aborts them."""
-
-    def __init__(self, watch: Watch, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._watch = watch
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        before = signal.getsignal(signal.SIGINT)
-        super()._register_sigint_handler(controller)
-        abort = signal.getsignal(signal.SIGINT)
-        if before == signal.SIG_IGN or not callable(abort):
-            return
-        asked = False
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            nonlocal asked
-            if asked or self._watch.gave_up:
-                abort(number, frame)
-            asked = True
-            self._watch.ask_to_stop()
-
-        signal.signal(signal.SIGINT, handle)
 
 
 class _ChannelStops(NobodyStops):
@@ -215,6 +179,17 @@ def _failure_config() -> Any:
     """Ray starts lost workers again without end: how often it may is counted by RunChannel, which knows of
     checkpoints, and how long it may take is bounded by Watch. Its own count is of starts that fail."""
     return ray.train.FailureConfig(max_failures=-1, controller_failure_limit=MOST_FAILED_STARTS)
+
+
+class StartListener(ControllerCallback):  # type: ignore[misc]
+    """Runs in Ray's controller: tells the channel of it, for the driver to kill it if it does not answer."""
+
+    def __init__(self, channel: Any) -> None:
+        self._channel = channel
+
+    def after_controller_start(self, *_: Any) -> None:
+        """Hear that it started."""
+        self._channel.controlled_by.remote(ray.get_runtime_context().current_actor)
 
 
 class FailureListener(ray.train.UserCallback):  # type: ignore[misc]
@@ -353,10 +328,10 @@ class RayReporter:
             self._channel.put.remote(item)
 
 
-def _given_up(channel: Any) -> Exception | None:
-    """Return why the channel gave the run up, as an exception; None if it did not."""
+def _given_up(channel: Any, seconds: float = ANSWER_SECONDS) -> Exception | None:
+    """Return why the channel gave the run up, as an exception; None if it did not, or is silent for some seconds."""
     try:
-        verdict = ray.get(channel.verdict.remote(), timeout=ANSWER_SECONDS)
+        verdict = ray.get(channel.verdict.remote(), timeout=seconds)
     except ray.exceptions.RayError:
         return None
     if verdict is None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -30,13 +29,20 @@ NODE_SECONDS = 60.0
 NOTICE_SECONDS = 20.0
 """A recovery that takes longer than this is told of while it goes on."""
 
+CONTROLLER_NOTICE_SECONDS = 60.0
+"""Ray's controller answers nobody while it starts or stops workers; a silence longer than this is told of."""
+
+MOST_LOOK_SECONDS = 60.0
+"""Of a longer time between two looks this much counts as silence of the others: the driver itself was stopped."""
+
 
 class Watch:
     """A thread that looks after a run while the context is open; what is left to relay is relayed when it closes.
 
     channel: the actor of RunChannel. A worker that is silent, or keeps the others waiting, for
     ray.stall_timeout_seconds is killed, whereupon Ray starts the workers again. Where none runs within
-    ray.recovery_timeout_seconds of the start or of a failure, the run is given up.
+    ray.recovery_timeout_seconds of the start or of a failure, or where the channel or Ray's controller does not answer
+    for as long, the run is given up: given_up says why, and Ray's controller is killed.
     """
 
     def __init__(self, channel: Any, config: TrainConfig, reporter: Reporter) -> None:
@@ -49,15 +55,28 @@ class Watch:
         self._noticed = False
         self._failed = False
         self._stop_wanted = False
-        self.gave_up = False
-        """Whether this watch itself sent the SIGINT that ends the run."""
-        self._is_main_thread = threading.current_thread() is threading.main_thread()
+        self._looked = time.monotonic()
+        self._question: Any = None
+        self._waited: float | None = None  # what the channel answered last; None: nothing yet
+        self._before_channel = 0.0  # of the present wait, what had passed when the channel's clock began
+        self._silent = 0.0
+        self._controller: Any = None
+        self._controller_question: Any = None
+        self._controller_silent = 0.0
+        self._controller_noticed = False
+        self.given_up: str | None = None
+        """Why this watch gave the run up, in a sentence; None if it did not."""
 
     def ask_to_stop(self) -> None:
         """Let the run end after a step, as soon as this can be told; may be called in a signal's handler."""
         self._stop_wanted = True
 
+    def end_controller(self) -> None:
+        """Let Ray's controller be killed, and with it its workers. Returns at once, whether or not Ray answers."""
+        self._beside(self._kill_controller)
+
     def __enter__(self) -> Watch:
+        self._looked = time.monotonic()
         self._thread.start()
         return self
 
@@ -72,6 +91,10 @@ class Watch:
         looked = time.monotonic()
         told = False
         while not self._stop.wait(RELAY_SECONDS):
+            if self._waited is None:
+                # The channel does not run yet: it has nothing to relay, and questions would only hold this thread up.
+                self._quietly(self._bound_waiting)
+                continue
             self._quietly(self._relay)
             if self._stop_wanted and not told:
                 told = True
@@ -137,29 +160,83 @@ class Watch:
             ray.get(self._channel.located.remote(beat, *place), timeout=ANSWER_SECONDS)
 
     def _bound_waiting(self) -> None:
-        seconds, controller = ray.get(self._channel.waiting.remote(), timeout=ANSWER_SECONDS)
+        if self.given_up is not None:
+            return
+        seconds = self._seconds_waiting()
         limit = self._config.ray.recovery_timeout_seconds
+        longer = "wait longer with --set ray.recovery_timeout_seconds=N"
         if seconds <= NOTICE_SECONDS:
             self._noticed = False
         elif not self._noticed:
             self._noticed = True
             self._reporter.message(f"waiting up to {limit:.0f} s for the cluster to run {_wanted(self._config)}")
-        if seconds <= limit:
+        if self._controller_silent <= CONTROLLER_NOTICE_SECONDS:
+            self._controller_noticed = False
+        elif not self._controller_noticed and not self._noticed:
+            self._controller_noticed = True
+            self._reporter.message(f"waiting up to {limit:.0f} s for Ray's controller to answer")
+        if seconds > limit:
+            self._give_up(
+                f"the cluster did not run {_wanted(self._config)} within {limit:.0f} s; go on with --resume when it "
+                f"has nodes, allow fewer with --min-workers, or {longer}"
+            )
+        elif self._silent > limit:
+            self._give_up(
+                f"the actor on this node that hears of the workers (RunChannel) did not answer for {limit:.0f} s; go "
+                f"on with --resume, or {longer}"
+            )
+        elif self._controller_silent > limit:
+            self._give_up(
+                f"Ray's controller (TrainController, on this node) did not answer for {limit:.0f} s; go on with "
+                f"--resume, or {longer}"
+            )
+
+    def _seconds_waiting(self) -> float:
+        """Return for how many seconds workers have been expected to run (0.0: they do), and note who is silent.
+
+        While the channel does not answer the driver's own clock goes on; that of the start begins with this watch.
+        """
+        now = time.monotonic()
+        passed = min(now - self._looked, MOST_LOOK_SECONDS)
+        self._looked = now
+        self._silent += passed
+        self._controller_silent += passed
+        if self._question is None:
+            self._question = self._channel.waiting.remote()
+        if ray.wait([self._question], timeout=LOOK_SECONDS)[0]:
+            question, self._question = self._question, None
+            # A channel that is gone answers with an error: it stays silent.
+            with contextlib.suppress(ray.exceptions.RayError):
+                seconds, self._controller = ray.get(question, timeout=ANSWER_SECONDS)
+                if self._waited is None:
+                    self._before_channel = max(0.0, self._silent - seconds)
+                elif seconds < self._waited:  # another wait than the last one
+                    self._before_channel = 0.0
+                self._waited, self._silent = seconds, 0.0
+        self._ask_controller()
+        return 0.0 if self._waited == 0.0 else (self._waited or 0.0) + self._before_channel + self._silent
+
+    def _ask_controller(self) -> None:
+        if self._controller is None:
+            self._controller_silent = 0.0
             return
-        text = (
-            f"the cluster did not run {_wanted(self._config)} within {limit:.0f} s; go on with --resume when it has "
-            "nodes, allow fewer with --min-workers, or wait longer with --set ray.recovery_timeout_seconds=N"
-        )
-        ray.get(self._channel.give_up.remote(text), timeout=ANSWER_SECONDS)
-        if controller is not None:
-            ray.kill(controller)
-        elif self._is_main_thread:
-            self.gave_up = True
-            os.kill(os.getpid(), signal.SIGINT)  # on which Ray aborts the controller
-        else:
-            # In a thread of somebody's program Ray does not see the signal, and the program would.
-            self._reporter.message(text)
-        self._stop.wait(limit)
+        if self._controller_question is None:
+            self._controller_question = self._controller.__ray_ready__.remote()
+        # One that is gone answers with an error. The end of the run is heard of elsewhere.
+        if ray.wait([self._controller_question], timeout=0)[0]:
+            self._controller_question = None
+            self._controller_silent = 0.0
+
+    def _give_up(self, text: str) -> None:
+        self.given_up = text
+        self._channel.give_up.remote(text)
+        self.end_controller()
+
+    def _kill_controller(self) -> None:
+        if self._controller is None:  # it may have been about to start
+            _, self._controller = ray.get(self._channel.waiting.remote(), timeout=NODE_SECONDS)
+        if self._controller is not None:
+            ray.kill(self._controller)
 
 
 def on_node(node_id: str, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -53,6 +53,13 @@ def test_a_lost_worker_is_named_and_started_again() -> None:
     assert channel.waiting()[0] == 0.0
 
 
+def test_the_controller_is_known_from_its_start() -> None:
+    channel = RunChannel(3)
+    assert channel.waiting()[1] is None
+    channel.controlled_by("controller")
+    assert channel.waiting()[1] == "controller"
+
+
 def test_a_loss_that_its_peers_notice_first_is_still_of_the_one_that_is_gone() -> None:
     channel, _ = begun()
     channel.beat(beat(0, "reduce", 5))
