@@ -340,6 +340,13 @@ def weights_file(tensors: Mapping[str, Tensor], said: Mapping[str, str]) -> byte
     return len(text).to_bytes(HEADER_LENGTH_BYTES, "little") + text + data[end:]
 
 
+def said_in(data: bytes) -> dict[str, str]:
+    """Return the metadata of a file that `weights_file` made."""
+    end = HEADER_LENGTH_BYTES + int.from_bytes(data[:HEADER_LENGTH_BYTES], "little")
+    said: dict[str, str] = json.loads(data[HEADER_LENGTH_BYTES:end])["__metadata__"]
+    return said
+
+
 def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
     data: bytes = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     return data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -26,15 +27,12 @@ class HealthLog:
             file.write(json.dumps({"step": step, "layers": layers}) + "\n")
 
     def keep_up_to(self, step: int) -> None:
-        """Drop what a resumed run writes again: lines after a step, and one that a killed process cut short."""
+        """Drop what a resumed run writes again: lines after a step; and damaged ones, as a killed process leaves."""
         if not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] > step:
-                    break
-            except (ValueError, KeyError, TypeError):
-                break
-            kept.append(line + "\n")
-        replace_file(self._path, "".join(kept).encode())
+        for line in self._path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + b"\n")
+        replace_file(self._path, b"".join(kept))

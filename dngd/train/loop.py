@@ -30,7 +30,15 @@ from dngd.sampling import derive_seed
 from dngd.train.batch import BatchSource, DeviceBatch
 from dngd.train.buffers import RunningStatistics, share_buffers
 from dngd.train.callbacks import Callbacks, RunState
-from dngd.train.checkpoint import CheckpointFolder, Snapshot, check_same_run, host_copies, replace_file, weights_file
+from dngd.train.checkpoint import (
+    CheckpointFolder,
+    Snapshot,
+    check_same_run,
+    host_copies,
+    replace_file,
+    said_in,
+    weights_file,
+)
 from dngd.train.checkpoint_writer import CheckpointSchedule, CheckpointWriter
 from dngd.train.divergence import DivergenceMeter
 from dngd.train.health_log import HealthLog
@@ -43,6 +51,7 @@ from dngd.train.metrics import (
     machine,
     peak_gpu_bytes,
     peak_rss_bytes,
+    read_metrics,
     versions,
 )
 from dngd.train.objective import make_objective
@@ -179,7 +188,7 @@ class TrainingLoop:
             written=self.supervision.checkpointed,
         )
         self.schedule = _checkpoint_schedule(config, communicator)
-        self.metrics = MetricsLog(self.folder.metrics, self.metric_name)
+        self.metrics = MetricsLog(self.folder.metrics, self.metric_name, f"{self.folder.shown}/metrics.jsonl")
         self.health = HealthLog(self.folder.health)
         if self.optimizer.preconditioner is not None:
             self.optimizer.preconditioner.inside = self.clock.inside
@@ -522,6 +531,7 @@ class TrainingLoop:
                     "dropped_in_a_row": self.dropped_in_a_row,
                     "dropped_steps": self.dropped_steps,
                     "best_step": self.best.step if self.best else None,
+                    "best": self.best.to_json() if self.best else None,
                     "graph": self.store.name,
                     "graph_digest": self.store.digest,
                 },
@@ -577,8 +587,11 @@ class TrainingLoop:
         self.train_seconds = position["train_seconds"]
         self.epoch_loss, self.epoch_seeds = position["epoch_loss"], position["epoch_seeds"]
         self.dropped_in_a_row, self.dropped_steps = position["dropped_in_a_row"], position["dropped_steps"]
-        # Rank 0 alone reads the run folder; the history decides which evaluation is best so far.
-        self.history = self._broadcast_history(self.metrics.keep_up_to(self.step) if self.comm.rank == 0 else [])
+        # Rank 0 alone reads the run folder. Which evaluation is the best is the checkpoint's to say: it has the model.
+        kept = []
+        if self.comm.rank == 0:
+            kept = self.metrics.keep_up_to(self.step, self._best_of(snapshot), self.reporter.message)
+        self.history = self._broadcast_history(kept)
         self.folder.changed()
         self.best = next((r for r in self.history if r.step == position["best_step"]), None)
         if self.supervision.attempt.number > 1:
@@ -587,6 +600,21 @@ class TrainingLoop:
             self.reporter.message(f"resumed from step {self.step} of {self.plan.total_steps}")
         else:
             self.reporter.message(f"the run is finished (step {self.step}); nothing to do")
+
+    def _best_of(self, snapshot: Snapshot) -> EvaluationRecord | None:
+        """Return the best evaluation that a checkpoint holds; None if there was none before it."""
+        position = snapshot.position
+        if position.get("best") is not None:
+            return EvaluationRecord.from_json(position["best"])
+        if position["best_step"] is None or snapshot.best_model is None:
+            return None
+        # A checkpoint of an earlier dngd: the log has the evaluation, or else the model's file its step and value.
+        for record in read_metrics(self.folder.metrics):
+            if record.step == position["best_step"]:
+                return record
+        value = float(said_in(snapshot.best_model)["val_accuracy"])
+        step, unknown = position["best_step"], math.nan
+        return EvaluationRecord(step / self.plan.steps_per_epoch, step, *(unknown,) * 2, value, *(unknown,) * 2)
 
     def _tell_recovery(self) -> None:
         attempt = self.supervision.attempt

@@ -40,6 +40,18 @@ class EvaluationRecord:
     test_accuracy: float
     train_seconds: float
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the values by name; JSON has no NaN (an epoch without a single kept step has that loss): null."""
+        return {k: None if _is_undefined(v) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, read: dict[str, Any]) -> EvaluationRecord:
+        """Return what `to_json` was made of. Raises TypeError for other names, or values that are no numbers."""
+        values: dict[str, Any] = {k: math.nan if v is None else v for k, v in read.items()}
+        if not isinstance(values.get("step"), int) or not all(isinstance(v, int | float) for v in values.values()):
+            raise TypeError("a value is no number")
+        return cls(**values)
+
 
 @dataclass
 class RunResult:
@@ -102,46 +114,68 @@ def _is_undefined(value: object) -> bool:
 
 
 class MetricsLog:
-    """RUN/metrics.jsonl: one line an evaluation. metric: what its accuracies are."""
+    """RUN/metrics.jsonl: one line an evaluation. metric: what its accuracies are. shown: what messages call it."""
 
-    def __init__(self, path: Path, metric: str = "accuracy") -> None:
+    def __init__(self, path: Path, metric: str = "accuracy", shown: str | None = None) -> None:
         self._path = path
         self._metric = metric
+        self._shown = shown or str(path)
 
     def append(self, record: EvaluationRecord) -> None:
         """Add a line."""
         with open(self._path, "a") as file:
             file.write(self._line(record))
 
-    def keep_up_to(self, step: int) -> list[EvaluationRecord]:
-        """Drop lines after a step (a resumed run writes them again) and return the others."""
-        records = [record for record in read_metrics(self._path) if record.step <= step]
+    def keep_up_to(
+        self, step: int, best: EvaluationRecord | None = None, tell: Callable[[str], None] = lambda text: None
+    ) -> list[EvaluationRecord]:
+        """Drop lines after a step (a resumed run writes them again) and return the others.
+
+        best: the evaluation that the checkpoint of that step holds as the best, which is among the others whether or
+        not its line is there. tell: hears once of lines that are lost, but for a last one that was cut short.
+        """
+        found, damaged, torn = _read_lines(self._path)
+        records = [record for record in found if record.step <= step]
+        if best is not None:
+            is_lost = all(record.step != best.step for record in records)
+            records = sorted([r for r in records if r.step != best.step] + [best], key=lambda record: record.step)
+            if damaged or (is_lost and not torn):
+                what = f"{damaged} damaged line{'s' if damaged > 1 else ''}" if damaged else "lines lost"
+                tell(
+                    f"warning: {self._shown} had {what}, which the run goes on without; its best evaluation, of step "
+                    f"{best.step} with validation {self._metric} {best.val_accuracy:.4f}, is the checkpoint's"
+                )
         lines = "".join(self._line(record) for record in records)
         replace_file(self._path, lines.encode())
         return records
 
     def _line(self, record: EvaluationRecord) -> str:
-        # JSON has no NaN: an epoch without a single kept step has a null train_loss.
-        values = {k: None if _is_undefined(v) else v for k, v in asdict(record).items()}
+        values = record.to_json()
         if self._metric != "accuracy":
             values["metric"] = self._metric
         return json.dumps(values) + "\n"
 
 
 def read_metrics(path: Path) -> list[EvaluationRecord]:
-    """Return metrics.jsonl's records; a last line cut short by a killed process is left out."""
+    """Return metrics.jsonl's records; damaged lines, as a last one cut short by a killed process, are left out."""
+    return _read_lines(path)[0]
+
+
+def _read_lines(path: Path) -> tuple[list[EvaluationRecord], int, bool]:
+    """Return the records, the number of damaged lines before the last, and whether the last is damaged."""
     if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(errors="replace").splitlines():
+        return [], 0, False
+    records: list[EvaluationRecord] = []
+    damaged, torn = 0, False
+    for line in path.read_bytes().splitlines():
+        damaged, torn = damaged + torn, False
         try:
             read: dict[str, Any] = json.loads(line)
             read.pop("metric", None)
-            values: dict[str, Any] = {k: math.nan if v is None else v for k, v in read.items()}
-            records.append(EvaluationRecord(**values))
-        except (json.JSONDecodeError, TypeError, AttributeError):
-            break
-    return records
+            records.append(EvaluationRecord.from_json(read))
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            torn = True
+    return records, damaged, torn
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ import json
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,16 @@ import numpy as np
 import pytest
 
 import dngd
+from dngd.comm import LocalCommunicator
 from dngd.errors import UserError
 from dngd.graph import GraphStore
-from dngd.train import hold_run_folder, run_folder
+from dngd.train import hold_run_folder, run_folder, run_rank
+from dngd.train.checkpoint import CheckpointFolder, Snapshot
 from dngd.train.evaluate_run import evaluate_run
+from dngd.train.evaluation import ExactEvaluator, Scores
 from dngd.train.metrics import read_metrics, read_result
 from dngd.train.predict import predict_run
+from dngd.train.progress import SilentReporter
 from dngd.train.run_folder import default_run_dir
 
 
@@ -30,6 +36,16 @@ def config(dataset: str, run_dir: Path, **changes: Any) -> dngd.TrainConfig:
 
 def fit(configuration: dngd.TrainConfig) -> dngd.RunResult:
     return dngd.Trainer(configuration, quiet=True).fit()
+
+
+class Listener(SilentReporter):
+    """Keeps messages."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.texts.append(text)
 
 
 @pytest.fixture
@@ -157,13 +173,101 @@ def test_less_than_was_done_is_refused(store: GraphStore, tmp_path: Path) -> Non
     assert fit(config(str(store.path), run, resume=True, epochs=3)).steps == steps
 
 
-def test_a_damaged_byte_ends_the_metrics_there(store: GraphStore, tmp_path: Path) -> None:
+def test_a_damaged_line_of_the_metrics_is_left_out(store: GraphStore, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    fit(config(str(store.path), run, epochs=2))
+    fit(config(str(store.path), run, epochs=3))
     path = run / "metrics.jsonl"
-    first, second = path.read_bytes().splitlines()
-    path.write_bytes(first + b"\n\xff" + second + b"\n")
-    assert len(read_metrics(path)) == 1
+    first, second, third = path.read_bytes().splitlines()
+    steps = [record.step for record in read_metrics(path)]
+    for damaged in (b"\xff" + second, b"\0" * 50, b"[]", second.replace(b"{", b'{"other": 1, ', 1), b'{"step": 1}'):
+        path.write_bytes(first + b"\n" + damaged + b"\n" + third + b"\n")
+        assert [record.step for record in read_metrics(path)] == [steps[0], steps[2]]
+
+
+def damage_nothing(path: Path) -> None:
+    return None
+
+
+def remove_lines(path: Path) -> None:
+    path.unlink()
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def overwrite_with_nul(path: Path) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:1], b"\0" * 50 + b"\n", *lines[2:]]))
+
+
+def tear_a_later_line(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b'{"epoch": 9.0, "st')
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+@pytest.mark.parametrize(
+    ("damage", "warned", "kept"),
+    [
+        (damage_nothing, "", [0, 1, 2, 3]),
+        (tear_a_later_line, "", [0, 1, 2, 3]),
+        (overwrite_with_nul, "had 1 damaged line, which", [0, 1, 2, 3]),
+        (remove_lines, "had lines lost, which", [1, 3]),
+        (empty, "had lines lost, which", [1, 3]),
+    ],
+)
+def test_the_best_is_the_checkpoints_whatever_became_of_the_metrics(
+    store: GraphStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], None],
+    warned: str,
+    kept: list[int],
+    has_record: bool,
+) -> None:
+    """The second evaluation of four is the best; the run goes on after the third, whose metrics.jsonl is damaged.
+
+    has_record: an earlier dngd's checkpoints have the best evaluation's step and model alone.
+    """
+    values = iter([0.5, 0.8, 0.6, 0.7])
+    original = ExactEvaluator.scores
+
+    def scores(self: ExactEvaluator, *arguments: Any) -> dict[str, Scores]:
+        found = original(self, *arguments)
+        return found | {"val": replace(found["val"], accuracy=next(values))}
+
+    monkeypatch.setattr(ExactEvaluator, "scores", scores)
+    if not has_record:
+        write = CheckpointFolder._write
+
+        def older(self: CheckpointFolder, snapshot: Snapshot, *arguments: Any) -> None:
+            position = {name: value for name, value in snapshot.position.items() if name != "best"}
+            write(self, replace(snapshot, position=position), *arguments)
+
+        monkeypatch.setattr(CheckpointFolder, "_write", older)
+    run = tmp_path / "run"
+    per_epoch = dngd.Trainer(config(str(store.path), run)).plan().total_steps
+    before = fit(config(str(store.path), run, epochs=4, max_steps=3 * per_epoch))
+    best_model = (run / "model.safetensors").read_bytes()
+    steps = [record.step for record in before.history]
+    damage(run / "metrics.jsonl")
+
+    told = Listener()
+    with hold_run_folder(config(str(store.path), run, epochs=4, resume=True), told.message) as prepared:
+        after = run_rank(prepared, LocalCommunicator(), told)
+    assert (after.best_val_accuracy, after.steps) == (0.8, 4 * per_epoch)
+    assert (run / "model.safetensors").read_bytes() == best_model
+    said = [text for text in told.texts if "metrics.jsonl" in text]
+    assert len(said) == bool(warned)
+    if warned:
+        assert warned in said[0]
+        assert f"of step {steps[1]} with validation accuracy 0.8000" in said[0]
+    wanted = [step for k, step in enumerate([*steps, 4 * per_epoch]) if k in kept]
+    assert [record.step for record in after.history] == wanted
+    assert [record.step for record in read_metrics(run / "metrics.jsonl")] == wanted
+    if has_record:
+        assert after.test_accuracy == before.test_accuracy
+        assert after.seconds_to_best_val == before.seconds_to_best_val
 
 
 def test_a_finished_run_that_was_moved_stays_where_it_is(store: GraphStore, tmp_path: Path) -> None:
