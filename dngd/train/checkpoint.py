@@ -229,17 +229,16 @@ def complete_checkpoints(path: Path) -> list[Path]:
     return sorted(p for p in path.iterdir() if p.name.startswith(PREFIX) and p.is_dir())
 
 
-def newest_identity(names: list[str], read: Callable[[str], bytes | None]) -> dict[str, Any] | None:
-    """Return the fields that define the run of the newest checkpoint whose `state.json` is what was written; None
-    without one, and for a newer format. names: the checkpoints' folders, oldest first. read: returns a folder's
-    state.json; None, or an OSError, if there is none."""
+def newest_state(names: list[str], read: Callable[[str], bytes | None]) -> dict[str, Any] | None:
+    """Return the `state.json` of the newest checkpoint in which it is what was written; None without one, and for a
+    newer format. names: the checkpoints' folders, oldest first. read: returns a folder's state.json; None, or an
+    OSError, if there is none."""
     for name in reversed(names):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, DamagedError):
             data = read(name)
             if data is not None:
                 state = _state(data)
-                identity: dict[str, Any] = state["identity"]
-                return identity if state["format_version"] <= FORMAT_VERSION else None
+                return state if state["format_version"] <= FORMAT_VERSION else None
     return None
 
 

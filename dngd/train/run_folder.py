@@ -17,11 +17,10 @@ from dngd.errors import UserError
 from dngd.graph import cache_folder, folder_lock, graph_at
 from dngd.paths import expanded
 from dngd.train.checkpoint import (
-    PREFIX,
     STATE_NAME,
     check_same_run,
     complete_checkpoints,
-    newest_identity,
+    newest_state,
     replace_file,
 )
 from dngd.train.remote_files import CHECKPOINTS, RemoteFiles
@@ -123,13 +122,13 @@ def check_run_folder(config: TrainConfig) -> Path:
     if saved is not None:
         check_same_run(TrainConfig(**saved).identity(), config.identity())
         # What was left open in a configuration that another dngd wrote may stand for something else by now.
-        reached = _newest_identity(path, remote)
+        reached = _newest_state(path, remote)
         if reached is not None:
             fix = (
                 f"{shown}/{CONFIG_NAME} has another, or leaves open what stood for something else when the run began: "
                 "write the run's own in there, or give another --run-dir"
             )
-            check_same_run(reached, config.identity(), fix)
+            check_same_run(reached["identity"], config.identity(), fix)
     if remote is None and path.exists() and not path.is_dir():
         raise UserError(f"run folder {shown} is a file; give another --run-dir")
     if saved is None and (remote.names() if remote is not None else path.is_dir() and any(path.iterdir())):
@@ -140,22 +139,20 @@ def check_run_folder(config: TrainConfig) -> Path:
 
 
 def reached_step(config: TrainConfig) -> int:
-    """Return the step of the newest checkpoint in a run folder, here or at an address; 0 without one."""
+    """Return the step of the newest checkpoint in a run folder, here or at an address, whose state.json is good; 0
+    without one."""
     assert config.run_dir is not None
-    if config.run_address is not None:
-        names = RemoteFiles(config.run_address).checkpoints()
-    else:
-        names = [path.name for path in complete_checkpoints(RunFolder(expanded(config.run_dir)).checkpoints)]
-    steps = [name.removeprefix(PREFIX) for name in names]
-    return max((int(step) for step in steps if step.isdecimal()), default=0)
+    remote = None if config.run_address is None else RemoteFiles(config.run_address)
+    state = _newest_state(config.run_dir if remote is not None else expanded(config.run_dir), remote)
+    return 0 if state is None else int(state["step"])
 
 
-def _newest_identity(path: Path, remote: RemoteFiles | None) -> dict[str, Any] | None:
+def _newest_state(path: Path, remote: RemoteFiles | None) -> dict[str, Any] | None:
     if remote is not None:
-        return newest_identity(remote.checkpoints(), lambda name: remote.read(f"{CHECKPOINTS}/{name}/{STATE_NAME}"))
+        return newest_state(remote.checkpoints(), lambda name: remote.read(f"{CHECKPOINTS}/{name}/{STATE_NAME}"))
     folder = RunFolder(path).checkpoints
     names = [checkpoint.name for checkpoint in complete_checkpoints(folder)]
-    return newest_identity(names, lambda name: (folder / name / STATE_NAME).read_bytes())
+    return newest_state(names, lambda name: (folder / name / STATE_NAME).read_bytes())
 
 
 @contextmanager

@@ -173,6 +173,16 @@ def test_less_than_was_done_is_refused(store: GraphStore, tmp_path: Path) -> Non
     assert fit(config(str(store.path), run, resume=True, epochs=3)).steps == steps
 
 
+def test_only_good_checkpoints_say_how_far_a_run_is(store: GraphStore, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    steps = fit(config(str(store.path), run)).steps
+    (run / "checkpoints" / "step-99999999").mkdir()
+    damaged = run / "checkpoints" / "step-99999998"
+    damaged.mkdir()
+    (damaged / "state.json").write_text('{"step": 99999998, "format_version": 1, "checksum": "0"}')
+    assert fit(config(str(store.path), run, resume=True, epochs=2)).steps == 2 * steps
+
+
 def test_a_damaged_line_of_the_metrics_is_left_out(store: GraphStore, tmp_path: Path) -> None:
     run = tmp_path / "run"
     fit(config(str(store.path), run, epochs=3))
