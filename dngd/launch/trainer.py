@@ -28,7 +28,7 @@ from dngd.train.plan import check_device, check_fits, with_samplers
 from dngd.train.predict import Predictions, predict_run, probabilities_of_run
 from dngd.train.progress import ConsoleReporter, Reporter, SilentReporter
 from dngd.train.remote_run import readable_folder, send_report
-from dngd.train.run_folder import reached_step
+from dngd.train.run_folder import check_graph_of_run, reached_step
 from dngd.train.scoring import CustomMetric
 from dngd.train.supervision import Supervision
 from dngd.train.task import split_of
@@ -97,6 +97,7 @@ class Trainer:
         if config.engine == "local":
             check_device(config)
         store = open_dataset(config, StageMessages(tell or (lambda text: None)))
+        check_graph_of_run(config, store)
         plan = make_plan(config, store, split_of(config, store), self._parts.own_module(config, store))
         # On a cluster the workers check their own nodes; a local Ray puts them all on this machine.
         elsewhere = config.engine == "ray" and bool(config.ray.address or os.environ.get("RAY_ADDRESS"))

@@ -69,7 +69,7 @@ from dngd.train.parts import RunParts, check_outputs, make_module
 from dngd.train.placement import choose_placement, free_gpu_bytes, place_features
 from dngd.train.plan import check_fits, device_of, make_plan, with_samplers
 from dngd.train.progress import Reporter, StepRecord
-from dngd.train.run_folder import RunFolder, resume_command, spill_folders
+from dngd.train.run_folder import RunFolder, check_same_graph, resume_command, spill_folders
 from dngd.train.semi import SemiSupervision
 from dngd.train.sources import BatchSources
 from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
@@ -564,11 +564,7 @@ class TrainingLoop:
             return
         check_same_run(snapshot.identity, self.config.identity())
         position: dict[str, Any] = snapshot.position
-        if position["graph_digest"] != self.store.digest:
-            raise UserError(
-                f"the run in {self.folder.shown} was trained on another graph ({position['graph']!r} with other "
-                f"content than this {self.store.name!r}); resume with the --dataset that it was started with"
-            )
+        check_same_graph(position, self.store, self.folder.shown)
         load_weights(self.model, snapshot.model, f"the checkpoint of step {snapshot.step} in {self.folder.shown}")
         load_moments(self.optimizer.torch_optimizer, snapshot.optimizer)
         if self.optimizer.average is not None:

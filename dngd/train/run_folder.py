@@ -6,7 +6,7 @@ import itertools
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from dngd.config import TrainConfig, address_of_run
 from dngd.config_text import parse_yaml, read_yaml
 from dngd.errors import UserError
-from dngd.graph import cache_folder, folder_lock, graph_at
+from dngd.graph import GraphStore, cache_folder, folder_lock, graph_at
 from dngd.paths import expanded
 from dngd.train.checkpoint import (
     STATE_NAME,
@@ -145,6 +145,27 @@ def reached_step(config: TrainConfig) -> int:
     remote = None if config.run_address is None else RemoteFiles(config.run_address)
     state = _newest_state(config.run_dir if remote is not None else expanded(config.run_dir), remote)
     return 0 if state is None else int(state["step"])
+
+
+def check_graph_of_run(config: TrainConfig, store: GraphStore) -> None:
+    """Raise UserError if the run that is gone on with was trained on another graph: before its folder is touched."""
+    if not config.resume:
+        return
+    assert config.run_dir is not None
+    remote = None if config.run_address is None else RemoteFiles(config.run_address)
+    path = config.run_dir if remote is not None else expanded(config.run_dir)
+    state = _newest_state(path, remote)
+    if state is not None:
+        check_same_graph(state["position"], store, str(path) if remote is None else remote.shown)
+
+
+def check_same_graph(position: Mapping[str, Any], store: GraphStore, shown: str) -> None:
+    """Raise UserError if a checkpoint's position is of another graph than the store. shown: the run, as told."""
+    if position["graph_digest"] != store.digest:
+        raise UserError(
+            f"the run in {shown} was trained on another graph ({position['graph']!r} with other "
+            f"content than this {store.name!r}); resume with the --dataset that it was started with"
+        )
 
 
 def _newest_state(path: Path, remote: RemoteFiles | None) -> dict[str, Any] | None:

@@ -222,7 +222,9 @@ def test_resume_on_another_graph(tmp_path: Path, capsys: pytest.CaptureFixture[s
     from tests.helpers.graphs import small_store
 
     other = small_store(tmp_path / "other", seed=1)
-    assert "another graph" in refused(capsys, *command, str(other.path), "--resume")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert "another graph" in refused(capsys, *command, str(other.path), "--resume", "--epochs", "9")
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
 
 
 def test_a_run_that_will_not_fit(
