@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dngd.bench.comm import CommOptions, run_comm_bench
     from dngd.bench.competitors import Setting, make_settings
     from dngd.bench.graphs import PRODUCTS_SHAPED, open_graph
+    from dngd.bench.loop import LoopOptions, run_loop_bench
     from dngd.bench.paper import PaperOptions, run_paper_bench
     from dngd.bench.pipeline import PipelineOptions, run_pipeline_bench
     from dngd.bench.progress import BenchProgress, progress_for
@@ -23,6 +24,7 @@ _HOME = {
     "AccuracyOptions": "accuracy",
     "BenchProgress": "progress",
     "CommOptions": "comm",
+    "LoopOptions": "loop",
     "PRODUCTS_SHAPED": "graphs",
     "PaperOptions": "paper",
     "PipelineOptions": "pipeline",
@@ -34,6 +36,7 @@ _HOME = {
     "progress_for": "progress",
     "run_accuracy_bench": "accuracy",
     "run_comm_bench": "comm",
+    "run_loop_bench": "loop",
     "run_paper_bench": "paper",
     "run_pipeline_bench": "pipeline",
     "run_scale_bench": "scale",
@@ -45,6 +48,7 @@ __all__ = [
     "AccuracyOptions",
     "BenchProgress",
     "CommOptions",
+    "LoopOptions",
     "PaperOptions",
     "PipelineOptions",
     "ScaleOptions",
@@ -55,6 +59,7 @@ __all__ = [
     "progress_for",
     "run_accuracy_bench",
     "run_comm_bench",
+    "run_loop_bench",
     "run_paper_bench",
     "run_pipeline_bench",
     "run_scale_bench",

@@ -18,18 +18,26 @@ METRIC_WORDS = {"accuracy": "validation accuracy", "roc_auc": "validation ROC-AU
 
 def print_accuracy(result: Mapping[str, Any], console: Console) -> None:
     """Print what run_accuracy_bench returned."""
-    seeds = len(result["config"]["seeds"])
-    for panel in result["panels"]:
-        console.print(_settings_table(panel, seeds))
-        for compared in panel["comparison"]:
-            for group, of in compared["groups"].items():
-                if group != BASELINE:
-                    _line(console, _sentence(compared["target"], group, of))
-        for remark in panel["remarks"]:
-            _line(console, f"Mind: {remark}.")
+    _panels(result, console)
     _line(console, f"Curves: {result['config']['smoothing']}; evaluation is in no time.")
     if result["summary"] is not None:
         _summary(result, console)
+    print_machine(console, result["machine"])
+
+
+def print_loop(result: Mapping[str, Any], console: Console) -> None:
+    """Print what run_loop_bench returned."""
+    _panels(result, console)
+    for group, summary in result["summary"].items():
+        for word, of in zip(("primary", "secondary"), summary):
+            seconds, steps = of["seconds_ratio"], of["steps_ratio"]
+            if seconds is not None and steps is not None:
+                _line(
+                    console,
+                    f"{group} to target {word}, {BASELINE}'s least over its own in {len(of['panels'])} panels: "
+                    f"in the median {seconds['median']:.2f} times in seconds and {steps['median']:.2f} in steps, at "
+                    f"the worst {seconds['worst']:.2f} and {steps['worst']:.2f}.",
+                )
     print_machine(console, result["machine"])
 
 
@@ -56,6 +64,18 @@ def print_searches(result: Mapping[str, Any], console: Console) -> None:
                 f"so far {best['best']:.4f}, {best['label']}.",
             )
     _line(console, "The same command without --search-only runs the finals.")
+
+
+def _panels(result: Mapping[str, Any], console: Console) -> None:
+    seeds = len(result["config"]["seeds"])
+    for panel in result["panels"]:
+        console.print(_settings_table(panel, seeds))
+        for compared in panel["comparison"]:
+            for group, of in compared["groups"].items():
+                if group != BASELINE:
+                    _line(console, _sentence(compared["target"], group, of))
+        for remark in panel["remarks"]:
+            _line(console, f"Mind: {remark}.")
 
 
 def _settings_table(panel: Mapping[str, Any], seeds: int) -> Table:

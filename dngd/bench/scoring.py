@@ -77,10 +77,12 @@ class Scorer:
         logits = torch.empty(self._store.num_nodes, self._store.num_classes)
         for ids, rows in self._evaluator.predictions(model, torch.cat(list(parts.values()))):
             logits[ids] = rows.float().cpu()
-        return {name: _scored(logits[nodes], self._store.labels[nodes]) for name, nodes in parts.items()}
+        labels = self._store.labels
+        return {name: score_logits(logits[nodes], labels[nodes], self._metric) for name, nodes in parts.items()}
 
 
-def _scored(logits: Tensor, labels: Tensor) -> Scored:
-    right = (logits.argmax(dim=1) == labels).double().mean()
-    area = roc_auc(logits[:, 1] - logits[:, 0], labels == 1)
-    return Scored(float(F.cross_entropy(logits.double(), labels)), float(right), area)
+def score_logits(logits: Tensor, labels: Tensor, metric: Metric) -> Scored:
+    """Return what logits [n, C] are worth against the labels of the same n nodes."""
+    right = float((logits.argmax(dim=1) == labels).double().mean())
+    score = right if metric == "accuracy" else roc_auc(logits[:, 1] - logits[:, 0], labels == 1)
+    return Scored(float(F.cross_entropy(logits.double(), labels)), right, score)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dngd.cli.bench_accuracy import bench_accuracy, bench_accuracy_overview
+from dngd.cli.bench_loop import bench_loop
 from dngd.cli.bench_network import bench_comm, bench_scale
 from dngd.cli.bench_paper import bench_paper
 from dngd.cli.common import Json, bench_fields, error_console, field_help, out, output_file, print_json
@@ -22,6 +23,7 @@ bench_app = typer.Typer(
 bench_app.command("accuracy")(bench_accuracy)
 bench_app.command("accuracy-overview")(bench_accuracy_overview)
 bench_app.command("comm")(bench_comm)
+bench_app.command("loop")(bench_loop)
 bench_app.command("paper")(bench_paper)
 bench_app.command("scale")(bench_scale)
 

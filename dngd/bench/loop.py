@@ -1,0 +1,299 @@
+"""`dngd bench loop`: a plain full-batch loop over PyG's own layers, with Adam and with NaturalGradient.
+
+What a person has who adds dngd's three lines to a script of their own: none of `dngd train`'s sampling, schedules,
+operators or averages. All settings train the same model on the same graph, in turns, the clock running while one has
+its turn; Adam at several rates, of which the best counts, NaturalGradient as it is made without an argument, and with
+the damping of `default_damping` for the graph. Dropout's draws go with the setting's own steps, not with the turns.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dngd.allocator import keep_freed_memory
+from dngd.bench.competitors import Setting
+from dngd.bench.graphs import open_graph
+from dngd.bench.machine import describe_machine, torch_threads
+from dngd.bench.optimizers import BASELINE, SUBJECT
+from dngd.bench.progress import BenchProgress
+from dngd.bench.runs import RunRecord, evaluation_steps, interleaved, slices
+from dngd.bench.scoring import Metric, Scored, choose_metric, score_logits
+from dngd.bench.step import describe_graph
+from dngd.bench.verdict import aggregate, best_label, judge, remarks
+from dngd.errors import UserError
+from dngd.graph import GraphStore, Split
+from dngd.optim import NaturalGradient, default_damping
+
+DEFAULT = "NaturalGradient"
+"""NaturalGradient(model)."""
+TOLD = "NaturalGradient+default_damping"
+"""NaturalGradient(model, **default_damping(n, C))."""
+
+LAYERS = ("gcn", "sage")
+LONGEST_TURN = 10
+WARMUP_STEPS = 2
+DROPOUT = 0.5
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """What to train. datasets: (name or path, split). models: (gcn or sage, number of layers). rates: Adam's."""
+
+    datasets: Sequence[tuple[str, str]]
+    models: Sequence[tuple[str, int]] = (("gcn", 2),)
+    hidden: int = 64
+    steps: int = 200
+    rates: Sequence[float] = (1e-2, 3e-2, 1e-1)
+    seeds: Sequence[int] = (0, 1, 2)
+    threads: int | None = None
+    data_root: Path | None = None
+    cache_dir: Path | None = None
+
+
+class Stack(nn.Module):
+    """PyG's GCNConv or SAGEConv layers with ReLU and dropout between them, as in PyG's own first examples."""
+
+    def __init__(self, kind: str, widths: Sequence[int]) -> None:
+        super().__init__()
+        from torch_geometric.nn import GCNConv, SAGEConv
+
+        pairs = list(zip(widths, widths[1:]))
+        made = [GCNConv(a, b, cached=True) if kind == "gcn" else SAGEConv(a, b) for a, b in pairs]
+        self.layers = nn.ModuleList(made)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        """Return the logits of all nodes."""
+        for layer in self.layers[:-1]:
+            x = F.dropout(F.relu(layer(x, edge_index)), DROPOUT, self.training)
+        logits: Tensor = self.layers[-1](x, edge_index)
+        return logits
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A graph as PyG has it, split by one seed."""
+
+    store: GraphStore
+    split: Split
+    metric: Metric
+    x: Tensor
+    edge_index: Tensor
+    y: Tensor
+
+
+@dataclass
+class _Run:
+    """A setting's run with one seed; seconds: of training so far, idle_seconds: of them, those on no processor."""
+
+    setting: Setting
+    seed: int
+    graph: _Graph
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    random_state: Tensor
+    step: int = 0
+    seconds: float = 0.0
+    idle_seconds: float = 0.0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    def advance(self, last_step: int) -> None:
+        """Take the steps up to last_step, on the clock."""
+        nodes, graph = self.graph.split.train, self.graph
+        labels = graph.y[nodes]
+        torch.set_rng_state(self.random_state)
+        started, on_cpu = time.perf_counter(), time.process_time()
+        self.model.train()
+        while self.step < last_step:
+            self.optimizer.zero_grad()
+            out = self.model(graph.x, graph.edge_index)
+            F.cross_entropy(out[nodes], labels).backward()  # type: ignore[no-untyped-call]
+            if isinstance(self.optimizer, NaturalGradient):
+                self.optimizer.step(num_samples=len(nodes))
+            else:
+                self.optimizer.step()
+            self.step += 1
+        taken = time.perf_counter() - started
+        self.seconds += taken
+        self.idle_seconds += max(0.0, taken - (time.process_time() - on_cpu))
+        self.random_state = torch.get_rng_state()
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Add a point to the curve, off the clock."""
+        self.model.eval()
+        logits = self.model(self.graph.x, self.graph.edge_index)
+        found: dict[str, Scored] = {}
+        for name, nodes in (("val", self.graph.split.val), ("test", self.graph.split.test)):
+            found[name] = score_logits(logits[nodes], self.graph.y[nodes], self.graph.metric)
+        self.evaluations.append(
+            {
+                "step": self.step,
+                "seconds": self.seconds,
+                "busy_seconds": self.seconds - self.idle_seconds,
+                "val_score": found["val"].score,
+                "test_score": found["test"].score,
+            }
+        )
+
+    def record(self) -> RunRecord:
+        """Return what is kept of the run when its model is gone."""
+        columns = {key: [e[key] for e in self.evaluations] for key in self.evaluations[0]}
+        data = {"seed": self.seed, **columns, "train_seconds": self.seconds, "idle_seconds": self.idle_seconds}
+        return RunRecord(self.setting.label, data)
+
+    def close(self) -> None:
+        """Take hooks off the model."""
+        if isinstance(self.optimizer, NaturalGradient):
+            self.optimizer.preconditioner.close()
+
+
+def run_loop_bench(options: LoopOptions, progress: BenchProgress | None = None) -> dict[str, Any]:
+    """Train on every graph and model and return curves, targets and comparisons as plain data.
+
+    Raises UserError for options that cannot be, before anything is trained.
+    """
+    progress = progress or BenchProgress()
+    _check(options)
+    for dataset, split in options.datasets:
+        _open(options, dataset, split, options.seeds[0])
+    panels = []
+    with torch_threads(options.threads):
+        machine = describe_machine(keeps_memory=keep_freed_memory())
+        for kind, num_layers in options.models:
+            for dataset, split in options.datasets:
+                panels.append(_run_panel(options, dataset, split, kind, num_layers, progress))
+    return {
+        "benchmark": "loop",
+        "machine": machine,
+        "config": {
+            "datasets": [list(pair) for pair in options.datasets],
+            "models": [list(pair) for pair in options.models],
+            "hidden": options.hidden,
+            "steps": options.steps,
+            "rates": list(options.rates),
+            "seeds": list(options.seeds),
+        },
+        "panels": panels,
+        "summary": {group: aggregate(panels, group) for group in (DEFAULT, TOLD)},
+    }
+
+
+def _check(options: LoopOptions) -> None:
+    for flag, value in (("steps", options.steps), ("hidden", options.hidden)):
+        if value < 1:
+            raise UserError(f"{flag}={value} is below 1; give at least 1")
+    if not options.datasets or not options.rates or not options.seeds:
+        raise UserError(
+            "a loop needs a data set, a learning rate of Adam's and a seed; give --datasets, --lrs, --seeds"
+        )
+    for kind, num_layers in options.models:
+        if kind not in LAYERS or num_layers < 1:
+            raise UserError(f"model {kind}:{num_layers} is unknown; give gcn or sage with at least one layer, as gcn:2")
+
+
+def _settings(options: LoopOptions) -> list[Setting]:
+    adam = [Setting(BASELINE, BASELINE, rate) for rate in options.rates]
+    return [*adam, Setting(DEFAULT, SUBJECT, 0.1), Setting(TOLD, SUBJECT, 0.1)]
+
+
+def _open(options: LoopOptions, dataset: str, split_name: str, seed: int) -> _Graph:
+    store = open_graph(dataset, options.data_root, options.cache_dir)
+    targets = torch.repeat_interleave(torch.arange(store.num_nodes), store.indptr.diff())
+    return _Graph(
+        store,
+        store.split(split_name, seed),
+        choose_metric("auto", store),
+        store.features.float().clone(),
+        torch.stack([store.indices.long(), targets]),
+        store.labels.long().clone(),
+    )
+
+
+def _run_panel(
+    options: LoopOptions, dataset: str, split: str, kind: str, num_layers: int, progress: BenchProgress
+) -> dict[str, Any]:
+    settings = _settings(options)
+    graph = _open(options, dataset, split, options.seeds[0])
+    name = f"{graph.store.name} {kind} {num_layers} layers"
+    progress.begin(options.steps * len(settings) * len(options.seeds), name)
+    runs: list[RunRecord] = []
+    for seed in options.seeds:
+        runs += _run_seed(options, _open(options, dataset, split, seed), kind, num_layers, seed, progress)
+    judged = judge(settings, runs, None, [BASELINE])
+    label = best_label(judged, BASELINE)
+    judged["settings"][label]["borders"] = _borders(options, judged["settings"][label])
+    panel = {
+        "name": name,
+        "dataset": graph.store.name,
+        "model": kind,
+        "num_layers": num_layers,
+        "metric": graph.metric,
+        "graph": describe_graph(graph.store, graph.split),
+        **judged,
+    }
+    # What concerns no group alone is said by both.
+    said = dict.fromkeys(remark for group in (DEFAULT, TOLD) for remark in remarks(panel, group))
+    return panel | {"remarks": list(said)}
+
+
+def _borders(options: LoopOptions, of: Mapping[str, Any]) -> list[str]:
+    """Return where Adam's best setting lies at the border of what was tried, so that a better one may lie beyond."""
+    at_rate = len(options.rates) > 1 and of["lr"] in (min(options.rates), max(options.rates))
+    found = {"learning rate": at_rate, "steps": of["best"]["step"] == options.steps}
+    return [name for name, is_there in found.items() if is_there]
+
+
+def _run_seed(
+    options: LoopOptions, graph: _Graph, kind: str, num_layers: int, seed: int, progress: BenchProgress
+) -> list[RunRecord]:
+    """Train all settings with one seed, in turns."""
+    torch.manual_seed(seed)
+    widths = [graph.store.num_features, *[options.hidden] * (num_layers - 1), graph.store.num_classes]
+    initial = Stack(kind, widths)
+    settings = _settings(options)
+    points = evaluation_steps(options.steps)
+    _warm_up(graph, initial)
+    runs = []
+    for setting in settings:
+        model = copy.deepcopy(initial)
+        torch.manual_seed(seed)
+        runs.append(_Run(setting, seed, graph, model, _optimizer(setting, model, graph), torch.get_rng_state()))
+    for run in runs:
+        run.evaluate()
+    evaluated = set(points)
+    for place, last_step in interleaved([slices(points, LONGEST_TURN)] * len(runs)):
+        run = runs[place]
+        taken = last_step - run.step
+        run.advance(last_step)
+        if last_step in evaluated:
+            run.evaluate()
+        progress.advance(taken, f"{graph.store.name} {kind} {num_layers} layers, seed {seed}: {run.setting.label}")
+    for run in runs:
+        run.close()
+    return [run.record() for run in runs]
+
+
+def _optimizer(setting: Setting, model: nn.Module, graph: _Graph) -> torch.optim.Optimizer:
+    if setting.group == BASELINE:
+        return torch.optim.Adam(model.parameters(), lr=setting.lr)
+    if setting.group == DEFAULT:
+        return NaturalGradient(model)
+    return NaturalGradient(model, **default_damping(len(graph.split.train), graph.store.num_classes))
+
+
+def _warm_up(graph: _Graph, initial: nn.Module) -> None:
+    """Take a few steps of each kind on throw-away copies: the first ones pay for what is set up but once."""
+    for setting in (Setting(BASELINE, BASELINE, 1e-3), Setting(DEFAULT, SUBJECT, 0.1)):
+        model = copy.deepcopy(initial)
+        run = _Run(setting, 0, graph, model, _optimizer(setting, model, graph), torch.get_rng_state())
+        run.advance(WARMUP_STEPS)
+        run.close()

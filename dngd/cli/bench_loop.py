@@ -1,0 +1,59 @@
+"""dngd bench loop: a loop of one's own over PyG's layers, Adam against NaturalGradient's defaults."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dngd.cli.common import Json, error_console, field_help, out, output_file, print_json
+from dngd.config import TrainConfig
+from dngd.errors import UserError
+
+
+def bench_loop(
+    datasets: Annotated[
+        str, typer.Option(help="Names or paths, separated by commas; NAME@SPLIT has a split of its own")
+    ] = "products-mini@masks",
+    data_root: Annotated[Path | None, typer.Option(help=field_help("data_root"))] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help=field_help("cache_dir"))] = None,
+    split: Annotated[str, typer.Option(help="masks, public, ...; random ones differ from seed to seed")] = (
+        "random:0.5/0.25/0.25"
+    ),
+    models: Annotated[str, typer.Option(help="KIND:LAYERS, separated by commas; gcn: GCNConv, sage: SAGEConv")] = (
+        "gcn:2"
+    ),
+    hidden: Annotated[int, typer.Option(help=field_help("hidden"))] = 64,
+    steps: Annotated[int, typer.Option(help="Of every setting, all training nodes each")] = 200,
+    rates: Annotated[str, typer.Option("--lrs", help="Adam's learning rates, separated by commas")] = "1e-2,3e-2,1e-1",
+    seeds: Annotated[str, typer.Option(help="Run seeds, separated by commas; curves are averaged over them")] = "0,1,2",
+    threads: Annotated[int | None, typer.Option(help="torch threads [default: torch's own choice]")] = None,
+    output: Annotated[Path | None, typer.Option("--out", help="File that gets the JSON too")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train PyG's layers in a plain full-batch loop: Adam at several rates, and NaturalGradient as it comes."""
+    from dngd.bench import LoopOptions, progress_for, run_loop_bench
+    from dngd.bench.accuracy_tables import print_loop
+    from dngd.bench.competitors import parse_datasets, parse_models, parse_rates, parse_seeds
+
+    output = output_file(output)
+    if "=" in rates or ";" in rates:
+        raise UserError(f"--lrs {rates!r} has a name; here it is Adam's rates alone, e.g. --lrs 3e-3,1e-2")
+    options = LoopOptions(
+        parse_datasets(datasets, split),
+        parse_models(models),
+        hidden=hidden,
+        steps=steps,
+        rates=parse_rates(f"adam={rates}")["adam"],
+        seeds=parse_seeds(seeds),
+        threads=threads,
+        data_root=TrainConfig(dataset="cora", data_root=data_root).data_root_in_use,
+        cache_dir=cache_dir,
+    )
+    with progress_for(error_console()) as progress:
+        result = run_loop_bench(options, progress)
+    if output is not None:
+        output.write_text(json.dumps(result) + "\n")
+    print_json(result) if as_json else print_loop(result, out)
