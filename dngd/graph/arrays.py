@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import scipy.sparse
 import torch
 from torch import Tensor
@@ -68,7 +67,8 @@ def import_arrays(
             "give one number for each edge"
         )
     features = _features(graph, what)
-    labels, num_classes = canonical_labels(_labels(graph.labels, what), graph.num_nodes, None)
+    values = None if graph.labels is None else _numpy(graph.labels)
+    labels, num_classes = canonical_labels(values, graph.num_nodes, None)
     masks = dict(canonical_masks({n: _mask(m, graph.num_nodes) for n, m in graph.masks.items()}, graph.num_nodes))
     check_training_nodes(masks, None if graph.labels is None else labels, what)
     with StoreBuilder(out, num_nodes=graph.num_nodes, weighted=weighted, **options) as builder:
@@ -117,16 +117,6 @@ def _sparse(table: Tensor) -> Any:
         return scipy.sparse.csr_matrix((_numpy(table.coalesce().values()), (rows, columns)), shape=tuple(table.shape))
     parts = (_numpy(table.values()), _numpy(table.col_indices()), _numpy(table.crow_indices()))
     return scipy.sparse.csr_matrix(parts, shape=tuple(table.shape))
-
-
-def _labels(labels: Tensor | None, what: str) -> Any:
-    if labels is None:
-        return None
-    values = _numpy(labels)
-    # Unlabelled nodes are NaN where labels are stored as floating point (as OGB's are).
-    if values.dtype.kind == "f" and np.isnan(values).any():
-        values = np.where(np.isnan(values), -1, values)
-    return values
 
 
 def _mask(mask: Tensor, num_nodes: int) -> Any:

@@ -129,7 +129,8 @@ def canonical_labels(values: Any, num_nodes: int, num_classes: int | None) -> tu
     """Return (labels, number of classes): int64 [num_nodes] with -1 for unlabelled, or of several labels a node int8
     [num_nodes, num_classes] of 0 and 1 with rows of -1.
 
-    values None: no node is labelled. num_classes None: the largest label + 1, or the width; at most MAX_CLASSES.
+    values: NaN is unlabelled too; None: no node is labelled. num_classes None: the largest label + 1, or the width; at
+    most MAX_CLASSES.
     """
     if num_classes is not None and not 0 <= num_classes <= MAX_CLASSES:
         state = "is negative" if num_classes < 0 else f"is above {MAX_CLASSES}, the most that there may be"
@@ -143,13 +144,12 @@ def canonical_labels(values: Any, num_nodes: int, num_classes: int | None) -> tu
         return _label_rows(array, num_nodes, num_classes)
     if array.shape != (num_nodes,):
         raise UserError(f"labels have shape {array.shape} but the graph has {num_nodes} nodes; give one a node")
-    if array.dtype.kind == "f" and np.isfinite(array).all() and (array == np.trunc(array)).all():
-        _refuse_large(array)
-        array = array.astype(np.int64)
+    if array.dtype.kind == "f":
+        array = _whole_labels(array)
     if array.dtype.kind not in "iub":
         raise UserError(
-            f"labels have dtype {array.dtype} with values that are no whole numbers; give class numbers from "
-            "0, -1 for unlabelled nodes"
+            f"labels have dtype {array.dtype}, which are no whole numbers; give class numbers from 0, -1 for "
+            "unlabelled nodes"
         )
     _refuse_large(array)
     classes = max(int(array.max()) + 1, 0) if num_classes is None else num_classes
@@ -161,6 +161,19 @@ def canonical_labels(values: Any, num_nodes: int, num_classes: int | None) -> tu
             "num_classes"
         )
     return array.astype(np.int64, copy=False), classes
+
+
+def _whole_labels(labels: Array) -> Int64Array:
+    """Return labels of floating point as whole numbers, NaN as -1, or raise UserError."""
+    labels = np.where(np.isnan(labels), -1, labels)
+    bad = np.flatnonzero(np.isinf(labels) | (labels != np.trunc(labels)))
+    if len(bad):
+        raise UserError(
+            f"label {labels[bad[0]]} of node {bad[0]} is no whole number ({len(bad)} such labels); give class numbers "
+            "from 0, -1 or NaN for unlabelled nodes"
+        )
+    _refuse_large(labels)
+    return labels.astype(np.int64)
 
 
 def _refuse_large(labels: Array) -> None:
@@ -230,11 +243,15 @@ def canonical_masks(masks: Mapping[str, Any] | None, num_nodes: int) -> dict[str
                 f"the {name} mask has shape {array.shape} but must be ({num_nodes},) or (splits, {num_nodes})"
                 + ("; transpose it" if turned else "; give one entry for each node")
             )
-        if array.dtype.kind not in "biu" or (array.dtype.kind != "b" and not np.isin(array, (0, 1)).all()):
-            raise UserError(
-                f"the {name} mask has dtype {array.dtype} and values other than 0 and 1; give booleans "
-                "(node numbers are turned into a mask by `mask[numbers] = True`)"
-            )
+        fix = "give booleans, or 0 and 1 (node numbers are turned into a mask by `mask[numbers] = True`)"
+        if array.dtype.kind not in "biuf":
+            raise UserError(f"the {name} mask has dtype {array.dtype}; {fix}")
+        if array.dtype.kind != "b":
+            bad = np.argwhere((array != 0) & (array != 1))
+            if len(bad):
+                raise UserError(
+                    f"the {name} mask has {array[tuple(bad[0])]} for node {bad[0][-1]} ({len(bad)} such entries); {fix}"
+                )
         result[name] = array.astype(np.bool_, copy=False)
     return result
 

@@ -1,9 +1,9 @@
 """Importing a graph from one `.npz` file of plain arrays.
 
 Keys: `edge_index` (2, E) and `num_nodes`; features as `x` (N, F) or as compressed sparse rows
-`x_indptr, x_indices, x_data, x_shape`, or none; `edge_weight` (E,); `y` (N,), -1 unlabelled; `train_mask`, `val_mask`,
-`test_mask`, (N,) or (splits, N). Other keys are ignored. Pickled arrays are never loaded. Edges and features are read
-in blocks, so that they may be larger than memory.
+`x_indptr, x_indices, x_data, x_shape`, or none; `edge_weight` (E,); `y` (N,), -1 or NaN unlabelled; `train_mask`,
+`val_mask`, `test_mask` of booleans, or 0 and 1, (N,) or (splits, N). Other keys are ignored. Pickled arrays are never
+loaded. Edges and features are read in blocks, so that they may be larger than memory.
 """
 
 from __future__ import annotations

@@ -245,9 +245,10 @@ def _mask(mask: Any, what: str) -> Tensor:
     if isinstance(mask, Tensor):
         return mask
     values = as_array(mask, what)
-    if values.dtype.kind not in "biu":
+    kinds = {"b": np.bool_, "i": np.int64, "u": np.int64, "f": np.float64}
+    if values.dtype.kind not in kinds:
         raise UserError(f"{what} is a {type(mask).__name__} of {values.dtype}; give a true or false for each node")
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.bool_ if values.dtype.kind == "b" else np.int64))
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=kinds[values.dtype.kind]))
 
 
 def _table(features: Tensor | None) -> Tensor | None:

@@ -31,8 +31,8 @@ class TableColumns:
     labels: Sequence[str] = ()
     """several labels a node: a column of 0 and 1 a class, in the order of the classes; in place of label"""
     split: str | None = None
-    """train, val (valid, validation) or test, or nothing. None: `split`, else boolean train_mask, val_mask (or
-    valid_mask), test_mask, as far as they are there"""
+    """train, val (valid, validation) or test, or nothing. None: `split`, else train_mask, val_mask (or valid_mask),
+    test_mask of booleans, or 0 and 1, as far as they are there"""
     features: Sequence[str] = ()
     """one list column, or numeric ones. Empty: `features` if that is a list, else all other columns, in their order"""
     ignore: Sequence[str] = ()
@@ -157,7 +157,7 @@ def node_columns(table: Table, names: TableColumns) -> NodeColumns:
     )
     _expect(table, labels, _NUMBERS, "of several labels a node each column holds 0 and 1")
     _expect(table, [split], ("string",), "a split is train, val or test")
-    _expect(table, list(masks.values()), ("bool", "int"), "a mask is true or false for each node")
+    _expect(table, list(masks.values()), _NUMBERS, "a mask is true or false for each node")
     for name in masks.values():
         _need(table, name, "--ignore-column")
     label_kinds = _kinds(table, label) if label is not None else set()

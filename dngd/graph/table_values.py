@@ -321,7 +321,8 @@ def numbers(column: Any) -> Array:
 
 
 def _mask_values(column: Any, name: str, file: TableFile, first_row: int) -> npt.NDArray[np.bool_]:
-    values = np.nan_to_num(numbers(column), nan=0)
+    values = numbers(column)
+    values = np.where(np.isnan(values), 0, values)
     bad = np.flatnonzero((values != 0) & (values != 1))
     if len(bad):
         raise UserError(

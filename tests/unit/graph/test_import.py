@@ -60,6 +60,17 @@ def test_a_table_of_many_blocks_is_whole(
     assert import_npz(path, tmp_path / "blocks").manifest.files == whole.manifest.files
 
 
+def test_labels_and_masks_as_floats(npz_arrays: dict[str, Any], tmp_path: Path) -> None:
+    """NaN is no label, and 0.0 and 1.0 are a mask: the store of whole numbers and booleans."""
+    labels, train = np.arange(20) % 3, np.arange(20) < 8
+    labels[[2, 9]] = -1
+    exact = import_npz(save(tmp_path / "g.npz", {**npz_arrays, "y": labels, "train_mask": train}), tmp_path / "exact")
+    floats = {"y": np.where(labels < 0, np.nan, labels), "train_mask": train.astype(np.float32)}
+    store = import_npz(save(tmp_path / "g.npz", {**npz_arrays, **floats}), tmp_path / "floats")
+    assert store.digest == exact.digest
+    assert store.labels.tolist() == labels.tolist()
+
+
 def without(*keys: str) -> Any:
     return lambda a: {k: v for k, v in a.items() if k not in keys}
 
@@ -77,6 +88,12 @@ def without(*keys: str) -> Any:
         (lambda a: {**a, "x_shape": np.array([20])}, "do not fit together"),
         (lambda a: {**a, "x_shape": np.array([20, 2**40])}, "have 1099511627776 columns"),
         (lambda a: {**a, "y": np.arange(20) * 2**36}, "label 1305670057984 of node 19 is beyond 65535.*ids, times"),
+        (lambda a: {**a, "y": np.where(np.arange(20) == 3, 0.5, np.nan)}, r"label 0.5 of node 3 .*\(1 such"),
+        (lambda a: {**a, "y": np.where(np.arange(20) == 3, np.inf, 1)}, r"label inf of node 3 .*\(1 such"),
+        (lambda a: {**a, "y": np.array(["red"] * 20)}, "labels have dtype <U3.*class numbers"),
+        (lambda a: {**a, "train_mask": np.linspace(0, 1, 20)}, r"mask has 0\.05\d* for node 1 \(18 such.*booleans"),
+        (lambda a: {**a, "val_mask": np.append(np.ones(19), np.nan)}, "val mask has nan for node 19"),
+        (lambda a: {**a, "train_mask": np.array(["yes"] * 20)}, "train mask has dtype <U3.*booleans"),
         (lambda a: {**a, "y": np.full(20, 1e30)}, r"label 1000\d+.* is beyond 65535"),
         (lambda a: {**a, "num_nodes": np.int64(21)}, "20 rows but the graph has 21"),
         (lambda a: {**a, "y": np.eye(4, dtype=np.uint8)[np.arange(20) % 4]}, "one-hot"),

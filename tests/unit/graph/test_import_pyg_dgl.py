@@ -137,6 +137,8 @@ def test_masks_and_labels_in_other_forms(tmp_path: Path) -> None:
         {"train_mask": train.numpy(), "y": labels},
         {"train_mask": train.numpy()[::-1], "y": labels.to(torch.bfloat16)},
         {"train_mask": [1, 0, 1], "y": labels.to_sparse()},
+        {"train_mask": [1.0, 0.0, 1.0], "y": labels.double()},
+        {"train_mask": train.to(torch.bfloat16), "y": labels},
         {"train_mask": train.to_sparse(), "y": labels[:, None].to_sparse_csr()},
     ]
     for form in forms:
@@ -187,6 +189,7 @@ EDGES = torch.tensor([[0, 1], [1, 0]])
         (Data(x=torch.ones(2, 1), edge_index=EDGES, edge_weight=torch.ones(2).to_sparse()), "weights .* sparse"),
         ({"x": torch.ones(2, 1), "edge_index": EDGES.to_sparse()}, "source nodes .* sparse"),
         ({"x": torch.ones(2, 1), "edge_index": EDGES, "y": torch.tensor([0, 2**40])}, "is beyond 65535"),
+        ({"x": torch.ones(2, 1), "edge_index": EDGES, "train_mask": [1.0, 2.0]}, "train mask has 2.0 for node 1"),
     ],
 )
 def test_bad_pyg_graphs(tmp_path: Path, graph: Any, words: str) -> None:

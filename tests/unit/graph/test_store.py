@@ -208,7 +208,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"labels": np.full(30, -2)}, "label -2 of node 0 is out of range"),
     ({"labels": np.full((30, 4), 0.5)}, "values other than 0 and 1"),
     ({"labels": np.zeros(29, dtype=int)}, "give one a node"),
-    ({"labels": np.full(30, 0.5)}, "whole numbers"),
+    ({"labels": np.full(30, 0.5)}, "label 0.5 of node 0 is no whole number"),
     ({"masks": {"train": np.ones(29, dtype=bool)}}, "train mask has shape"),
     ({"masks": {"train": np.ones((30, 2), dtype=bool)}}, "transpose"),
     ({"masks": {"train": np.arange(30)}}, "booleans"),

@@ -231,6 +231,14 @@ def test_label_columns_at_the_command_line(tmp_path: Path) -> None:
     assert store.num_features == 1
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "arrow"])
+def test_masks_of_floats(tmp_path: Path, suffix: str) -> None:
+    nodes = node_table([10, 20, 30, 40], train_mask=[1.0, 0.0, None, 1.0], x=[1.0, 2.0, 3.0, 4.0])
+    store = import_tables(small_set(tmp_path / "set", nodes, suffix=suffix), tmp_path / "out")
+    assert store.split_masks["train"].tolist() == [True, False, False, True]
+    assert store.num_features == 1
+
+
 def test_masks_by_column_and_columns_by_name(tmp_path: Path) -> None:
     nodes = node_table(
         [1, 2, 3],
@@ -546,6 +554,7 @@ NAN = float("nan")
         (node_table(NODES, split=["train"] + ["val"] * 3, label=[-1, 0, 1, 0]), None, "none of them has a label"),
         (node_table(NODES, split=[0, 1, 2, 2]), None, "column 'split' .* a split is train, val or test"),
         (node_table(NODES, split=["train"] * 4, train_mask=[True] * 4), None, "tells its split twice"),
+        (node_table(NODES, train_mask=[1.0, 0.5, 0.0, 1.0]), None, "column 'train_mask' .* has 0.5 in row 1"),
         (node_table(NODES, train_mask=[2, 0, 0, 0]), None, "column 'train_mask' .* has 2.* in row 0"),
         (node_table(NODES).slice(0, 0), None, "has no rows"),
         (
