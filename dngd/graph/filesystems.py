@@ -87,8 +87,10 @@ def locate(source: str | Path) -> Location:
 
 
 def shown_address(source: str) -> str:
-    """Return an address without its options and without credentials, should it hold any."""
-    scheme, _, rest = source.partition("://")
+    """Return an address without its options and without credentials, should it hold any; a local path as it is."""
+    scheme, mark, rest = source.partition("://")
+    if not mark:
+        return source
     # Not urlsplit: keys may hold # and @.
     if _holds_credentials(rest):
         rest = rest.rpartition("@")[2] if ":" in rest.partition("/")[0] else rest.partition("@")[2]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import pickle
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -161,7 +162,9 @@ def _mapping(data: Any, what: str, *, is_inner: bool = False) -> dict[str, Any]:
         raise UserError(_foreign(data, what))
     values: dict[str, Any] = to_dict()
     if values.get("num_nodes") is None and values.get("x") is None and values.get("edge_index") is not None:
-        with suppress(IndexError):
+        # Without an array of one row a node PyG counts what edges name, and warns: see _num_nodes.
+        with suppress(IndexError, UserWarning), warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
             values["num_nodes"] = data.num_nodes
     return values
 
@@ -223,7 +226,8 @@ def _arrays(values: dict[str, Any], what: str) -> GraphArrays:
 
 
 def _num_nodes(values: dict[str, Any], edges: Tensor, masks: dict[str, Tensor], what: str) -> int:
-    """Return the number of nodes: rows of x, else what the graph says, else of y or a mask, else what edges name."""
+    """Return the number of nodes: rows of x, else what the graph says, else of y, n_id and the masks, else what edges
+    name: isolated last nodes are in none of these."""
     if values.get("x") is not None:
         return int(values["x"].shape[0])
     said = values.get("num_nodes")
@@ -232,12 +236,24 @@ def _num_nodes(values: dict[str, Any], edges: Tensor, masks: dict[str, Tensor], 
             return operator.index(said)
         except TypeError:
             raise UserError(f"num_nodes of {what} is {said!r}; give one whole number above 0") from None
-    for rows in (values.get("y"), masks.get("train")):
-        if rows is not None and rows.dim():
-            return int(rows.shape[0])
-    if not edges.numel():
-        raise UserError(f"{what} has no edges, and nothing that tells its nodes; give it num_nodes")
-    return int(edges.max()) + 1
+    rows = {key: values[key] for key in ("y", "n_id") if values.get(key) is not None}
+    rows |= {f"{part}_mask": mask for part, mask in masks.items()}
+    # A mask of several splits has them as columns, or as rows.
+    counts = {key: value.shape[: 2 if key.endswith("mask") else 1] for key, value in rows.items() if value.dim()}
+    least = int(edges.max()) + 1 if edges.layout == torch.strided and edges.numel() else 0
+    if not counts:
+        if not least:
+            raise UserError(f"{what} has no edges, and nothing that tells its nodes; give it num_nodes")
+        return least
+    for count in next(iter(counts.values())):
+        if count >= least and all(count in other for other in counts.values()):
+            return int(count)
+    told = ", ".join(f"{key} {' x '.join(map(str, sizes))}" for key, sizes in counts.items())
+    named = f" and edge_index names node {least - 1}" if least else ""
+    raise UserError(
+        f"{what} does not tell how many nodes it has: {told} entries{named}; set data.num_nodes = N, with N entries in "
+        "each"
+    )
 
 
 def _mask(mask: Any, what: str) -> Tensor:

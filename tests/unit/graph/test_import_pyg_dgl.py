@@ -146,6 +146,49 @@ def test_masks_and_labels_in_other_forms(tmp_path: Path) -> None:
             assert import_pyg(graph, tmp_path / "store", overwrite=True).digest == wanted
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "known",
+    [
+        {"y": torch.tensor([0, 1, 0, 1, 1])},
+        {"train_mask": torch.tensor([True, False, True, False, False])},
+        {"train_mask": torch.eye(5, 3).bool(), "test_mask": torch.ones(5, 3).bool()},
+        {"y": torch.tensor([0, 1, 0, 1, 1]), "train_mask": torch.eye(5, 3).bool().T},
+        {"train_mask": torch.eye(5, 3).bool().T.contiguous()},
+        {"y": torch.zeros(5, 2), "n_id": torch.arange(5)},
+        {"n_id": torch.arange(5) + 7},
+        {"num_nodes": 5},
+    ],
+)
+def test_isolated_last_nodes_are_counted_by_what_each_node_has(tmp_path: Path, known: dict[str, Any]) -> None:
+    """Without x the edges alone would end at node 3."""
+    edges = torch.tensor([[0, 1], [1, 3]])
+    torch.save(Data(edge_index=edges, **known), tmp_path / "data.pt")
+    InMemoryDataset.save([Data(edge_index=edges, **known)], str(tmp_path / "dataset.pt"))
+    for source in (Data(edge_index=edges, **known), tmp_path / "data.pt", tmp_path / "dataset.pt"):
+        assert import_pyg(source, tmp_path / "store", overwrite=True).num_nodes == 5
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("known", "told"),
+    [
+        ({"y": torch.zeros(5), "val_mask": torch.ones(6).bool()}, "y 5, val_mask 6 entries and edge_index names node 3"),
+        ({"y": torch.zeros(1)}, "y 1 entries and edge_index names node 3"),
+        ({"y": torch.zeros(5), "train_mask": torch.ones(6, 2).bool()}, "y 5, train_mask 6 x 2 entries"),
+    ],
+)
+def test_what_does_not_agree_on_the_number_of_nodes(tmp_path: Path, known: dict[str, Any], told: str) -> None:
+    data = Data(edge_index=torch.tensor([[0, 1], [1, 3]]), **known)
+    with pytest.raises(UserError, match=rf"{told}.*set data\.num_nodes = N"):
+        import_pyg(data, tmp_path / "store")
+
+
+@pytest.mark.filterwarnings("error")
+def test_edges_alone_tell_their_nodes(tmp_path: Path) -> None:
+    assert import_pyg(Data(edge_index=torch.tensor([[0, 1], [1, 3]])), tmp_path / "store").num_nodes == 4
+
+
 class Bomb:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("exploded",)
