@@ -19,6 +19,11 @@ TaskSplit: TypeAlias = Split | LinkSplit
 def split_of(config: TrainConfig, store: GraphStore) -> TaskSplit:
     """Return the run's split of a graph. Raises UserError if there is none, or the graph has nothing to learn from."""
     if config.task == "node":
+        if store.num_features == 0 and config.model != "custom":
+            raise UserError(
+                f"graph {store.name} has no features, and all that a {config.model} model learns from are features; "
+                "import it with some, such as the nodes' degrees, or give dngd.Trainer a module that needs none"
+            )
         return store.split(config.split, config.seed)
     if store.num_features == 0:
         raise UserError(

@@ -171,6 +171,19 @@ def test_bad_graphs(
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.filterwarnings("error:Initializing zero-element tensors")
+@pytest.mark.parametrize("model", ["gcn", "sage"])
+def test_a_graph_without_features_is_not_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    path = write_npz(tmp_path / "bare.npz", x=np.ones((4, 0), dtype=np.float32))
+    command = ["train", "--dataset", str(path), *BASE, "--split", "random:0.5/0.25/0.25", "--batch-size", "1"]
+    command += ["--model", model, "--run-dir", str(tmp_path / "run")]
+    for flags in ([], ["--dry-run"], ["--batch-size", "full"]):
+        assert "graph bare has no features, and all" in refused(capsys, *command, *flags)
+    assert not (tmp_path / "run").exists()
+
+
 def test_broken_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], store: GraphStore) -> None:
     npz = write_npz(tmp_path / "cut.npz")
     npz.write_bytes(npz.read_bytes()[:-100])

@@ -151,6 +151,29 @@ def test_pygs_gcn_computes_dngds(store: GraphStore) -> None:
     assert torch.allclose(stack(batch), dense_forward(store, ours).float(), atol=1e-4)
 
 
+class OfDegrees(nn.Module):
+    """Reads no features."""
+
+    def __init__(self, shape: dngd.GraphShape) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, shape.num_classes)
+
+    def forward(self, batch: dngd.GraphBatch) -> Tensor:
+        edges = batch.layers[-1]
+        return self.linear(edges.degrees[: edges.num_dst, None].float())
+
+
+def test_a_module_that_reads_no_features_needs_none(tmp_path: Path) -> None:
+    """The built-in models are refused such a graph."""
+    edges = torch.arange(80).reshape(2, 40) % 40
+    GraphStore.write(tmp_path / "bare", features=None, num_nodes=40, edge_index=edges, labels=torch.arange(40) % 2)
+    settings = config(
+        GraphStore.open(tmp_path / "bare"), tmp_path / "run", optimizer="adam", batch_size=5, split="random:.5/.25/.25"
+    )
+    result = dngd.Trainer(settings, module=OfDegrees, quiet=True).fit()
+    assert math.isfinite(result.best_val_accuracy)
+
+
 def test_resuming_a_module_is_bitwise(store: GraphStore, tmp_path: Path) -> None:
     parts = {"module": lambda shape: Twin("sage", shape)}
     whole = trainer(store, tmp_path / "whole", parts, epochs=3).fit()
