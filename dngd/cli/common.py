@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +33,25 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 
 class Interrupted(Exception):
     """Ctrl-C, with a sentence of its own: the parser would make a bare exit code of a KeyboardInterrupt."""
+
+
+@contextmanager
+def told_as_flags(*names: str) -> Iterator[None]:
+    """Tell a UserError of a command in the command line's words: `duplicates='sum'` as `--duplicates sum`.
+
+    names: arguments that have flags; num_nodes is --nodes.
+    """
+    # Not within a path, which may have folders such as name=x.
+    argument = re.compile(rf"(?<![^\s(])({'|'.join(names)})=('[^']*'|[\w.+-]*\w)")
+
+    def flag(found: re.Match[str]) -> str:
+        name = "--" + found[1].removeprefix("num_").replace("_", "-")
+        return name if found[2] == "True" else f"{name} {shlex.quote(found[2].strip(chr(39)))}"
+
+    try:
+        yield
+    except UserError as error:
+        raise UserError(argument.sub(flag, str(error))) from error
 
 
 def field_help(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dngd.cli.common import Json, out, print_json
+from dngd.cli.common import Json, out, print_json, told_as_flags
 from dngd.cli.data_import import data_import
 from dngd.cli.data_partition import partition
 from dngd.errors import UserError
@@ -22,6 +22,9 @@ data_app.command()(partition)
 
 
 @data_app.command()
+@told_as_flags(
+    "name", "num_nodes", "num_edges", "num_classes", "num_features", "homophily", "label_noise", "scale", "seed"
+)
 def synth(
     store: Annotated[Path, typer.Option("--out", help="Folder of the new store")],
     like: Annotated[

@@ -8,13 +8,14 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from dngd.cli.common import Json
+from dngd.cli.common import Json, told_as_flags
 from dngd.errors import UserError
 from dngd.paths import expanded
 
 _TABLES = "Node and edge tables (parquet, csv, arrow)"
 
 
+@told_as_flags("name", "self_loops", "duplicates", "feature_dtype", "add_reverse")
 def data_import(
     source: Annotated[
         str | None,
@@ -113,8 +114,10 @@ def data_import(
     from dngd import graph
     from dngd.cli.data import show_store
     from dngd.cli.progress import data_progress
-    from dngd.graph.filesystems import is_remote
+    from dngd.graph.filesystems import address_of, is_remote
 
+    if source is not None:
+        source = address_of(source).removeprefix("file://")
     columns = {
         "id": id_column,
         "label": label_column,
@@ -194,6 +197,8 @@ def _kind(source: str | None, source_format: str | None, *, tables: bool) -> str
         if source_format not in (None, *TABLE_FORMATS):
             raise UserError(f"--format {source_format} needs a file or folder; give it instead of --edges and --nodes")
         return "tables"
+    if not source.strip():
+        raise UserError("SOURCE is empty; give a file, a folder or an address")
     if source_format is None:
         return guess_format(source)
     check_local(source, source_format)

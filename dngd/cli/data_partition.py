@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dngd.cli.common import Json, out, print_json
+from dngd.cli.common import Json, out, print_json, told_as_flags
 from dngd.errors import UserError
 from dngd.paths import expanded
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dngd.graph import GraphStore, Partition
 
 
+@told_as_flags("parts", "method", "slack", "passes", "seed")
 def partition(
     store: Annotated[Path, typer.Argument(help="Store folder")],
     parts: Annotated[int, typer.Option(help="Number of parts; need not be the number of workers")],

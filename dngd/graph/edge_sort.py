@@ -140,8 +140,8 @@ class EdgeSort:
                 source, destination = self._ends(int(keys[at]))
                 raise UserError(
                     f"edge {source} -> {destination} is given more than once with the weights {weight[at]:g} and "
-                    f"{weight[at + 1]:g}; copies are dropped only when their weights agree: merge them, or pass "
-                    "duplicates='sum' or 'keep'"
+                    f"{weight[at + 1]:g}; copies are dropped only when their weights agree: merge them, or give "
+                    "duplicates='sum' or duplicates='keep'"
                 )
         num_kept = keep_only(first, keys, weight)
         return keys[:num_kept], None if weight is None else weight[:num_kept]

@@ -99,7 +99,12 @@ def make_table(
 ) -> Table:
     """Return the table of these files, at least one. shown: what they were given as. See `open_table`."""
     files = [_table_file(location, table_format) for location in locations]
-    files = [file for file in files if table_format in (None, file.format)]
+    given, files = files, [file for file in files if table_format in (None, file.format)]
+    if not files and len(given) == 1:
+        raise UserError(
+            f"{given[0].shown} is a {given[0].format} file by its name; leave --format out, or rename it if it is a "
+            f"{table_format} file"
+        )
     if not files:
         raise UserError(f"{shown} has no {table_format} files; check --format, or the path of the {what} table")
     formats = {file.format: file for file in files}

@@ -21,7 +21,7 @@ from typing_extensions import Unpack
 from dngd.errors import UserError
 from dngd.graph.builder import RowBlocks, StoreBuilder
 from dngd.graph.canonical import canonical_labels
-from dngd.graph.filesystems import list_files, locate, shown_address
+from dngd.graph.filesystems import address_of, list_files, locate, shown_address
 from dngd.graph.id_map import IdKind, IntegerIds, NodeIds, StringIds, distinct_integers, distinct_strings
 from dngd.graph.import_options import ImportOptions, check_options, check_training_nodes, recorded
 from dngd.graph.manifest import Provenance
@@ -139,7 +139,8 @@ def _open_tables(
         return _Tables(node_table, edge_table, _plain_name(edge_table.name), told)
     if nodes is not None or edges is not None:
         raise UserError(
-            f"{shown_address(str(source))} is given besides --nodes or --edges; give a folder with both tables, or each"
+            f"{shown_address(address_of(source))} is given besides --nodes or --edges; leave it out, or "
+            "give a folder with both tables in their place"
         )
     root = locate(source)
     files = list_files(source)
@@ -158,8 +159,9 @@ def _open_tables(
             f"{root.shown} has no files or folder named edges* (it has: {listed}); rename them, or give --nodes "
             "and --edges"
         )
+    folder = root.shown.rstrip("/")
     made = {
-        kind: make_table(parts[kind], kind[:-1], f"{root.name}/{kind}", table_format, style) if parts[kind] else None
+        kind: make_table(parts[kind], kind[:-1], f"{folder}/{kind}*", table_format, style) if parts[kind] else None
         for kind in parts
     }
     assert made["edges"] is not None

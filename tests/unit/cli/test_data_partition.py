@@ -75,11 +75,11 @@ def test_a_reordered_copy(graph: Path, tmp_path: Path, capsys: pytest.CaptureFix
     [
         (["--parts", "4", "--reorder"], "--reorder and --out go together"),
         (["--parts", "4", "--out", "x"], "--reorder and --out go together"),
-        (["--parts", "0"], "parts=0"),
-        (["--parts", "7", "--method", "best"], "method='best'"),
+        (["--parts", "0"], "--parts 0"),
+        (["--parts", "7", "--method", "best"], "--method best"),
         (["--parts", "7", "--split", "masks:9"], "masks:9"),
-        (["--parts", "7", "--slack", "-1"], "slack=-1"),
-        (["--parts", "7", "--passes", "0", "--method", "ldg"], "passes=0"),
+        (["--parts", "7", "--slack", "-1"], "--slack -1"),
+        (["--parts", "7", "--passes", "0", "--method", "ldg"], "--passes 0"),
     ],
 )
 def test_mistakes_are_told_in_one_line(

@@ -49,7 +49,7 @@ def test_the_defaults_are_the_built_in_graphs(tmp_path: Path) -> None:
         (["--like", "cora"], ["'cora' is not known", "ogbn-products, ogbn-papers100m"]),
         (["--like", "ogbn-products", "--nodes", "100"], ["--like ogbn-products", "--nodes too"]),
         (["--like", "ogbn-products", "--label-noise", "0.1"], ["--label-noise too"]),
-        (["--like", "ogbn-products", "--scale", "2"], ["scale=2", "0.001 to 1"]),
+        (["--like", "ogbn-products", "--scale", "2"], ["--scale 2", "0.001 to 1"]),
         (["--scale", "0.5"], ["--scale 0.5", "--like"]),
     ],
 )
