@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dngd.errors import UserError
 from dngd.graph.builder import RowBlocks, StoreBuilder
-from dngd.graph.canonical import canonical_labels, canonical_masks, check_width
+from dngd.graph.canonical import as_table, canonical_labels, canonical_masks, check_width
 from dngd.graph.import_options import ImportOptions, check_options, check_training_nodes
 from dngd.graph.manifest import MASK_NAMES, Provenance
 from dngd.graph.store import GraphStore
@@ -91,9 +91,11 @@ def _features(graph: GraphArrays, what: str) -> RowBlocks | None:
         return None
     known = (torch.strided, torch.sparse_coo, torch.sparse_csr)
     if table.layout not in known or table.dim() != 2 or table.dtype.is_complex:
+        fix = as_table("x", table.dim())
+        if table.dim() == 2:
+            fix = "x.real" if table.dtype.is_complex else "x.to_dense()"
         raise UserError(
-            f"the features of {what} are {_form(table)}; give a table of numbers [nodes, width] (of one number a node, "
-            "x[:, None])"
+            f"the features of {what} are {_form(table)} but must be a table of numbers [nodes, width]; give {fix}"
         )
     if table.shape[0] != graph.num_nodes:
         raise UserError(
@@ -145,4 +147,5 @@ def _numpy(values: Tensor) -> Any:
 
 
 def _form(values: Tensor) -> str:
-    return f"{str(values.dtype).removeprefix('torch.')} of shape {list(values.shape)}"
+    layout = "" if values.layout == torch.strided else f" {str(values.layout).removeprefix('torch.')}"
+    return f"{str(values.dtype).removeprefix('torch.')}{layout} of shape {list(values.shape)}"

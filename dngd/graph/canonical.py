@@ -41,7 +41,7 @@ def check_edge_options(self_loops: SelfLoops, duplicates: Duplicates, weighted: 
         if value not in allowed:
             raise UserError(f"{option}={value!r} is not known; give one of {', '.join(allowed)}")
     if duplicates == "sum" and not weighted:
-        raise UserError("duplicates='sum' needs edge weights to sum; give edge_weight or duplicates='drop'")
+        raise UserError("duplicates='sum' needs edge weights to sum; give them, or duplicates='drop'")
 
 
 def as_array(value: Any, what: str) -> Array:
@@ -119,7 +119,7 @@ def edge_weights(values: Any, num_entries: int, first_edge: int = 0) -> Float32A
     bad = np.flatnonzero(~np.isfinite(array))
     if len(bad):
         raise UserError(
-            f"edge_weight has {len(bad)} NaN or infinite values, the first at edge {first_edge + bad[0]}; "
+            f"{len(bad)} edge weights are NaN or infinite, the first is that of edge {first_edge + bad[0]}; "
             "replace them by finite float32 numbers"
         )
     return array
@@ -152,13 +152,14 @@ def canonical_labels(values: Any, num_nodes: int, num_classes: int | None) -> tu
             "unlabelled nodes"
         )
     _refuse_large(array)
+    given = num_classes is not None
     classes = max(int(array.max()) + 1, 0) if num_classes is None else num_classes
     bad = np.flatnonzero((array < -1) | (array >= classes))
     if len(bad):
         raise UserError(
             f"label {array[bad[0]]} of node {bad[0]} is out of range ({len(bad)} such labels); classes are 0 "
-            f"to {classes - 1} (num_classes={classes}) and -1 means unlabelled: mend the labels or "
-            "num_classes"
+            f"to {classes - 1}{f' (num_classes={classes})' if given else ''} and -1 means unlabelled: mend the labels"
+            f"{' or num_classes' if given else ''}"
         )
     return array.astype(np.int64, copy=False), classes
 
@@ -194,6 +195,12 @@ def check_width(width: int, what: str) -> None:
         raise UserError(
             f"the features of {what} have {width} columns, and sparse ones become dense; give at most {MAX_FEATURES}"
         )
+
+
+def as_table(name: str, num_dimensions: int) -> str:
+    """Return the expression that makes rows of numbers of what is none, for messages."""
+    forms = {0: f"{name} of one row a node", 1: f"{name}[:, None]", 2: f"{name}.astype('float32')"}
+    return forms.get(num_dimensions, f"{name}.reshape(len({name}), -1)")
 
 
 def _label_rows(array: Array, num_nodes: int, num_classes: int | None) -> tuple[Array, int]:
@@ -278,8 +285,8 @@ class FeatureTable:
             self._dense = as_array(features, "features")
             if self._dense.ndim != 2 or self._dense.dtype.kind not in "iufb":
                 raise UserError(
-                    f"features have shape {self._dense.shape} and dtype {self._dense.dtype} but must be a "
-                    "table of numbers (nodes, width); of one number a node, features[:, None]"
+                    f"features have shape {self._dense.shape} and dtype {self._dense.dtype} but must be a table of "
+                    f"numbers (nodes, width); give {as_table('features', self._dense.ndim)}"
                 )
             self.shape = (self._dense.shape[0], self._dense.shape[1])
         if num_nodes is not None and self.shape[0] != num_nodes:

@@ -20,7 +20,7 @@ from typing_extensions import Unpack
 from dngd.errors import UserError
 from dngd.graph.arrow_files import file_sha256
 from dngd.graph.builder import RowBlocks, StoreBuilder
-from dngd.graph.canonical import canonical_labels, canonical_masks, check_width
+from dngd.graph.canonical import as_table, canonical_labels, canonical_masks, check_width
 from dngd.graph.import_options import ImportOptions, check_options, check_training_nodes, recorded
 from dngd.graph.manifest import MASK_NAMES, Provenance
 from dngd.graph.npz_members import NpzMembers
@@ -95,7 +95,7 @@ def dense_features(members: NpzMembers, key: str, num_nodes: int, scratch: Path)
     if len(header.shape) != 2 or header.dtype.kind not in "iufb":
         raise UserError(
             f"{key} of {members.path} has shape {header.shape} and dtype {header.dtype} but must be a table of numbers "
-            "(nodes, width); of one number a node, x[:, None]"
+            f"(nodes, width); give {as_table('x', len(header.shape))}"
         )
     check_rows(header.shape[0], num_nodes, members.path)
     return RowBlocks(header.shape[1], members.rows(key, scratch)) if header.shape[1] else None

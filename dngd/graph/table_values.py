@@ -375,7 +375,7 @@ def _list_rows(column: Any, width: int, what: str, first_row: int) -> Array:
         at = int(bad[0])
         state = f"{int(lengths[at])} numbers" if column[at].is_valid else "no list"
         raise UserError(
-            f"{what} has {state} in row {first_row + at} but {width} in the first row ({len(bad)} such rows of the "
-            f"{len(lengths)} from row {first_row} on); give every node the same number of features"
+            f"{what} has {state} in row {first_row + at} but {width} in the first list with any ({len(bad)} such "
+            f"rows of the {len(lengths)} from row {first_row} on); give every node a list of {width}"
         )
     return numbers(column.flatten()).reshape(len(column), width)

@@ -483,7 +483,7 @@ def test_the_first_bad_edge_is_named(tmp_path: Path, block: tuple[Any, ...], mes
 def test_weights_are_checked_with_the_number_of_the_edge(tmp_path: Path) -> None:
     with StoreBuilder(tmp_path / "g", num_nodes=5, weighted=True) as builder:
         builder.add_edges([0, 1, 2], [1, 2, 3], [1, 2, 3])
-        with pytest.raises(UserError, match="1 NaN or infinite values, the first at edge 4;"):
+        with pytest.raises(UserError, match="1 edge weights are NaN or infinite, the first is that of edge 4;"):
             builder.add_edges([0, 1, 2], [1, 2, 3], [1, np.nan, 3])
         with pytest.raises(UserError, match="no weights though"):
             builder.add_edges([0], [1])

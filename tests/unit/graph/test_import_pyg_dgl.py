@@ -173,7 +173,7 @@ def test_isolated_last_nodes_are_counted_by_what_each_node_has(tmp_path: Path, k
 @pytest.mark.parametrize(
     ("known", "told"),
     [
-        ({"y": torch.zeros(5), "val_mask": torch.ones(6).bool()}, "y 5, val_mask 6 entries and edge_index names node 3"),
+        ({"y": torch.zeros(5), "val_mask": torch.ones(6).bool()}, "y 5, val_mask 6 entries and edge_index names"),
         ({"y": torch.zeros(1)}, "y 1 entries and edge_index names node 3"),
         ({"y": torch.zeros(5), "train_mask": torch.ones(6, 2).bool()}, "y 5, train_mask 6 x 2 entries"),
     ],

@@ -202,7 +202,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"edge_index": np.array([[0.0], [1.0]])}, "float64"),
     ({"edge_index": np.zeros((5, 2), dtype=int)}, "transpose"),
     ({"edge_index": None}, "topology"),
-    ({"edge_weight": np.full(120, np.nan)}, "120 NaN"),
+    ({"edge_weight": np.full(120, np.nan)}, "120 edge weights are NaN"),
     ({"edge_weight": np.ones(3)}, "one number for each"),
     ({"labels": np.full(30, 4)}, "label 4 of node 0 is out of range"),
     ({"labels": np.full(30, -2)}, "label -2 of node 0 is out of range"),

@@ -539,7 +539,11 @@ NAN = float("nan")
         (pa.table({"key": NODES, "x": NODES}), None, r"has no column 'id' \(it has: key, x\); .*--id-column"),
         (node_table(NODES, title=["a"] * 4), None, "column 'title' of .* type string; features are numbers.*--ignore-"),
         (node_table(NODES, features=[[1.0], [2.0, 3.0], [1.0], []]), None, r"has 2 numbers in row 1 but 1 .*\(2 such"),
-        (node_table(NODES, features=[[1.0], None, [1.0], [1.0]]), None, "has no list in row 1"),
+        (
+            node_table(NODES, features=[[1.0], None, [1.0], [1.0]]),
+            None,
+            "no list in row 1 but 1 in the first .*a list of 1",
+        ),
         (node_table(NODES, features=[["a"], ["b"], ["c"], ["d"]]), None, "features are lists of numbers"),
         (node_table(NODES, x=[1.0, NAN, None, np.inf]), None, "3 NaN or infinite values.* node 1 column 0, node 2"),
         (node_table(NODES, label=[0.5, 1, 1, 1]), None, "label 0.5 in row 0 .* is no whole number"),
@@ -566,7 +570,7 @@ NAN = float("nan")
         (None, edge_table([10], [None]), "column 'dst' .* has no id in 1 rows"),
         (None, pa.table({"src": [1], "target": [2]}), r"no column 'dst' \(it has: src, target\); .*--target-column"),
         (None, edge_table([10], [20], weight=["heavy"]), "column 'weight' .* a weight is one number"),
-        (None, edge_table([10, 10], [20, 30], weight=[1.0, None]), "edge_weight has 1 NaN .* at edge 1"),
+        (None, edge_table([10, 10], [20, 30], weight=[1.0, None]), "1 edge weights are NaN .* that of edge 1"),
     ],
 )
 def test_bad_tables(tmp_path: Path, nodes: pa.Table | None, edges: pa.Table | None, message: str) -> None:
