@@ -129,7 +129,7 @@ def _mask(mask: Tensor, num_nodes: int) -> Any:
     return values[0] if values.ndim == 2 and values.shape[0] == 1 else values
 
 
-def masks_of(found: Any) -> dict[str, Tensor]:
+def masks_of(found: Any) -> dict[str, Any]:
     """Return {part: mask} of a mapping's mask entries, under whichever name it has them."""
     forms = ((part, form) for part in MASK_NAMES for form in MASK_FORMS[part])
     return {part: found[form] for part, form in forms if form in found and found[form] is not None}

@@ -2,8 +2,8 @@
 
 Keys: `edge_index` (2, E) and `num_nodes`; features as `x` (N, F) or as compressed sparse rows
 `x_indptr, x_indices, x_data, x_shape`, or none; `edge_weight` (E,); `y` (N,), -1 or NaN unlabelled; `train_mask`,
-`val_mask`, `test_mask` of booleans, or 0 and 1, (N,) or (splits, N). Other keys are ignored. Pickled arrays are never
-loaded. Edges and features are read in blocks, so that they may be larger than memory.
+`val_mask` (or `valid_mask`), `test_mask` of booleans, or 0 and 1, (N,) or (splits, N). Other keys are ignored. Pickled
+arrays are never loaded. Edges and features are read in blocks, so that they may be larger than memory.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import scipy.sparse
 from typing_extensions import Unpack
 
 from dngd.errors import UserError
+from dngd.graph.arrays import MASK_FORMS, masks_of
 from dngd.graph.arrow_files import file_sha256
 from dngd.graph.builder import RowBlocks, StoreBuilder
 from dngd.graph.canonical import as_table, canonical_labels, canonical_masks, check_width
 from dngd.graph.import_options import ImportOptions, check_options, check_training_nodes, recorded
-from dngd.graph.manifest import MASK_NAMES, Provenance
+from dngd.graph.manifest import Provenance
 from dngd.graph.npz_members import NpzMembers
 from dngd.graph.store import GraphStore
 from dngd.paths import expanded
@@ -54,9 +55,8 @@ def import_npz(path: str | Path, out: str | Path, **options: Unpack[ImportOption
         weights = _weights(members, num_edges) if weighted else None
         features = _features(members, num_nodes, expanded(out).absolute().parent)
         labels, num_classes = canonical_labels(members.read("y") if "y" in members.names else None, num_nodes, None)
-        keys = {part: f"{part}_mask" for part in MASK_NAMES}
-        masks = {part: members.read(key) for part, key in keys.items() if key in members.names}
-        masks = dict(canonical_masks(masks, num_nodes))
+        found = {key: members.read(key) for forms in MASK_FORMS.values() for key in forms if key in members.names}
+        masks = dict(canonical_masks(masks_of(found), num_nodes))
         check_training_nodes(masks, labels if "y" in members.names else None, str(source))
         settings = ImportOptions(**{**options, "name": options.get("name") or source.stem})
         with StoreBuilder(out, num_nodes=num_nodes, weighted=weighted, **settings) as builder:

@@ -44,6 +44,7 @@ _DATA_CLASSES = (
     "EdgeAttr",
     "EdgeLayout",
 )
+_ZIP = b"PK\x03\x04"
 _TOO_OLD = (AttributeError, ImportError)
 
 
@@ -78,9 +79,13 @@ def _load(path: Path) -> Any:
         raise UserError(
             f"{path} is not a file; give the .pt file of a PyG graph, such as a dataset's processed/data.pt"
         )
+    with path.open("rb") as file:
+        begin = file.read(len(_ZIP))
+    if begin != _ZIP and not begin.startswith(pickle.PROTO):
+        raise UserError(f"{path} is no .pt file of PyG, or is damaged (it begins otherwise); save it again")
     try:
         with _only_data_classes():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=begin == _ZIP)
     except _TOO_OLD as error:
         raise UserError(
             f"{path} cannot be read safely with torch {torch.__version__} and this PyG ({error}); upgrade both, or "
@@ -92,7 +97,8 @@ def _load(path: Path) -> Any:
             f"({_first_line(error)}); load it yourself if you trust it, and give the Data object to "
             "dngd.graph.import_pyg"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+    # A damaged pickle can raise nearly anything.
+    except Exception as error:
         raise UserError(f"{path} is no .pt file of PyG, or is damaged ({_first_line(error)}); save it again") from error
 
 
@@ -119,11 +125,6 @@ def _only_data_classes() -> Iterator[None]:
 
 def _plain_dictionary(factory: Any = None) -> dict[Any, Any]:
     return {}
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
 
 
 def _first_line(error: Exception) -> str:

@@ -71,6 +71,13 @@ def test_labels_and_masks_as_floats(npz_arrays: dict[str, Any], tmp_path: Path) 
     assert store.labels.tolist() == labels.tolist()
 
 
+def test_both_names_of_the_validation_mask(npz_arrays: dict[str, Any], tmp_path: Path) -> None:
+    masks = {"train_mask": np.arange(20) < 5, "valid_mask": np.arange(20) > 12}
+    arrays = without("val_mask", "test_mask")(npz_arrays) | masks
+    store = import_npz(save(tmp_path / "g.npz", arrays), tmp_path / "out")
+    assert store.split_masks["val"].tolist() == masks["valid_mask"].tolist()
+
+
 def without(*keys: str) -> Any:
     return lambda a: {k: v for k, v in a.items() if k not in keys}
 

@@ -279,6 +279,12 @@ def test_bad_files(tmp_path: Path) -> None:
         (tmp_path / f"cut{length}.bin").write_bytes(whole.read_bytes()[:length])
     with pytest.raises(UserError, match="damaged"):
         import_pyg(tmp_path / "junk.pt", tmp_path / "store")
+    for content in (b"src,dst\n1,2\n", b"PAR1" + bytes(40), b"", b"\x80"):
+        (tmp_path / "other.pt").write_bytes(content)
+        with pytest.raises(
+            UserError, match=r"other.pt is no \.pt file of PyG, or is damaged \([^)]*\); save it again$"
+        ):
+            import_pyg(tmp_path / "other.pt", tmp_path / "store")
     with pytest.raises(UserError, match="is not a file"):
         import_pyg(tmp_path / "none.pt", tmp_path / "store")
     for content in ("a", [[["a"]]], ("a", None), ([["a"]], None)):
