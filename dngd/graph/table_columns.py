@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,6 +18,8 @@ Kind = Literal["int", "float", "bool", "string", "list", "empty", "other"]
 
 _NUMBERS: tuple[Kind, ...] = ("int", "float", "bool")
 _NUM_LISTED = 20
+_PANDAS_INDEX = re.compile(r"|Unnamed: [\d.]+|__index_level_\d+__")
+"""What pandas calls the rows' numbers, in CSV files (the second: read and written again) and in Parquet."""
 
 
 @dataclass(frozen=True)
@@ -306,6 +309,11 @@ def _features(table: Table, names: TableColumns, taken: set[str | None]) -> tupl
         chosen = [name for name in (schemas[0].names if schemas else []) if name not in taken]
         for name in chosen:
             _need(table, name, "--ignore-column")
+            if _PANDAS_INDEX.fullmatch(name):
+                raise UserError(
+                    f"column {name!r} of {table.shown} has a name that pandas gives to row numbers, which are no "
+                    f"feature; leave it out by --ignore-column {name!r}, or choose the features by --feature-column"
+                )
         for file, schema in _typed(table):
             extra = [name for name in schema.names if name not in taken and name not in chosen]
             if extra:
@@ -387,7 +395,12 @@ def _need(table: Table, name: str, option: str) -> None:
         if count == 0:
             listed = ", ".join(schema.names[:_NUM_LISTED]) or "none"
             more = f" and {len(schema.names) - _NUM_LISTED} more" if len(schema.names) > _NUM_LISTED else ""
-            raise UserError(f"{file.shown} has no column {name!r} (it has: {listed}{more}); choose another by {option}")
+            # One column whose name holds a delimiter is most often several.
+            between = next((mark for mark in ";\t|, " if mark in listed), None) if len(schema.names) == 1 else None
+            fix = f"choose another by {option}"
+            if between is not None and file.format == "csv":
+                fix += f", or give --delimiter {between!r} if that is between its values"
+            raise UserError(f"{file.shown} has no column {name!r} (it has: {listed}{more}); {fix}")
 
 
 def _expect(table: Table, names: Sequence[str | None], kinds: Sequence[Kind], rule: str) -> None:

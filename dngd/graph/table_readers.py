@@ -28,6 +28,8 @@ _SPILLED_COLUMNS = 16
 # Tried in turn: a line must fit into a block.
 _CSV_BLOCKS = (1 << 20, 1 << 23, 1 << 26)
 _ARROW_MAGIC = b"ARROW1"
+_OTHER_FORMATS = {b"PAR1\x15": "Parquet", b"PK\x03\x04": "zip", b"\x1f\x8b": "gzip", b"ARROW1\0": "Feather"}
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _NOT_UTF8 = "is not in UTF-8, which CSV files have to be in; convert it, say iconv -f LATIN1 -t UTF-8 OLD > NEW"
 
 
@@ -95,6 +97,7 @@ def read_schema(file: TableFile, style: CsvStyle) -> Any:
         if file.format == "csv":
             if filesystem.get_file_info(path).size == 0:
                 return None
+            _check_begin(file)
             with _open_csv(file, style, None, {}) as reader:
                 schema = reader.schema
                 # The names are decoded here, where a failure is told.
@@ -122,6 +125,21 @@ def check_encoding(file: TableFile, name: str, arrow_type: Any) -> None:
 
     if file.format == "csv" and t.is_binary(arrow_type):
         raise UserError(f"column {name!r} of {file.shown} {_NOT_UTF8}")
+
+
+def _check_begin(file: TableFile) -> None:
+    """Raise UserError if a file that is named as CSV begins as no text does."""
+    if file.compression is not None:
+        return
+    with file.location.filesystem.open_input_stream(file.location.path) as source:
+        begin = source.read(max(map(len, _OTHER_FORMATS)))
+    if begin.startswith(_UTF16):
+        raise UserError(f"{file.shown} {_NOT_UTF8}".replace("LATIN1", "UTF-16"))
+    for magic, kind in _OTHER_FORMATS.items():
+        if begin.startswith(magic):
+            name = "to end in .csv.gz" if kind == "gzip" else "for what it is"
+            fix = "unpack it" if kind == "zip" else f"rename it {name}"
+            raise UserError(f"{file.shown} is a {kind} file by its first bytes, not text; {fix}")
 
 
 @contextmanager

@@ -42,6 +42,7 @@ def id_values(column: Any, kind: IdKind, where: str, *, id_type: str | None = No
     other ids; of auto and kind int LeadingZeros.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     if kind == "int" and kind_of(column.type) == "string":
         text = column.cast(pa.large_string())
@@ -52,6 +53,11 @@ def id_values(column: Any, kind: IdKind, where: str, *, id_type: str | None = No
             column = text = _without_blanks(text)
         if id_type == "auto":
             _refuse_leading_zeros(text, where)
+    elif kind == "string" and kind_of(column.type) == "string":
+        # How a CSV file writes a missing id: all edges without an end would meet in one node.
+        column = column.cast(pa.large_string())
+        empty = pc.equal(column, "")
+        column = pc.if_else(empty, None, column) if pc.any(empty).as_py() else column
     if column.null_count:
         at = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
         raise UserError(f"{where} has no id in {column.null_count} rows, the first is row {at}; give each row one")

@@ -174,6 +174,10 @@ def _plain_name(file: str) -> str:
 
 
 def _plan(tables: _Tables, names: TableColumns) -> _Plan:
+    if all(schema is None for schema in tables.edges.schemas()):
+        raise UserError(
+            f"{tables.edges.shown} is empty; give edges, or a header line alone for a graph of nodes without any"
+        )
     edges = edge_columns(tables.edges, names)
     ids = [(tables.edges, edges.source), (tables.edges, edges.target)]
     nodes = NodeColumns(names.id)

@@ -433,6 +433,74 @@ def test_zeros_in_front_of_ids_are_kept(tmp_path: Path) -> None:
         import_csv(tmp_path, "id,x\n0,1\n,2\nNA,3\n")
 
 
+@pytest.mark.parametrize(
+    ("nodes", "edges", "where"),
+    [
+        ("id,x\na,1\n,2\n", "src,dst\na,a\n", "column 'id' .* row 1;"),
+        ("id,x\na,1\nb,2\n", "src,dst\na,b\n,b\n", "column 'src' .* row 1;"),
+        (None, 'src,dst\na,b\na,""\n', "column 'dst' .* row 1;"),
+        ("id,x\n1,1\n,2\n", "src,dst\n1,1\n", "column 'id' .* row 1;"),
+    ],
+)
+def test_an_empty_id_is_a_missing_one(tmp_path: Path, nodes: str | None, edges: str, where: str) -> None:
+    """All edges without an end would meet in one node."""
+    with pytest.raises(UserError, match=f"{where} give each row one"):
+        import_csv(tmp_path, nodes, edges)
+    columns = {"id": ["a", "", "c"], "x": [1.0, 2.0, 3.0]}
+    with pytest.raises(UserError, match=r"column 'id' .* row 1; give each row one"):
+        import_tables(small_set(tmp_path / "set", pa.table(columns), edge_table(["a"], ["c"])), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["", "Unnamed: 0", "__index_level_0__"])
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "arrow"])
+def test_row_numbers_of_pandas_are_no_feature_unless_they_are_chosen(tmp_path: Path, name: str, suffix: str) -> None:
+    nodes = pa.table({name: [0, 1, 2], "id": [5, 6, 7], "x": [1.0, 2.0, 3.0]})
+    folder = small_set(tmp_path / "set", nodes, edge_table([5], [6]), suffix)
+    with pytest.raises(UserError, match=rf"column '{name}' .*row numbers.*--ignore-column '{name}', or choose"):
+        import_tables(folder, tmp_path / "out")
+    store = import_tables(folder, tmp_path / "out", columns=TableColumns(ignore=[name]))
+    assert store.features.tolist() == [[1], [2], [3]]
+    chosen = TableColumns(features=[name, "x"])
+    assert import_tables(folder, tmp_path / "both", columns=chosen).features.tolist() == [[0, 1], [1, 2], [2, 3]]
+
+
+def test_edges_in_a_file_of_no_bytes(tmp_path: Path) -> None:
+    """A failed export is no graph without edges; a header alone is one."""
+    with pytest.raises(UserError, match=r"edges\.csv is empty.*a header line alone"):
+        import_csv(tmp_path / "none", "id,x\n1,1\n", "")
+    assert import_csv(tmp_path / "header", "id,x\n1,1\n", "src,dst\n").num_edges == 0
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|", " "])
+def test_the_delimiter_is_guessed_in_the_message(tmp_path: Path, delimiter: str) -> None:
+    edges = f"src{delimiter}dst\n1{delimiter}2\n"
+    shown = "'\\t'" if delimiter == "\t" else repr(delimiter)
+    with pytest.raises(UserError, match="has no column 'src'") as refused:
+        import_csv(tmp_path, None, edges)
+    assert str(refused.value).endswith(f"give --delimiter {shown} if that is between its values")
+
+
+@pytest.mark.parametrize(
+    ("begin", "kind"),
+    [
+        (b"PAR1\x15", "Parquet"),
+        (b"PK\x03\x04", "zip"),
+        (b"\x1f\x8b", "gzip"),
+        (b"ARROW1\0", "Feather"),
+        (b"\xff\xfe", "UTF-8"),
+    ],
+)
+def test_a_csv_file_that_is_none(tmp_path: Path, begin: bytes, kind: str) -> None:
+    (tmp_path / "edges.csv").write_bytes(begin + bytes(range(256)) * 4)
+    with pytest.raises(
+        UserError, match=rf"edges\.csv (is a {kind} file by its first bytes, not text; |is not in {kind},)"
+    ):
+        import_tables(tmp_path / "edges.csv", tmp_path / "out")
+    (tmp_path / "edges.csv").write_text("PAR1,ARROW1\n1,2\n")
+    columns = TableColumns(source="PAR1", target="ARROW1")
+    assert import_tables(tmp_path / "edges.csv", tmp_path / "text", columns=columns).num_edges == 1
+
+
 def test_delimiters(tmp_path: Path) -> None:
     tabs = import_csv(tmp_path, None, "src\tdst\n1\t2\n", style=CsvStyle(delimiter="\\t"))
     assert tabs.num_edges == 1
