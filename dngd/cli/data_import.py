@@ -114,10 +114,10 @@ def data_import(
     from dngd import graph
     from dngd.cli.data import show_store
     from dngd.cli.progress import data_progress
-    from dngd.graph.filesystems import address_of, is_remote
+    from dngd.graph.filesystems import is_remote
 
     if source is not None:
-        source = address_of(source).removeprefix("file://")
+        source = source.removeprefix("file://")
     columns = {
         "id": id_column,
         "label": label_column,

@@ -97,6 +97,8 @@ def _load(path: Path) -> Any:
             f"({_first_line(error)}); load it yourself if you trust it, and give the Data object to "
             "dngd.graph.import_pyg"
         ) from error
+    except MemoryError:
+        raise
     # A damaged pickle can raise nearly anything.
     except Exception as error:
         raise UserError(f"{path} is no .pt file of PyG, or is damaged ({_first_line(error)}); save it again") from error

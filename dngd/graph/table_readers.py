@@ -28,7 +28,13 @@ _SPILLED_COLUMNS = 16
 # Tried in turn: a line must fit into a block.
 _CSV_BLOCKS = (1 << 20, 1 << 23, 1 << 26)
 _ARROW_MAGIC = b"ARROW1"
-_OTHER_FORMATS = {b"PAR1\x15": "Parquet", b"PK\x03\x04": "zip", b"\x1f\x8b": "gzip", b"ARROW1\0": "Feather"}
+# How files begin that are no text: what they are, and what to do.
+_OTHER_FORMATS = {
+    b"PAR1\x15": ("Parquet", "rename it to end in .parquet"),
+    b"ARROW1\0": ("Feather", "rename it to end in .feather"),
+    b"\x1f\x8b": ("gzip", "add .gz to its name"),
+    b"PK\x03\x04": ("zip", "unpack it"),
+}
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _NOT_UTF8 = "is not in UTF-8, which CSV files have to be in; convert it, say iconv -f LATIN1 -t UTF-8 OLD > NEW"
 
@@ -135,10 +141,8 @@ def _check_begin(file: TableFile) -> None:
         begin = source.read(max(map(len, _OTHER_FORMATS)))
     if begin.startswith(_UTF16):
         raise UserError(f"{file.shown} {_NOT_UTF8}".replace("LATIN1", "UTF-16"))
-    for magic, kind in _OTHER_FORMATS.items():
+    for magic, (kind, fix) in _OTHER_FORMATS.items():
         if begin.startswith(magic):
-            name = "to end in .csv.gz" if kind == "gzip" else "for what it is"
-            fix = "unpack it" if kind == "zip" else f"rename it {name}"
             raise UserError(f"{file.shown} is a {kind} file by its first bytes, not text; {fix}")
 
 
