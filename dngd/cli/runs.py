@@ -253,9 +253,11 @@ def report(
     """Write one self-contained HTML page about one or several runs."""
     from dngd.report import check_page, write_report
     from dngd.train.remote_run import readable_folder
+    from dngd.train.run_folder import check_output
 
     output = expanded(output)
     check_page(output)
+    check_output(output, [expanded(run) for run in runs], page="report.html")
     folders = [readable_folder(run) for run in runs]
     out.print(str(write_report([folder.path for folder in folders], output)), highlight=False, soft_wrap=True)
 

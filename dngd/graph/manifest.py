@@ -193,6 +193,11 @@ def is_store_file(name: str) -> bool:
     return name == MANIFEST_NAME or name in FILE_NAMES or is_partition_file(name)
 
 
+def is_store_folder(folder: Path) -> bool:
+    """Say whether a folder looks like a store, whole or damaged."""
+    return (folder / MANIFEST_NAME).exists() and (folder / INDPTR).exists()
+
+
 def is_partition_file(name: str) -> bool:
     """Say whether a file of this name belongs to a partition, finished or not."""
     return PARTITION_FORM.fullmatch(name) is not None or name.startswith(PARTITION_TEMPORARY)

@@ -16,9 +16,11 @@ from dngd.models import GNN, pyg_export
 from dngd.paths import expanded
 from dngd.train.checkpoint import host_copies, replace_file, weights_file
 from dngd.train.parts import RunParts
+from dngd.train.run_folder import check_output
 from dngd.train.trained_model import TrainedModel, load_trained
 
 ExportFormat = Literal["safetensors", "pyg"]
+PYG_FILES = ("model.py", "model.safetensors")
 
 
 def export_run(
@@ -35,20 +37,40 @@ def export_run(
     if format not in get_args(ExportFormat):
         raise UserError(f"--format {format!r} is unknown; use one of: " + ", ".join(get_args(ExportFormat)))
     out = expanded(out)
-    if out.exists() and not overwrite:
-        raise UserError(f"--out {out} exists; give another path, or --overwrite to replace it")
-    if out.is_dir() != (format == "pyg") and out.exists():
-        raise UserError(f"--out {out} is a {'folder' if out.is_dir() else 'file'}; give another path")
+    _check_out(out, run, format, overwrite)
     trained = load_trained(run, parts)
+    final = Path(os.path.realpath(out))  # through a link, which stays
     try:
         if format == "safetensors":
-            out.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(out, _file_of(trained))
+            final.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(final, _file_of(trained))
         else:
-            _write_pyg(trained, out)
+            _write_pyg(trained, final)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror or error}; give another path") from None
     return out
+
+
+def _check_out(out: Path, run: Path, format: str, overwrite: bool) -> None:
+    if out.is_dir() != (format == "pyg") and out.exists():
+        raise UserError(f"--out {out} is a {'folder' if out.is_dir() else 'file'}; give another path")
+    for file in (None,) if format == "safetensors" else PYG_FILES:
+        check_output(out, [expanded(run)], file=file)
+    if out.exists() and not overwrite:
+        raise UserError(f"--out {out} exists; give another path, or --overwrite to replace it")
+    taken = [] if format == "safetensors" else [name for name in PYG_FILES if (out / name).exists()]
+    if taken and not _is_export(out):
+        raise UserError(f"--out {out} holds a {taken[0]} that is no export of dngd; give another path")
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether model.py in a folder begins as those of `dngd export` do, of whichever version."""
+    module = folder / PYG_FILES[0]
+    title = inspect.getsource(pyg_export).partition("\n")[0].encode()
+    if not module.is_file():
+        return False
+    with open(module, "rb") as file:
+        return file.read(len(title)) == title
 
 
 def to_pyg(model: GNN) -> pyg_export.PlainGNN:
@@ -94,8 +116,9 @@ def _write_pyg(trained: TrainedModel, out: Path) -> None:
     widths = [trained.num_features, *(layer.linear.out_features for layer in trained.model.graph_layers())]
     said = {"kind": plain.kind, "widths": json.dumps(widths), "dropout": repr(trained.model.dropout)}
     out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / "model.py", inspect.getsource(pyg_export).encode())
-    replace_file(out / "model.safetensors", _saved(plain.state_dict(), _said(trained) | said))
+    module, weights = (out / name for name in PYG_FILES)
+    replace_file(module, inspect.getsource(pyg_export).encode())
+    replace_file(weights, _saved(plain.state_dict(), _said(trained) | said))
 
 
 def _said(trained: TrainedModel) -> dict[str, str]:

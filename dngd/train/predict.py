@@ -22,6 +22,7 @@ from dngd.train.evaluation import EvaluationProgress
 from dngd.train.link_predict import pair_batches, pair_fields, read_pairs
 from dngd.train.new_file import new_file
 from dngd.train.parts import RunParts
+from dngd.train.run_folder import check_output
 from dngd.train.trained_model import (
     TrainedModel,
     evaluator_of,
@@ -92,7 +93,7 @@ def predict_run(
     Raises UserError for what `evaluate_run` does, a path that cannot be written, and nodes that the graph has not.
     """
     out = expanded(out)
-    _check_out(out, overwrite)
+    _check_out(out, run, pairs, overwrite)
     trained = load_trained(run, parts)
     _check_task(trained, nodes, pairs, probabilities)
     store = open_graph(trained, dataset, data_root)
@@ -117,7 +118,11 @@ def predict_run(
         is_wide |= trained.config.task == "link"
     written = 0
     try:
-        with new_file(out, overwrite=overwrite) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        # Through a link, which stays.
+        with (
+            new_file(Path(os.path.realpath(out)), overwrite=overwrite) as file,
+            pq.ParquetWriter(file, schema, compression="zstd") as writer,
+        ):
             for group in _groups(batches, _group_rows(trained, is_wide)):
                 writer.write_table(group, row_group_size=group.num_rows)
                 written += group.num_rows
@@ -182,15 +187,19 @@ def _are_nodes(nodes: Tensor, num_nodes: int) -> bool:
     return inside and int(torch.bincount(nodes, minlength=1).max()) <= 1
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
+def _check_out(out: Path, run: Path, pairs: Path | None, overwrite: bool) -> None:
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; give the path of a file, such as {out / 'predictions.parquet'}")
+    check_output(out, [expanded(run)])
+    if pairs is not None and out.exists() and pairs.exists() and out.samefile(pairs):
+        raise UserError(f"--out {out} is the table that --pairs names; give another path")
     if out.exists() and not overwrite:
         raise UserError(_exists(out))
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out} cannot be written: there is no folder {out.parent}; make it first")
-    if not os.access(out.parent, os.W_OK):
-        raise UserError(f"--out {out} cannot be written: no permission to write to {out.parent}; give another path")
+    folder = Path(os.path.realpath(out)).parent if out.is_symlink() else out.parent
+    if not folder.is_dir():
+        raise UserError(f"--out {out} cannot be written: there is no folder {folder}; make it first")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--out {out} cannot be written: no permission to write to {folder}; give another path")
 
 
 def _exists(out: Path) -> str:

@@ -6,7 +6,7 @@ import itertools
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from dngd.config import TrainConfig, address_of_run
 from dngd.config_text import parse_yaml, read_yaml
 from dngd.errors import UserError
 from dngd.graph import GraphStore, cache_folder, folder_lock, graph_at
+from dngd.graph.manifest import is_store_folder
 from dngd.paths import expanded
 from dngd.train.checkpoint import (
     STATE_NAME,
@@ -27,6 +28,17 @@ from dngd.train.remote_files import CHECKPOINTS, RemoteFiles
 
 CONFIG_NAME = "config.yaml"
 OTHER_RUN_SECONDS = 120.0
+
+_TRACES = ("metrics.jsonl", CHECKPOINTS, "ray")
+"""What tells the folder of a run, once it has begun, from one with a configuration for some."""
+
+_OWN_NAMES = frozenset(
+    (
+        *(CONFIG_NAME, "metrics.csv", "health.jsonl", "result.json", "model.safetensors", "report.html", *_TRACES),
+        *("mlflow.db", "mlflow-run", "wandb", "wandb-run"),
+    )
+)
+_EVENT_FILES = "events.out.tfevents."
 
 
 class RunFolder:
@@ -174,6 +186,43 @@ def _newest_state(path: Path, remote: RemoteFiles | None) -> dict[str, Any] | No
     folder = RunFolder(path).checkpoints
     names = [checkpoint.name for checkpoint in complete_checkpoints(folder)]
     return newest_state(names, lambda name: (folder / name / STATE_NAME).read_bytes())
+
+
+def check_output(out: Path, runs: Sequence[Path], *, file: str | None = None, page: str | None = None) -> None:
+    """Raise UserError if a command's result would take the place of a file of a run, lie in a graph's store, or replace
+    what is no file.
+
+    out: as --out gave it. runs: the folders or addresses of those that the command reads; others are told by what they
+    hold. file: the name of what is written, if that lies in out. page: the name that it may have in these runs.
+    """
+    if (address := address_of_run(out)) is not None:
+        raise UserError(f"--out {address} is an address; give a path on this machine, and copy it there")
+    path = out if file is None else out / file
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"--out {out} is a pipe or a device; give the path of a file")
+    own = {Path(os.path.realpath(run)) for run in runs if address_of_run(run) is None}
+    # A link stays and what it leads to is written: neither is to be a run's.
+    for place in (Path(os.path.realpath(path.parent)) / path.name, Path(os.path.realpath(path))):
+        for folder in place.parents:
+            name = place.relative_to(folder).parts[0]
+            if is_store_folder(folder):
+                raise UserError(
+                    f"--out {out} lies in the graph store {folder}, which is to stay whole; give another path"
+                )
+            if folder in own and name == page:
+                continue
+            if _is_runs_own(name) and (folder in own or _looks_like_a_run(folder, name)):
+                raise UserError(f"--out {out} would take the place of {name} of the run in {folder}; give another path")
+
+
+def _is_runs_own(name: str) -> bool:
+    return name in _OWN_NAMES or name.startswith(_EVENT_FILES)
+
+
+def _looks_like_a_run(folder: Path, name: str) -> bool:
+    """Whether a folder holds a run, with a file of this name or without it."""
+    has_traces = name == CONFIG_NAME or any((folder / trace).exists() for trace in _TRACES)
+    return has_traces and (folder / CONFIG_NAME).exists()
 
 
 @contextmanager
