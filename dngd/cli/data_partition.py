@@ -58,6 +58,8 @@ def partition(
         check_writable(opened, parts, overwrite=overwrite)
     else:
         new_store = expanded(new_store)
+        if new_store.exists() and new_store.samefile(opened.path):
+            raise UserError(f"--out {new_store} is the store that is read; give another path")
         check_target(new_store, overwrite, is_store_file)
     train = mask_training_nodes(opened) if split is None else opened.split(split, seed).train
     with data_progress() as progress:

@@ -99,3 +99,20 @@ def test_a_taken_target_is_told_before_the_work(
     monkeypatch.setattr("dngd.sampling.partitioning.run_ldg", None)
     assert run("partition", graph, "--parts", "6", "--reorder", "--out", tmp_path, "--overwrite") == 2
     assert "holds other files too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["g", "g/.", "h/../g", "link/g"])
+def test_the_store_that_is_reordered_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """By whatever name --out calls it: what is written is a copy."""
+    monkeypatch.chdir(tmp_path)
+    small_store(Path("g"))
+    Path("h").mkdir()
+    Path("link").symlink_to(tmp_path)
+    before = {path.name: path.read_bytes() for path in Path("g").iterdir()}
+    for store, out in (("g", name), (name, "g")):
+        assert run("partition", store, "--parts", 2, *LDG, "--reorder", "--out", out, "--overwrite") == 2
+        said = capsys.readouterr().err
+        assert f"--out {Path(out)} is the store that is read; give another path" in said
+        assert {path.name: path.read_bytes() for path in Path("g").iterdir()} == before
