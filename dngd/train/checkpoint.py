@@ -135,7 +135,7 @@ class CheckpointFolder:
             files |= {f"curvature-rank-{k}.safetensors": data for k, data in enumerate(locals_by_rank)}
         if snapshot.best_model is not None:
             files["best-model.safetensors"] = snapshot.best_model
-        self._path.mkdir(parents=True, exist_ok=True)
+        self._path.mkdir(exist_ok=True)  # without its parent: a run folder that was removed is not to come back half
         final = self._path / f"{PREFIX}{snapshot.step:08d}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -204,6 +204,10 @@ class CheckpointFolder:
             return None, header["skipped"]
         return _parse(received), header["skipped"]
 
+    def run_folder_is_gone(self) -> UserError | None:
+        """Return what ends the run if the folder that this one lies in is not there any longer."""
+        return run_folder_is_gone(self._path.parent)
+
     def _complete(self) -> list[Path]:
         return complete_checkpoints(self._path)
 
@@ -220,6 +224,20 @@ class CheckpointFolder:
                 "to start the run again from the beginning"
             )
         return {}, skipped
+
+
+def run_folder_is_gone(path: Path) -> UserError | None:
+    """Return what ends a run whose folder is not there any longer; None if it is, or cannot be looked at now."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return UserError(
+            f"the run folder {path} is gone: it was removed, renamed or unmounted during the run; put it back and go "
+            "on with --resume, or start again"
+        )
+    except OSError:
+        return None
+    return None
 
 
 def complete_checkpoints(path: Path) -> list[Path]:

@@ -1,7 +1,8 @@
 """Checkpoints while training goes on: a thread of rank 0 writes what was copied to the host; and when they are due.
 
 A checkpoint costs the training loop the copy of the state to the host and the gathering of the ranks' own parts.
-A write that fails is told and counted, and training goes on: the checkpoints before it are intact.
+A write that fails is told and counted, and training goes on: the checkpoints before it are intact. Where the run folder
+is gone, with them, all ranks end.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dngd.train.checkpoint import CheckpointFolder, HostSnapshot, Snapshot
 
 FIRST_LOOK_STEPS = 10
 MOST_LOOK_STEPS = 10_000
+GONE = b"gone: "
 
 
 class CheckpointWriter:
@@ -45,6 +47,7 @@ class CheckpointWriter:
         self._written = written
         self._has_begun = False
         self._thread: threading.Thread | None = None
+        self._gone: UserError | None = None
         self.failed = 0
         """Checkpoints that were not written, at rank 0."""
         self.left_out_step: int | None = None
@@ -53,7 +56,8 @@ class CheckpointWriter:
     def save(self, snapshot: Snapshot) -> None:
         """Copy the state and start to write it, when the checkpoint before is written. All ranks enter.
 
-        Where that takes longer than the limit, this checkpoint is left out, which is told and counted.
+        Where that takes longer than the limit, this checkpoint is left out, which is told and counted. Raises UserError
+        on all ranks if the run folder was gone when the one before was written.
         """
         self.left_out_step = None
         if not self._wait_together():
@@ -70,7 +74,7 @@ class CheckpointWriter:
             self._thread.start()
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is written, at most for the limit. All ranks enter."""
+        """Wait until the last checkpoint is written, at most for the limit. All ranks enter. Raises as `save` does."""
         if not self._wait_together():
             self._fail(
                 f"the last checkpoint is still being written after {self._timeout_seconds:.0f} s and may be lost; is "
@@ -90,7 +94,7 @@ class CheckpointWriter:
             if self._comm.rank == 0:
                 self.settle(max(0.0, min(self._signal_seconds, deadline - time.monotonic())))
                 if self._thread is None or not self._thread.is_alive():
-                    state = b"done"
+                    state = b"done" if self._gone is None else GONE + str(self._gone).encode()
                 elif time.monotonic() >= deadline:
                     state = b"late"
             state = self._comm.broadcast_bytes(state if self._comm.rank == 0 else None)
@@ -99,6 +103,8 @@ class CheckpointWriter:
                 self._has_begun = False
             elif state == b"late":
                 return False
+            elif state.startswith(GONE):
+                raise UserError(state.removeprefix(GONE).decode())
         return True
 
     def _write(self, captured: HostSnapshot) -> None:
@@ -106,6 +112,9 @@ class CheckpointWriter:
         try:
             self._folder.write(captured)
         except Exception as error:
+            self._gone = self._folder.run_folder_is_gone()
+            if self._gone is not None:
+                return  # all ranks learn of it together, when they next wait for this thread
             # Whatever it is, a run is worth more than one of its checkpoints.
             told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             reason = getattr(error, "strerror", None) or told

@@ -11,7 +11,7 @@ import torch
 from dngd.comm import Communicator
 from dngd.config import TrainConfig
 from dngd.errors import RunInterrupted, TrainingError, UserError
-from dngd.train.checkpoint import replace_file
+from dngd.train.checkpoint import replace_file, run_folder_is_gone
 from dngd.train.loop import TrainingLoop
 from dngd.train.metrics import RunResult, read_result
 from dngd.train.parts import RunParts
@@ -59,6 +59,9 @@ def run_rank(
             if config.run_address is not None:
                 loop.finish_folder()
         except OSError as error:
+            gone = run_folder_is_gone(loop.folder.path) if communicator.rank == 0 else None
+            if gone is not None:
+                raise gone from error
             mended_by_users = error.errno in MENDED_BY_USERS
             if error.filename is None and not mended_by_users:
                 raise  # of a connection, say

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from dngd.comm import LocalCommunicator
+from dngd.errors import UserError
 from dngd.train import checkpoint
 from dngd.train.checkpoint import CheckpointFolder, Snapshot
 from dngd.train.checkpoint_writer import FIRST_LOOK_STEPS, CheckpointSchedule, CheckpointWriter
@@ -100,6 +102,43 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     found = newest(tmp_path / "c")
     assert found is not None
     assert found.step == 3
+
+
+@pytest.mark.parametrize("ends", ["save", "finish"])
+def test_a_run_folder_that_is_gone_ends_all_ranks_alike(tmp_path: Path, ends: str) -> None:
+    """It is not made anew, without the run's configuration; what hears of it is the next wait of all ranks."""
+    run = tmp_path / "run"
+    run.mkdir()
+    told: list[list[str]] = []
+
+    def rank(communicator: Any) -> str:
+        made, said, _ = writer(run / "checkpoints", communicator)
+        told.append(said)
+        made.save(snapshot(1, 1.0))
+        made.finish()
+        if communicator.rank == 0:
+            shutil.rmtree(run)
+        made.save(snapshot(2, 2.0))
+        with pytest.raises(UserError) as info:
+            made.save(snapshot(3, 3.0)) if ends == "save" else made.finish()
+        assert made.failed == 0
+        return str(info.value)
+
+    first, second = run_threads(2, rank)
+    assert first == second
+    assert first.startswith(f"the run folder {run} is gone: ")
+    assert told == [[], []]
+    assert not run.exists()
+
+
+def test_the_folder_of_checkpoints_may_be_removed(tmp_path: Path) -> None:
+    made, told, written = writer(tmp_path / "c")
+    made.save(snapshot(1, 1.0))
+    made.finish()
+    shutil.rmtree(tmp_path / "c")
+    made.save(snapshot(2, 2.0))
+    made.finish()
+    assert (written, told, made.failed) == ([1, 2], [], 0)
 
 
 def test_a_write_that_does_not_end_is_waited_for_no_longer_than_the_limit(

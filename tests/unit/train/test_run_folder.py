@@ -20,6 +20,7 @@ from dngd.comm import LocalCommunicator
 from dngd.errors import UserError
 from dngd.graph import GraphStore
 from dngd.train import hold_run_folder, run_folder, run_rank
+from dngd.train.callbacks import Callback, RunState
 from dngd.train.checkpoint import CheckpointFolder, Snapshot
 from dngd.train.evaluate_run import evaluate_run
 from dngd.train.evaluation import ExactEvaluator, Scores
@@ -343,3 +344,21 @@ def test_runs_that_begin_in_one_second_have_folders_of_their_own(
         names.append(str(folder))
     first = "runs/cora-gcn-kfac-20260102-030405"
     assert names == [first, f"{first}-2", f"{first}-3"]
+
+
+@pytest.mark.parametrize("settings", [{"eval_period": 4}, {"eval_period": 1}], ids=["checkpoint", "evaluation"])
+def test_a_run_whose_folder_is_removed_ends_with_a_sentence(
+    store: GraphStore, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Whatever is written next; and the folder stays away."""
+    run = tmp_path / "run"
+
+    class Remover(Callback):
+        def on_step(self, state: RunState) -> None:
+            if state.step == 6:
+                shutil.rmtree(run)
+
+    trainer = dngd.Trainer(config(str(store.path), run, epochs=4, **settings), callbacks=[Remover()], quiet=True)
+    with pytest.raises(UserError, match=rf"^the run folder {run} is gone: .*--resume"):
+        trainer.fit()
+    assert not run.exists()
