@@ -595,7 +595,16 @@ class TrainingLoop:
         elif self.step < self.plan.total_steps:
             self.reporter.message(f"resumed from step {self.step} of {self.plan.total_steps}")
         else:
-            self.reporter.message(f"the run is finished (step {self.step}); nothing to do")
+            self.reporter.message(
+                f"the run is finished (step {self.step}); nothing to do: raise {self._ends()} to go on"
+            )
+
+    def _ends(self) -> str:
+        """Return the options that end the run at its last step."""
+        by_epochs, by_steps = self.plan.steps_per_epoch * self.config.epochs, self.config.max_steps
+        options = ["--epochs"] if self.plan.total_steps == by_epochs else []
+        options += ["--max-steps"] if self.plan.total_steps == by_steps else []
+        return " and ".join(options)
 
     def _best_of(self, snapshot: Snapshot) -> EvaluationRecord | None:
         """Return the best evaluation that a checkpoint holds; None if there was none before it."""

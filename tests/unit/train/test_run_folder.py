@@ -362,3 +362,30 @@ def test_a_run_whose_folder_is_removed_ends_with_a_sentence(
     with pytest.raises(UserError, match=rf"^the run folder {run} is gone: .*--resume"):
         trainer.fit()
     assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("ended", "asked", "named"),
+    [
+        ({"epochs": 1}, {}, "raise --epochs to go on"),
+        ({"epochs": 2, "max_steps": 3}, {}, "raise --max-steps to go on"),
+        ({"epochs": 1, "max_steps": 3}, {"epochs": 2}, "raise --max-steps to go on"),
+        ({"epochs": 1, "max_steps": 4}, {}, "raise --epochs and --max-steps to go on"),
+        ({"epochs": 1, "max_steps": 9}, {}, "raise --epochs to go on"),
+    ],
+)
+def test_a_finished_run_says_what_ends_it(
+    store: GraphStore, tmp_path: Path, ended: dict[str, Any], asked: dict[str, Any], named: str
+) -> None:
+    """And what it names makes the run longer, as nothing less does."""
+    run = tmp_path / "run"
+    steps = fit(config(str(store.path), run, **ended)).steps
+    listener = Listener()
+    again = ended | asked | {"resume": True}
+    assert dngd.Trainer(config(str(store.path), run, **again), reporter=listener).fit().steps == steps
+    assert f"the run is finished (step {steps}); nothing to do: {named}" in listener.texts
+    more = {name: 20 for name in ("epochs", "max_steps") if f"--{name.replace('_', '-')} " in named}
+    assert (
+        fit(config(str(store.path), run, **(again | more | ({"max_steps": 5} if "max_steps" in more else {})))).steps
+        > steps
+    )
