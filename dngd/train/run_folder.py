@@ -145,6 +145,11 @@ def check_run_folder(config: TrainConfig) -> Path:
         raise UserError(f"run folder {shown} is a file; give another --run-dir")
     if saved is None and (remote.names() if remote is not None else path.is_dir() and any(path.iterdir())):
         raise UserError(f"run folder {shown} holds files that are no run's; give an empty or new --run-dir")
+    checkpoints = RunFolder(path).checkpoints
+    if remote is None and os.path.lexists(checkpoints) and not checkpoints.is_dir():
+        raise UserError(
+            f"{checkpoints} is no folder, where the run's checkpoints belong; move it away, or give another --run-dir"
+        )
     if remote is not None:
         remote.check_writable()
     return path

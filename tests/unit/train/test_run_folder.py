@@ -389,3 +389,18 @@ def test_a_finished_run_says_what_ends_it(
         fit(config(str(store.path), run, **(again | more | ({"max_steps": 5} if "max_steps" in more else {})))).steps
         > steps
     )
+
+
+@pytest.mark.parametrize("is_link", [False, True], ids=["file", "dangling link"])
+def test_a_run_without_a_place_for_checkpoints_is_refused(store: GraphStore, tmp_path: Path, is_link: bool) -> None:
+    run = tmp_path / "run"
+    fit(config(str(store.path), run))
+    shutil.rmtree(run / "checkpoints")
+    if is_link:
+        (run / "checkpoints").symlink_to("nowhere")
+    else:
+        (run / "checkpoints").write_text("mine")
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match=rf"{run}/checkpoints is no folder.*; move it away, or give another --run-dir"):
+        fit(config(str(store.path), run, resume=True, epochs=2))
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
