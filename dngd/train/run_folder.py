@@ -29,13 +29,10 @@ from dngd.train.remote_files import CHECKPOINTS, RemoteFiles
 CONFIG_NAME = "config.yaml"
 OTHER_RUN_SECONDS = 120.0
 
-_TRACES = ("metrics.jsonl", CHECKPOINTS, "ray")
-"""What tells the folder of a run, once it has begun, from one with a configuration for some."""
-
 _OWN_NAMES = frozenset(
     (
-        *(CONFIG_NAME, "metrics.csv", "health.jsonl", "result.json", "model.safetensors", "report.html", *_TRACES),
-        *("mlflow.db", "mlflow-run", "wandb", "wandb-run"),
+        *(CONFIG_NAME, "metrics.jsonl", "metrics.csv", "health.jsonl", "result.json", "model.safetensors"),
+        *("report.html", CHECKPOINTS, "ray", "mlflow.db", "mlflow-run", "wandb", "wandb-run"),
     )
 )
 _EVENT_FILES = "events.out.tfevents."
@@ -225,9 +222,12 @@ def _is_runs_own(name: str) -> bool:
 
 
 def _looks_like_a_run(folder: Path, name: str) -> bool:
-    """Whether a folder holds a run, with a file of this name or without it."""
-    has_traces = name == CONFIG_NAME or any((folder / trace).exists() for trace in _TRACES)
-    return has_traces and (folder / CONFIG_NAME).exists()
+    """Whether a folder holds a run, which something is to be written into by this name. Other programs have a
+    config.yaml too, and checkpoints; a run that has only begun has no more than the first."""
+    run = RunFolder(folder)
+    return run.holds_a_run and (
+        name == CONFIG_NAME or run.metrics.exists() or bool(complete_checkpoints(run.checkpoints))
+    )
 
 
 @contextmanager

@@ -122,8 +122,9 @@ def test_other_names_are_free(place: Path, capsys: pytest.CaptureFixture[str], n
     Path("notes").mkdir()
     Path("notes/config.yaml").write_text("a: 1\n")  # of another program: no run
     Path("notes/manifest.json").write_text("{}")
+    Path("notes/checkpoints").mkdir()
     Path("run/more").mkdir()
-    for target in ["run/mine", "run/more/mine", "here", "notes/result.json", "mine", "mine"]:
+    for target in ["run/mine", "run/more/mine", "here", "notes/result.json", "notes/checkpoints/mine", "mine", "mine"]:
         code, said = ended(capsys, *command(name, target))
         assert code == 0, (target, said)
         assert Path(target).is_dir() == (name == "pyg")
