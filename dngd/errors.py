@@ -18,7 +18,8 @@ class TrainingError(RuntimeError):
 class RunInterrupted(KeyboardInterrupt):
     """Ctrl-C ended a run after a whole step, whose checkpoint is written; the message says how to go on.
 
-    step: the number of steps that are done. run_dir: the run's folder. The command line exits with code 130.
+    step: the number of steps that are done. run_dir: the run's folder. The command line exits with code 130, or 143
+    where it was SIGTERM.
     """
 
     def __init__(self, message: str, step: int, run_dir: str) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,11 +29,19 @@ def error_console() -> Console:
     return Console(stderr=True, markup=False, emoji=False)
 
 
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
+"""Exit codes, as a shell gives them to what a signal ended."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else there.")]
 
 
 class Interrupted(Exception):
-    """Ctrl-C, with a sentence of its own: the parser would make a bare exit code of a KeyboardInterrupt."""
+    """Ctrl-C or SIGTERM, with a sentence of its own: the parser would make a bare exit code of a KeyboardInterrupt."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @contextmanager

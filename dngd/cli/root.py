@@ -1,6 +1,7 @@
 """The command line's root: the commands together, and what errors become.
 
-Exit codes: 0 done; 1 training failed; 2 a mistake that the user can mend, told in one sentence; 130 Ctrl-C.
+Exit codes: 0 done; 1 training failed; 2 a mistake that the user can mend, told in one sentence; 130 Ctrl-C; 143
+SIGTERM, of train.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import typer
 
 from dngd import __version__
 from dngd.cli.bench import bench_app
-from dngd.cli.common import Interrupted, out
+from dngd.cli.common import INTERRUPTED, Interrupted, out
 from dngd.cli.data import data_app
 from dngd.cli.runs import doctor, evaluate, export, predict, report, train
 from dngd.cli.submit import SETTINGS as SUBMIT_SETTINGS
@@ -36,7 +37,6 @@ app.command(context_settings=SUBMIT_SETTINGS)(submit)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
-INTERRUPTED = 130
 INTERRUPTED_HINT = "interrupted before the end; run the same command again for the whole result"
 """Of commands without a sentence of their own; train has one."""
 
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(2)  # no command at all: the help is on the screen already
         _fail(f"{sentence} (see dngd --help)", 2)
     except Interrupted as error:
-        _fail(str(error), INTERRUPTED)
+        _fail(str(error), error.code)
     except (KeyboardInterrupt, typer.Abort):
         _fail(INTERRUPTED_HINT, INTERRUPTED)
     except MemoryError as error:

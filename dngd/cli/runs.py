@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from dngd.cli.common import Interrupted, Json, field_help, out, print_json, size_text
+from dngd.cli.common import INTERRUPTED, TERMINATED, Interrupted, Json, field_help, out, print_json, size_text
 from dngd.config import TrainConfig, address_of_run
 from dngd.config_text import merge, parse_assignment, read_yaml
 from dngd.errors import RunInterrupted
@@ -114,6 +114,7 @@ def train(
     if any(value is not None for value in cluster.values()):
         flags["ray"] = {name: value for name, value in cluster.items() if value is not None}
     from dngd.launch import Trainer  # imports torch: not for --help
+    from dngd.train.interrupt import SigTerm
 
     for text in assignments or []:
         flags = merge(flags, parse_assignment(text))
@@ -123,12 +124,12 @@ def train(
         plan = trainer.plan()
         print_json(plan.to_json()) if as_json else _print_plan(plan.to_json(), trainer.config)
         return
-    try:
-        result = trainer.fit()
-    except RunInterrupted as error:
-        raise Interrupted(str(error)) from None
-    except KeyboardInterrupt:
-        raise Interrupted(RESUME_HINT) from None
+    with SigTerm() as terminated:
+        try:
+            result = trainer.fit()
+        except KeyboardInterrupt as error:
+            told = str(error) if isinstance(error, RunInterrupted) else RESUME_HINT
+            raise Interrupted(told, TERMINATED if terminated.received else INTERRUPTED) from None
     if as_json:
         print_json(result.to_json())
     elif not quiet:

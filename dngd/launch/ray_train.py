@@ -124,7 +124,7 @@ def _run_on_ray(config: TrainConfig, reporter: Reporter, parts: RunParts | None,
             backend=config.collective_backend, timeout_s=int(config.collective_timeout_seconds)
         ),
     )
-    with watch, CtrlC(lambda told: watch.ask_to_stop()):
+    with watch, CtrlC(watch.ask_to_stop):
         reporter.message(f"starting {config.num_workers} workers")
         try:
             fit_in_thread(trainer.fit, watch)

@@ -17,7 +17,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dngd.config import TrainConfig
 from dngd.train.heartbeat import FlightRecord
-from dngd.train.interrupt import TOLD
 from dngd.train.progress import Reporter, deliver
 
 logger = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ class Watch:
         self._killing: set[tuple[int, int]] = set()
         self._noticed = False
         self._failed = False
-        self._stop_wanted = False
+        self._stop_wanted: str | None = None
         self._looked = time.monotonic()
         self._question: Any = None
         self._waited: float | None = None  # what the channel answered last; None: nothing yet
@@ -67,9 +66,9 @@ class Watch:
         self.given_up: str | None = None
         """Why this watch gave the run up, in a sentence; None if it did not."""
 
-    def ask_to_stop(self) -> None:
-        """Let the run end after a step, as soon as this can be told; may be called in a signal's handler."""
-        self._stop_wanted = True
+    def ask_to_stop(self, told: str) -> None:
+        """Let the run end after a step, as soon as this can be told; returns at once. told: a sentence on it."""
+        self._stop_wanted = told
 
     def end_controller(self) -> None:
         """Let Ray's controller be killed, and with it its workers. Returns at once, whether or not Ray answers."""
@@ -96,9 +95,9 @@ class Watch:
                 self._quietly(self._bound_waiting)
                 continue
             self._quietly(self._relay)
-            if self._stop_wanted and not told:
+            if self._stop_wanted is not None and not told:
                 told = True
-                self._quietly(self._tell_stop)
+                self._quietly(partial(self._tell_stop, self._stop_wanted))
             if time.monotonic() - looked >= LOOK_SECONDS:
                 looked = time.monotonic()
                 self._quietly(self._kill_stalled)
@@ -120,9 +119,9 @@ class Watch:
         for item in ray.get(self._channel.drain.remote(), timeout=ANSWER_SECONDS):
             deliver(self._reporter, item)
 
-    def _tell_stop(self) -> None:
+    def _tell_stop(self, told: str) -> None:
         self._channel.ask_to_stop.remote()
-        self._reporter.message(TOLD)
+        self._reporter.message(told)
 
     def _kill_stalled(self) -> None:
         limit = self._config.ray.stall_timeout_seconds

@@ -1,4 +1,4 @@
-"""Ctrl-C for real: signals to processes that train."""
+"""Ctrl-C and SIGTERM for real: signals to processes that train."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ import dngd
 from dngd.graph import GraphStore
 from dngd.train.metrics import read_metrics
 from tests.helpers.ray_cluster import Cluster
+
+SIGNALS = pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"]
+)
 
 LONG = 4000
 """Epochs of a run that no test waits for."""
@@ -47,17 +51,21 @@ def wait_for_lines(process: subprocess.Popen[str], path: Path, count: int, secon
         time.sleep(0.05)
 
 
+@SIGNALS
 @pytest.mark.usefixtures("one_thread")  # sums round by the number of threads, which is to be that of the other process
-def test_ctrl_c_ends_the_step_and_leaves_a_resumable_run(store: GraphStore, tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_step_and_leaves_a_resumable_run(
+    store: GraphStore, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     run = tmp_path / "run"
-    # A sampler process, which a terminal's Ctrl-C reaches as well. No other checkpoint is due than Ctrl-C's.
+    # A sampler process, which a terminal's Ctrl-C, and the SIGTERM of `timeout`, must not end before. No checkpoint is
+    # due but theirs.
     options = ["--engine", "local", "--num-samplers", "1"]
     options += ["--set", "checkpoint.period_steps=1000000", "--set", "eval_period=1"]
     process = started(arguments(store, run, *options, "--epochs", str(LONG)), os.environ | {"OMP_NUM_THREADS": "1"})
     wait_for_lines(process, run / "metrics.jsonl", 2, 120)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 130, said
+    assert process.returncode == code, said
     steps = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir()]
     assert len(steps) == 1, steps
     last = said.strip().splitlines()[-1]
@@ -79,7 +87,8 @@ def test_ctrl_c_ends_the_step_and_leaves_a_resumable_run(store: GraphStore, tmp_
     assert values[0] == values[1]
 
 
-def test_a_second_ctrl_c_stops_at_once(store: GraphStore, tmp_path: Path) -> None:
+@SIGNALS
+def test_a_second_ctrl_c_stops_at_once(store: GraphStore, tmp_path: Path, number: signal.Signals, code: int) -> None:
     """The first waits for a step that takes an hour; the second does not."""
     run = tmp_path / "run"
     slow = tmp_path / "slow.py"
@@ -108,13 +117,14 @@ def test_a_second_ctrl_c_stops_at_once(store: GraphStore, tmp_path: Path) -> Non
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline() == "in the step\n", process.communicate()
-        process.send_signal(signal.SIGINT)
-        told = next(line for line in process.stderr if "Ctrl-C" in line)
+        process.send_signal(number)
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        told = next((line for line in process.stderr if name in line), "")
         assert "once more stops at once" in told
-        assert process.poll() is None, "a first Ctrl-C waits for the step"
-        process.send_signal(signal.SIGINT)
+        assert process.poll() is None, "a first one waits for the step"
+        process.send_signal(number)
         _, said = process.communicate(timeout=120)
-        assert process.returncode == 130, said
+        assert process.returncode == code, said
     finally:
         process.kill()
     assert "--resume" in said
@@ -122,15 +132,18 @@ def test_a_second_ctrl_c_stops_at_once(store: GraphStore, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_ctrl_c_reaches_the_workers_of_ray(store: GraphStore, tmp_path: Path, cluster: Cluster) -> None:
+@SIGNALS
+def test_ctrl_c_reaches_the_workers_of_ray(
+    store: GraphStore, tmp_path: Path, cluster: Cluster, number: signal.Signals, code: int
+) -> None:
     run = tmp_path / "run"
     command = arguments(store, run, "--num-workers", "2", "--num-shards", "2", "--address", cluster.gcs_address)
     options = ["--set", "checkpoint.period_steps=1000000", "--set", "checkpoint.period_minutes=null"]
     process = started([*command, *options, "--epochs", str(LONG)], cluster.environment)
     wait_for_lines(process, run / "metrics.jsonl", 1, 120)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     _, said = process.communicate(timeout=90)
-    assert process.returncode == 130, said
+    assert process.returncode == code, said
     (checkpoint,) = (run / "checkpoints").glob("step-*")
     step = json.loads((checkpoint / "state.json").read_text())["step"]
     assert f"interrupted after step {step} of " in said.strip().splitlines()[-1]
