@@ -166,8 +166,10 @@ def _import_what_samplers_need() -> None:
 
 def main(argv: list[str]) -> int:
     """Run a fork server. argv: the number of the control socket's file, and of the trainer's process."""
-    # A terminal's Ctrl-C may reach this process too, but when to stop is the trainer's decision.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A terminal's Ctrl-C may reach this process too, and a scheduler's SIGTERM all of a job's, but when to stop is the
+    # trainer's decision. Samplers inherit this.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     _import_what_samplers_need()
     ForkServer(socket.socket(fileno=int(argv[0])), int(argv[1])).serve()
     return 0

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 import dngd
@@ -57,15 +58,19 @@ def test_ctrl_c_ends_the_step_and_leaves_a_resumable_run(
     store: GraphStore, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     run = tmp_path / "run"
-    # A sampler process, which a terminal's Ctrl-C, and the SIGTERM of `timeout`, must not end before. No checkpoint is
-    # due but theirs.
+    # A sampler process, which a terminal's Ctrl-C, and a scheduler's SIGTERM to all processes of a job, must not end
+    # before. No checkpoint is due but theirs.
     options = ["--engine", "local", "--num-samplers", "1"]
     options += ["--set", "checkpoint.period_steps=1000000", "--set", "eval_period=1"]
     process = started(arguments(store, run, *options, "--epochs", str(LONG)), os.environ | {"OMP_NUM_THREADS": "1"})
     wait_for_lines(process, run / "metrics.jsonl", 2, 120)
-    os.killpg(process.pid, number)
+    others = psutil.Process(process.pid).children(recursive=True)
+    assert len(others) >= 2, "a fork server and a sampler"
+    for each in (*others, process):
+        each.send_signal(number)
     _, said = process.communicate(timeout=120)
     assert process.returncode == code, said
+    assert not psutil.wait_procs(others, timeout=60)[1], "samplers outlive the run"
     steps = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir()]
     assert len(steps) == 1, steps
     last = said.strip().splitlines()[-1]
