@@ -270,6 +270,7 @@ class TrainConfig(_Section):
                 ("batch_size", self.batch_size != "full", "a step's own links are no edges of its messages, and full leaves none; use a number"),
                 ("semi", self.semi == "none", "it is about labels of nodes; leave it out"),
                 ("class_weights", self.class_weights is None, "it is about labels of nodes; leave it out"),
+                ("metric", self.metric != "macro_f1", "it is about classes of nodes; use --metric roc_auc, average_precision or accuracy"),
             ):
                 if not off:
                     raise ValueError(f"{name}={getattr(self, name)} does not go with task=link: {why}")
@@ -467,6 +468,26 @@ class TrainConfig(_Section):
             return True
         is_used = {"semi_temperature": self.semi_labels == "soft", "semi_share": self.batch_size != "full"}
         return self.semi != "none" and is_used.get(key, True)
+
+    def why_unused(self, key: str) -> str | None:
+        """Return, as words after "has no effect", why the run does not use a field (dotted name) that was set to another
+        value than the usual one, and the fix; None for a field that it uses."""
+        for is_about, is_used, why in (
+            (key.startswith("kfac."), self.optimizer == "kfac", f"with optimizer={self.optimizer}; leave it out, or use --optimizer kfac"),
+            (key.startswith("ray."), self.engine == "ray", f"with engine={self.engine}; leave it out, or use --engine ray"),
+            (key == "momentum", self.optimizer == "sgd", f"with optimizer={self.optimizer}; leave it out, or use --optimizer sgd{', or --set kfac.momentum=X' if self.optimizer == 'kfac' else ''}"),
+            (key == "split", self.task == "node", "with task=link, whose links are dealt by --link-split; leave it out"),
+            (key in ("link_split", "negatives", "embedding"), self.task == "link", "with task=node; leave it out, or use --task link"),
+            (key.startswith("semi_"), self.semi != "none", "without --semi; leave it out, or use --semi two_means or pooled"),
+            (key == "semi_temperature", self.semi_labels == "soft", "with semi_labels=argmax; leave it out, or use --set semi_labels=soft"),
+            (key == "semi_share", self.batch_size != "full", "with batch_size=full, which takes all nodes in each step; leave it out"),
+            (key == "lr_half_steps", self.schedule == "hyperbolic", f"with lr_schedule={self.schedule}; leave it out, or use --lr-schedule hyperbolic"),
+            (key.startswith("kfac.kl_clip"), self.kl_bound is None, f"with kfac.kl_bound={self.kl_bound}, which bounds steps in its place; leave one out"),
+            (key.startswith("kfac.kl_bound_"), self.kl_bound is not None, "where kfac.kl_bound is not in use; leave it out"),
+        ):
+            if is_about and not is_used:
+                return why
+        return None
 
     def to_yaml(self) -> str:
         """Return the configuration as YAML that `from_yaml` reads back."""

@@ -13,8 +13,9 @@ from rich.table import Table
 from dngd.cli.common import INTERRUPTED, TERMINATED, Interrupted, Json, field_help, out, print_json, size_text
 from dngd.config import TrainConfig, address_of_run
 from dngd.config_text import merge, parse_assignment, read_yaml
-from dngd.errors import RunInterrupted
+from dngd.errors import RunInterrupted, UserError
 from dngd.paths import expanded
+from dngd.report.run_files import flatten
 from dngd.report.text import metric_words
 
 RESUME_HINT = "interrupted; a run goes on from its newest checkpoint with dngd train --run-dir RUN --resume"
@@ -120,6 +121,7 @@ def train(
         flags = merge(flags, parse_assignment(text))
     fields = merge(_base_fields(config, flags.get("run_dir"), flags.get("resume") is True), flags)
     trainer = Trainer(TrainConfig(**fields), quiet=quiet)
+    _refuse_unused(trainer.config, flags)
     if dry_run:
         plan = trainer.plan()
         print_json(plan.to_json()) if as_json else _print_plan(plan.to_json(), trainer.config)
@@ -134,6 +136,15 @@ def train(
         print_json(result.to_json())
     elif not quiet:
         _print_result(asdict(result))
+
+
+def _refuse_unused(config: TrainConfig, flags: dict[str, Any]) -> None:
+    """Raise UserError for a flag without effect. In a file such a field may stand: it may serve several runs."""
+    usual = flatten(TrainConfig(dataset="").model_dump())
+    used = flatten(config.model_dump())
+    for key in flatten(flags):
+        if used.get(key) != usual.get(key) and (why := config.why_unused(key)) is not None:
+            raise UserError(f"{key}={used[key]} has no effect {why}")
 
 
 def _base_fields(config: Path | None, run_dir: Any, resume: bool) -> dict[str, Any]:

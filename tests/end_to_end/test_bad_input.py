@@ -76,6 +76,20 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--resume"], ["--resume needs --run-dir"]),
         (["--run-dir", "hdfs://bucket/run"], ["run_dir=hdfs://", "s3://"]),
         (["--config", "missing.yaml"], ["missing.yaml", "cannot be read"]),
+        (["--task", "link", "--metric", "macro_f1"], ["metric=macro_f1", "task=link", "--metric roc_auc"]),
+        (["--task", "link"], ["split=random:0.5/0.25/0.25 has no effect", "--link-split"]),
+        (["--negatives", "3"], ["negatives=3 has no effect with task=node", "--task link"]),
+        (["--link-split", "0.5/0.2/0.3"], ["link_split=0.5/0.2/0.3 has no effect", "--task link"]),
+        (["--optimizer", "adam", "--damping", "0.1"], ["kfac.damping=0.1 has no effect", "--optimizer kfac"]),
+        (["--set", "momentum=0.5"], ["momentum=0.5 has no effect with optimizer=kfac", "kfac.momentum"]),
+        (["--semi-gamma", "2"], ["semi_gamma=2.0 has no effect without --semi"]),
+        (["--semi", "pooled", "--set", "semi_temperature=0.2"], ["semi_temperature=0.2", "semi_labels=soft"]),
+        (["--semi", "pooled", "--batch-size", "full", "--set", "semi_share=0.2"], ["semi_share=0.2", "all nodes"]),
+        (["--optimizer", "adam", "--set", "lr_half_steps=5"], ["lr_half_steps=5.0", "lr_schedule=cosine"]),
+        (["--set", "kfac.kl_bound=0.2", "--set", "kfac.kl_clip=0.1"], ["kfac.kl_clip=0.1", "kfac.kl_bound=0.2"]),
+        (["--set", "kfac.kl_clip=0.1", "--set", "kfac.kl_bound_steps=3"], ["kfac.kl_bound_steps=3.0", "not in use"]),
+        (["--address", "host:6379"], ["ray.address=host:6379 has no effect with engine=local", "--engine ray"]),
+        (["--min-workers", "1"], ["ray.min_workers=1 has no effect", "--engine ray"]),
         (["--no-such-flag"], ["--no-such-flag"]),
         (["--epochs", "soon"], ["--epochs", "integer"]),
     ],
@@ -105,6 +119,18 @@ def test_wrong_flags(
     for text in said:
         assert text in said_there
     assert not (tmp_path / "runs").exists(), "a run folder was made"
+
+
+def test_a_flag_without_effect_may_stand_in_a_file(
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One file serves a comparison of optimizers; and a flag that says what is usual asks for nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("kfac: {damping: 0.1}\nmomentum: 0.5\nnegatives: 3\nray: {address: host:1}\n")
+    command = ["train", "--config", "c.yaml", "--dataset", str(store.path), *BASE, "--batch-size", "50", "--dry-run"]
+    for flags in (["--optimizer", "adam"], ["--negatives", "1", "--semi-gamma", "1", "--link-split", "0.8/0.1/0.1"]):
+        code, err = run(capsys, *command, *flags)
+        assert code == 0, err
 
 
 def test_unknown_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str], store: GraphStore) -> None:
