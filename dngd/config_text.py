@@ -24,15 +24,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"configuration file {path} cannot be read: {error.strerror}; check the path") from None
 
 
-def parse_yaml(content: bytes, shown: str) -> dict[str, Any]:
+def parse_yaml(content: bytes, shown: str, fix: str = "mend it there, or give another file") -> dict[str, Any]:
     """Return the mapping in a YAML file's content. shown: the file's name in messages. Raises UserError."""
     try:
-        data = yaml.safe_load(content.decode())
+        text = content.decode()
+    except UnicodeDecodeError:
+        raise UserError(f"configuration file {shown} is no text in UTF-8, as YAML is; {fix}") from None
+    try:
+        data = yaml.safe_load(text)
     except NOT_YAML as error:
-        raise UserError(f"configuration file {shown} is not YAML: {_reason(error)}") from None
+        raise UserError(f"configuration file {shown} is not YAML: {_reason(error)}; {fix}") from None
     _check_keys(data, f"configuration file {shown}")
+    if data is None:
+        raise UserError(f"configuration file {shown} is empty; {fix}")
     if not isinstance(data, dict):
-        raise UserError(f"configuration file {shown} holds a {type(data).__name__}; it must be a mapping of fields")
+        kind = {"list": "a list", "str": "one text"}.get(type(data).__name__, "one value")
+        raise UserError(f"configuration file {shown} holds {kind}, not fields as in 'hidden: 64'; {fix}")
     return data
 
 

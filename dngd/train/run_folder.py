@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dngd.config import TrainConfig, address_of_run
-from dngd.config_text import parse_yaml, read_yaml
+from dngd.config_text import parse_yaml
 from dngd.errors import UserError
 from dngd.graph import GraphStore, cache_folder, folder_lock, graph_at
 from dngd.graph.manifest import is_store_folder
@@ -27,6 +27,9 @@ from dngd.train.checkpoint import (
 from dngd.train.remote_files import CHECKPOINTS, RemoteFiles
 
 CONFIG_NAME = "config.yaml"
+CONFIG_FIX = "put back a copy of the run's own"
+LAST_FIELD = next(reversed(TrainConfig.model_fields))
+"""A whole configuration ends with it."""
 OTHER_RUN_SECONDS = 120.0
 
 _OWN_NAMES = frozenset(
@@ -61,7 +64,7 @@ class RunFolder:
     @property
     def holds_a_run(self) -> bool:
         """Whether a run was begun here."""
-        return self.config.exists()
+        return self.config.is_file()
 
     def fetch(self) -> None:
         """Bring what the run has elsewhere, before it is gone on with."""
@@ -103,14 +106,40 @@ def _numbered(path: Path) -> Iterator[Path]:
 
 
 def saved_fields(run_dir: Path) -> dict[str, Any] | None:
-    """Return the fields of the configuration that a run folder, here or at an address, holds; None without a run."""
+    """Return the fields of the configuration that a run folder, here or at an address, holds; None without a run.
+
+    Raises UserError for a file that is not as a run writes it.
+    """
     address = address_of_run(run_dir)
     if address is None:
         path = RunFolder(expanded(run_dir)).config
-        return read_yaml(path) if path.exists() else None
+        return _fields_in(_content(path), str(path)) if path.is_file() else None
     files = RemoteFiles(address)
     content = files.read(CONFIG_NAME)
-    return None if content is None else parse_yaml(content, f"{files.shown}/{CONFIG_NAME}")
+    return None if content is None else _fields_in(content, f"{files.shown}/{CONFIG_NAME}")
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"configuration file {path} cannot be read: {error.strerror}; {CONFIG_FIX}") from None
+
+
+def _fields_in(content: bytes, shown: str) -> dict[str, Any]:
+    fields = parse_yaml(content, shown, CONFIG_FIX)
+    if LAST_FIELD not in fields:  # at the end of a line YAML does not show that it was cut short
+        raise UserError(f"configuration file {shown} is cut short: it has no {LAST_FIELD!r}; {CONFIG_FIX}")
+    try:
+        TrainConfig(**fields)
+    except UserError as error:
+        raise UserError(f"configuration file {shown} is not as a run writes it ({error}); {CONFIG_FIX}") from None
+    return fields
+
+
+def run_config(folder: RunFolder) -> TrainConfig:
+    """Return the configuration of the run in a folder. Raises UserError if its file is not as a run writes it."""
+    return TrainConfig(**_fields_in(_content(folder.config), f"{folder.shown}/{folder.config.name}"))
 
 
 def check_run_folder(config: TrainConfig) -> Path:

@@ -90,14 +90,16 @@ def make_surroundings(
     )
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+def load_weights(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    what: str,
+    fix: str = "give the module that the run was started with",
+) -> None:
     """Load a state dict. Raises UserError, naming the first difference, if the model has other parameters."""
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         here, there = (list(found[name].shape) if name in found else "nothing" for found in (own, weights))
         if here != there:
-            raise UserError(
-                f"{what} is of another model: {name} is {there} there and {here} in this model; give the module that "
-                "the run was started with"
-            )
+            raise UserError(f"{what} is of another model: {name} is {there} there and {here} in this model; {fix}")
     model.load_state_dict(dict(weights))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dngd.comm import LocalCommunicator
-from dngd.config import TrainConfig
+from dngd.config import TrainConfig, address_of_run
 from dngd.errors import UserError
 from dngd.graph import GraphStore, resolve_dataset
 from dngd.models import MODELS
@@ -24,7 +25,7 @@ from dngd.train.objective import Objective
 from dngd.train.parts import RunParts, make_module
 from dngd.train.placement import free_gpu_bytes, table_bytes
 from dngd.train.remote_run import readable_folder
-from dngd.train.run_folder import RunFolder, spill_folders
+from dngd.train.run_folder import RunFolder, run_config, spill_folders
 from dngd.train.scoring import CustomMetric, Metric
 from dngd.train.surroundings import load_weights, make_surroundings
 
@@ -59,40 +60,69 @@ def load_trained(run: Path, parts: RunParts | None = None) -> TrainedModel:
         raise UserError(
             f"run {folder.shown} has no model yet: it ended before its first evaluation; go on with --resume"
         )
-    config = TrainConfig.from_yaml(folder.config)
+    config = run_config(folder)
     parts = parts or RunParts()
     if config.model == "custom" and parts.module is None:
         raise UserError(
             f"run {run} trained a module of one's own, which its folder does not hold; from Python: "
             f"dngd.Trainer(config, module=...).evaluate(), or .predict()"
         )
+    shown = f"{folder.shown}/{folder.best_model.name}"
+    again = f"dngd train --run-dir {shlex.quote(address_of_run(run) or str(run))} --resume"
+    again = "Trainer.resume()" if config.model == "custom" else again
+    fix = f"{again} writes it anew from the newest checkpoint, or put back a copy of it"
+    weights, said = _read_weights(folder.best_model, shown, fix)
     try:
-        weights = safetensors.torch.load_file(folder.best_model)
-        with safe_open(folder.best_model, framework="pt") as file:
-            said = file.metadata() or {}
-            step = int(said["step"])
-        names = tuple(str(name) for name in json.loads(said["label_names"])) if "label_names" in said else None
-        if config.model == "custom":
-            num_features, num_classes = int(said["num_features"]), int(said["num_classes"])
-        else:
-            in_rows = weights["layers.0.linear.weight"].shape[1]
-            num_classes = weights[f"layers.{config.num_layers - 1}.linear.weight"].shape[0]
-            num_features = in_rows // (2 if MODELS[config.model].aggregation == "mean" else 1)
-        shape = GraphShape(num_features, num_classes)
-        with torch.random.fork_rng(devices=[]):
-            model = make_module(config, parts if config.model == "custom" else RunParts(), shape)
-        if config.model == "custom":
-            load_weights(model, weights, str(folder.best_model))
-        model.load_state_dict(weights)
-    except UserError:
-        raise
-    except (SafetensorError, KeyError, IndexError, ValueError, RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        step = int(said["step"])
+        names = _names(said["label_names"]) if "label_names" in said else None
+        widths = (int(said["num_features"]), int(said["num_classes"])) if config.model == "custom" else None
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else f"a value that cannot be read ({error})"
         raise UserError(
-            f"{folder.shown}/{folder.best_model.name} cannot be loaded into the run's model: {reason}"
+            f"{shown} is not as dngd train wrote it, with {what} in what it says of itself; {fix}"
         ) from None
+    if widths is None:
+        kind = f"{config.model} of {config.num_layers} layers"
+        fix = f"{folder.shown}/{folder.config.name} says {kind} of width {config.hidden}: put back the run's own files"
+        widths = _widths(config, weights, shown, fix)
+    else:
+        fix = "give the module that the run was started with"
+    shape = GraphShape(*widths)
+    with torch.random.fork_rng(devices=[]):
+        model = make_module(config, parts if config.model == "custom" else RunParts(), shape)
+    load_weights(model, weights, shown, fix)
     is_multilabel = said.get("labels") == "several"
-    return TrainedModel(folder, config, model, step, num_features, num_classes, is_multilabel, names)
+    return TrainedModel(folder, config, model, step, *widths, is_multilabel, names)
+
+
+def _read_weights(path: Path, shown: str, fix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a safetensors file's tensors, and its metadata. Raises UserError for one that cannot be read."""
+    try:
+        weights = safetensors.torch.load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return weights, file.metadata() or {}
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0].removeprefix("Error while deserializing header: ")[:80]
+        size = f", in {path.stat().st_size} bytes" if path.is_file() else ""
+        raise UserError(f"{shown} is damaged, or no safetensors file ({reason}{size}); {fix}") from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Return a JSON list of names. Raises ValueError for other JSON, or none."""
+    names = json.loads(text)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"label_names is {text[:40]}")
+    return tuple(names)
+
+
+def _widths(config: TrainConfig, weights: dict[str, Tensor], shown: str, fix: str) -> tuple[int, int]:
+    """Return how many numbers a built-in model takes and gives. Raises UserError for weights of another model."""
+    ends = ("layers.0.linear.weight", f"layers.{config.num_layers - 1}.linear.weight")
+    for name in ends:
+        if name not in weights or weights[name].dim() != 2:
+            raise UserError(f"{shown} is of another model, which has no matrix {name}; {fix}")
+    first, last = (weights[name] for name in ends)
+    return first.shape[1] // (2 if MODELS[config.model].aggregation == "mean" else 1), last.shape[0]
 
 
 def open_graph(trained: TrainedModel, dataset: str | None = None, data_root: Path | None = None) -> GraphStore:

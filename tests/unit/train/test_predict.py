@@ -287,7 +287,7 @@ def test_bad_input(graph: GraphStore, model: GNN, run: Path, tmp_path: Path) -> 
     assert "--overwrite" in refusal(run, out)
     assert out.read_text() == "kept"
     (run / "model.safetensors").write_bytes(b"nothing")
-    assert "cannot be loaded" in refusal(run, out, overwrite=True)
+    assert "is damaged, or no safetensors file" in refusal(run, out, overwrite=True)
     (run / "model.safetensors").unlink()
     assert "no model yet" in refusal(run, out, overwrite=True)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -1,0 +1,168 @@
+"""Runs whose files were damaged: one sentence says which file, what is wrong with it, and what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import dngd
+from dngd.errors import UserError
+from dngd.graph import GraphStore
+from dngd.train.checkpoint import said_in
+from dngd.train.evaluate_run import evaluate_run
+from dngd.train.export import export_run
+from dngd.train.predict import predict_run
+from dngd.train.trained_model import load_trained
+
+
+@pytest.fixture(scope="module")
+def trained(store: GraphStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    fit(store, run)
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it that may be damaged."""
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def fit(store: GraphStore, run: Path, **changes: object) -> None:
+    fields = {"engine": "local", "num_layers": 2, "fanout": (4, 4), "hidden": 8, "batch_size": 60, "max_steps": 2}
+    dngd.Trainer(dngd.TrainConfig(dataset=str(store.path), run_dir=run, **(fields | changes)), quiet=True).fit()
+
+
+def refusal(run: Path) -> str:
+    with pytest.raises(UserError) as info:
+        load_trained(run)
+    assert "\n" not in str(info.value)
+    return str(info.value)
+
+
+@pytest.mark.parametrize("part", [0, 1, 8, 9, 50, 0.5, 0.99])
+def test_a_model_that_was_cut_short(run: Path, part: float) -> None:
+    file = run / "model.safetensors"
+    whole = file.read_bytes()
+    kept = whole[: int(part * len(whole)) if isinstance(part, float) else part]
+    file.write_bytes(kept)
+    said = refusal(run)
+    assert said.startswith(f"{file} is damaged")
+    assert f"in {len(kept)} bytes" in said
+    assert f"dngd train --run-dir {run} --resume writes it anew" in said
+
+
+@pytest.mark.parametrize("content", [b"\xff" * 500, b"\0" * 500, b"[1, 2]", b'{"step": 3}', b"PK\x03\x04" * 40])
+def test_what_is_no_model(run: Path, content: bytes) -> None:
+    (run / "model.safetensors").write_bytes(content)
+    assert refusal(run).startswith(f"{run / 'model.safetensors'} is damaged, or no safetensors file (")
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"step": None}, "no 'step'"),
+        ({"step": "x"}, "'x'"),
+        ({"label_names": "{"}, "cannot be read"),
+        ({"label_names": "3"}, "label_names is 3"),
+        ({"label_names": "[1, 2]"}, "label_names is [1, 2]"),
+    ],
+)
+def test_a_model_that_says_other_things_of_itself(run: Path, changes: dict[str, str | None], what: str) -> None:
+    file = run / "model.safetensors"
+    said = {name: value for name, value in (said_in(file.read_bytes()) | changes).items() if value is not None}
+    file.write_bytes(safetensors.torch.save(safetensors.torch.load(file.read_bytes()), said))
+    told = refusal(run)
+    assert told.startswith(f"{file} is not as dngd train wrote it")
+    assert what in told
+    assert "--resume writes it anew" in told
+
+
+@pytest.mark.parametrize(
+    ("weights", "what"),
+    [
+        ({"w": torch.ones(3)}, "no matrix layers.0.linear.weight"),
+        ({"layers.0.linear.weight": torch.ones(3), "layers.1.linear.weight": torch.ones(())}, "no matrix layers.0"),
+        ({"layers.0.linear.weight": torch.ones(8, 16)}, "no matrix layers.1.linear.weight"),
+        ({"layers.0.linear.weight": torch.ones(9, 16), "layers.1.linear.weight": torch.ones(5, 9)}, "is nothing there"),
+    ],
+)
+def test_the_weights_of_another_model(run: Path, weights: dict[str, torch.Tensor], what: str) -> None:
+    file = run / "model.safetensors"
+    file.write_bytes(safetensors.torch.save(weights, {"step": "2"}))
+    told = refusal(run)
+    assert told.startswith(f"{file} is of another model")
+    assert what in told
+    assert f"{run / 'config.yaml'} says gcn of 2 layers of width 8: put back the run's own" in told
+
+
+def test_the_model_of_another_run(store: GraphStore, run: Path, tmp_path: Path) -> None:
+    fit(store, tmp_path / "other", model="sage")
+    shutil.copy(tmp_path / "other" / "model.safetensors", run)
+    assert "layers.1.linear.weight is [5, 16] there and [5, 8] in this model" in refusal(run)
+
+
+def test_each_command_says_so_and_a_resume_mends_it(store: GraphStore, run: Path, tmp_path: Path) -> None:
+    file = run / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    told = refusal(run)
+    for command in (
+        evaluate_run,
+        lambda run: predict_run(run, tmp_path / "p"),
+        lambda run: export_run(run, tmp_path / "e"),
+    ):
+        with pytest.raises(UserError) as info:
+            command(run)
+        assert str(info.value) == told
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    fit(store, run, resume=True)
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "is empty"),
+        (b"\n\n", "is empty"),
+        (b"\xff\xfe\x01", "is no text in UTF-8"),
+        (b"\0" * 40, "is not YAML"),
+        (b"- 1\n- 2\n", "holds a list"),
+        (b"3", "holds one value"),
+        (b"data", "holds one text"),
+        (b'{"dataset": "x"}', "is cut short: it has no 'resume'"),
+        (b"resume: false\n", "dataset is required"),
+        (b"dataset: x\nkfac: [1]\nresume: false\n", "kfac=[1]"),
+        (b"dataset: x\nhiden: 3\nresume: false\n", "did you mean hidden?"),
+    ],
+)
+def test_a_configuration_that_no_run_wrote(store: GraphStore, run: Path, content: bytes, what: str) -> None:
+    file = run / "config.yaml"
+    file.write_bytes(content)
+    told = refusal(run)
+    assert told.startswith(f"configuration file {file} ")
+    assert what in told
+    assert told.endswith("; put back a copy of the run's own")
+    with pytest.raises(UserError) as info:
+        fit(store, run, resume=True)
+    assert str(info.value) == told
+    assert file.read_bytes() == content
+
+
+def test_a_configuration_that_was_cut_short_anywhere(run: Path) -> None:
+    """At the end of a line too, where it is YAML that leaves the seed, say, at its default."""
+    file = run / "config.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    assert json.dumps(lines[-1:]) == '["resume: false\\n"]'
+    for count in range(len(lines)):
+        file.write_text("".join(lines[:count]))
+        assert refusal(run).startswith(f"configuration file {file} ")
+        file.write_text("".join(lines[:count]) + lines[count][: len(lines[count]) // 2])
+        assert refusal(run).startswith(f"configuration file {file} ")
