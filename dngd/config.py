@@ -450,6 +450,12 @@ class TrainConfig(_Section):
             flat = {key: value for key, value in flat.items() if not key.startswith("kfac.")}
         return flat
 
+    def given_since(self, begun: TrainConfig) -> dict[str, tuple[Any, Any]]:
+        """Return the fields that define a run and were given another value than there, with both, the earlier first: not
+        those that only follow from these."""
+        old, new = _flat_identity(begun), _flat_identity(self)
+        return {name: (old[name], new[name]) for name in new if old[name] != new[name]}
+
     def _has_effect(self, key: str) -> bool:
         """Whether a field of a schedule, of links, or of the semi-supervised loss is in use; True for all others."""
         if key.startswith("kfac.kl_bound"):

@@ -119,7 +119,7 @@ def train(
 
     for text in assignments or []:
         flags = merge(flags, parse_assignment(text))
-    fields = merge(_base_fields(config, flags.get("run_dir"), flags.get("resume") is True), flags)
+    fields = merge(_base_fields(config, flags), flags)
     trainer = Trainer(TrainConfig(**fields), quiet=quiet)
     _refuse_unused(trainer.config, flags)
     if dry_run:
@@ -147,15 +147,20 @@ def _refuse_unused(config: TrainConfig, flags: dict[str, Any]) -> None:
             raise UserError(f"{key}={used[key]} has no effect {why}")
 
 
-def _base_fields(config: Path | None, run_dir: Any, resume: bool) -> dict[str, Any]:
+def _base_fields(config: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
     """Return what flags go on top of: the configuration file, or else the resumed run's own configuration."""
     if config is not None:
         return read_yaml(config)
-    if resume and isinstance(run_dir, str | Path):
-        from dngd.train.run_folder import saved_fields
+    run_dir = flags.get("run_dir")
+    if flags.get("resume") is not True or not isinstance(run_dir, str | Path):
+        return {}
+    from dngd.train.run_folder import saved_fields
 
-        return saved_fields(Path(run_dir)) or {}
-    return {}
+    saved = saved_fields(Path(run_dir))
+    if saved is None and "dataset" not in flags:
+        shown = address_of_run(Path(run_dir)) or run_dir
+        raise UserError(f"there is no run at {shown} to go on with; check --run-dir, or start one there with --dataset")
+    return saved or {}
 
 
 def evaluate(

@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import safetensors.torch
@@ -328,16 +329,32 @@ HEADER_LENGTH_BYTES = 8
 OWN_SETTINGS = "use the run's own settings, or another --run-dir for a new run"
 
 
-def check_same_run(saved: dict[str, Any], wanted: dict[str, Any], fix: str = OWN_SETTINGS) -> None:
-    """Raise UserError if a checkpoint's identity differs from the run's, naming the first differences."""
-    differences = [
-        f"{key}={wanted.get(key)!r} (the run has {saved.get(key)!r})"
-        for key in sorted(saved.keys() | wanted.keys())
-        if saved.get(key) != wanted.get(key)
-    ]
-    if differences:
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise UserError("cannot resume with another " + ", ".join(differences[:3]) + more + "; " + fix)
+def check_same_run(
+    saved: dict[str, Any],
+    wanted: dict[str, Any],
+    fix: str = OWN_SETTINGS,
+    given: Mapping[str, tuple[Any, Any]] = MappingProxyType({}),
+) -> None:
+    """Raise UserError if a checkpoint's identity differs from the run's, naming the first differences.
+
+    given: fields that were given another value, with the run's value and this one, for those that an identity leaves
+    out; what follows from them is named after all of these.
+    """
+    names = [key for key in sorted(saved.keys() | wanted.keys()) if saved.get(key) != wanted.get(key)]
+    if not names:
+        return
+    first = [key for key in names if key in given] or names[:3]
+    values = {key: given.get(key, (None, None)) for key in first}
+    shown = ", ".join(
+        f"{key}={wanted.get(key, new)!r} (the run has {saved.get(key, old)!r})" for key, (old, new) in values.items()
+    )
+    others = [key for key in names if key not in first]
+    if not given:
+        more = f" and {len(others)} more" if others else ""
+    else:
+        listed = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        more = f", which changes {listed} too" if others else ""
+    raise UserError(f"cannot resume with another {shown}{more}; {fix}")
 
 
 def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

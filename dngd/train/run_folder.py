@@ -158,7 +158,8 @@ def check_run_folder(config: TrainConfig) -> Path:
     if saved is not None and not config.resume:
         raise UserError(f"run folder {shown} already holds a run; go on with --resume, or give another --run-dir")
     if saved is not None:
-        check_same_run(TrainConfig(**saved).identity(), config.identity())
+        begun = TrainConfig(**saved)
+        check_same_run(begun.identity(), config.identity(), given=config.given_since(begun))
         # What was left open in a configuration that another dngd wrote may stand for something else by now.
         reached = _newest_state(path, remote)
         if reached is not None:

@@ -254,6 +254,59 @@ def test_run_folder_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFix
     assert "cannot be written" in refused(capsys, *command[:-1], "/proc/no-such-run")
 
 
+def test_a_resume_names_the_flags_that_are_in_its_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], store: GraphStore
+) -> None:
+    """Not the two dozen settings that follow from one of them, which nobody gave."""
+    folder = tmp_path / "run"
+    code, err = run(
+        capsys, "train", "--dataset", str(store.path), *BASE, "--batch-size", "50", "--run-dir", str(folder)
+    )
+    assert code == 0, err
+    begin, end = (
+        "dngd: cannot resume with another ",
+        "; use the run's own settings, or another --run-dir for a new run\n",
+    )
+    for flags, named, follow in (
+        (["--optimizer", "adam"], ["optimizer='adam' (the run has 'kfac')"], ", which changes kfac.change_threshold, "),
+        (["--task", "link"], ["task='link' (the run has 'node')"], ", which changes "),
+        (["--model", "sage"], ["model='sage' (the run has 'gcn')"], ""),
+        (
+            ["--set", "kfac.update=momentum"],
+            ["kfac.update='momentum' (the run has 'mean_gradient')"],
+            ", which changes ",
+        ),
+        (
+            ["--seed", "1", "--model", "sage", "--dropout", "0.1", "--lr", "1", "--warmup-steps", "2"],
+            [
+                "dropout=0.1 (the run has 0.5)",
+                "lr=1.0 (the run has 0.3)",
+                "model='sage' (the run has 'gcn')",
+                "seed=1 (the run has 0)",
+                "warmup_steps=2 (the run has 0)",
+            ],
+            "",
+        ),
+    ):
+        said = refused(capsys, "train", "--run-dir", str(folder), "--resume", "--quiet", *flags)
+        assert said.startswith(begin + ", ".join(named) + follow), said
+        assert said.endswith(end)
+        assert len(said) - len(begin + end) < 200 + 40 * len(named), said
+        assert follow or said == begin + ", ".join(named) + end
+
+
+def test_there_is_no_run_to_go_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for name in ("typo", "empty"):
+        for flags in (["--run-dir", name, "--resume"], ["--set", f"run_dir={name}", "--resume", "--epochs", "3"]):
+            said = refused(capsys, "train", *flags)
+            assert f"there is no run at {name} to go on with; check --run-dir" in said
+    assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
+
+
 def test_resume_on_another_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str], store: GraphStore) -> None:
     command = ["train", *BASE, "--batch-size", "50", "--run-dir", str(tmp_path / "run"), "--dataset"]
     code, err = run(capsys, *command, str(store.path))
