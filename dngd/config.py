@@ -12,8 +12,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 from pydantic.config import JsonDict
+from pydantic_core import PydanticCustomError
 
 from dngd.config_text import explain, merge, read_yaml
 from dngd.errors import UserError
@@ -39,6 +49,18 @@ LearningRateKind = Literal["constant", "cosine", "hyperbolic"]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse true where a number belongs: to Python it is 1."""
+        values = value if isinstance(value, list | tuple) else [value]
+        if (
+            any(isinstance(item, bool) for item in values)
+            and cls.model_fields[str(info.field_name)].annotation is not bool
+        ):
+            raise PydanticCustomError("truth", "input should be something else than true or false")
+        return value
 
 
 # fmt: off
@@ -219,7 +241,7 @@ class TrainConfig(_Section):
                 return tuple(int(part) for part in value.split(","))
             except ValueError:
                 raise ValueError(f"fanout={value!r} is not a list of whole numbers; write e.g. 15,10,5") from None
-        return value
+        return (value,) if isinstance(value, int) else value
 
     @field_validator("loggers", mode="before")
     @classmethod
@@ -234,7 +256,7 @@ class TrainConfig(_Section):
                 return tuple(float(part) for part in value.split(","))
             except ValueError:
                 raise ValueError(f"class_weights={value!r} is neither balanced nor a list of numbers; write e.g. 1,2.5,1") from None
-        return value
+        return (value,) if isinstance(value, int | float) else value
 
     @field_validator("batch_size", mode="after")
     @classmethod

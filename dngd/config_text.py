@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -16,12 +17,59 @@ NOT_YAML = (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeEr
 """What yaml.safe_load raises: its own errors, and those of Python for a date such as 2020-99-99 or a wrong !!tag."""
 
 
+class _Refused(yaml.YAMLError):
+    """What is YAML, but most likely a mistake."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Numbers are those of YAML 1.2, and of flags: 010 is ten, not eight, and 1:30 a text, not ninety."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """Raise _Refused for a key that is there twice, of which YAML would take the last."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, Any], int] = {}
+        for key, _ in node.value:
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and name in lines:
+                raise _Refused(f"has the key {key.value!r} twice, in lines {lines[name]} and {line}; keep one")
+            if isinstance(key, yaml.ScalarNode):
+                lines[name] = line
+        return node
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        """Return an integer, or the text of what only YAML 1.1 reads as one."""
+        text = str(self.construct_scalar(node))
+        if ":" in text:
+            return text
+        is_decimal = text.lstrip("+-").replace("_", "").isdecimal()
+        return int(text.replace("_", "")) if is_decimal else super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: Any) -> Any:
+        """Return a number, or the text of what only YAML 1.1 reads as one."""
+        text = str(self.construct_scalar(node))
+        return text if ":" in text else super().construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", getattr(_Loader, f"construct_yaml_{_kind}"))
+
+
+def _load(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return a YAML file's mapping. Raises UserError if it cannot be read or is not a mapping."""
     try:
         return parse_yaml(expanded(path).read_bytes(), str(path))
     except OSError as error:
-        raise UserError(f"configuration file {path} cannot be read: {error.strerror}; check the path") from None
+        raise UserError(
+            f"configuration file {path} cannot be read: {error.strerror}; give the path of a YAML file"
+        ) from None
 
 
 def parse_yaml(content: bytes, shown: str, fix: str = "mend it there, or give another file") -> dict[str, Any]:
@@ -31,7 +79,9 @@ def parse_yaml(content: bytes, shown: str, fix: str = "mend it there, or give an
     except UnicodeDecodeError:
         raise UserError(f"configuration file {shown} is no text in UTF-8, as YAML is; {fix}") from None
     try:
-        data = yaml.safe_load(text)
+        data = _load(text)
+    except _Refused as error:
+        raise UserError(f"configuration file {shown} {error}") from None
     except NOT_YAML as error:
         raise UserError(f"configuration file {shown} is not YAML: {_reason(error)}; {fix}") from None
     _check_keys(data, f"configuration file {shown}")
@@ -48,6 +98,8 @@ def _cut(text: str) -> str:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
     if isinstance(error, yaml.YAMLError):
         return " ".join(str(error).split())
     if isinstance(error, RecursionError):
@@ -92,7 +144,9 @@ def parse_assignment(text: str) -> dict[str, Any]:
     if not equals or not key:
         raise UserError(f"--set {text!r} is not key=value; write e.g. --set kfac.damping=0.01")
     try:
-        parsed: Any = yaml.safe_load(value)
+        parsed = _load(value)
+    except _Refused as error:
+        raise UserError(f"--set {_cut(text)!r} {error}") from None
     except NOT_YAML as error:
         # Where in the text YAML's own errors are is of no use in one that is this short.
         reason = "" if isinstance(error, yaml.YAMLError) else f": {_reason(error)}"
@@ -106,29 +160,36 @@ def parse_assignment(text: str) -> dict[str, Any]:
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Return a pydantic error as one sentence a field: the value received, what is allowed, the fix."""
-    sentences = []
-    seen = set()
+    sentences: dict[str, str] = {}
     for item in error.errors():
         path = _field_path(model, item["loc"])
-        name = ".".join(path)
-        if item["type"] == "extra_forbidden":
-            fields = _fields_at(model, path[:-1])
+        # A union reports each branch; the first says enough.
+        sentences.setdefault(".".join(path), _sentence(item["type"], item["msg"], item["input"], path, model))
+    return "; ".join(sentences.values())
+
+
+def _sentence(kind: str, message: str, value: object, path: list[str], model: type[BaseModel]) -> str:
+    """Return what is wrong with the field at a path, and the fix; an error of the whole, without a path, says so itself."""
+    name = ".".join(path)
+    if kind == "value_error":
+        return message.removeprefix("Value error, ")
+    if kind == "missing":
+        return f"{name} is required; give it as --{name.replace('_', '-')} or in the configuration file"
+    fields = _fields_at(model, path[:-1])
+    if kind == "extra_forbidden":
+        section, _, inner = path[-1].partition(".")
+        if inner and section in fields:
+            hint = f"in a file it is nested: {section}: {{{inner}: {value}}}"
+        else:
             near = difflib.get_close_matches(path[-1], fields, n=1, cutoff=0.4)
             hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else "known: " + ", ".join(fields)
-            sentence = f"configuration key {name!r} is unknown; {hint}"
-        elif item["type"] == "missing":
-            sentence = f"{name} is required; give it as --{name.replace('_', '-')} or in the configuration file"
-        elif item["type"] == "value_error":
-            sentence = item["msg"].removeprefix("Value error, ")
-        else:
-            message = item["msg"]
-            allowed = _fields_at(model, path[:-1]).get(path[-1], "")
-            sentence = f"{name}={item['input']!r} is not valid: {message[:1].lower()}{message[1:]} ({allowed})"
-        if name in seen:
-            continue  # a union reports each branch; the first says enough
-        seen.add(name)
-        sentences.append(sentence)
-    return "; ".join(sentences)
+        return f"configuration key {name!r} is unknown; {hint}"
+    if kind in ("string_type", "path_type") and not isinstance(value, dict | list | bool | NoneType):
+        return f"{name}={value} is not valid: it is no text; put it in quotes, as in --set '{name}=\"{value}\"'"
+    if kind == "model_type":
+        return f"{name}={value!r} is not valid: it is a group of fields; set each by its name, {name}.KEY=VALUE"
+    allowed = fields.get(path[-1], "")
+    return f"{name}={value!r} is not valid: {message[:1].lower()}{message[1:]} ({allowed})"
 
 
 def _field_path(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from dngd import cli
+from dngd.config import TrainConfig
+from dngd.config_text import parse_assignment, read_yaml
 from dngd.graph import GraphStore
 
 BASE = ["--engine", "local", "--num-layers", "2", "--fanout", "5,5", "--hidden", "8", "--epochs", "1", "--quiet"]
@@ -76,6 +78,17 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--resume"], ["--resume needs --run-dir"]),
         (["--run-dir", "hdfs://bucket/run"], ["run_dir=hdfs://", "s3://"]),
         (["--config", "missing.yaml"], ["missing.yaml", "cannot be read"]),
+        (["--set", "epochs=true"], ["epochs=True", "true or false", "passes over"]),
+        (["--set", "kfac.damping=yes"], ["kfac.damping=True", "true or false"]),
+        (["--set", "fanout=[true, 5]"], ["fanout=[True, 5]", "true or false"]),
+        (["--set", "epochs=1:30"], ["epochs='1:30'", "valid integer"]),
+        (["--set", "lr=1:30.5"], ["lr='1:30.5'", "valid number"]),
+        (["--set", "fanout=5"], ["fanout=(5,)", "num_layers=2", "one per layer"]),
+        (["--set", "class_weights=2"], ["class_weights has 1 entries", "5 classes"]),
+        (["--set", "run_dir=4"], ["run_dir=4", "no text", "--set 'run_dir=\"4\"'"]),
+        (["--set", "split=2020-01-01"], ["split=2020-01-01", "no text", "quotes"]),
+        (["--set", "kfac=5"], ["kfac=5", "kfac.KEY=VALUE"]),
+        (["--set", "kfac={damping: 1, damping: 2}"], ["kfac={damping: 1, damping: 2}", "'damping' twice"]),
         (["--task", "link", "--metric", "macro_f1"], ["metric=macro_f1", "task=link", "--metric roc_auc"]),
         (["--task", "link"], ["split=random:0.5/0.25/0.25 has no effect", "--link-split"]),
         (["--negatives", "3"], ["negatives=3 has no effect with task=node", "--task link"]),
@@ -369,6 +382,13 @@ def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
         ("seed: " + "[" * 5000 + "]" * 5000, ["nested too deeply"]),
         ("self: 1", ["'self' is unknown"]),
         ("lr: .nan", ["lr=nan", "finite"]),
+        ("epochs: 3\nseed: 1\nepochs: 4", ["c.yaml has the key 'epochs' twice, in lines 1 and 3; keep one"]),
+        ("kfac:\n  rank: 4\n  'rank': 4", ["'rank' twice, in lines 2 and 3"]),
+        ("dataset: karate", ["'dataset' twice, in lines 1 and 2"]),
+        ("kfac.damping: 0.02", ["'kfac.damping' is unknown", "nested: kfac: {damping: 0.02}"]),
+        ("epochs: on", ["epochs=True", "true or false"]),
+        ("run_dir: 4", ["run_dir=4", "quotes"]),
+        ("a: [1", ["not YAML: line 2, column 8: ", "mend it"]),
     ],
 )
 def test_wrong_configuration_files(
@@ -378,6 +398,45 @@ def test_wrong_configuration_files(
     told = refused(capsys, "train", "--config", str(tmp_path / "c.yaml"), "--dry-run")
     for text in said:
         assert text in told
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty; mend it there, or give another file"),
+        (b"# later\n", "is empty;"),
+        (b"- dataset: cora\n", "holds a list, not fields as in 'hidden: 64'; mend it"),
+        (b"cora", "holds one text, not fields"),
+        (b"3", "holds one value, not fields"),
+        (b"\x89PNG\r\n\x1a\n", "is no text in UTF-8, as YAML is; mend it"),
+        (b"\0\0\0", "is not YAML: "),
+        (None, "cannot be read: Is a directory; give the path of a YAML file"),
+    ],
+)
+def test_what_is_no_configuration_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, said: str
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert f"configuration file {path} {said}" in refused(capsys, "train", "--config", str(path), "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("010", 10), ("08", 8), ("0", 0), ("00", 0), ("1_000", 1000), ("0x10", 16), ("+7", 7)],
+)
+def test_numbers_are_read_as_flags_read_them(tmp_path: Path, written: str, value: int) -> None:
+    assert TrainConfig(dataset="x", **parse_assignment(f"seed={written}")).seed == value
+    (tmp_path / "c.yaml").write_text(f"dataset: x\nseed: {written}\n")
+    assert TrainConfig.from_yaml(tmp_path / "c.yaml").seed == value
+
+
+def test_a_key_may_be_there_again_in_another_section_or_over_a_merged_one(tmp_path: Path) -> None:
+    text = "kfac: &k {momentum: 0.5, rank: 4}\nmomentum: 0.1\ndataset: x\n"
+    (tmp_path / "c.yaml").write_text(text)
+    assert TrainConfig.from_yaml(tmp_path / "c.yaml").kfac.momentum == 0.5
+    (tmp_path / "m.yaml").write_text("a: &a {rank: 4, method: ekfac}\nb: &b {<<: *a, rank: 5}\nc: {<<: *b, rank: 6}")
+    assert read_yaml(tmp_path / "m.yaml")["c"] == {"rank": 6, "method": "ekfac"}
 
 
 @pytest.mark.parametrize(
