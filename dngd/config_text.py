@@ -169,7 +169,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _sentence(kind: str, message: str, value: object, path: list[str], model: type[BaseModel]) -> str:
-    """Return what is wrong with the field at a path, and the fix; an error of the whole, without a path, says so itself."""
+    """Return what is wrong with the field at a path, and the fix; an error without a path says it itself."""
     name = ".".join(path)
     if kind == "value_error":
         return message.removeprefix("Value error, ")

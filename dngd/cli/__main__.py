@@ -1,5 +1,5 @@
 """`python -m dngd.cli`."""
 
-from dngd.cli.root import main
+from dngd.cli import main
 
 main()
