@@ -7,6 +7,7 @@ SIGTERM, of train.
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -74,7 +75,8 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; the `dngd` script."""
+    """Run the command line, its modules imported."""
+    _print_what_can_be()
     try:
         code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
         if sys.stdout is not None:  # it is None where the shell closed it
@@ -105,6 +107,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if code == INTERRUPTED:  # typer turns Ctrl-C into this code
             _fail(INTERRUPTED_HINT, INTERRUPTED)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_what_can_be() -> None:
+    """Have a question mark printed for what standard output's encoding has not, such as λ or a table's lines in ASCII;
+    standard error escapes it by itself."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _sentence(error: Exception) -> str:

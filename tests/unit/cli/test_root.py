@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -118,6 +119,68 @@ def test_ctrl_c_speaks_of_resuming_where_there_is_something_to_resume(
     assert code == 130
     assert said.splitlines()[-1].startswith("dngd: interrupted")
     assert ("--resume" in said) is (arguments[0] == "train")
+
+
+INTERRUPTING = """
+import runpy, sys
+from importlib.abc import MetaPathFinder
+
+class Interrupting(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == MODULE:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["dngd", "--help"]
+"""
+
+
+@pytest.mark.parametrize("module", ["dngd.cli.root", "dngd.config", "typer", "rich.console"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        "from dngd.cli import main; main()",
+        "runpy.run_module('dngd', run_name='__main__')",
+        "runpy.run_module('dngd.cli', run_name='__main__')",
+    ],
+    ids=["script", "dngd", "dngd.cli"],
+)
+def test_ctrl_c_while_modules_are_imported(start: str, module: str) -> None:
+    program = f"MODULE = {module!r}\n{INTERRUPTING}\n{start}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "dngd: interrupted before it began\n")
+
+
+def test_the_installed_script_is_what_was_tested() -> None:
+    project = (Path(root.__file__).parents[2] / "pyproject.toml").read_text()
+    assert '[project.scripts]\ndngd = "dngd.cli:main"\n' in project
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
+@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help"), ("data", "import", "--help"), ("doctor",)])
+def test_a_terminal_that_has_not_every_character(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], encoding: str
+) -> None:
+    """What it has not is a question mark, and the rest is what it would be."""
+    bytes_out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(bytes_out, encoding=encoding, errors="strict"))
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main([*arguments])
+    assert exit_info.value.code in (0, 1)
+    sys.stdout.flush()
+    printed = bytes_out.getvalue()
+    assert (b"Train" if "train" in arguments else b"") in printed
+    assert len(printed) > 200
+
+
+def test_names_beyond_the_encoding_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    bytes_out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(bytes_out, encoding="utf-8", errors="strict"))
+    monkeypatch.setattr(root, "app", lambda **_: sys.stdout.write("graph \udcff of λ\n"))
+    with pytest.raises(SystemExit):
+        cli.main([])
+    assert bytes_out.getvalue().decode() == "graph ? of λ\n"
 
 
 def test_a_report_never_replaces_what_is_not_one(
