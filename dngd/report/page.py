@@ -95,6 +95,10 @@ def _header(summaries: Sequence[Summary], title: str) -> str:
             f"These runs have different metrics ({', '.join(metrics)}), which do not compare: each has charts and "
             "columns of its own."
         )
+    for run in runs:
+        if run.left_out:
+            whose = f" of {run.name}" if len(runs) > 1 else ""
+            warnings.append(f"Left out{whose}: {' and '.join(run.left_out)}.")
     return (
         f'<header><p class="eyebrow">dngd training report</p><h1>{escape(title)}{badge}</h1>'
         f'<p class="caption">{escape(caption)}</p></header>'

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -20,6 +20,8 @@ from dngd.paths import expanded
 from dngd.report.axes import plottable
 
 NOT_A_NUMBER = float("nan")
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class RunFiles:
     health: a (step, {layer: {measure: value}}) an evaluation, without what is not known; empty without factors.
 
     graph_digest: of the graph's files, as the newest checkpoint that can be read has it; None without one.
+
+    left_out: what was damaged and is not here, as words.
     """
 
     name: str
@@ -54,6 +58,7 @@ class RunFiles:
     health: tuple[tuple[int, dict[str, dict[str, float]]], ...] = ()
     metric: str = "accuracy"
     graph_digest: str | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -100,7 +105,8 @@ def read_run(path: Path, name: str) -> RunFiles:
             f"folder {path} holds no run (no config.yaml, metrics.jsonl or result.json); "
             "give the folder that dngd train wrote (--run-dir)"
         )
-    config, lines, result = _mapping(files[0]), _lines(files[1]), _mapping(files[2])
+    config, result = _mapping(files[0]), _mapping(files[2])
+    lines, lost_lines = _lines(files[1], _evaluation_line)
     evaluations, metric = tuple(map(_evaluation, lines)), _metric(config, lines, result)
     steps = as_number(result.get("steps"))
     if steps is not None and any(evaluation.step > steps for evaluation in evaluations):
@@ -109,8 +115,10 @@ def read_run(path: Path, name: str) -> RunFiles:
         flat = flatten(config)
     except RecursionError:
         raise UserError(f"{files[0]} is nested too deeply, or leads back to itself; mend or remove it") from None
-    health, digest = _health(path / "health.jsonl"), _graph_digest(path / "checkpoints")
-    return RunFiles(name, path, flat, evaluations, result, health, metric, digest)
+    health, lost_health = _lines(path / "health.jsonl", _health_line)
+    lost = tuple(text for text in (lost_lines, lost_health) if text is not None)
+    digest = _graph_digest(path / "checkpoints")
+    return RunFiles(name, path, flat, evaluations, result, tuple(health), metric, digest, lost)
 
 
 def unique_names(folders: Sequence[Path]) -> list[str]:
@@ -160,36 +168,43 @@ def _evaluation(values: dict[str, Any]) -> Evaluation:
     return Evaluation(**{k: NOT_A_NUMBER if v is None else v for k, v in numbers.items()})
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return metrics.jsonl's lines up to the first that a killed process cut short."""
-    records: list[dict[str, Any]] = []
-    for line in _text(path).splitlines():
+def _lines(path: Path, read: Callable[[Any], _T]) -> tuple[list[_T], str | None]:
+    """Return what `read` makes of each line of a JSON file, and what is to be said of those left out, which are no JSON
+    or of which it raises ValueError, KeyError, TypeError, AttributeError or OverflowError.
+
+    A last line that a killed process cut short is no damage: it is left out without a word.
+    """
+    found: list[_T] = []
+    damaged, torn = 0, False
+    for line in _bytes(path).splitlines():
+        damaged, torn = damaged + torn, False
         try:
-            values = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
-            break
-        if not isinstance(values, dict):
-            break
-        records.append(values)
-    return records
+            found.append(read(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            torn = True
+    if not damaged:
+        return found, None
+    return found, f"{damaged} damaged line{'s' if damaged > 1 else ''} of {path.name}"
 
 
-def _health(path: Path) -> tuple[tuple[int, dict[str, dict[str, float]]], ...]:
-    """Return health.jsonl's lines up to the first that a killed process cut short; values that can be drawn."""
-    records = []
-    for line in _text(path).splitlines():
-        try:
-            read = json.loads(line)
-            step, layers = int(read["step"]), dict(read["layers"])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            break
-        known = {}
-        for layer, measures in layers.items():
-            pairs = measures.items() if isinstance(measures, dict) else ()
-            numbers = {str(name): as_number(value) for name, value in pairs}
-            known[str(layer)] = {name: v for name, v in numbers.items() if v is not None and plottable(v)}
-        records.append((step, known))
-    return tuple(records)
+def _evaluation_line(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a line of metrics.jsonl. Raises ValueError for a value that is no number, or no step."""
+    for name in Evaluation.__dataclass_fields__:
+        if values.get(name) is not None and as_number(values[name]) is None:
+            raise ValueError(f"{name} is no number")
+    if not math.isfinite(values["step"]):
+        raise ValueError("no step")
+    return values
+
+
+def _health_line(read: dict[str, Any]) -> tuple[int, dict[str, dict[str, float]]]:
+    """Return a line of health.jsonl, with the values that can be drawn."""
+    known = {}
+    for layer, measures in dict(read["layers"]).items():
+        pairs = measures.items() if isinstance(measures, dict) else ()
+        numbers = {str(name): as_number(value) for name, value in pairs}
+        known[str(layer)] = {name: v for name, v in numbers.items() if v is not None and plottable(v)}
+    return int(read["step"]), known
 
 
 def _graph_digest(checkpoints: Path) -> str | None:
@@ -224,10 +239,16 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
-    if not path.is_file():
-        return ""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"{path} cannot be read: {reason}; mend or remove it") from None
+        return _bytes(path).decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} cannot be read: it is not UTF-8 text; mend or remove it") from None
+
+
+def _bytes(path: Path) -> bytes:
+    if not path.is_file():
+        return b""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; mend or remove it") from None

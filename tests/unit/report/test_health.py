@@ -57,7 +57,7 @@ def test_a_first_order_run_has_none(tmp_path: Path) -> None:
     assert "a first-order optimizer" in section(page)
 
 
-def test_a_damaged_file_ends_where_it_is_damaged(tmp_path: Path) -> None:
+def test_damaged_lines_are_left_out_and_counted(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", health=health())
     for tail in (
         '{"step": 40, "lay',
@@ -68,4 +68,11 @@ def test_a_damaged_file_ends_where_it_is_damaged(tmp_path: Path) -> None:
     ):
         lines = (run / "health.jsonl").read_text().splitlines()[:3]
         (run / "health.jsonl").write_text("\n".join([*lines, tail]) + "\n")
-        assert [step for step, _ in read_run(run, "run").health] == [10, 20, 30], tail
+        found = read_run(run, "run")
+        assert [step for step, _ in found.health] == [10, 20, 30], tail
+        assert found.left_out == (), "as a killed process leaves the last line"
+        (run / "health.jsonl").write_text("\n".join([lines[0], tail, lines[1], tail, lines[2]]) + "\n")
+        found = read_run(run, "run")
+        assert [step for step, _ in found.health] == [10, 20, 30], tail
+        assert found.left_out == ("2 damaged lines of health.jsonl",)
+        (run / "health.jsonl").write_text("\n".join(lines) + "\n")

@@ -11,12 +11,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dngd.errors import UserError
+from dngd.report import write_report
 from dngd.report.axes import linear_axis, log_axis, value_axis
 from dngd.report.charts import OTHER, phase_parts, run_style
 from dngd.report.run_files import read_run, read_runs, unique_names
 from dngd.report.summary import summarise
 from dngd.report.text import byte_size, duration, escape, number, percent, tick
-from tests.unit.report.run_folders import record, result, write_run
+from tests.unit.report.run_folders import Page, record, result, write_run
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
@@ -140,3 +141,37 @@ def test_formats() -> None:
     assert [byte_size(512), byte_size(1536), byte_size(None)] == ["512 B", "1.5 KiB", "–"]
     assert [tick(v) for v in (0.05, 250, 12000, 3e6)] == ["0.05", "250", "12k", "3M"]
     assert escape('<a href="\'\x00">') == "&lt;a href=&quot;&#x27;\ufffd&quot;&gt;"
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"\xff" * 20,
+        b"\0" * 50,
+        b"[]",
+        b"[" * 5000,
+        b'{"epoch": 1.0, "st',
+        b'{"epoch": 2.0}',
+        json.dumps(record(20, 0.9) | {"val_accuracy": "0.9"}).encode(),
+        json.dumps(record(20, 0.9) | {"step": "20"}).encode(),
+        json.dumps(record(20, 0.9) | {"step": None}).encode(),
+        json.dumps(record(20, 0.9) | {"train_loss": [1.0]}).encode(),
+        json.dumps(record(20, 0.9) | {"step": float("nan")}).encode(),
+    ],
+)
+def test_damaged_evaluations_are_left_out_and_told(tmp_path: Path, damaged: bytes) -> None:
+    """All good lines are on the page, before and after; a last line is what a killed process was at."""
+    run = write_run(tmp_path / "run")
+    file = run / "metrics.jsonl"
+    first, second, third = file.read_bytes().splitlines()
+    file.write_bytes(b"\n".join([first, damaged, third, damaged, second, b""]))
+    found = read_run(run, "run")
+    assert [evaluation.step for evaluation in found.evaluations] == [10, 30, 20]
+    page = Page(write_report([run], tmp_path / "report.html").read_text())
+    assert "Left out: 2 damaged lines of metrics.jsonl." in page.text
+    both = Page(write_report([run, write_run(tmp_path / "good")], tmp_path / "both.html").read_text())
+    assert "Left out of run: 2 damaged lines of metrics.jsonl." in both.text
+    file.write_bytes(b"\n".join([first, second, third, damaged]))
+    found = read_run(run, "run")
+    assert [evaluation.step for evaluation in found.evaluations] == [10, 20, 30]
+    assert found.left_out == ()

@@ -190,7 +190,14 @@ def test_a_damaged_line_of_the_metrics_is_left_out(store: GraphStore, tmp_path: 
     path = run / "metrics.jsonl"
     first, second, third = path.read_bytes().splitlines()
     steps = [record.step for record in read_metrics(path)]
-    for damaged in (b"\xff" + second, b"\0" * 50, b"[]", second.replace(b"{", b'{"other": 1, ', 1), b'{"step": 1}'):
+    for damaged in (
+        b"\xff" + second,
+        b"\0" * 50,
+        b"[]",
+        second.replace(b"{", b'{"other": 1, ', 1),
+        b'{"step": 1}',
+        second.replace(b": ", b': "x", "y": ', 1),
+    ):
         path.write_bytes(first + b"\n" + damaged + b"\n" + third + b"\n")
         assert [record.step for record in read_metrics(path)] == [steps[0], steps[2]]
 
