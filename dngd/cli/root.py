@@ -112,8 +112,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _print_what_can_be() -> None:
     """Have a question mark printed for what standard output's encoding has not, such as λ or a table's lines in ASCII;
     standard error escapes it by itself."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+    stream = sys.stdout
+    # In the C locale Python's UTF-8 gives back the bytes of a file name as they are.
+    if isinstance(stream, io.TextIOWrapper) and (stream.encoding.lower(), stream.errors) != (
+        "utf-8",
+        "surrogateescape",
+    ):
+        stream.reconfigure(errors="replace")
 
 
 def _sentence(error: Exception) -> str:

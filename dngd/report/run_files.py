@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A line of metrics.jsonl; a value that is missing or not a number is NaN."""
+    """A line of metrics.jsonl; a value that is missing or null is NaN."""
 
     epoch: float
     step: float

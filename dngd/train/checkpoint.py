@@ -343,13 +343,14 @@ def check_same_run(
     names = [key for key in sorted(saved.keys() | wanted.keys()) if saved.get(key) != wanted.get(key)]
     if not names:
         return
-    first = [key for key in names if key in given] or names[:3]
+    causes = [key for key in names if key in given]
+    first = causes or names[:3]
     values = {key: given.get(key, (None, None)) for key in first}
     shown = ", ".join(
         f"{key}={wanted.get(key, new)!r} (the run has {saved.get(key, old)!r})" for key, (old, new) in values.items()
     )
     others = [key for key in names if key not in first]
-    if not given:
+    if not causes:
         more = f" and {len(others)} more" if others else ""
     else:
         listed = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")

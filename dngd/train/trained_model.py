@@ -88,9 +88,15 @@ def load_trained(run: Path, parts: RunParts | None = None) -> TrainedModel:
     else:
         fix = "give the module that the run was started with"
     shape = GraphShape(*widths)
-    with torch.random.fork_rng(devices=[]):
-        model = make_module(config, parts if config.model == "custom" else RunParts(), shape)
-    load_weights(model, weights, shown, fix)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = make_module(config, parts if config.model == "custom" else RunParts(), shape)
+        load_weights(model, weights, shown, fix)
+    except UserError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{shown} cannot be loaded into the run's model: {reason}; {fix}") from None
     is_multilabel = said.get("labels") == "several"
     return TrainedModel(folder, config, model, step, *widths, is_multilabel, names)
 
