@@ -34,9 +34,9 @@ def print_loop(result: Mapping[str, Any], console: Console) -> None:
             if seconds is not None and steps is not None:
                 _line(
                     console,
-                    f"{group} to target {word}, {BASELINE}'s least over its own in {len(of['panels'])} panels: "
-                    f"in the median {seconds['median']:.2f} times in seconds and {steps['median']:.2f} in steps, at "
-                    f"the worst {seconds['worst']:.2f} and {steps['worst']:.2f}.",
+                    f"{group} to target {word}, {BASELINE}'s least over its own in {len(of['panels'])} panels: in the "
+                    f"median {_ratio(seconds['median'])} in seconds and {_ratio(steps['median'])} in steps, at the "
+                    f"worst {_ratio(seconds['worst'])} and {_ratio(steps['worst'])}.",
                 )
     print_machine(console, result["machine"])
 
@@ -84,7 +84,7 @@ def _settings_table(panel: Mapping[str, Any], seeds: int) -> Table:
         title=f"{panel['name']} ({graph['split']}): {METRIC_WORDS[panel['metric']]}, mean of {seeds} seed(s), smoothed",
         box=SIMPLE,
     )
-    table.add_column("setting")
+    table.add_column("setting", overflow="fold")
     for column in ("best", "test there", "final", "ms a step"):
         table.add_column(column, justify="right")
     for target in panel["targets"]:

@@ -28,8 +28,8 @@ from dngd.train.remote_files import CHECKPOINTS, RemoteFiles
 
 CONFIG_NAME = "config.yaml"
 CONFIG_FIX = "put back a copy of the run's own"
-LAST_FIELD = next(reversed(TrainConfig.model_fields))
-"""A whole configuration ends with it."""
+LAST_FIELD = "resume"
+"""A whole configuration ends with it, whichever dngd wrote it: fields that come later stand before it."""
 OTHER_RUN_SECONDS = 120.0
 
 _OWN_NAMES = frozenset(
