@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,7 +67,7 @@ class Capture:
         self.active = True
         self.step = 0
         self._row_samples: Tensor | None = None
-        self._records: list[tuple[CurvatureLayer, Any, GradientEdge]] = []
+        self._records: list[tuple[CurvatureLayer, _Given, GradientEdge]] = []
         self._num_observed = 0
         """How many of the records the last `observe` has seen; they stay for the outputs of another head."""
         self._calls = 0
@@ -97,7 +97,7 @@ class Capture:
             if layer.pending is not None and layer.parameters[0].grad is None:
                 # Gradients were set to None since: the backward pass that left these rows was given up.
                 layer.forget()
-            output.register_hook(_GradientHook(self, layer, payload))  # type: ignore[no-untyped-call]
+            output.register_hook(_GradientHook(self, layer, _Given(payload)))  # type: ignore[no-untyped-call]
             return
         if _is_inside_backward():
             return  # activation checkpointing makes a layer's output anew, whose first one was recorded
@@ -106,7 +106,7 @@ class Capture:
             del self._records[: self._num_observed]
             self._num_observed = 0
         # The edge, not the tensor: an activation that works in place would turn the tensor into its own output.
-        self._records.append((layer, payload, get_gradient_edge(output)))
+        self._records.append((layer, _Given(payload), get_gradient_edge(output)))
 
     @property
     def is_waiting_for_outputs(self) -> bool:
@@ -162,17 +162,17 @@ class Capture:
                 allow_unused=True,
             )
             with torch.no_grad():
-                for i, ((layer, payload, _), gradient) in enumerate(zip(records, gradients)):
+                for i, ((layer, given, _), gradient) in enumerate(zip(records, gradients)):
                     if gradient is None:
                         continue
-                    self.take(layer, payload, gradient, with_inputs=self.fisher == "monte_carlo")
+                    self.take(layer, given.unchanged(layer), gradient, with_inputs=self.fisher == "monte_carlo")
                     if self.fisher == "ggn":
                         before = reached[i]
                         reached[i] = gradient != 0 if before is None else before.logical_or_(gradient != 0)
         with torch.no_grad():
-            for (layer, payload, _), mask in zip(records, reached):
+            for (layer, given, _), mask in zip(records, reached):
                 if mask is not None:
-                    self.take(layer, payload, mask.to(layer.dtype), with_gradients=False)
+                    self.take(layer, given.unchanged(layer), mask.to(layer.dtype), with_gradients=False)
 
     def take(
         self,
@@ -301,11 +301,47 @@ def _merged_gradients(gradients: Tensor, samples: _Samples | None) -> Tensor:
     return gradients.new_zeros(count, gradients.shape[1]).index_add_(0, samples.index, gradients)
 
 
+class _Given:
+    """What a layer noted of one call, by reference, and how often each tensor of it had been written to by then.
+
+    autograd keeps, and watches, what its own derivatives need, which is not always what the rows are made of: a copy in
+    lower precision under autocast, no edges, nothing of a mean.
+    """
+
+    def __init__(self, payload: Any) -> None:
+        self._payload = payload
+        self._versions = [(tensor, version_of(tensor)) for tensor in _tensors_of(payload)]
+
+    def unchanged(self, layer: CurvatureLayer) -> Any:
+        """Return the payload. Raises UserError if a tensor of it was overwritten since the call."""
+        for tensor, version in self._versions:
+            if version_of(tensor) != version:
+                raise UserError(
+                    f"an input of layer {layer.name!r}, of shape {tuple(tensor.shape)}, was overwritten between "
+                    "its forward and backward pass: its factors are of what it was; give the layer a copy "
+                    "(x.clone()), or overwrite it after the backward pass"
+                )
+        return self._payload
+
+
+def _tensors_of(payload: Any) -> Iterator[Tensor]:
+    if isinstance(payload, Tensor):
+        yield payload
+    elif isinstance(payload, tuple):
+        for part in payload:
+            yield from _tensors_of(part)
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was written to in place; 0 for one of inference mode, which torch does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class _GradientHook:
     """The empirical Fisher's tap in the user's backward pass."""
 
-    def __init__(self, capture: Capture, layer: CurvatureLayer, payload: Any) -> None:
-        self._capture, self._layer, self._payload = capture, layer, payload
+    def __init__(self, capture: Capture, layer: CurvatureLayer, given: _Given) -> None:
+        self._capture, self._layer, self._given = capture, layer, given
         self._step = capture.step
         self._fired = False
 
@@ -322,7 +358,7 @@ class _GradientHook:
             )
         self._fired = True
         with torch.no_grad():
-            self._capture.take(self._layer, self._payload, gradient.detach())
+            self._capture.take(self._layer, self._given.unchanged(self._layer), gradient.detach())
 
 
 def _is_inside_backward() -> bool:

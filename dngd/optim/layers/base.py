@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dngd.curvature import FactorStatistics, FactorStructure, Tensors, row_scales
-from dngd.optim.capture import Capture, flat_rows
+from dngd.optim.capture import Capture, flat_rows, version_of
 
 
 class CurvatureLayer:
@@ -234,7 +234,7 @@ SAMPLE_SIZE = 4096
 
 def _version(source: Any) -> int:
     """Return how often a tensor was changed in place; 0 for another object, which must not be changed at all."""
-    return source._version if isinstance(source, Tensor) else 0
+    return version_of(source) if isinstance(source, Tensor) else 0
 
 
 def _sample(source: Any) -> Tensor | None:

@@ -60,8 +60,7 @@ def adapt_pyg(name: str, module: nn.Module, capture: Capture, layout: FactorLayo
 class ConvolutionCall(NamedTuple):
     """The arguments of one call, and those of them by which it is recognised.
 
-    These are references, as autograd keeps them: whoever overwrites x or the edges between forward and
-    backward spoils the rows, and autograd refuses the backward pass of an overwritten x.
+    These are references, as autograd keeps them: a backward pass after x or the edges were overwritten is refused.
     """
 
     x: Tensor

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch_geometric.nn import GCNConv
 
 from dngd.errors import TrainingError, UserError
 from dngd.optim import FactorLayout, KFACPreconditioner, NaturalGradient
@@ -360,3 +362,48 @@ def test_curvature_is_computed_outside_autocast() -> None:
         found.append([*pre.factors()["0"], *(p.grad for p in net.parameters())])
     for mine, theirs in zip(*found):
         assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "monte_carlo", "ggn"])
+def test_an_input_overwritten_after_its_layer_is_refused_under_autocast(fisher: Any) -> None:
+    """autograd keeps a copy in bfloat16 there, and says nothing; the rows would be those of another input."""
+    net = make_net().float()
+    x, y = make_data(8)
+    x = x.float()
+    pre = KFACPreconditioner(net, fisher=fisher)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = net(x)
+        x.zero_()
+    measure = F.cross_entropy(outputs, y).backward if fisher == "empirical" else partial(pre.observe, outputs)
+    with pytest.raises(UserError, match="layer '0', of shape \\(8, 4\\), was overwritten"):
+        measure()
+
+
+def test_edge_weights_overwritten_after_their_layer_are_refused() -> None:
+    """autograd does not need them for the gradient of W; the aggregated rows do."""
+    conv = GCNConv(4, 3).double()
+    x, y = make_data(8)
+    edge_index = torch.arange(8).repeat(2, 1).roll(1, 1)
+    edge_weight = torch.ones(8, dtype=F64)
+    pre = KFACPreconditioner(conv)
+    outputs = conv(x, edge_index, edge_weight)
+    edge_weight *= 2
+    with pytest.raises(UserError, match="overwritten"):
+        F.cross_entropy(outputs, y).backward()
+    pre.close()
+
+
+def test_rows_of_inference_mode_are_measured() -> None:
+    """Features made under inference_mode carry no count of writes; under autocast autograd takes them."""
+    net = nn.Linear(4, 3)
+    with torch.inference_mode():
+        x = make_data(8)[0].float()
+    pre = KFACPreconditioner(net)
+    for _ in range(2):
+        net.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = net(x)
+        F.cross_entropy(outputs, make_data(8)[1]).backward()
+        pre.step(num_samples=8)
+    rows = torch.cat([x, torch.ones(8, 1)], dim=1)
+    assert torch.allclose(pre.factors()[""].A, rows.T @ rows / 8, rtol=1e-5)
