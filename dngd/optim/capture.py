@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,9 +67,11 @@ class Capture:
         self.active = True
         self.step = 0
         self._row_samples: Tensor | None = None
-        self._records: list[tuple[CurvatureLayer, _Given, GradientEdge]] = []
+        self._records: list[_Record] = []
         self._num_observed = 0
         """How many of the records the last `observe` has seen; they stay for the outputs of another head."""
+        self._num_lost = 0
+        """How many records of forward passes that nobody observed are gone."""
         self._calls = 0
         self._key = "0/0"
         self._draws: dict[str, int] = {}
@@ -80,7 +82,7 @@ class Capture:
         self.step, self.active = step, active
         self._records.clear()
         self._draws.clear()
-        self._num_observed = self._calls = 0
+        self._num_observed = self._num_lost = self._calls = 0
         self._key, self._weight, self._row_samples = "0/0", 1.0, None
 
     def forget(self) -> None:
@@ -105,13 +107,25 @@ class Capture:
             # A new forward pass: what was observed of the last one is done with.
             del self._records[: self._num_observed]
             self._num_observed = 0
+        self._drop_before_another_step(layer)
         # The edge, not the tensor: an activation that works in place would turn the tensor into its own output.
-        self._records.append((layer, _Given(payload), get_gradient_edge(output)))
+        self._records.append(_Record(layer, _Given(payload), get_gradient_edge(output), _writes_to(layer)))
+
+    def _drop_before_another_step(self, layer: CurvatureLayer) -> None:
+        """Drop what was recorded before somebody else moved the layer's parameters.
+
+        That is what happens where another optimizer has taken over and this one was not closed: its forward passes
+        would keep their graphs, one after another, for an `observe` that never comes.
+        """
+        last = next((i for i in reversed(range(len(self._records))) if self._records[i].layer is layer), None)
+        if last is not None and self._records[last].writes != _writes_to(layer):
+            del self._records[: last + 1]
+            self._num_lost += last + 1
 
     @property
     def is_waiting_for_outputs(self) -> bool:
         """Whether layers ran in this factor step and `observe` was not told of the outputs."""
-        return len(self._records) > self._num_observed
+        return len(self._records) + self._num_lost > self._num_observed
 
     def observe(
         self, outputs: Tensor, weights: Tensor | None, key: int | None, row_samples: Tensor | None = None
@@ -138,7 +152,7 @@ class Capture:
                 + "; give the model's outputs, [num_seeds, num_classes], before backward"
             )
         records = list(self._records)
-        self._num_observed = len(records)
+        self._num_observed, self._num_lost = len(records), 0
         if not records or outputs.shape[0] == 0:
             return
         generator = self._generator("labels")
@@ -156,23 +170,25 @@ class Capture:
             weighted = vector if roots is None else vector * roots.to(vector.dtype)
             gradients: Sequence[Tensor | None] = torch.autograd.grad(
                 outputs,
-                [edge for _, _, edge in records],
+                [record.edge for record in records],
                 grad_outputs=weighted.to(outputs.dtype),
                 retain_graph=True,
                 allow_unused=True,
             )
             with torch.no_grad():
-                for i, ((layer, given, _), gradient) in enumerate(zip(records, gradients)):
+                for i, (record, gradient) in enumerate(zip(records, gradients)):
                     if gradient is None:
                         continue
-                    self.take(layer, given.unchanged(layer), gradient, with_inputs=self.fisher == "monte_carlo")
+                    layer, payload = record.layer, record.given.unchanged(record.layer)
+                    self.take(layer, payload, gradient, with_inputs=self.fisher == "monte_carlo")
                     if self.fisher == "ggn":
                         before = reached[i]
                         reached[i] = gradient != 0 if before is None else before.logical_or_(gradient != 0)
         with torch.no_grad():
-            for (layer, given, _), mask in zip(records, reached):
+            for record, mask in zip(records, reached):
                 if mask is not None:
-                    self.take(layer, given.unchanged(layer), mask.to(layer.dtype), with_gradients=False)
+                    layer, payload = record.layer, record.given.unchanged(record.layer)
+                    self.take(layer, payload, mask.to(layer.dtype), with_gradients=False)
 
     def take(
         self,
@@ -322,6 +338,19 @@ class _Given:
                     "(x.clone()), or overwrite it after the backward pass"
                 )
         return self._payload
+
+
+class _Record(NamedTuple):
+    """One call of a layer, for `observe`. writes: how often the layer's parameters had been written to by then."""
+
+    layer: CurvatureLayer
+    given: _Given
+    edge: GradientEdge
+    writes: int
+
+
+def _writes_to(layer: CurvatureLayer) -> int:
+    return sum(version_of(parameter) for parameter in layer.parameters)
 
 
 def _tensors_of(payload: Any) -> Iterator[Tensor]:

@@ -407,3 +407,33 @@ def test_rows_of_inference_mode_are_measured() -> None:
         pre.step(num_samples=8)
     rows = torch.cat([x, torch.ones(8, 1)], dim=1)
     assert torch.allclose(pre.factors()[""].A, rows.T @ rows / 8, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fisher", ["monte_carlo", "ggn"])
+@pytest.mark.parametrize("successor", ["NaturalGradient", "Adam"])
+def test_an_optimizer_that_was_replaced_keeps_no_forward_passes(fisher: Any, successor: str) -> None:
+    """Not closed, it still sees every call of the layers: it keeps those of a step's forward passes at most, and
+    goes on where it is used again."""
+    net = make_net()
+    x, y = make_data(8)
+    old = NaturalGradient(net, fisher=fisher)
+    new: Any = (
+        NaturalGradient(net, fisher=fisher) if successor == "NaturalGradient" else torch.optim.Adam(net.parameters())
+    )
+    for _ in range(10):
+        new.zero_grad()
+        outputs = net(x)
+        net(x)  # an evaluation that forgot torch.no_grad()
+        if successor == "NaturalGradient":
+            new.observe(outputs)
+        F.cross_entropy(outputs, y).backward()
+        new.step(**({"num_samples": 8} if successor == "NaturalGradient" else {}))
+        assert len(old.preconditioner.capture._records) <= 4
+    assert old.preconditioner.capture.is_waiting_for_outputs
+    old.zero_grad()
+    outputs = net(x)
+    old.observe(outputs)
+    F.cross_entropy(outputs, y).backward()
+    old.step(num_samples=8)
+    rows = torch.cat([x, torch.ones(8, 1, dtype=F64)], dim=1)
+    assert torch.allclose(old.preconditioner.factors()["0"].A, rows.T @ rows / 8)
