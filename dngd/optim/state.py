@@ -53,7 +53,10 @@ def preconditioner_state(pre: KFACPreconditioner) -> State:
         out.update(_layer_state(name, state))
         constant = pre.layers[name].constant
         out[f"local.constant.{name}"] = _integers(constant.repeats, constant.is_only_input, constant.was_seen)
-        if constant.reach is not None and constant.repeats:
+        fingerprint = constant.fingerprint()
+        if fingerprint is not None:
+            out[f"local.input.{name}"] = _integers(fingerprint)
+        if constant.reach is not None and (constant.repeats or fingerprint is not None):
             out[f"local.reach.{name}"] = constant.reach.clone()
     if pre.eigenvalues is not None:
         for name, scale in pre.eigenvalues.by_layer.items():
@@ -128,9 +131,12 @@ def load_preconditioner_state(pre: KFACPreconditioner, states: Sequence[State]) 
         constant = pre.layers[name].constant = ConstantInput()
         repeats, is_only_input, *others = (bool(v) for v in local[f"local.constant.{name}"])
         constant.was_seen = others[0] if others else True  # states of before it was kept
-        # Of an input that came once it is not known whether it would have come again.
+        fingerprint = local.get(f"local.input.{name}")
+        constant.restored = None if fingerprint is None else int(fingerprint)
+        # Of an input that came once, and left no fingerprint, it is not known whether it would have come again.
         constant.repeats = repeats
-        constant.is_only_input = is_only_input and (repeats or not constant.was_seen)
+        is_known = repeats or fingerprint is not None or not constant.was_seen
+        constant.is_only_input = is_only_input and is_known
         reach = local.get(f"local.reach.{name}")
         constant.reach = None if reach is None else reach.to(state.folded.counts.device, copy=True)
     if pre.eigenvalues is not None:
@@ -280,8 +286,9 @@ def _merge_local(states: Sequence[State], rank: int, world_size: int) -> State:
         )
     if len(states) == world_size:
         return states[rank]
-    # Other ranks have other shards: which of their rows were reached says nothing about this one's.
-    keys = [key for key in states[0] if key.startswith("local.") and not key.startswith("local.reach.")]
+    # Other ranks have other shards: what their rows were, and which were reached, says nothing about this one's.
+    others = ("local.reach.", "local.input.")
+    keys = [key for key in states[0] if key.startswith("local.") and not key.startswith(others)]
     if rank == 0:
         return {key: torch.stack([state[key] for state in states]).sum(dim=0) for key in keys}
     return {key: torch.zeros_like(states[0][key]) for key in keys}

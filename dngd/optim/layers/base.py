@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -179,9 +180,9 @@ class ConstantInput:
     product is then computed once. The first call is kept on trust, if it is measured whole either way; a call
     with another input ends that until an input comes twice in a row. was_seen: whether there was a call. repeats:
     whether the last input came twice in a row. is_only_input: whether there never was another. reach: the rows that any
-    step with this input reached. A saved state keeps these. product: A's sums over these rows and their number, None
-    until they are taken. The sample of the values catches writes that torch does not count, such as those through a
-    numpy array that shares the memory.
+    step with this input reached. restored: the fingerprint of the last input before a restart. A saved state keeps
+    these. product: A's sums over these rows and their number, None until they are taken. The sample of the values
+    catches writes that torch does not count, such as those through a numpy array that shares the memory.
     """
 
     def __init__(self) -> None:
@@ -189,21 +190,23 @@ class ConstantInput:
         self.repeats = False
         self.is_only_input = True
         self.reach: Tensor | None = None
+        self.restored: int | None = None
         self.product: tuple[Tensors, float] | None = None
-        self._seen: list[tuple[weakref.ref[Any], int, Tensor | None]] | None = None
+        self._seen: list[_Seen] | None = None
 
     def is_worth_keeping(self, sources: tuple[Any, ...], *, trusts_first: bool) -> bool:
         """Return whether this input is the one of the last call, or the first one ever and trusted."""
-        is_first, self.was_seen = self._seen is None, True
+        is_first, self.was_seen = self._seen is None and self.restored is None, True
         is_trusted = is_first and (trusts_first or self.repeats)
         now = [(weakref.ref(t), _version(t), _sample(t)) for t in sources]
-        same = self._seen is not None and len(self._seen) == len(now)
-        if same and self._seen is not None:
-            same = all(
+        if self._seen is None:
+            same = self.restored is not None and self.restored == _fingerprint(now)
+        else:
+            same = len(self._seen) == len(now) and all(
                 old[0]() is new[0]() and old[1] == new[1] and _equal(old[2], new[2])
                 for old, new in zip(self._seen, now)
             )
-        self._seen = now
+        self._seen, self.restored = now, None
         if not same:
             self.product = None
         if not is_first:
@@ -212,6 +215,13 @@ class ConstantInput:
             if not same:
                 self.reach = None
         return is_trusted or same
+
+    def fingerprint(self) -> int | None:
+        """Return what the last input can be recognised by after a restart; None if by nothing, GONE if it cannot come
+        again."""
+        if self._seen is None:
+            return self.restored
+        return GONE if any(source() is None for source, _, _ in self._seen) else _fingerprint(self._seen)
 
     def widen(self, reached: Tensor) -> Tensor:
         """Return the rows reached so far, these included; a wider reach makes the product void."""
@@ -227,6 +237,12 @@ class ConstantInput:
         kept += [] if self.reach is None else [self.reach]
         return (*kept, *(sample for _, _, sample in self._seen or () if sample is not None))
 
+
+_Seen = tuple[weakref.ref[Any], int, Tensor | None]
+"""An object that an input is made of: itself, its version, a sample of its values."""
+
+GONE = -1
+"""The fingerprint of an input that exists no more."""
 
 SAMPLE_SIZE = 4096
 """Entries of an input that are compared from step to step."""
@@ -244,6 +260,18 @@ def _sample(source: Any) -> Tensor | None:
     flat = source.detach()
     flat = flat.view(-1) if flat.is_contiguous() else flat[:: max(1, flat.shape[0] // 64)].reshape(-1)
     return flat[:: max(1, flat.numel() // SAMPLE_SIZE)].clone()
+
+
+def _fingerprint(seen: list[_Seen]) -> int | None:
+    """Return a number that depends on the samples alone; None without any."""
+    samples = [sample for _, _, sample in seen if sample is not None]
+    if not samples:
+        return None
+    digest = hashlib.blake2b(digest_size=7)
+    for sample in samples:
+        digest.update(f"{sample.dtype} {sample.numel()} ".encode())
+        digest.update(sample.cpu().view(torch.uint8).numpy().tobytes())
+    return int.from_bytes(digest.digest(), "little")
 
 
 def _equal(old: Tensor | None, new: Tensor | None) -> bool:
