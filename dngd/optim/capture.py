@@ -354,8 +354,10 @@ def _writes_to(layer: CurvatureLayer) -> int:
 
 
 def _tensors_of(payload: Any) -> Iterator[Tensor]:
+    """Yield the dense tensors; of a sparse one, some reads count as writes (PyG's normalisation)."""
     if isinstance(payload, Tensor):
-        yield payload
+        if payload.layout == torch.strided:
+            yield payload
     elif isinstance(payload, tuple):
         for part in payload:
             yield from _tensors_of(part)

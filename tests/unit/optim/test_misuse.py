@@ -437,3 +437,16 @@ def test_an_optimizer_that_was_replaced_keeps_no_forward_passes(fisher: Any, suc
     old.step(num_samples=8)
     rows = torch.cat([x, torch.ones(8, 1, dtype=F64)], dim=1)
     assert torch.allclose(old.preconditioner.factors()["0"].A, rows.T @ rows / 8)
+
+
+def test_a_sparse_matrix_that_two_layers_read_is_not_taken_for_overwritten() -> None:
+    """torch counts what PyG's normalisation does with it as writes, though its values stay."""
+    net = nn.ModuleList([GCNConv(4, 4), GCNConv(4, 3)]).double()
+    x, y = make_data(8)
+    adjacency = torch.eye(8, dtype=F64).roll(1, 0).to_sparse_coo()
+    pre = KFACPreconditioner(net)
+    written = adjacency._version
+    F.cross_entropy(net[1](net[0](x, adjacency), adjacency), y).backward()
+    assert adjacency._version > written, "otherwise this test says nothing"
+    assert pre.step(num_samples=8)
+    pre.close()
