@@ -334,7 +334,7 @@ class _Given:
             if version_of(tensor) != version:
                 raise UserError(
                     f"an input of layer {layer.name!r}, of shape {tuple(tensor.shape)}, was overwritten between "
-                    "its forward and backward pass: its factors are of what it was; give the layer a copy "
+                    "its forward and backward pass, so that its factors cannot be measured; give it a copy "
                     "(x.clone()), or overwrite it after the backward pass"
                 )
         return self._payload
