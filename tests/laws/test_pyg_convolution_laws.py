@@ -1,0 +1,212 @@
+"""PyG's convolutions, nearly all: each parameter is measured with the rows that make its gradient, or is named.
+
+For a linear map `Z = M Wᵀ`, the rows M and output gradients g that the factors are made of give `∇W = gᵀM`: a call that
+was missed, rows of the wrong order or too few of them break that, whatever the layer is inside.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_geometric.nn as pyg
+from torch import Tensor, nn
+
+from dngd.optim import NaturalGradient
+from dngd.optim.capture import Capture
+from dngd.optim.layers.base import CurvatureLayer
+from tests.helpers.layers import close
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+N, WIDTH, CLASSES, EDGES, RELATIONS = 20, 8, 6, 80, 3
+IN_DEGREES = torch.tensor([0, 1, 5, 5, 4, 3, 2])
+
+
+class Inputs:
+    """What convolutions are called with: one small graph, its arrays in double precision."""
+
+    def __init__(self) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.x = torch.randn(N, WIDTH, dtype=torch.float64, generator=draw)
+        self.edges = torch.randint(0, N, (2, EDGES), generator=draw)
+        self.weights = torch.rand(EDGES, dtype=torch.float64, generator=draw)
+        self.attributes = torch.randn(EDGES, 5, dtype=torch.float64, generator=draw)
+        self.types = torch.randint(0, RELATIONS, (EDGES,), generator=draw)
+        self.places = torch.randn(N, 3, dtype=torch.float64, generator=draw)
+        self.labels = torch.randint(0, CLASSES, (N,), generator=draw)
+
+
+Call = Callable[[Any, Inputs], Tensor]
+
+
+def plain(layer: Any, i: Inputs) -> Tensor:
+    out: Tensor = layer(i.x, i.edges)
+    return out
+
+
+def weighted(layer: Any, i: Inputs) -> Tensor:
+    out: Tensor = layer(i.x, i.edges, i.weights)
+    return out
+
+
+def attributed(layer: Any, i: Inputs) -> Tensor:
+    out: Tensor = layer(i.x, i.edges, i.attributes)
+    return out
+
+
+def typed(layer: Any, i: Inputs) -> Tensor:
+    out: Tensor = layer(i.x, i.edges, i.types)
+    return out
+
+
+def placed(layer: Any, i: Inputs) -> Tensor:
+    out: Tensor = layer(i.x, i.places, i.edges)
+    return out
+
+
+def residual(layer: Any, i: Inputs) -> Tensor:
+    out: Tensor = layer(i.x, i.x, i.edges)
+    return out
+
+
+def pair(layer: Any, i: Inputs) -> Tensor:
+    out: Tensor = layer((i.x, i.x), i.edges)
+    return out
+
+
+def twice(layer: Any, i: Inputs) -> Tensor:
+    out: Tensor = layer(torch.relu(layer(i.x, i.edges, i.weights)), i.edges)
+    return out
+
+
+def mlp(width: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, 10), nn.ReLU(), nn.Linear(10, out))
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Call]] = {
+    "CGConv": (lambda: pyg.CGConv(WIDTH, dim=5), attributed),
+    "ChebConv": (lambda: pyg.ChebConv(WIDTH, CLASSES, 3), plain),
+    "ClusterGCNConv": (lambda: pyg.ClusterGCNConv(WIDTH, CLASSES), plain),
+    "DirGNNConv": (lambda: pyg.DirGNNConv(pyg.GCNConv(WIDTH, CLASSES)), plain),
+    "EGConv": (lambda: pyg.EGConv(WIDTH, 8, num_heads=4, num_bases=4), plain),
+    "EdgeConv": (lambda: pyg.EdgeConv(mlp(2 * WIDTH, CLASSES)), plain),
+    "FAConv": (lambda: pyg.FAConv(WIDTH), residual),
+    "FeaStConv": (lambda: pyg.FeaStConv(WIDTH, CLASSES, 2), plain),
+    "FiLMConv": (lambda: pyg.FiLMConv(WIDTH, CLASSES, num_relations=RELATIONS), typed),
+    "GATConv": (lambda: pyg.GATConv(WIDTH, CLASSES, heads=2, concat=False), plain),
+    "GATConv with edges": (lambda: pyg.GATConv(WIDTH, CLASSES, edge_dim=5, residual=True), attributed),
+    "GATConv of pairs": (lambda: pyg.GATConv((WIDTH, WIDTH), CLASSES, add_self_loops=False), pair),
+    "GATv2Conv": (lambda: pyg.GATv2Conv(WIDTH, CLASSES, heads=2, edge_dim=5, residual=True), attributed),
+    "GATv2Conv shared": (lambda: pyg.GATv2Conv(WIDTH, CLASSES, share_weights=True), plain),
+    "GCNConv": (lambda: pyg.GCNConv(WIDTH, CLASSES), weighted),
+    "GCNConv twice": (lambda: pyg.GCNConv(WIDTH, WIDTH), twice),
+    "GCNConv improved": (lambda: pyg.GCNConv(WIDTH, CLASSES, improved=True, cached=True), weighted),
+    "GCNConv reversed": (
+        lambda: pyg.GCNConv(WIDTH, CLASSES, normalize=False, add_self_loops=False, flow="target_to_source"),
+        weighted,
+    ),
+    "GCNConv mean": (lambda: pyg.GCNConv(WIDTH, CLASSES, aggr="mean"), weighted),
+    "GCNConv max": (lambda: pyg.GCNConv(WIDTH, CLASSES, aggr="max"), weighted),
+    "GENConv": (lambda: pyg.GENConv(WIDTH, CLASSES, edge_dim=5, msg_norm=True, learn_msg_scale=True), attributed),
+    "GINConv": (lambda: pyg.GINConv(mlp(WIDTH, CLASSES), train_eps=True), plain),
+    "GINEConv": (lambda: pyg.GINEConv(mlp(WIDTH, CLASSES), edge_dim=5), attributed),
+    "GMMConv": (lambda: pyg.GMMConv(WIDTH, CLASSES, 5, 4), attributed),
+    "GPSConv": (lambda: pyg.GPSConv(WIDTH, pyg.GCNConv(WIDTH, WIDTH), heads=2, dropout=0.0), plain),
+    "GeneralConv": (
+        lambda: pyg.GeneralConv(WIDTH, CLASSES, in_edge_channels=5, attention=True, heads=2, skip_linear=True),
+        attributed,
+    ),
+    "GraphConv": (lambda: pyg.GraphConv(WIDTH, CLASSES), weighted),
+    "LEConv": (lambda: pyg.LEConv(WIDTH, CLASSES), weighted),
+    "MFConv": (lambda: pyg.MFConv(WIDTH, CLASSES, 5), plain),
+    "MixHopConv": (lambda: pyg.MixHopConv(WIDTH, 3, [0, 1]), plain),
+    "NNConv": (lambda: pyg.NNConv(WIDTH, CLASSES, mlp(5, WIDTH * CLASSES)), attributed),
+    "PDNConv": (lambda: pyg.PDNConv(WIDTH, CLASSES, 5, 4), attributed),
+    "PNAConv": (
+        lambda: pyg.PNAConv(WIDTH, CLASSES, ["mean", "max"], ["identity", "amplification"], IN_DEGREES, edge_dim=5),
+        attributed,
+    ),
+    "PointNetConv": (lambda: pyg.PointNetConv(mlp(WIDTH + 3, 10), mlp(10, CLASSES)), placed),
+    "PointTransformerConv": (lambda: pyg.PointTransformerConv(WIDTH, CLASSES), placed),
+    "ResGatedGraphConv": (lambda: pyg.ResGatedGraphConv(WIDTH, CLASSES), plain),
+    "RGCNConv": (lambda: pyg.RGCNConv(WIDTH, CLASSES, RELATIONS), typed),
+    "RGCNConv of bases": (lambda: pyg.RGCNConv(WIDTH, CLASSES, RELATIONS, num_bases=2), typed),
+    "FastRGCNConv": (lambda: pyg.FastRGCNConv(WIDTH, CLASSES, RELATIONS), typed),
+    "SAGEConv": (lambda: pyg.SAGEConv(WIDTH, CLASSES, project=True, normalize=True), plain),
+    "SAGEConv of several": (lambda: pyg.SAGEConv(WIDTH, CLASSES, aggr=["mean", "max", "softmax"]), plain),
+    "SGConv": (lambda: pyg.SGConv(WIDTH, CLASSES, 2), plain),
+    "SSGConv": (lambda: pyg.SSGConv(WIDTH, CLASSES, 0.1, 2), plain),
+    "SuperGATConv": (lambda: pyg.SuperGATConv(WIDTH, CLASSES, heads=2, concat=False), plain),
+    "TAGConv": (lambda: pyg.TAGConv(WIDTH, CLASSES, 2), plain),
+    "TransformerConv": (
+        lambda: pyg.TransformerConv(WIDTH, CLASSES, heads=2, edge_dim=5, beta=True, concat=False),
+        attributed,
+    ),
+    "AntiSymmetricConv": (lambda: pyg.AntiSymmetricConv(WIDTH, num_iters=3), plain),
+}
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """The sums gᵀM over the calls that a step's factors are made of, by layer."""
+    found: dict[str, Tensor] = {}
+    take = Capture.take
+
+    def noting(self: Capture, layer: CurvatureLayer, payload: Any, gradient: Tensor, **options: Any) -> None:
+        gradients = layer.gradients(payload, gradient)
+        gradients = gradients.reshape(-1, gradients.shape[-1])
+        rows = layer.rows(payload)
+        rows = rows.reshape(len(gradients), rows.shape[-1])
+        if layer.has_ones:
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        found[layer.name] = found.get(layer.name, 0) + gradients.T @ rows
+        take(self, layer, payload, gradient, **options)
+
+    monkeypatch.setattr(Capture, "take", noting)
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_and_gradients_make_the_weight_gradient_or_the_parameter_is_named(
+    name: str, products: dict[str, Tensor]
+) -> None:
+    make, call = CASES[name]
+    inputs = Inputs()
+    torch.manual_seed(1)
+    model = nn.ModuleDict({"conv": make().double()})
+    with torch.no_grad():
+        call(model["conv"], inputs)  # layers that take their width from the first call have it now
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        optimizer = NaturalGradient(model, lr=1e-3, max_rows=None)
+        for _ in range(3):
+            optimizer.zero_grad()
+            products.clear()
+            out = call(model["conv"], inputs)
+            F.cross_entropy(out, inputs.labels % out.shape[1]).backward()
+            gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+            layers = optimizer.preconditioner.layers.items()
+            whole = {key: layer.gradient() for key, layer in layers if layer.kind != "normalization"}
+            for key, gradient in whole.items():
+                if gradient is not None and key in products:
+                    assert close(products[key], gradient), f"{key}: rows and output gradients are not its gradient's"
+            optimizer.step(num_samples=N)
+    words = " ".join(str(warning.message) for warning in told)
+    layer_of = {id(p): key for key, layer in layers for p in layer.parameters}
+    measured = 0
+    for key, parameter in model.named_parameters():
+        if not bool(gradients.get(key, torch.zeros(())).count_nonzero()):
+            continue  # no call needed it
+        layer = layer_of.get(id(parameter))
+        if layer is None or layer not in products:
+            assert (key if layer is None else layer) in words, f"{key} has a gradient, no factors, and no word on it"
+        else:
+            assert float(optimizer.preconditioner.states[layer].folded.counts[0]) > 0
+            measured += 1
+    assert measured > 0
+    optimizer.preconditioner.close()
