@@ -169,13 +169,19 @@ def _missing(demand: Demand) -> _Missing | None:
 
 
 def _places(demand: Demand) -> int:
-    """Return how many workers the cluster's nodes hold when idle; a worker does not span nodes."""
+    """Return how many workers the cluster's nodes hold when idle; a worker does not span nodes.
+
+    STRICT_SPREAD puts one at most on a node, STRICT_PACK all on one.
+    """
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     amounts = {kind: amount for kind, amount in demand.worker.items() if amount}
-    return sum(
+    of_nodes = [
         int(min((have.get(kind, 0.0) // n for kind, n in amounts.items()), default=demand.num_workers))
         for have in alive
-    )
+    ]
+    if demand.strategy == "STRICT_PACK":
+        return max(of_nodes, default=0)
+    return sum(min(1, places) for places in of_nodes) if demand.strategy == "STRICT_SPREAD" else sum(of_nodes)
 
 
 def _shortage(demand: Demand, missing: _Missing, waited: float | None, scales: bool) -> str:
@@ -187,6 +193,11 @@ def _shortage(demand: Demand, missing: _Missing, waited: float | None, scales: b
         fix = "wait for other jobs to end, or ask for less than what is free"
     elif missing.places:
         fix = f"use --num-workers {missing.places} or less"
+    if missing.places < demand.num_workers and demand.strategy.startswith("STRICT_"):
+        where = "on one node" if demand.strategy == "STRICT_PACK" else "each on a node of its own"
+        fix = (
+            f"{where}, as {demand.strategy} has it, {missing.places} fit: give --set ray.placement_strategy=PACK, {fix}"
+        )
     if "GPU" in demand.total and not missing.total.get("GPU"):
         fix = "leave out --use-gpu, or join nodes with GPUs"
     if scales:

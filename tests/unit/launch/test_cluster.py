@@ -113,6 +113,25 @@ def test_a_local_cluster_that_is_too_small_is_refused_at_once(monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
+    ("strategy", "places", "where"),
+    [("STRICT_SPREAD", 3, "each on a node of its own"), ("STRICT_PACK", 2, "on one node")],
+)
+def test_a_placement_that_cannot_be_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, strategy: str, places: int, where: str
+) -> None:
+    """Three nodes that hold two workers each: six as they come, three each on its own, two on one."""
+    ray = fake(monkeypatch, nodes=3)
+    with pytest.raises(UserError) as refused:
+        wait_for_resources(Demand(4, DEMAND.worker, strategy), None, lambda text: None, may_grow=False)
+    said = f"{where}, as {strategy} has it, {places} fit: give --set ray.placement_strategy=PACK"
+    assert said in str(refused.value)
+    assert f"use --num-workers {places} or less" in str(refused.value)
+    assert ray.groups == []
+    for fits in (Demand(places, DEMAND.worker, strategy), Demand(6, DEMAND.worker, "PACK")):
+        wait_for_resources(fits, None, lambda text: None, may_grow=False)
+
+
+@pytest.mark.parametrize(
     ("active", "launches", "scales"),
     [
         ({"node_0a0b8224c115bc13f822ef2b": 1}, {}, False),  # as a head without an autoscaler's configuration says
