@@ -63,8 +63,8 @@ class NaturalGradient(torch.optim.Optimizer):
     lr: η > 0, as in every torch optimizer, may be changed through `param_groups` or an lr_scheduler; None: 1e-2 for
         adam_eigenbasis, else 0.1. momentum: μ in [0, 1), None: 0.8 for mean_gradient, else 0.9. weight_decay: w >= 0.
         Both a number or a function of the step. The other arguments are those of KFACPreconditioner, with the
-        scale-free damping and a falling KL clip as default. Where the training set is
-        known, `**default_damping(num_samples, num_classes)` is better than the constants (`dngd train` takes it, and
+        scale-free damping and a falling KL clip as default. Where training samples are few,
+        `**default_damping(num_samples, num_classes)` is safer than the constants (`dngd train` takes it, and
         lr 0.3/(1 + step/20)).
 
     Raises UserError for an argument out of range or a model without a supported layer.
