@@ -126,12 +126,13 @@ def train(
         plan = trainer.plan()
         print_json(plan.to_json()) if as_json else _print_plan(plan.to_json(), trainer.config)
         return
-    with SigTerm() as terminated:
-        try:
+    terminated = SigTerm()
+    try:
+        with terminated:
             result = trainer.fit()
-        except KeyboardInterrupt as error:
-            told = str(error) if isinstance(error, RunInterrupted) else RESUME_HINT
-            raise Interrupted(told, TERMINATED if terminated.received else INTERRUPTED) from None
+    except KeyboardInterrupt as error:
+        told = str(error) if isinstance(error, RunInterrupted) else RESUME_HINT
+        raise Interrupted(told, TERMINATED if terminated.received else INTERRUPTED) from None
     if as_json:
         print_json(result.to_json())
     elif not quiet:

@@ -23,9 +23,7 @@ class StopRequests(Protocol):
     def __enter__(self) -> StopRequests:
         """Listen."""
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Listen no longer."""
 
 
@@ -43,7 +41,8 @@ class NobodyStops:
 
 class SigTerm:
     """SIGTERM of this process, while the context is open, as Ctrl-C: an open CtrlC takes it, and otherwise it raises
-    KeyboardInterrupt.
+    KeyboardInterrupt. The handler that `ray.init` puts in this one's place exits with the signal's number instead, of
+    which the context's end makes the same.
 
     For the command line: what a program of its own does at SIGTERM is the program's decision. Outside the main thread,
     and where SIGTERM is ignored or has a handler, it changes nothing. Forked processes have the system's handler.
@@ -61,10 +60,14 @@ class SigTerm:
             signal.signal(signal.SIGTERM, self._handle)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if SigTerm._open is self:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            SigTerm._open = None
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if SigTerm._open is not self:
+            return
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        SigTerm._open = None
+        if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
+            self.received = True
+            raise KeyboardInterrupt from None
 
     @classmethod
     def is_open(cls) -> bool:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -64,6 +64,26 @@ def test_before_and_after_training_it_interrupts_at_once() -> None:
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGTERM)
     assert terminated.received
+
+
+def test_what_another_handler_makes_of_it_is_an_interrupt_too() -> None:
+    """`ray.init` puts one in this one's place that exits with the signal's number; other exits are nobody's SIGTERM."""
+
+    def run(terminated: SigTerm, end: Callable[[], None]) -> None:
+        with terminated:
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+            end()
+
+    terminated = SigTerm()
+    with pytest.raises(KeyboardInterrupt):
+        run(terminated, lambda: send(signal.SIGTERM))
+    assert terminated.received
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    terminated = SigTerm()
+    with pytest.raises(SystemExit):
+        run(terminated, lambda: sys.exit(1))
+    assert not terminated.received
 
 
 def test_programs_keep_theirs() -> None:
