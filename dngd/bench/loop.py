@@ -207,6 +207,8 @@ def _settings(options: LoopOptions) -> list[Setting]:
 
 def _open(options: LoopOptions, dataset: str, split_name: str, seed: int) -> _Graph:
     store = open_graph(dataset, options.data_root, options.cache_dir)
+    if store.num_features == 0:
+        raise UserError(f"graph {store.name} has no features, which the layers take; give --datasets with some")
     targets = torch.repeat_interleave(torch.arange(store.num_nodes), store.indptr.diff())
     return _Graph(
         store,

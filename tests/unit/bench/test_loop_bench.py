@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -122,3 +123,14 @@ def test_mistakes_are_told_in_a_sentence(
 def test_a_loop_needs_seeds(store: GraphStore) -> None:
     with pytest.raises(UserError, match="give --datasets, --lrs, --seeds"):
         run_loop_bench(options(store, seeds=()))
+
+
+def test_a_graph_without_features_is_refused(tmp_path: Path) -> None:
+    labels = np.arange(12) % 3
+    masks = {name: np.arange(12) // 4 == part for part, name in enumerate(("train", "val", "test"))}
+    edges = np.stack([np.arange(12), labels])
+    store = GraphStore.write(
+        tmp_path / "bare", features=None, edge_index=edges, num_nodes=12, labels=labels, masks=masks
+    )
+    with pytest.raises(UserError, match="bare has no features"):
+        run_loop_bench(options(store))
