@@ -67,6 +67,7 @@ def ask_head(address: str) -> Head | None:
             "out to use a local one"
         ) from None
     if address != host_port:
+        _wait_for_client_server(address)
         return None
     try:
         metadata = json.loads(_metadata(address) or b"{}")
@@ -136,6 +137,25 @@ def asks_for_token(address: str) -> bool | None:
     except PRIVATE_GONE:
         return None
     return False
+
+
+def _wait_for_client_server(address: str) -> None:
+    """Return once gRPC answers at ray://HOST:PORT: `ray.init` tries for half a minute, and then warns. Raises UserError
+    if none does; of a token `ray.init` has the word."""
+    try:
+        import grpc
+        from ray._private.grpc_utils import init_grpc_channel
+        from ray.util.client.common import GRPC_OPTIONS
+
+        with init_grpc_channel(address.removeprefix("ray://"), options=GRPC_OPTIONS) as channel:
+            grpc.channel_ready_future(channel).result(timeout=LIMIT_SECONDS)
+    except (*PRIVATE_GONE, AuthenticationError):
+        return
+    except grpc.FutureTimeoutError:
+        raise UserError(
+            f"what listens at {address} did not answer within {LIMIT_SECONDS:.0f} s as a Ray client server does; check "
+            "the port, 10001 unless the head was started with another, or give the head's HOST:6379 on its own network"
+        ) from None
 
 
 def _metadata(address: str) -> bytes:

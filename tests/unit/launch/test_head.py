@@ -102,6 +102,20 @@ def test_a_busy_head_is_asked_again(monkeypatch: pytest.MonkeyPatch, code: grpc.
     assert len(asked) == 3
 
 
+def test_a_client_server_that_never_answers_is_not_waited_for_by_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "LIMIT_SECONDS", 0.5)
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("it would try for half a minute, and warn"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"ray://127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(UserError, match=rf"what listens at {address} did not answer within .*10001"):
+            cluster.connect(RayConfig(address=address), environment={})
+
+
+def test_a_client_server_that_answers_is_left_to_ray() -> None:
+    with head_server(RAY, PYTHON) as address:
+        assert ask_head(f"ray://{address}") is None
+
+
 def test_a_head_that_never_answers_is_not_called_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes connections and says nothing."""
     monkeypatch.setattr(head, "LIMIT_SECONDS", 1.0)
