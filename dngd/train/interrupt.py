@@ -23,7 +23,9 @@ class StopRequests(Protocol):
     def __enter__(self) -> StopRequests:
         """Listen."""
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Listen no longer."""
 
 
