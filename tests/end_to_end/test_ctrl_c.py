@@ -92,6 +92,7 @@ def test_ctrl_c_ends_the_step_and_leaves_a_resumable_run(
     assert values[0] == values[1]
 
 
+@pytest.mark.slow
 @SIGNALS
 def test_a_second_ctrl_c_stops_at_once(store: GraphStore, tmp_path: Path, number: signal.Signals, code: int) -> None:
     """The first waits for a step that takes an hour; the second does not."""

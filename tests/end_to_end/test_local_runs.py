@@ -183,7 +183,7 @@ dngd.Trainer(dngd.TrainConfig.from_yaml(__import__("pathlib").Path(sys.argv[1]))
     ("point", "survive"),
     # files a checkpoint: model, optimizer, average, shared curvature, one rank's, best model, state.json
     [
-        ("write_flushed", 7),
+        pytest.param("write_flushed", 7, marks=pytest.mark.slow),
         pytest.param("write_flushed", 9, marks=pytest.mark.slow),
         pytest.param("write_flushed", 10, marks=pytest.mark.slow),
         ("write_flushed", 13),

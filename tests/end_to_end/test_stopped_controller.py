@@ -37,6 +37,7 @@ print(said)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_fit_in_a_thread_ends_though_rays_controller_is_stopped(store: GraphStore, tmp_path: Path) -> None:

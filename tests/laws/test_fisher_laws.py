@@ -827,7 +827,7 @@ def test_max_rows(kind: str) -> None:
     law_max_rows(kind)
 
 
-@pytest.mark.parametrize("kind", ["empirical", "ggn"])
+@pytest.mark.parametrize("kind", ["empirical", pytest.param("ggn", marks=pytest.mark.slow)])
 def test_mutants_of_the_row_draw_are_caught(kind: str) -> None:
     original = Capture._choose
 

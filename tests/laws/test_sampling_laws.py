@@ -467,6 +467,7 @@ def test_inline_falls_back_to_a_child_where_another_thread_used_dgl_first(inline
     assert "another thread" in done.stderr
 
 
+@pytest.mark.slow
 def test_law_of_samplers_catches_a_missing_thread_check(inline_digest: str) -> None:
     """Without the check at the start, the other thread's stream is drawn: the trap is real."""
     unchecked = "from dngd.sampling import pipeline; pipeline.inline_sampling_is_canonical = lambda: True"
@@ -558,6 +559,7 @@ def test_a_silent_child_is_an_error_that_stays(pipelines: dict[int, SamplerPipel
         next(pipelines[1])
 
 
+@pytest.mark.slow
 def test_law_of_silence_catches_a_child_left_behind(pipelines: dict[int, SamplerPipeline]) -> None:
     with patched(SamplerPipeline, "close", lambda self: None), pytest.raises(AssertionError):
         law_a_silent_child_is_an_error(impatient(pipelines[2]), 1.0)
