@@ -33,6 +33,7 @@ class Inputs:
     def __init__(self) -> None:
         draw = torch.Generator().manual_seed(0)
         self.x = torch.randn(N, WIDTH, dtype=torch.float64, generator=draw)
+        self.pair = (self.x, self.x)
         self.edges = torch.randint(0, N, (2, EDGES), generator=draw)
         self.weights = torch.rand(EDGES, dtype=torch.float64, generator=draw)
         self.attributes = torch.randn(EDGES, 5, dtype=torch.float64, generator=draw)
@@ -41,113 +42,89 @@ class Inputs:
         self.labels = torch.randint(0, CLASSES, (N,), generator=draw)
 
 
-Call = Callable[[Any, Inputs], Tensor]
+PLAIN = ("x", "edges")
+WEIGHTED = ("x", "edges", "weights")
+ATTRIBUTED = ("x", "edges", "attributes")
+TYPED = ("x", "edges", "types")
+PLACED = ("x", "places", "edges")
 
 
-def plain(layer: Any, i: Inputs) -> Tensor:
-    out: Tensor = layer(i.x, i.edges)
-    return out
+class Twice(nn.Module):
+    """One convolution that is called twice, with weights and without."""
 
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
 
-def weighted(layer: Any, i: Inputs) -> Tensor:
-    out: Tensor = layer(i.x, i.edges, i.weights)
-    return out
-
-
-def attributed(layer: Any, i: Inputs) -> Tensor:
-    out: Tensor = layer(i.x, i.edges, i.attributes)
-    return out
-
-
-def typed(layer: Any, i: Inputs) -> Tensor:
-    out: Tensor = layer(i.x, i.edges, i.types)
-    return out
-
-
-def placed(layer: Any, i: Inputs) -> Tensor:
-    out: Tensor = layer(i.x, i.places, i.edges)
-    return out
-
-
-def residual(layer: Any, i: Inputs) -> Tensor:
-    out: Tensor = layer(i.x, i.x, i.edges)
-    return out
-
-
-def pair(layer: Any, i: Inputs) -> Tensor:
-    out: Tensor = layer((i.x, i.x), i.edges)
-    return out
-
-
-def twice(layer: Any, i: Inputs) -> Tensor:
-    out: Tensor = layer(torch.relu(layer(i.x, i.edges, i.weights)), i.edges)
-    return out
+    def forward(self, x: Tensor, edges: Tensor, weights: Tensor) -> Tensor:
+        out: Tensor = self.layer(torch.relu(self.layer(x, edges, weights)), edges)
+        return out
 
 
 def mlp(width: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, 10), nn.ReLU(), nn.Linear(10, out))
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], Call]] = {
-    "CGConv": (lambda: pyg.CGConv(WIDTH, dim=5), attributed),
-    "ChebConv": (lambda: pyg.ChebConv(WIDTH, CLASSES, 3), plain),
-    "ClusterGCNConv": (lambda: pyg.ClusterGCNConv(WIDTH, CLASSES), plain),
-    "DirGNNConv": (lambda: pyg.DirGNNConv(pyg.GCNConv(WIDTH, CLASSES)), plain),
-    "EGConv": (lambda: pyg.EGConv(WIDTH, 8, num_heads=4, num_bases=4), plain),
-    "EdgeConv": (lambda: pyg.EdgeConv(mlp(2 * WIDTH, CLASSES)), plain),
-    "FAConv": (lambda: pyg.FAConv(WIDTH), residual),
-    "FeaStConv": (lambda: pyg.FeaStConv(WIDTH, CLASSES, 2), plain),
-    "FiLMConv": (lambda: pyg.FiLMConv(WIDTH, CLASSES, num_relations=RELATIONS), typed),
-    "GATConv": (lambda: pyg.GATConv(WIDTH, CLASSES, heads=2, concat=False), plain),
-    "GATConv with edges": (lambda: pyg.GATConv(WIDTH, CLASSES, edge_dim=5, residual=True), attributed),
-    "GATConv of pairs": (lambda: pyg.GATConv((WIDTH, WIDTH), CLASSES, add_self_loops=False), pair),
-    "GATv2Conv": (lambda: pyg.GATv2Conv(WIDTH, CLASSES, heads=2, edge_dim=5, residual=True), attributed),
-    "GATv2Conv shared": (lambda: pyg.GATv2Conv(WIDTH, CLASSES, share_weights=True), plain),
-    "GCNConv": (lambda: pyg.GCNConv(WIDTH, CLASSES), weighted),
-    "GCNConv twice": (lambda: pyg.GCNConv(WIDTH, WIDTH), twice),
-    "GCNConv improved": (lambda: pyg.GCNConv(WIDTH, CLASSES, improved=True, cached=True), weighted),
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
+    "CGConv": (lambda: pyg.CGConv(WIDTH, dim=5), ATTRIBUTED),
+    "ChebConv": (lambda: pyg.ChebConv(WIDTH, CLASSES, 3), PLAIN),
+    "ClusterGCNConv": (lambda: pyg.ClusterGCNConv(WIDTH, CLASSES), PLAIN),
+    "DirGNNConv": (lambda: pyg.DirGNNConv(pyg.GCNConv(WIDTH, CLASSES)), PLAIN),
+    "EGConv": (lambda: pyg.EGConv(WIDTH, 8, num_heads=4, num_bases=4), PLAIN),
+    "EdgeConv": (lambda: pyg.EdgeConv(mlp(2 * WIDTH, CLASSES)), PLAIN),
+    "FAConv": (lambda: pyg.FAConv(WIDTH), ("x", "x", "edges")),
+    "FeaStConv": (lambda: pyg.FeaStConv(WIDTH, CLASSES, 2), PLAIN),
+    "FiLMConv": (lambda: pyg.FiLMConv(WIDTH, CLASSES, num_relations=RELATIONS), TYPED),
+    "GATConv": (lambda: pyg.GATConv(WIDTH, CLASSES, heads=2, concat=False), PLAIN),
+    "GATConv with edges": (lambda: pyg.GATConv(WIDTH, CLASSES, edge_dim=5, residual=True), ATTRIBUTED),
+    "GATConv of pairs": (lambda: pyg.GATConv((WIDTH, WIDTH), CLASSES, add_self_loops=False), ("pair", "edges")),
+    "GATv2Conv": (lambda: pyg.GATv2Conv(WIDTH, CLASSES, heads=2, edge_dim=5, residual=True), ATTRIBUTED),
+    "GATv2Conv shared": (lambda: pyg.GATv2Conv(WIDTH, CLASSES, share_weights=True), PLAIN),
+    "GCNConv": (lambda: pyg.GCNConv(WIDTH, CLASSES), WEIGHTED),
+    "GCNConv twice": (lambda: Twice(pyg.GCNConv(WIDTH, WIDTH)), WEIGHTED),
+    "GCNConv improved": (lambda: pyg.GCNConv(WIDTH, CLASSES, improved=True, cached=True), WEIGHTED),
     "GCNConv reversed": (
         lambda: pyg.GCNConv(WIDTH, CLASSES, normalize=False, add_self_loops=False, flow="target_to_source"),
-        weighted,
+        WEIGHTED,
     ),
-    "GCNConv mean": (lambda: pyg.GCNConv(WIDTH, CLASSES, aggr="mean"), weighted),
-    "GCNConv max": (lambda: pyg.GCNConv(WIDTH, CLASSES, aggr="max"), weighted),
-    "GENConv": (lambda: pyg.GENConv(WIDTH, CLASSES, edge_dim=5, msg_norm=True, learn_msg_scale=True), attributed),
-    "GINConv": (lambda: pyg.GINConv(mlp(WIDTH, CLASSES), train_eps=True), plain),
-    "GINEConv": (lambda: pyg.GINEConv(mlp(WIDTH, CLASSES), edge_dim=5), attributed),
-    "GMMConv": (lambda: pyg.GMMConv(WIDTH, CLASSES, 5, 4), attributed),
-    "GPSConv": (lambda: pyg.GPSConv(WIDTH, pyg.GCNConv(WIDTH, WIDTH), heads=2, dropout=0.0), plain),
+    "GCNConv mean": (lambda: pyg.GCNConv(WIDTH, CLASSES, aggr="mean"), WEIGHTED),
+    "GCNConv max": (lambda: pyg.GCNConv(WIDTH, CLASSES, aggr="max"), WEIGHTED),
+    "GENConv": (lambda: pyg.GENConv(WIDTH, CLASSES, edge_dim=5, msg_norm=True, learn_msg_scale=True), ATTRIBUTED),
+    "GINConv": (lambda: pyg.GINConv(mlp(WIDTH, CLASSES), train_eps=True), PLAIN),
+    "GINEConv": (lambda: pyg.GINEConv(mlp(WIDTH, CLASSES), edge_dim=5), ATTRIBUTED),
+    "GMMConv": (lambda: pyg.GMMConv(WIDTH, CLASSES, 5, 4), ATTRIBUTED),
+    "GPSConv": (lambda: pyg.GPSConv(WIDTH, pyg.GCNConv(WIDTH, WIDTH), heads=2, dropout=0.0), PLAIN),
     "GeneralConv": (
         lambda: pyg.GeneralConv(WIDTH, CLASSES, in_edge_channels=5, attention=True, heads=2, skip_linear=True),
-        attributed,
+        ATTRIBUTED,
     ),
-    "GraphConv": (lambda: pyg.GraphConv(WIDTH, CLASSES), weighted),
-    "LEConv": (lambda: pyg.LEConv(WIDTH, CLASSES), weighted),
-    "MFConv": (lambda: pyg.MFConv(WIDTH, CLASSES, 5), plain),
-    "MixHopConv": (lambda: pyg.MixHopConv(WIDTH, 3, [0, 1]), plain),
-    "NNConv": (lambda: pyg.NNConv(WIDTH, CLASSES, mlp(5, WIDTH * CLASSES)), attributed),
-    "PDNConv": (lambda: pyg.PDNConv(WIDTH, CLASSES, 5, 4), attributed),
+    "GraphConv": (lambda: pyg.GraphConv(WIDTH, CLASSES), WEIGHTED),
+    "LEConv": (lambda: pyg.LEConv(WIDTH, CLASSES), WEIGHTED),
+    "MFConv": (lambda: pyg.MFConv(WIDTH, CLASSES, 5), PLAIN),
+    "MixHopConv": (lambda: pyg.MixHopConv(WIDTH, 3, [0, 1]), PLAIN),
+    "NNConv": (lambda: pyg.NNConv(WIDTH, CLASSES, mlp(5, WIDTH * CLASSES)), ATTRIBUTED),
+    "PDNConv": (lambda: pyg.PDNConv(WIDTH, CLASSES, 5, 4), ATTRIBUTED),
     "PNAConv": (
         lambda: pyg.PNAConv(WIDTH, CLASSES, ["mean", "max"], ["identity", "amplification"], IN_DEGREES, edge_dim=5),
-        attributed,
+        ATTRIBUTED,
     ),
-    "PointNetConv": (lambda: pyg.PointNetConv(mlp(WIDTH + 3, 10), mlp(10, CLASSES)), placed),
-    "PointTransformerConv": (lambda: pyg.PointTransformerConv(WIDTH, CLASSES), placed),
-    "ResGatedGraphConv": (lambda: pyg.ResGatedGraphConv(WIDTH, CLASSES), plain),
-    "RGCNConv": (lambda: pyg.RGCNConv(WIDTH, CLASSES, RELATIONS), typed),
-    "RGCNConv of bases": (lambda: pyg.RGCNConv(WIDTH, CLASSES, RELATIONS, num_bases=2), typed),
-    "FastRGCNConv": (lambda: pyg.FastRGCNConv(WIDTH, CLASSES, RELATIONS), typed),
-    "SAGEConv": (lambda: pyg.SAGEConv(WIDTH, CLASSES, project=True, normalize=True), plain),
-    "SAGEConv of several": (lambda: pyg.SAGEConv(WIDTH, CLASSES, aggr=["mean", "max", "softmax"]), plain),
-    "SGConv": (lambda: pyg.SGConv(WIDTH, CLASSES, 2), plain),
-    "SSGConv": (lambda: pyg.SSGConv(WIDTH, CLASSES, 0.1, 2), plain),
-    "SuperGATConv": (lambda: pyg.SuperGATConv(WIDTH, CLASSES, heads=2, concat=False), plain),
-    "TAGConv": (lambda: pyg.TAGConv(WIDTH, CLASSES, 2), plain),
+    "PointNetConv": (lambda: pyg.PointNetConv(mlp(WIDTH + 3, 10), mlp(10, CLASSES)), PLACED),
+    "PointTransformerConv": (lambda: pyg.PointTransformerConv(WIDTH, CLASSES), PLACED),
+    "ResGatedGraphConv": (lambda: pyg.ResGatedGraphConv(WIDTH, CLASSES), PLAIN),
+    "RGCNConv": (lambda: pyg.RGCNConv(WIDTH, CLASSES, RELATIONS), TYPED),
+    "RGCNConv of bases": (lambda: pyg.RGCNConv(WIDTH, CLASSES, RELATIONS, num_bases=2), TYPED),
+    "FastRGCNConv": (lambda: pyg.FastRGCNConv(WIDTH, CLASSES, RELATIONS), TYPED),
+    "SAGEConv": (lambda: pyg.SAGEConv(WIDTH, CLASSES, project=True, normalize=True), PLAIN),
+    "SAGEConv of several": (lambda: pyg.SAGEConv(WIDTH, CLASSES, aggr=["mean", "max", "softmax"]), PLAIN),
+    "SGConv": (lambda: pyg.SGConv(WIDTH, CLASSES, 2), PLAIN),
+    "SSGConv": (lambda: pyg.SSGConv(WIDTH, CLASSES, 0.1, 2), PLAIN),
+    "SuperGATConv": (lambda: pyg.SuperGATConv(WIDTH, CLASSES, heads=2, concat=False), PLAIN),
+    "TAGConv": (lambda: pyg.TAGConv(WIDTH, CLASSES, 2), PLAIN),
     "TransformerConv": (
         lambda: pyg.TransformerConv(WIDTH, CLASSES, heads=2, edge_dim=5, beta=True, concat=False),
-        attributed,
+        ATTRIBUTED,
     ),
-    "AntiSymmetricConv": (lambda: pyg.AntiSymmetricConv(WIDTH, num_iters=3), plain),
+    "AntiSymmetricConv": (lambda: pyg.AntiSymmetricConv(WIDTH, num_iters=3), PLAIN),
 }
 
 
@@ -175,19 +152,20 @@ def products(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
 def test_rows_and_gradients_make_the_weight_gradient_or_the_parameter_is_named(
     name: str, products: dict[str, Tensor]
 ) -> None:
-    make, call = CASES[name]
+    make, named = CASES[name]
     inputs = Inputs()
+    arguments = [getattr(inputs, argument) for argument in named]
     torch.manual_seed(1)
     model = nn.ModuleDict({"conv": make().double()})
     with torch.no_grad():
-        call(model["conv"], inputs)  # layers that take their width from the first call have it now
+        model["conv"](*arguments)  # layers that take their width from the first call have it now
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         optimizer = NaturalGradient(model, lr=1e-3, max_rows=None)
         for _ in range(3):
             optimizer.zero_grad()
             products.clear()
-            out = call(model["conv"], inputs)
+            out = model["conv"](*arguments)
             F.cross_entropy(out, inputs.labels % out.shape[1]).backward()
             gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
             layers = optimizer.preconditioner.layers.items()
