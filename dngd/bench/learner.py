@@ -21,7 +21,7 @@ from dngd.train.batch import DeviceBatch, PropagationBuilder
 from dngd.train.divergence import DivergenceMeter
 from dngd.train.metrics import StepClock
 from dngd.train.optimizers import UNKNOWN_SET, TrainingSet
-from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
+from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM, seed_generators
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ class Learner:
         self.builder = builder
         self._communicator = LocalCommunicator() if communicator is None else communicator
         self.competitor = build_competitor(name, config, lr, self.model, self._communicator, training_set)
-        self._meter = DivergenceMeter(self.competitor.step_optimizer, self.model, self._logits)
+        takes_all = self.device.type == "cuda" and not config.constant_full_batch
+        step_optimizer = self.competitor.step_optimizer
+        self._meter = DivergenceMeter(step_optimizer, self.model, self._logits, takes_all=takes_all)
         self._gradients = FlatGradients(self.model.parameters())
         self._kfac_before: dict[str, float] = {}
 
@@ -109,7 +111,8 @@ class Learner:
         """
         where = batch.coordinates
         optimizer = self.competitor.step_optimizer
-        torch.manual_seed(derive_seed(self._seed, DROPOUT_STREAM, where.epoch, where.step, where.shard))
+        seed = derive_seed(self._seed, DROPOUT_STREAM, where.epoch, where.step, where.shard)
+        seed_generators(seed, self.device)
         is_measured = self._meter.is_due
         started = time.perf_counter()
         self.competitor.set_learning_rate(lr)

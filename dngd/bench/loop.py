@@ -4,6 +4,7 @@ What a person has who adds dngd's three lines to a script of their own: none of 
 operators or averages. All settings train the same model on the same graph, in turns, the clock running while one has
 its turn; Adam at several rates, of which the best counts, NaturalGradient as it is made without an argument, and with
 the damping of `default_damping` for the graph. Dropout's draws go with the setting's own steps, not with the turns.
+On a GPU the graph and all models lie there, and a turn ends when it has done what it was given.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from dngd.allocator import keep_freed_memory
 from dngd.bench.competitors import Setting
+from dngd.bench.device import features_on, wait_for
 from dngd.bench.graphs import open_graph
 from dngd.bench.machine import describe_machine, torch_threads
 from dngd.bench.optimizers import BASELINE, SUBJECT
@@ -29,9 +31,11 @@ from dngd.bench.runs import RunRecord, evaluation_steps, interleaved, slices
 from dngd.bench.scoring import Metric, Scored, choose_metric, score_logits
 from dngd.bench.step import describe_graph
 from dngd.bench.verdict import aggregate, best_label, judge, remarks
+from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.graph import GraphStore, Split
 from dngd.optim import NaturalGradient, default_damping
+from dngd.train.plan import device_of
 
 DEFAULT = "NaturalGradient"
 """NaturalGradient(model)."""
@@ -55,6 +59,7 @@ class LoopOptions:
     rates: Sequence[float] = (1e-2, 3e-2, 1e-1)
     seeds: Sequence[int] = (0, 1, 2)
     threads: int | None = None
+    use_gpu: bool = False
     data_root: Path | None = None
     cache_dir: Path | None = None
 
@@ -80,7 +85,7 @@ class Stack(nn.Module):
 
 @dataclass(frozen=True)
 class _Graph:
-    """A graph as PyG has it, split by one seed."""
+    """A graph as PyG has it, where it is trained on, split by one seed."""
 
     store: GraphStore
     split: Split
@@ -88,6 +93,15 @@ class _Graph:
     x: Tensor
     edge_index: Tensor
     y: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    def nodes(self, part: str) -> Tensor:
+        """Return the indices of a part of the split, where the graph is."""
+        nodes: Tensor = getattr(self.split, part)
+        return nodes.to(self.device)
 
 
 @dataclass
@@ -107,9 +121,11 @@ class _Run:
 
     def advance(self, last_step: int) -> None:
         """Take the steps up to last_step, on the clock."""
-        nodes, graph = self.graph.split.train, self.graph
+        graph = self.graph
+        nodes = graph.nodes("train")
         labels = graph.y[nodes]
-        torch.set_rng_state(self.random_state)
+        _set_random_state(graph.device, self.random_state)
+        wait_for(graph.device)
         started, on_cpu = time.perf_counter(), time.process_time()
         self.model.train()
         while self.step < last_step:
@@ -121,10 +137,11 @@ class _Run:
             else:
                 self.optimizer.step()
             self.step += 1
+        wait_for(graph.device)
         taken = time.perf_counter() - started
         self.seconds += taken
         self.idle_seconds += max(0.0, taken - (time.process_time() - on_cpu))
-        self.random_state = torch.get_rng_state()
+        self.random_state = _random_state(graph.device)
 
     @torch.no_grad()
     def evaluate(self) -> None:
@@ -132,7 +149,8 @@ class _Run:
         self.model.eval()
         logits = self.model(self.graph.x, self.graph.edge_index)
         found: dict[str, Scored] = {}
-        for name, nodes in (("val", self.graph.split.val), ("test", self.graph.split.test)):
+        for name in ("val", "test"):
+            nodes = self.graph.nodes(name)
             found[name] = score_logits(logits[nodes], self.graph.y[nodes], self.graph.metric)
         self.evaluations.append(
             {
@@ -163,11 +181,12 @@ def run_loop_bench(options: LoopOptions, progress: BenchProgress | None = None) 
     """
     progress = progress or BenchProgress()
     _check(options)
+    _device_of(options)
     for dataset, split in options.datasets:
         _open(options, dataset, split, options.seeds[0])
     panels = []
     with torch_threads(options.threads):
-        machine = describe_machine(keeps_memory=keep_freed_memory())
+        machine = describe_machine(keeps_memory=keep_freed_memory(), device=_device_of(options))
         for kind, num_layers in options.models:
             for dataset, split in options.datasets:
                 panels.append(_run_panel(options, dataset, split, kind, num_layers, progress))
@@ -185,6 +204,18 @@ def run_loop_bench(options: LoopOptions, progress: BenchProgress | None = None) 
         "panels": panels,
         "summary": {group: aggregate(panels, group) for group in (DEFAULT, TOLD)},
     }
+
+
+def _device_of(options: LoopOptions) -> torch.device:
+    return device_of(TrainConfig(dataset="", engine="local", use_gpu=options.use_gpu))
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
 
 
 def _check(options: LoopOptions) -> None:
@@ -210,13 +241,14 @@ def _open(options: LoopOptions, dataset: str, split_name: str, seed: int) -> _Gr
     if store.num_features == 0:
         raise UserError(f"graph {store.name} has no features, which the layers take; give --datasets with some")
     targets = torch.repeat_interleave(torch.arange(store.num_nodes), store.indptr.diff())
+    device = _device_of(options)
     return _Graph(
         store,
         store.split(split_name, seed),
         choose_metric("auto", store),
-        store.features.float().clone(),
-        torch.stack([store.indices.long(), targets]),
-        store.labels.long().clone(),
+        features_on(device, store).float().clone(),
+        torch.stack([store.indices.long(), targets]).to(device),
+        store.labels.long().clone().to(device),
     )
 
 
@@ -260,7 +292,7 @@ def _run_seed(
     """Train all settings with one seed, in turns."""
     torch.manual_seed(seed)
     widths = [graph.store.num_features, *[options.hidden] * (num_layers - 1), graph.store.num_classes]
-    initial = Stack(kind, widths)
+    initial = Stack(kind, widths).to(graph.device)
     settings = _settings(options)
     points = evaluation_steps(options.steps)
     _warm_up(graph, initial)
@@ -268,7 +300,7 @@ def _run_seed(
     for setting in settings:
         model = copy.deepcopy(initial)
         torch.manual_seed(seed)
-        runs.append(_Run(setting, seed, graph, model, _optimizer(setting, model, graph), torch.get_rng_state()))
+        runs.append(_Run(setting, seed, graph, model, _optimizer(setting, model, graph), _random_state(graph.device)))
     for run in runs:
         run.evaluate()
     evaluated = set(points)
@@ -296,6 +328,6 @@ def _warm_up(graph: _Graph, initial: nn.Module) -> None:
     """Take a few steps of each kind on throw-away copies: the first ones pay for what is set up but once."""
     for setting in (Setting(BASELINE, BASELINE, 1e-3), Setting(DEFAULT, SUBJECT, 0.1)):
         model = copy.deepcopy(initial)
-        run = _Run(setting, 0, graph, model, _optimizer(setting, model, graph), torch.get_rng_state())
+        run = _Run(setting, 0, graph, model, _optimizer(setting, model, graph), _random_state(graph.device))
         run.advance(WARMUP_STEPS)
         run.close()

@@ -30,6 +30,7 @@ def bench_loop(
     rates: Annotated[str, typer.Option("--lrs", help="Adam's learning rates, separated by commas")] = "1e-2,3e-2,1e-1",
     seeds: Annotated[str, typer.Option(help="Run seeds, separated by commas; curves are averaged over them")] = "0,1,2",
     threads: Annotated[int | None, typer.Option(help="torch threads [default: torch's own choice]")] = None,
+    use_gpu: Annotated[bool, typer.Option("--use-gpu", help="Train on a GPU, which holds the graph")] = False,
     output: Annotated[Path | None, typer.Option("--out", help="File that gets the JSON too")] = None,
     as_json: Json = False,
 ) -> None:
@@ -49,6 +50,7 @@ def bench_loop(
         rates=parse_rates(f"adam={rates}")["adam"],
         seeds=parse_seeds(seeds),
         threads=threads,
+        use_gpu=use_gpu,
         data_root=TrainConfig(dataset="cora", data_root=data_root).data_root_in_use,
         cache_dir=cache_dir,
     )

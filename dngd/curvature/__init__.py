@@ -22,6 +22,7 @@ from dngd.curvature.precondition import (
     rotate_back,
     row_scales,
 )
+from dngd.curvature.reads import entries_are_finite, extremes, read_together, vectors_on_host
 from dngd.curvature.statistics import FactorStatistics, KroneckerFactors
 from dngd.curvature.structure import BlockDiagonal, Dense, Diagonal, FactorStructure, Tensors, gram
 from dngd.curvature.symmetric import pack_symmetric, packed_diagonal, packed_size, unpack_symmetric
@@ -43,6 +44,8 @@ __all__ = [
     "cholesky_inverse",
     "damping_split",
     "eigendecomposition",
+    "entries_are_finite",
+    "extremes",
     "gram",
     "hessian_columns",
     "inner_product",
@@ -56,9 +59,11 @@ __all__ = [
     "precondition_in_eigenbasis",
     "precondition_with_inverses",
     "random_signs",
+    "read_together",
     "rotate",
     "rotate_back",
     "row_scales",
     "sampled_gradient",
     "unpack_symmetric",
+    "vectors_on_host",
 ]

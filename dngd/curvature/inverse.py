@@ -8,9 +8,12 @@ Cholesky factorisation of an ill-conditioned matrix can succeed and still be use
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from dngd.curvature.reads import entries_are_finite, read_together
 
 MAX_DAMPING_ESCALATIONS = 3
 PROBE_TOLERANCE = 1e-2
@@ -39,8 +42,6 @@ def cholesky_inverse(matrix: Tensor, damping: Tensor | float) -> InverseResult:
     lam = float(damping)
     if not lam > 0:
         raise ValueError(f"damping={lam} is out of range; it must be above 0")
-    if not bool(torch.isfinite(matrix).all()):
-        return InverseResult(None, lam, 0)
     escalations = 0
     attempts: list[tuple[torch.dtype, float]] = [(matrix.dtype, lam)]
     if matrix.dtype != torch.float64:
@@ -50,6 +51,9 @@ def cholesky_inverse(matrix: Tensor, damping: Tensor | float) -> InverseResult:
         inverse = _cholesky_inverse(matrix.to(dtype), value)
         if inverse is not None:
             return InverseResult((inverse.to(matrix.dtype),), value, escalations)
+        # No attempt with a matrix that is not finite passes its probe, so that others need not be asked.
+        if escalations == 0 and not entries_are_finite([matrix]):
+            return InverseResult(None, lam, 0)
         escalations += 1
     return InverseResult(None, lam, escalations)
 
@@ -59,16 +63,26 @@ def _cholesky_inverse(matrix: Tensor, damping: float) -> Tensor | None:
     damped = matrix.clone()
     damped.diagonal().add_(damping)
     factor, info = torch.linalg.cholesky_ex(damped)
-    if int(info) != 0:
+    try:
+        # LAPACK's result is column-major; products round differently by layout, and a checkpoint keeps none.
+        inverse = torch.cholesky_inverse(factor).contiguous()
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of a factor that failed: a zero on its diagonal
         return None
-    # LAPACK's result is column-major; products round differently by layout, and a checkpoint keeps none.
-    inverse = torch.cholesky_inverse(factor).contiguous()
-    # A fixed, dense probe: deterministic, and not an eigenvector of anything in particular.
-    probe = torch.linspace(0.5, 1.5, matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-    residual = torch.linalg.vector_norm(damped @ (inverse @ probe) - probe)
-    if not bool(residual <= PROBE_TOLERANCE * torch.linalg.vector_norm(probe)):
-        return None
-    return inverse
+    probe, limit = _probe(matrix.shape[0], matrix.dtype, matrix.device)
+    residual = torch.linalg.vector_norm(torch.addmv(probe, damped, inverse @ probe, alpha=-1))
+    found, failed = read_together([residual, info])
+    return inverse if failed == 0 and found <= limit else None
+
+
+@lru_cache(maxsize=64)
+def _probe(dimension: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, float]:
+    """Return a fixed vector and the most that an inverse's residual of it may be.
+
+    It is dense, and not an eigenvector of anything in particular.
+    """
+    with torch.inference_mode(False):
+        probe = torch.linspace(0.5, 1.5, dimension, dtype=dtype, device="cpu")
+        return probe.to(device), PROBE_TOLERANCE * float(torch.linalg.vector_norm(probe))
 
 
 def eigendecomposition(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -76,7 +90,7 @@ def eigendecomposition(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
 
     Rounding below zero is clamped: the factors are positive semi-definite by construction.
     """
-    if not bool(torch.isfinite(matrix).all()):
+    if not entries_are_finite([matrix]):
         return None
     try:
         values, vectors = torch.linalg.eigh(matrix.double())

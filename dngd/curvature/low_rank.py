@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dngd.curvature.inverse import InverseResult
+from dngd.curvature.reads import entries_are_finite
 from dngd.curvature.structure import Operator, Tensors, probe_vector
 
 SKETCH_SEED = 20_080_962
@@ -67,7 +69,7 @@ class LowRank:
         if ones:
             projected = projected + omega[width]
             sketch[width].add_(projected.sum(dim=0), alpha=weight)
-            diagonal[width] += weight * rows.shape[0]
+            diagonal[width].add_(weight * rows.shape[0])
         sketch[:width].addmm_(rows.T, projected, alpha=weight)
         diagonal[:width].add_(squares, alpha=weight)
 
@@ -97,15 +99,14 @@ class LowRank:
         core = (self.test_matrix(sums[1].dtype, sketch.device).to(dtype).T @ sketch).double()
         values, vectors = torch.linalg.eigh((core + core.T) / 2)
         # Below the sums' own rounding a direction of the core is noise; its inverse would amplify it.
-        floor = values.amax().clamp_min(0) * self.dimension * torch.finfo(sums[1].dtype).eps
-        kept = values > floor
-        scale = torch.where(kept, torch.where(kept, values, 1.0).rsqrt(), 0.0)
+        floor = values[-1].clamp_min(0) * (self.dimension * torch.finfo(sums[1].dtype).eps)
+        scale = torch.where(values > floor, values, math.inf).rsqrt()
         low = sketch @ (vectors * scale).to(dtype)
         return low, (diagonal - low.square().sum(dim=1)).clamp_min(0)
 
     def invert(self, averages: Tensors, damping: Tensor | float) -> InverseResult:
         lam = float(damping)
-        if not (lam > 0 and all(bool(torch.isfinite(t).all()) for t in averages)):
+        if not (lam > 0 and entries_are_finite(averages)):
             return InverseResult(None, lam, 0)
         dtype = averages[1].dtype
         with torch.autocast(averages[1].device.type, enabled=False):
@@ -143,7 +144,7 @@ class LowRank:
         return (diagonal[:, None] * matrix).addmm_(correction, correction.T @ matrix, alpha=-1)
 
     def eigenbasis(self, averages: Tensors) -> Tensors | None:
-        return (averages[1],) if bool(torch.isfinite(averages[1]).all()) else None
+        return (averages[1],) if entries_are_finite(averages[1:]) else None
 
     def eigenbasis_shapes(self) -> list[tuple[int, ...]]:
         return [(self.dimension,)]

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dngd.curvature.inverse import InverseResult, cholesky_inverse, eigendecomposition
+from dngd.curvature.reads import entries_are_finite
 from dngd.curvature.symmetric import pack_symmetric, packed_diagonal, packed_size, unpack_symmetric
 
 Tensors = tuple[Tensor, ...]
@@ -174,7 +176,7 @@ class Diagonal:
 
     def invert(self, averages: Tensors, damping: Tensor | float) -> InverseResult:
         inverse = (averages[0] + float(damping)).reciprocal()
-        sound = float(damping) > 0 and bool((torch.isfinite(averages[0]) & torch.isfinite(inverse)).all())
+        sound = float(damping) > 0 and entries_are_finite([averages[0], inverse])
         return InverseResult((inverse,) if sound else None, float(damping), 0)
 
     def inverse_shapes(self) -> list[tuple[tuple[int, ...], bool]]:
@@ -187,7 +189,7 @@ class Diagonal:
         return inverse[0][:, None] * matrix
 
     def eigenbasis(self, averages: Tensors) -> Tensors | None:
-        return (averages[0],) if bool(torch.isfinite(averages[0]).all()) else None
+        return (averages[0],) if entries_are_finite(averages) else None
 
     def eigenbasis_shapes(self) -> list[tuple[int, ...]]:
         return [(self.dimension,)]
@@ -274,17 +276,26 @@ def _block_diagonal(blocks: list[Tensor]) -> Tensor:
 
 
 def probe_vector(dimension: int, like: Tensor) -> Tensor:
-    """Return a fixed Gaussian vector, the same on every rank."""
-    generator = torch.Generator().manual_seed(dimension)
-    return torch.randn(dimension, generator=generator, dtype=torch.float64, device="cpu").to(like.device, like.dtype)
+    """Return a fixed Gaussian vector, the same on every rank. Not to be written to: it is kept."""
+    return _probe_vector(dimension, like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _probe_vector(dimension: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        generator = torch.Generator().manual_seed(dimension)
+        return torch.randn(dimension, generator=generator, dtype=torch.float64, device="cpu").to(device, dtype)
 
 
 def gram(rows: Tensor, ones: bool) -> Tensor:
     """Return `Σ m_i m_iᵀ` with m_i = [x_i, 1] (or x_i without ones).
 
-    rows: [r, d_in], input rows x_i. Returns [d, d], d = d_in + ones. The ones column is not built: its
+    rows: [r, d_in], input rows x_i. Returns [d, d], d = d_in + ones. On a CPU the ones column is not built: its
     products are the column sums and r.
     """
+    if ones and rows.device.type != "cpu":  # three kernels instead of six, which take the host longer than the GPU
+        wide = torch.nn.functional.pad(rows, (0, 1), value=1.0)
+        return wide.T @ wide
     inner = rows.T @ rows
     if not ones:
         return inner

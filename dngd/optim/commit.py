@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
+from dngd.curvature import extremes, read_together
+from dngd.optim.foreach import add_together, scale_together
 from dngd.optim.layer_state import LayerState
 from dngd.optim.layers import CurvatureLayer
 
@@ -29,27 +33,34 @@ def fold_pending(
     # Seeds that do not reach a layer are seeds of its G too, whichever rank they were on; not so where the layer
     # has no gradient at all, since it was frozen, say: it takes no step to which those seeds would count.
     is_measured = any(layer.pending is not None for layer in layers.values())
-    for name, layer in layers.items():
-        state, pending = states[name], layer.pending
-        target = state.folded if state.unfolded is None else state.unfolded
-        target.decay_(decay)
+    targets = {}
+    for name, state in states.items():
+        targets[name] = state.folded if state.unfolded is None else state.unfolded
         if state.unfolded is not None:
             state.decay *= decay
-        if pending is not None and sound[name]:
-            for tensor in pending.g:
-                tensor.mul_(gradient_scale * gradient_scale)
-            pending.counts[1].fill_(num_samples)  # an assignment would wait for the GPU
-            if shared_count is not None:
-                pending.counts.fill_(shared_count)
-            target.add_(pending)
+    scale_together([tensor for target in targets.values() for tensor in target.tensors()], decay)
+    sums = {name: layer.pending for name, layer in layers.items() if layer.pending is not None and sound[name]}
+    scale_together([tensor for pending in sums.values() for tensor in pending.g], gradient_scale * gradient_scale)
+    for pending in sums.values():
+        pending.counts[1].fill_(num_samples)  # an assignment would wait for the GPU
+        if shared_count is not None:
+            pending.counts.fill_(shared_count)
+    add_together(
+        [tensor for name in sums for tensor in targets[name].tensors()],
+        [tensor for pending in sums.values() for tensor in pending.tensors()],
+    )
+    for name, layer in layers.items():
+        state, target = states[name], targets[name]
+        if name in sums:
             if layer.only_constant and layer.constant.is_only_input and state.unfolded is None:
                 # The average of what never changes is its latest value: rows that were not reached at first
                 # do not linger in it, and the factor stays as it is. Its weight c goes on as ever.
                 # Where no row was ever reached both counts are 0, and so are the sums.
+                pending = sums[name]
                 share = target.counts[0] / pending.counts[0].clamp_min(1)
                 for mine, latest in zip(target.a, pending.a):
                     torch.mul(latest, share, out=mine)
-        elif pending is None and is_measured and layer.has_gradient:
+        elif layer.pending is None and is_measured and layer.has_gradient:
             target.counts[1] += num_samples
 
 
@@ -58,11 +69,10 @@ def sound_layers(layers: Mapping[str, CurvatureLayer], device: torch.device) -> 
 
     `|Σ m_i m_j| <= max(Σ m_i², Σ m_j²)`: a sum that overflows shows on the diagonal.
     """
-    names, totals = [], []
+    found: dict[str, list[Tensor]] = {}
     for name, layer in layers.items():
         if layer.pending is not None:
-            names.append(name)
-            total = layer.a.diagonal(layer.pending.a).sum() + layer.g.diagonal(layer.pending.g).sum()
-            totals.append(total.to(device, torch.float64))
-    verdicts = torch.isfinite(torch.stack(totals)).tolist() if totals else []
-    return dict(zip(names, verdicts))
+            diagonals = [layer.a.diagonal(layer.pending.a), layer.g.diagonal(layer.pending.g)]
+            found[name] = [extreme.to(device) for extreme in extremes(diagonals)]
+    values = iter(read_together([extreme for own in found.values() for extreme in own]))
+    return {name: all([math.isfinite(next(values)) for _ in own]) for name, own in found.items()}

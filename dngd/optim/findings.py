@@ -16,8 +16,7 @@ from torch.linalg import vector_norm
 
 from dngd.comm import Agreement, Communicator
 from dngd.comm.assignment import Factor
-from dngd.curvature import DampingMode, Tensors, damping_split
-from dngd.optim.foreach import read_together
+from dngd.curvature import DampingMode, Tensors, damping_split, read_together, vectors_on_host
 from dngd.optim.inverses import Wanted
 from dngd.optim.layer_state import LayerState
 
@@ -122,31 +121,42 @@ class Findings:
         return [replace(m, is_unchanged=next(agreed), rounds=next(agreed)) for m in found]
 
     def _measured(self, layers: Sequence[str], damping: Damping) -> list[Measured]:
-        # Each read makes the host wait for a GPU: one for the counts, one for all that is found of the factors.
+        # Each read makes the host wait for a GPU: one for the counts, one for all that is found of the factors. What
+        # follows from the diagonals takes many small steps, each of which costs it more there than here.
         fewest = read_together([self._states[name].folded.counts.min() for name in layers])
         factors: list[tuple[Factor, Tensors, Tensor]] = []
-        scalars: list[Tensor] = []
+        vectors: list[Tensor] = []
         for name, count in zip(layers, fewest):
             if not count > 0:
                 continue
             state = self._states[name]
-            averages = state.folded.quotients()
-            diagonals = state.a.diagonal(averages[0]), state.g.diagonal(averages[1])
-            split = damping.split(state, *diagonals)
-            for which, sums, diagonal, share in zip("AG", averages, diagonals, split):
-                probe = state.structure(which).probe(sums)
-                before = state.probes.get(which, probe)
+            for which, sums in zip("AG", state.folded.quotients()):
+                structure = state.structure(which)
+                probe, before = structure.probe(sums), state.probes.get(which)
                 factors.append(((name, which), sums, probe))
-                scalars += [share, diagonal.sum(), vector_norm(probe - before), vector_norm(before)]
-        found = read_together(scalars)
+                # Of a factor without a probe nothing is known, and neither norm is asked for.
+                norms = [] if before is None else [vector_norm(probe - before)[None], vector_norm(before)[None]]
+                vectors += [structure.diagonal(sums), *norms]
+        found = iter(vectors_on_host(vectors))
+        diagonals: dict[Factor, Tensor] = {}
+        moves: dict[Factor, list[float]] = {}
+        for (name, which), _, _ in factors:
+            diagonals[name, which] = next(found)
+            moves[name, which] = [float(next(found)) for _ in range(2 * (which in self._states[name].probes))]
+        dampings: dict[Factor, float] = {}
+        for name in dict.fromkeys(name for name, _ in diagonals):
+            split = damping.split(self._states[name], diagonals[name, "A"], diagonals[name, "G"])
+            dampings[name, "A"], dampings[name, "G"] = map(float, split)
         out = []
-        for i, (factor, sums, probe) in enumerate(factors):
-            lam, trace, moved, size = found[4 * i : 4 * i + 4]
+        for factor, sums, probe in factors:
             state, which = self._states[factor[0]], factor[1]
-            is_known = which in state.inverses and which in state.probes
-            old = state.damping["AG".index(which)]
-            is_unchanged = is_known and self._is_unchanged(moved, size, old, lam, probe.dtype)
-            out.append(Measured(factor, sums, lam, probe, is_unchanged, self._wanted.rounds(trace, lam)))
+            lam, old = dampings[factor], state.damping["AG".index(which)]
+            is_unchanged = False
+            if which in state.inverses and which in state.probes:
+                moved, size = moves[factor]
+                is_unchanged = self._is_unchanged(moved, size, old, lam, probe.dtype)
+            rounds = self._wanted.rounds(float(diagonals[factor].sum()), lam)
+            out.append(Measured(factor, sums, lam, probe, is_unchanged, rounds))
         return out
 
     def _is_unchanged(self, moved: float, size: float, old_damping: float, damping: float, dtype: torch.dtype) -> bool:

@@ -42,6 +42,24 @@ def step_along(parameters: Sequence[nn.Parameter], updates: Sequence[Tensor], lr
         parameter.add_(update, alpha=-lr)
 
 
+def scale_together(tensors: Sequence[Tensor], scale: float) -> None:
+    """Multiply each tensor by a number in place."""
+    if _in_few_kernels(tensors):
+        torch._foreach_mul_(list(tensors), scale)
+        return
+    for tensor in tensors:
+        tensor.mul_(scale)
+
+
+def add_together(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """Add to each tensor another one, in place."""
+    if _in_few_kernels(tensors):
+        torch._foreach_add_(list(tensors), list(others))
+        return
+    for tensor, other in zip(tensors, others, strict=True):
+        tensor.add_(other)
+
+
 def scaled(tensors: Sequence[Tensor], scale: Tensor) -> Sequence[Tensor]:
     """Return each tensor times a 0-d one of the same type, without a host synchronisation."""
     if _in_few_kernels(tensors):
@@ -59,21 +77,6 @@ def all_finite(tensors: Sequence[Tensor], device: torch.device) -> bool:
     if len({(norm.device, norm.dtype) for norm in norms}) > 1:
         norms = tuple(norm.to(device, torch.float64) for norm in norms)
     return all(map(math.isfinite, torch.stack(norms).tolist()))
-
-
-def entries_are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Return whether every entry of every tensor is finite, however large; one host synchronisation for tensors of one
-    device."""
-    verdicts = [torch.isfinite(tensor).all() for tensor in tensors]
-    return all(read_together(verdicts))
-
-
-def read_together(scalars: Sequence[Tensor]) -> list[float]:
-    """Return the values of 0-d tensors; one host synchronisation where they are of one device."""
-    if len({scalar.device for scalar in scalars}) > 1:
-        return [float(scalar) for scalar in scalars]
-    values: list[float] = torch.stack(list(scalars)).tolist() if scalars else []
-    return values
 
 
 def _in_few_kernels(tensors: Sequence[Tensor]) -> bool:

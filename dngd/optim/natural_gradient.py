@@ -20,7 +20,7 @@ from dngd.optim.inverses import FactorWire, InversePrecision
 from dngd.optim.plan import TRAFFIC_BUDGET, StrategyChoice
 from dngd.optim.preconditioner import KFACPreconditioner
 from dngd.optim.schedules import HyperbolicDecay, Period, Schedule, value_at
-from dngd.optim.trust import KLTrustRegion, LevenbergMarquardt, mean_divergence
+from dngd.optim.trust import KLTrustRegion, LevenbergMarquardt, row_divergences
 
 Update = Literal["mean_gradient", "momentum", "adam_eigenbasis"]
 
@@ -298,8 +298,8 @@ class NaturalGradient(torch.optim.Optimizer):
             )
         total = torch.zeros(2, dtype=torch.float64, device=self.preconditioner.device)
         if before is not None and after is not None:
-            total[0] = mean_divergence(before, after, self.preconditioner.capture.loss) * before.shape[0]
-            total[1] = before.shape[0]
+            total[0].add_(row_divergences(before, after, self.preconditioner.capture.loss).sum())
+            total[1].fill_(before.shape[0])  # an assignment would wait for the GPU
         self.preconditioner.communicator.all_reduce(total, "state").wait()
         divergence, num_rows = total.tolist()
         measured = divergence / num_rows if num_rows else 0.0

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from dngd.comm import Communicator, RoundedReduction, Work, flatten, unflatten
 from dngd.comm.assignment import Factor
-from dngd.curvature import FactorStatistics, FactorStructure, Tensors
+from dngd.curvature import FactorStatistics, FactorStructure, Tensors, entries_are_finite
 from dngd.optim.findings import Damping, Findings, device_of
-from dngd.optim.foreach import entries_are_finite
 from dngd.optim.inverses import HELD_ELSEWHERE, Decomposition, StoredInverse, Wanted, decompose, from_bytes, to_bytes
 from dngd.optim.layer_state import LayerState
 from dngd.optim.plan import Plan

@@ -21,9 +21,8 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor, nn
 
-from dngd.curvature import Tensors
+from dngd.curvature import Tensors, extremes, read_together
 from dngd.errors import TrainingError
-from dngd.optim.foreach import all_finite
 from dngd.optim.inverses import Inverses, StoredInverse
 from dngd.optim.layer_state import LayerState
 from dngd.optim.layers import CurvatureLayer
@@ -39,7 +38,8 @@ Body = Callable[[Bounds, Inverses], Shortening]
 """Preconditions what is in `.grad`, in place, by these inverses."""
 
 Record = Callable[[Callable[[], Shortening], torch.device], Callable[[], Shortening]]
-"""Returns what does a function's work on a device again, on the same memory, and returns the same tensors."""
+"""Does a function's work on a device once, and returns what does it again, on the same memory, and returns the same
+tensors."""
 
 MOST_DIFFERENCE = 1e-3
 """Of the largest entry, by which a recording's first replay may differ from the step; rounding does by far less."""
@@ -174,7 +174,7 @@ class StepReplay:
                     return body(fixed, self._inverses)
 
             replay = self._record(work, like.device)
-            is_sound = self._is_sound(work, replay, parameters, gradients)
+            is_sound = self._is_sound(replay, parameters, gradients)
         except TrainingError:
             raise
         except RuntimeError as error:
@@ -195,25 +195,23 @@ class StepReplay:
         return None
 
     def _is_sound(
-        self,
-        work: Callable[[], Shortening],
-        replay: Callable[[], Shortening],
-        parameters: tuple[nn.Parameter, ...],
-        gradients: tuple[Tensor, ...],
+        self, replay: Callable[[], Shortening], parameters: tuple[nn.Parameter, ...], gradients: tuple[Tensor, ...]
     ) -> bool | None:
-        """Return whether a replay does what the work does, by one step of each: all of it was recorded. None where the
-        step is not finite, and tells nothing."""
-        own, results = list(gradients), []
-        for step in (work, replay):
-            torch._foreach_copy_(own, _gradients(parameters))
-            step()
-            results.append([gradient.clone() for gradient in own])
-        if not all_finite(results[0], own[0].device):
+        """Return whether a replay does what the work did, whose results are in these gradients: all of it was recorded.
+        None where the step is not finite, and tells nothing."""
+        own = list(gradients)
+        done = [gradient.clone() for gradient in own]
+        torch._foreach_copy_(own, _gradients(parameters))
+        replay()
+        sizes = extremes(done)
+        values = read_together([*sizes, *extremes(torch._foreach_sub(done, own))])
+        sizes_found, differences = values[: len(sizes)], values[len(sizes) :]
+        if not all(map(math.isfinite, sizes_found)):
             return None
+        # Of each tensor its least and its largest entry.
         return all(
-            torch.allclose(one, other, rtol=0.0, atol=MOST_DIFFERENCE * float(one.abs().amax()))
-            for one, other in zip(*results, strict=True)
-            if one.numel()
+            max(map(abs, differences[i : i + 2])) <= MOST_DIFFERENCE * max(map(abs, sizes_found[i : i + 2]))
+            for i in range(0, len(sizes), 2)
         )
 
 
@@ -224,8 +222,8 @@ class CudaGraphs:
         self._pool: Any = None
 
     def __call__(self, work: Callable[[], Shortening], device: torch.device) -> Callable[[], Shortening]:
-        """Return what replays `work` on the current stream; it is done twice before it is recorded, since libraries set
-        themselves up at their first call.
+        """Do the work, on a stream of its own, since libraries set themselves up at their first call, then record it;
+        return what replays it on the current stream.
 
         Raises RuntimeError if it cannot be done there. Raises TrainingError if it fails while it is recorded: torch's
         memory and random streams are then not in a state to go on from.
@@ -236,8 +234,7 @@ class CudaGraphs:
             warm_up.wait_stream(caller)
             try:
                 with torch.cuda.stream(warm_up):
-                    for _ in range(2):
-                        work()
+                    work()
             finally:
                 caller.wait_stream(warm_up)
             graph = torch.cuda.CUDAGraph()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dngd.curvature import inner_product, kl_clip_scale, norm_scale
+from dngd.curvature import inner_product, kl_clip_scale, norm_scale, read_together
 from dngd.errors import UserError
 from dngd.optim.arguments import in_range
 
@@ -90,4 +90,5 @@ class StepScale:
         the first step."""
         if self._quadratic is None:
             return 0.0
-        return (self._bounded_rate * float(self.last)) ** 2 * float(self._quadratic) / 2
+        scale, quadratic = read_together([self.last, self._quadratic])
+        return (self._bounded_rate * scale) ** 2 * quadratic / 2

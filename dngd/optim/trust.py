@@ -131,24 +131,25 @@ class KLTrustRegion:
 
 
 def mean_divergence(before: Tensor, after: Tensor, loss: LossKind = "cross_entropy") -> float:
-    """Return the mean over rows of KL(p_before ‖ p_after) in nats, of logits [n, C]; waits for the device.
+    """Return the mean over rows of KL(p_before ‖ p_after) in nats (row_divergences); waits for the device. 0 without
+    rows."""
+    return float(row_divergences(before, after, loss).mean()) if before.shape[0] else 0.0
+
+
+def row_divergences(before: Tensor, after: Tensor, loss: LossKind = "cross_entropy") -> Tensor:
+    """Return KL(p_before ‖ p_after) in nats of each row of logits [n, C], as float64 [n].
 
     loss: cross_entropy: p is the softmax of a row; binary_cross_entropy: independent Bernoulli variables, whose
     divergences are summed; squared_error: normal ones of variance 1/2, whose negative log-likelihood is `‖z - y‖²` and
-    whose divergence is `‖z_before - z_after‖²`. Summed in float64, since it is a small difference of large terms. 0
-    without rows.
+    whose divergence is `‖z_before - z_after‖²`. Summed in float64, since it is a small difference of large terms.
     """
-    if not before.shape[0]:
-        return 0.0
     before, after = before.detach().double(), after.detach().double()
     if loss == "cross_entropy":
         log_p, log_q = F.log_softmax(before, dim=1), F.log_softmax(after, dim=1)
-        rows = (log_p.exp() * (log_p - log_q)).sum(dim=1)
-    elif loss == "squared_error":
-        rows = (before - after).square().sum(dim=1)
-    else:
-        yes = F.logsigmoid(before) - F.logsigmoid(after)
-        no = F.logsigmoid(-before) - F.logsigmoid(-after)
-        p = torch.sigmoid(before)
-        rows = (p * yes + (1 - p) * no).sum(dim=1)
-    return float(rows.mean())
+        return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+    if loss == "squared_error":
+        return (before - after).square().sum(dim=1)
+    yes = F.logsigmoid(before) - F.logsigmoid(after)
+    no = F.logsigmoid(-before) - F.logsigmoid(-after)
+    p = torch.sigmoid(before)
+    return (p * yes + (1 - p) * no).sum(dim=1)

@@ -2,9 +2,10 @@
 
 The batch of a step's first logical shard goes through the network before the step and after it, without dropout: with
 the masks of the step's own gradient the divergence would be that of a network which this gradient fits, several times
-as large. Some of the shard's seeds stand for it, with what reaches them, so that a measurement costs a small part of a
-step; and the first layer's aggregated rows are kept from the training pass, since reading them takes longest. It is one
-shard, whichever rank has it, so that any number of workers measures the same.
+as large. Some of the shard's seeds stand for it, on a CPU with what reaches them alone, so that a measurement costs a
+small part of a step; on a GPU, where finding that takes longer, all of a sampled batch goes through. The first layer's
+aggregated rows are kept from the training pass, since reading them takes longest. It is one shard, whichever rank has
+it, so that any number of workers measures the same.
 """
 
 from __future__ import annotations
@@ -31,15 +32,24 @@ class DivergenceMeter:
     """Measures the steps that the optimizer's trust region wants measured.
 
     Use, on all ranks: `watch` around each shard's forward pass, `note` after it, and for a step that was due
-    `measure` at its end. forward: returns a batch's logits with the present weights.
+    `measure` at its end. forward: returns a batch's logits with the present weights. takes_all: whether all of a batch
+    goes through, and not what its measured seeds need alone.
     """
 
-    def __init__(self, optimizer: StepOptimizer, model: nn.Module, forward: Callable[[DeviceBatch], Tensor]) -> None:
+    def __init__(
+        self,
+        optimizer: StepOptimizer,
+        model: nn.Module,
+        forward: Callable[[DeviceBatch], Tensor],
+        *,
+        takes_all: bool = False,
+    ) -> None:
+        self._takes_all = takes_all
         self._optimizer = optimizer
         self._model = model
         self._forward = forward
         self._rows: Tensor | None = None
-        self._kept: tuple[DeviceBatch, Tensor] | None = None
+        self._kept: tuple[DeviceBatch, Tensor | None, Tensor] | None = None
 
     @property
     def is_due(self) -> bool:
@@ -67,8 +77,12 @@ class DivergenceMeter:
         if self._rows is not None and batch.first_aggregation is None:
             batch = replace(batch, propagations=batch.propagations[1:], first_aggregation=self._rows)
         self._rows = None
-        batch = some_seeds(batch, MEASURED_SEEDS)
-        self._kept = batch, self._logits(batch)
+        positions = None
+        if self._takes_all:
+            positions = measured_positions(batch, MEASURED_SEEDS)
+        else:
+            batch = some_seeds(batch, MEASURED_SEEDS)
+        self._kept = batch, positions, self._logits(batch, positions)
 
     def measure(self, *, finite: bool) -> None:
         """Measure the step just taken and adapt the trust region. All ranks enter for a step that was due, those
@@ -80,15 +94,16 @@ class DivergenceMeter:
         if kept is None:
             natural_gradient.adapt_clip(None, None)
         else:
-            batch, before = kept
-            natural_gradient.adapt_clip(before, self._logits(batch))
+            batch, positions, before = kept
+            natural_gradient.adapt_clip(before, self._logits(batch, positions))
 
-    def _logits(self, batch: DeviceBatch) -> Tensor:
+    def _logits(self, batch: DeviceBatch, positions: Tensor | None) -> Tensor:
         modes = [(module, module.training) for module in self._model.modules()]
         self._model.eval()
         try:
             with torch.no_grad():
-                return self._forward(batch)
+                logits = self._forward(batch)
+                return logits if positions is None else logits[positions]
         finally:
             for module, was_training in modes:
                 module.training = was_training
@@ -97,17 +112,25 @@ class DivergenceMeter:
         self._rows = inputs[0].detach()
 
 
+def measured_positions(batch: DeviceBatch, count: int) -> Tensor | None:
+    """Return where in a batch these seeds stand, int64 [count] on the labels' device; None for all of them."""
+    num_seeds = batch.seeds.numel()
+    if num_seeds <= count or batch.pairs is not None or batch.graph is not None:
+        return None
+    device = batch.labels.device
+    return torch.arange(count, device=device) * num_seeds // count
+
+
 def some_seeds(batch: DeviceBatch, count: int) -> DeviceBatch:
     """Return the part of a batch that `count` of its seeds need: evenly spaced ones, since a full batch's are in the
     order of the graph, which may be that of the classes.
 
     The whole batch where it has no more, and where it is of links or of a module of one's own.
     """
-    num_seeds = batch.seeds.numel()
-    if num_seeds <= count or batch.pairs is not None or batch.graph is not None:
+    chosen = measured_positions(batch, count)
+    if chosen is None:
         return batch
-    chosen = torch.arange(count) * num_seeds // count
-    rows = chosen.to(batch.labels.device)
+    rows, num_seeds = chosen, batch.seeds.numel()
     labels = batch.labels[rows] if len(batch.labels) == num_seeds else batch.labels
     parts: list[Propagation] = []
     for place, propagation in reversed(list(enumerate(batch.propagations))):

@@ -72,7 +72,7 @@ from dngd.train.progress import Reporter, StepRecord
 from dngd.train.run_folder import RunFolder, check_same_graph, resume_command, spill_folders
 from dngd.train.semi import SemiSupervision
 from dngd.train.sources import BatchSources
-from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM
+from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM, seed_generators
 from dngd.train.supervision import Supervision
 from dngd.train.surroundings import load_weights, make_surroundings
 from dngd.train.task import evaluated_nodes, graph_of, shape_of, split_of
@@ -169,7 +169,8 @@ class TrainingLoop:
             )
         else:
             self.optimizer = wrap_optimizer(self.parts.optimizer(self.model), weight_average(config, self.model))
-        self.meter = DivergenceMeter(self.optimizer, self.model, self._outputs)
+        takes_all = self.device.type == "cuda" and not config.constant_full_batch
+        self.meter = DivergenceMeter(self.optimizer, self.model, self._outputs, takes_all=takes_all)
         self.statistics = RunningStatistics(self.model, communicator)
         self.gradients = FlatGradients(p for p in self.model.parameters() if p.requires_grad)
         self.checkpoints = CheckpointFolder(
@@ -324,7 +325,7 @@ class TrainingLoop:
         self.statistics.begin_step()
         for shard in shards:
             batch = source.batch(epoch, step_in_epoch, shard)
-            torch.manual_seed(derive_seed(self.config.seed, DROPOUT_STREAM, epoch, step_in_epoch, shard))
+            seed_generators(derive_seed(self.config.seed, DROPOUT_STREAM, epoch, step_in_epoch, shard), self.device)
             unlabelled = None if self.semi is None else self.semi.weight(epoch, step_in_epoch)
             num_seeds_here += self._back_propagate(batch, shard, unlabelled)
             source.look_ahead()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dngd.bench import AccuracyOptions, StepOptions, run_accuracy_bench, run_step_bench
+from dngd.bench import AccuracyOptions, LoopOptions, StepOptions, run_accuracy_bench, run_loop_bench, run_step_bench
 from dngd.config import TrainConfig
 from tests.helpers.graphs import small_store
 
@@ -55,3 +55,23 @@ def test_curves_on_the_gpu_are_those_on_the_cpu(tmp_path: Path, batch_size: Any)
     assert {label.split()[0] for label in labels} == {"kfac", "adam"}
     for label in labels:
         assert curves[True, label] == pytest.approx(curves[False, label], rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["gcn", "sage"])
+def test_a_plain_loop_on_the_gpu_is_the_one_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """PyG's layers, full batch: accuracies differ by what rounding moves over a border, at most."""
+    monkeypatch.setattr("dngd.bench.loop.DROPOUT", 0.0)
+    store = small_store(tmp_path / "store")
+    curves: dict[bool, dict[str, list[float]]] = {}
+    for use_gpu in (False, True):
+        options = LoopOptions([(str(store.path), "masks")], [(kind, 2)], hidden=16, steps=20, use_gpu=use_gpu)
+        result = run_loop_bench(options)
+        assert result["machine"]["device"] == (torch.cuda.get_device_name() if use_gpu else "cpu")
+        settings = result["panels"][0]["settings"]
+        curves[use_gpu] = {label: setting["runs"][0]["val_score"] for label, setting in settings.items()}
+    assert len(curves[True]) == 5
+    for label, curve in curves[True].items():
+        assert curve == pytest.approx(curves[False][label], abs=0.03), label
+        assert len(set(curve)) > 3

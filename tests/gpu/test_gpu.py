@@ -13,7 +13,8 @@ from torch import nn
 import dngd
 from dngd.comm import LocalCommunicator
 from dngd.optim import FactorLayout, KLTrustRegion, NaturalGradient
-from dngd.train.optimizers import StepOptimizer, build_optimizer, load_moments, moments
+from dngd.train.optimizers import SecondOrder, StepOptimizer, build_optimizer, load_moments, moments
+from dngd.train.streams import seed_generators
 from tests.helpers.graphs import small_store
 
 pytestmark = [
@@ -175,6 +176,32 @@ def test_a_loaded_state_goes_on_alike(name: str) -> None:
     for net, optimizer in zip(nets, optimizers):
         train(net, optimizer, *(part[4:] for part in data))
     assert all(torch.equal(one, other) for one, other in zip(nets[0].parameters(), nets[1].parameters()))
+
+
+def test_a_seed_is_the_gpus_too() -> None:
+    torch.manual_seed(7)
+    expected = torch.randn(5), torch.randn(5, device="cuda").cpu()
+    seed_generators(7, torch.device("cuda", torch.cuda.current_device()))
+    assert torch.equal(torch.randn(5), expected[0])
+    assert torch.equal(torch.randn(5, device="cuda").cpu(), expected[1])
+
+
+def test_the_host_waits_for_few_reads() -> None:
+    """What a refresh finds of all its factors takes two: the counts, and all else at once."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 5)).cuda()
+    optimizer = NaturalGradient(net, layout=FactorLayout(max_dimension=16, rank=8))
+    train(net, SecondOrder(optimizer), torch.randn(3, 64, 20).cuda(), torch.randint(5, (3, 64)).cuda())
+    pre = optimizer.preconditioner
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            found = pre.pipeline._findings.measure(list(pre.layers), pre._damping_now())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(found) == 2 * len(pre.layers)
+    assert sum("synchronizing" in str(w.message) for w in told) == 2
 
 
 def train(net: nn.Module, optimizer: StepOptimizer, inputs: torch.Tensor, labels: torch.Tensor) -> None:

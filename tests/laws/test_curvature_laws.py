@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from dngd import curvature
 from dngd.curvature import (
-    FactorStatistics,
     KroneckerFactors,
     cholesky_inverse,
     damping_split,
@@ -24,7 +23,7 @@ from dngd.curvature import (
     precondition_with_inverses,
     structure,
 )
-from dngd.optim import KFACPreconditioner, directions, step_scale
+from dngd.optim import KFACPreconditioner, commit, directions, step_scale
 from tests.helpers.mutants import assert_caught
 
 D_IN, D_HIDDEN, CLASSES = 4, 3, 3
@@ -359,12 +358,13 @@ def test_running_average(steps: list[tuple[float, int]]) -> None:
 def test_mutant_undecayed_count_is_caught() -> None:
     """Sums that decay while their counts do not (a fold that forgets the decay: test_reduction_laws)."""
 
-    def stale(self: FactorStatistics, rho: float) -> None:
-        for tensor in (*self.a, *self.g):
-            tensor.mul_(rho)
+    def stale(tensors: list[torch.Tensor], scale: float) -> None:
+        for tensor in tensors:
+            if tensor.shape != (2,):
+                tensor.mul_(scale)
 
     assert_caught(
-        lambda: running_average_law([0.5, 0.5, 0.5, 0.5, 0.5], [3, 1, 4, 1, 5]), FactorStatistics, "decay_", stale
+        lambda: running_average_law([0.5, 0.5, 0.5, 0.5, 0.5], [3, 1, 4, 1, 5]), commit, "scale_together", stale
     )
 
 

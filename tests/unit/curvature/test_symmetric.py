@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dngd.curvature import symmetric
 from tests.helpers.mutants import assert_caught
+
+
+@pytest.fixture(params=["gathered", "by blocks"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "by blocks":
+        monkeypatch.setattr(symmetric, "MOST_GATHERED", 0)
 
 
 def law_round_trip(d: int, dtype: torch.dtype) -> None:
@@ -23,10 +30,24 @@ def law_round_trip(d: int, dtype: torch.dtype) -> None:
     assert sorted(symmetric.pack_symmetric(numbers).tolist()) == sorted(set(numbers.flatten().tolist()))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 40), st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
 def test_round_trip(d: int, dtype: torch.dtype) -> None:
     law_round_trip(d, dtype)
+
+
+def test_both_ways_give_one_form() -> None:
+    """What a checkpoint of a larger limit holds is what one of a smaller limit reads."""
+    for d in (1, 2, 5, 8, 33):
+        matrix = torch.randn(d, d, generator=torch.Generator().manual_seed(d))
+        matrix = matrix + matrix.T
+        packed = symmetric._pack_by_blocks(matrix)
+        assert torch.equal(symmetric.pack_symmetric(matrix), packed)
+        # Only the lower triangle is read, of views and copies alike.
+        assert torch.equal(symmetric.pack_symmetric(matrix.tril()), packed)
+        wide = torch.nn.functional.pad(matrix, (1, 2))[:, 1 : d + 1]
+        assert torch.equal(symmetric.pack_symmetric(wide), packed)
+        assert torch.equal(symmetric.unpack_symmetric(packed, d), symmetric._unpack_by_blocks(packed, d))
 
 
 def test_mutant_upper_for_lower_is_caught() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dngd.optim import NaturalGradient, foreach
-from dngd.optim.foreach import average_into, entries_are_finite, read_together, scaled, step_along
+from dngd.optim.foreach import add_together, average_into, scale_together, scaled, step_along
 
 
 def several(seed: int) -> list[Tensor]:
@@ -38,23 +38,11 @@ def test_each_formula() -> None:
         assert torch.allclose(parameter, 0.98 * old - 0.1 * update)
     for tensor, out in zip(gradients, scaled(gradients, torch.tensor(0.25))):
         assert torch.equal(out, tensor / 4)
-
-
-def test_finite_entries_of_any_size() -> None:
-    """Sums of squares overflow where the entries do not."""
-    large = torch.full((4,), 3e38)
-    assert entries_are_finite([])
-    assert entries_are_finite([large, torch.zeros(2, 2), torch.ones(3, dtype=torch.float64)])
-    for wrong in (torch.inf, torch.nan):
-        assert not entries_are_finite([torch.zeros(2), torch.tensor([1.0, wrong])])
-
-
-def test_numbers_are_the_tensors_own() -> None:
-    third = torch.tensor(1.0) / 3
-    assert read_together([]) == []
-    assert read_together([third, 2 * third]) == [float(third), float(2 * third)]
-    doubles = [third, torch.tensor(1.0, dtype=torch.float64) / 3]
-    assert read_together(doubles) == [float(third), 1 / 3]
+    tensors, others = several(3), several(4)
+    expected = [3.0 * tensor + other for tensor, other in zip(tensors, others)]
+    scale_together(tensors, 3.0)
+    add_together(tensors, others)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(tensors, expected))
 
 
 def train(update: str, momentum: float) -> list[Tensor]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from dngd.graph import GraphStore
 from dngd.models import build_model
+from dngd.optim import KLTrustRegion, NaturalGradient
 from dngd.sampling import SamplerPipeline
 from dngd.train.batch import DeviceBatch, PropagationBuilder
-from dngd.train.divergence import some_seeds
+from dngd.train.divergence import DivergenceMeter, some_seeds
+from dngd.train.optimizers import SecondOrder
 
 
 def batches(store: GraphStore, kind: str, fanout: tuple[int, ...]) -> tuple[torch.nn.Module, list[DeviceBatch]]:
@@ -61,3 +64,43 @@ def test_what_has_no_more_seeds_is_left_as_it_is(store: GraphStore) -> None:
     assert some_seeds(batch, batch.seeds.numel()) is batch
     linked = replace(batch, pairs=torch.zeros(3, 2, dtype=torch.int64))
     assert some_seeds(linked, 1) is linked
+
+
+def listened(optimizer: NaturalGradient, patch: pytest.MonkeyPatch) -> list[float]:
+    """Return where the divergences that the optimizer is told of will stand."""
+    told: list[float] = []
+    adapt = optimizer.adapt_clip
+    patch.setattr(optimizer, "adapt_clip", lambda before, after: told.append(adapt(before, after)))
+    return told
+
+
+@pytest.mark.parametrize("kind", ["gcn", "sage"])
+def test_all_of_a_batch_tells_of_the_same_seeds(store: GraphStore, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """On a GPU all of it goes through: the measured divergence is that of the same seeds, not of all."""
+    monkeypatch.setattr("dngd.train.divergence.MEASURED_SEEDS", 9)
+    measured: dict[bool, list[float]] = {}
+    for takes_all in (False, True):
+        model, found = batches(store, kind, (4, 3))
+        optimizer = NaturalGradient(model, lr=0.3, kl_clip=KLTrustRegion(0.1))
+        rows_of: list[int] = []
+
+        def forward(batch: DeviceBatch, model: Any = model, rows_of: list[int] = rows_of) -> torch.Tensor:
+            logits: torch.Tensor = model(store.features, batch.propagations, batch.first_aggregation)
+            rows_of.append(logits.shape[0])
+            return logits
+
+        told = listened(optimizer, monkeypatch)
+        meter = DivergenceMeter(SecondOrder(optimizer), model, forward, takes_all=takes_all)
+        for batch in found:
+            optimizer.zero_grad()
+            with meter.watch(0):
+                logits = forward(batch)
+            meter.note(0, batch)
+            torch.nn.functional.cross_entropy(logits, batch.labels).backward()
+            optimizer.step(num_samples=40)
+            meter.measure(finite=True)
+        assert rows_of == [40, 40 if takes_all else 9, 40 if takes_all else 9] * 2
+        measured[takes_all] = told
+    assert len(measured[True]) == 2
+    assert all(value > 0 for value in measured[True])
+    assert measured[True] == pytest.approx(measured[False], rel=1e-3)
