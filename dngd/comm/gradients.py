@@ -38,22 +38,24 @@ class FlatGradients:
 
     def add_loss_(self, loss_sum: Tensor, num_seeds: float) -> None:
         """Add a shard's summed loss and number of seeds (its share of the divisor) to what is reduced."""
-        self._flat[-2] += loss_sum.detach()
-        self._flat[-1] += num_seeds
+        self._flat[-2].add_(loss_sum.detach())
+        self._flat[-1].add_(num_seeds)
 
     def ask_to_stop_(self) -> None:
         """Let all ranks learn from this step's reduction that the run is to stop after it."""
-        self._flat[-3] += 1
+        self._flat[-3].add_(1)
 
     def reduce_(self, communicator: Communicator) -> StepSums:
         """Sum over ranks, then divide the gradients by the divisor. All ranks enter; all get the same bits."""
         communicator.all_reduce(self._flat, "gradient").wait()
-        # One host synchronisation a step: the sums and the verdict on finiteness travel together.
-        verdict = torch.isfinite(self._flat).all().to(self._flat.dtype)
-        stop, loss_sum, count, finite = torch.cat([self._flat[-TRAILING:], verdict[None]]).tolist()
+        # One host synchronisation a step: the sums and what tells whether all is finite travel together. A NaN is the
+        # least and the largest entry; one pass finds both, where isfinite takes ten times as long.
+        least, largest = torch.aminmax(self._flat)
+        read = torch.cat([self._flat[-TRAILING:], least[None], largest[None]])
+        stop, loss_sum, count, *extremes = read.tolist()
         if count > 0:
-            self._flat[:-TRAILING] /= count
-        return StepSums(loss_sum, count, bool(finite) and math.isfinite(count), stop=stop > 0)
+            self._flat[:-TRAILING].div_(count)
+        return StepSums(loss_sum, count, all(map(math.isfinite, extremes)), stop=stop > 0)
 
 
 class StepSums:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dngd.comm import Communicator, flatten, unflatten
+from dngd.curvature import entries_are_finite
 from dngd.optim.layer_state import LayerState
 from dngd.optim.layers import CurvatureLayer
 from dngd.optim.schedules import Period, period_at
@@ -60,7 +61,7 @@ class EigenvalueCorrection:
             pending = self._layers[name].pending_scales
             state.sum.mul_(rho)
             state.count *= rho
-            if pending is not None and bool(torch.isfinite(pending).all()):
+            if pending is not None and entries_are_finite([pending]):
                 state.sum.add_(pending, alpha=factor)
                 state.count += num_samples
             elif pending is None and is_measured and self._layers[name].has_gradient:

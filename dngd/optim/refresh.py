@@ -288,7 +288,7 @@ class RefreshPipeline:
         added = iter(self._unpacked(refresh, total, rounded=True))
         # Rows can overflow where gradients did not. The reduced sums are alike on all ranks, so all of them
         # forget these statistics together; the folded ones stay sound.
-        sound = bool(torch.isfinite(refresh.reduced).all() & torch.isfinite(total).all())
+        sound = entries_are_finite([refresh.reduced, total])
         self.discarded_statistics += not sound
         for name, state in zip(refresh.layers, states):
             state.folded.decay_(refresh.decays[name])
