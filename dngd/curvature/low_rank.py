@@ -16,8 +16,8 @@ SKETCH_SEED = 20_080_962
 """Of the fixed test matrices of low-rank sketches: every rank and every run draws the same."""
 
 HOST_RANK = 128
-"""Columns up to which the host decomposes [k, k] matrices of a GPU: eigh of 64 in float64 takes one thread .26 ms and an
-H100 .81 ms, of 128 1.3 and 1.7 ms, of 257 4.8 and 2.5 ms."""
+"""Columns up to which the host decomposes [k, k] matrices of a GPU: eigh of 64 in float64 takes one thread .26 ms and
+an H100 .81 ms, of 128 1.3 and 1.7 ms, of 257 4.8 and 2.5 ms."""
 
 FLOAT32_DAMPING = 1e-4
 """Share of the trace above which damping lets a low-rank factor be inverted in single precision."""
