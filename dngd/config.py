@@ -91,7 +91,7 @@ class KFACConfig(_Section):
     norm_constraint: float | None = Field(None, gt=0, description="bound of a step's length η‖v‖ before momentum; null for none", json_schema_extra=IDENTITY)
     momentum: float | None = Field(None, ge=0, lt=1, description="μ, of the gradients' mean, or of the natural gradients; null: 0.8 for mean_gradient, else 0.9", json_schema_extra=IDENTITY)
     max_rows: int | None = Field(512, ge=1, description="rows of a layer and shard that are measured at most, an unbiased draw; null for all", json_schema_extra=IDENTITY)
-    max_dimension: int = Field(640, ge=1, description="widest factor that is kept dense", json_schema_extra=IDENTITY)
+    max_dimension: int | None = Field(None, ge=1, description="widest factor that is kept dense; null: 640, and 400 for an A that becomes low_rank", json_schema_extra=IDENTITY)
     wide_inputs: Literal["low_rank", "block_diagonal", "diagonal", "dense"] = Field("low_rank", description="what a wider A becomes", json_schema_extra=IDENTITY)
     rank: int | None = Field(None, ge=1, description="of low_rank; null: 64, and 128 for factors wider than 4096", json_schema_extra=IDENTITY)
     split_inputs: bool = Field(True, description="GraphSAGE: a block of A each for self and neighbour rows", json_schema_extra=IDENTITY)

@@ -12,6 +12,9 @@ from dngd.errors import UserError
 RANK, RANK_OF_WIDEST, WIDEST = 64, 128, 4096
 """Columns of a low-rank factor where none are asked for: up to a width, and beyond it."""
 
+DENSE, DENSE_INPUT = 640, 400
+"""The widest factor that is kept dense where none is asked for: any, and an A in whose place low rank is cheaper."""
+
 WideInputs = str
 """What is done with an A factor wider than max_dimension: "low_rank", "block_diagonal", "diagonal" or "dense"."""
 
@@ -20,14 +23,15 @@ WideInputs = str
 class FactorLayout:
     """Which structure a factor gets, by its width.
 
-    max_dimension: the widest factor that is kept dense. wide: what a wider A becomes: "low_rank", "block_diagonal"
+    max_dimension: the widest factor that is kept dense; None: 640, and 400 for an A that becomes "low_rank" (as
+    accurate at that width, and cheaper). wide: what a wider A becomes: "low_rank", "block_diagonal"
     (equal blocks of at most max_dimension), "diagonal" or "dense". A wider G becomes block-diagonal, or diagonal or
     dense where wide says so. rank: columns of "low_rank"; None: 64, and 128 for a factor wider than 4,096.
     split_inputs: whether an input that a layer puts together from several parts (self and neighbour rows of
     GraphSAGE) gets one block a part.
     """
 
-    max_dimension: int = 2048
+    max_dimension: int | None = 2048
     wide: WideInputs = "low_rank"
     rank: int | None = 256
     split_inputs: bool = True
@@ -49,21 +53,26 @@ class FactorLayout:
         self and neighbour rows), () for none."""
         sizes = parts if parts and self.split_inputs else (dimension,)
         rank = (RANK if dimension <= WIDEST else RANK_OF_WIDEST) if self.rank is None else self.rank
-        if max(sizes) > self.max_dimension and self.wide == "low_rank" and rank < dimension:
+        limit = DENSE_INPUT if self.max_dimension is None else self.max_dimension
+        if max(sizes) > limit and self.wide == "low_rank" and rank < dimension:
             return LowRank(dimension, rank)
-        if max(sizes) > self.max_dimension and self.wide == "diagonal":
+        if max(sizes) > self._limit and self.wide == "diagonal":
             return Diagonal(dimension)
         if self.wide != "dense":
-            sizes = tuple(block for size in sizes for block in _even_blocks(size, self.max_dimension))
+            sizes = tuple(block for size in sizes for block in _even_blocks(size, self._limit))
         return Dense(dimension) if len(sizes) == 1 else BlockDiagonal(sizes)
 
     def output_structure(self, dimension: int) -> FactorStructure:
         """Return G's structure."""
-        if dimension <= self.max_dimension or self.wide == "dense":
+        if dimension <= self._limit or self.wide == "dense":
             return Dense(dimension)
         if self.wide == "diagonal":
             return Diagonal(dimension)
-        return BlockDiagonal(_even_blocks(dimension, self.max_dimension))
+        return BlockDiagonal(_even_blocks(dimension, self._limit))
+
+    @property
+    def _limit(self) -> int:
+        return DENSE if self.max_dimension is None else self.max_dimension
 
 
 def _even_blocks(dimension: int, limit: int) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from dngd.optim.trust import KLTrustRegion, LevenbergMarquardt, row_divergences
 
 Update = Literal["mean_gradient", "momentum", "adam_eigenbasis"]
 
-CHEAP_LAYOUT = FactorLayout(max_dimension=640, wide="low_rank", rank=None)
+CHEAP_LAYOUT = FactorLayout(max_dimension=None, wide="low_rank", rank=None)
 """No more than tr M / λ eigenvalues can exceed λ: rank 64 holds all of those from λ = tr M / 64 on. Weaker damping
 leaves some to the diagonal that low rank keeps beside it, which costs little (docs/defaults.md, 6)."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -309,7 +310,17 @@ def test_layout_chooses_by_width() -> None:
     dense = FactorLayout(max_dimension=10, wide="dense")
     assert dense.input_structure(500) == Dense(500)
     assert dense.output_structure(500) == Dense(500)
-    by_width = FactorLayout(max_dimension=640, rank=None)
+    by_width = FactorLayout(max_dimension=None, rank=None)
+    assert by_width.input_structure(400) == Dense(400)
+    assert by_width.input_structure(401) == LowRank(401, 64)
+    assert by_width.input_structure(801, (400, 401)) == LowRank(801, 64)
+    assert by_width.output_structure(640) == Dense(640)
+    assert by_width.output_structure(641) == BlockDiagonal((320, 321))
+    # Only where low rank takes its place is an A of this width not dense.
+    assert replace(by_width, rank=500).input_structure(450) == Dense(450)
+    assert replace(by_width, wide="block_diagonal").input_structure(640) == Dense(640)
+    assert by_width.for_eigenbases().input_structure(640) == Dense(640)
+    assert by_width.for_eigenbases().input_structure(641) == Diagonal(641)
     assert by_width.input_structure(641) == LowRank(641, 64)
     assert by_width.input_structure(4096) == LowRank(4096, 64)
     assert by_width.input_structure(4097) == LowRank(4097, 128)
