@@ -44,7 +44,7 @@ TOLD = "NaturalGradient+default_damping"
 
 LAYERS = ("gcn", "sage")
 LONGEST_TURN = 10
-WARMUP_STEPS = 2
+WARMUP_STEPS = 4
 DROPOUT = 0.5
 
 
