@@ -26,6 +26,7 @@ from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from dngd.config_text import explain, merge, read_yaml
+from dngd.config_uses import Use
 from dngd.errors import UserError
 
 IDENTITY: JsonDict = {"identity": True}
@@ -463,7 +464,8 @@ class TrainConfig(_Section):
         flat |= {"kfac.fisher": self.fisher, "kfac.damping_mode": self.damping_mode}
         flat |= {"kfac.kl_bound": self.kl_bound, "kfac.kl_clip": self.kl_clip}
         flat |= {"embedding": self.embedding_width, "metric": self.metric_in_use}
-        flat = {key: value for key, value in flat.items() if self._has_effect(key)}
+        idle = [use for use in self._uses() if use.defines and not use.holds]
+        flat = {key: value for key, value in flat.items() if not any(use.is_of(key) for use in idle)}
         # Fields that came later: a run that leaves them alone is the run that it was before.
         for name, usual in (("metric", "accuracy"), ("class_weights", None), ("task", "node"), ("average_share", 0.0), ("kfac.kl_clip_power", 1.0)):
             if flat.get(name) == usual:
@@ -478,44 +480,58 @@ class TrainConfig(_Section):
         old, new = _flat_identity(begun), _flat_identity(self)
         return {name: (old[name], new[name]) for name in new if old[name] != new[name]}
 
-    def _has_effect(self, key: str) -> bool:
-        """Whether a field of a schedule, of links, or of the semi-supervised loss is in use; True for all others."""
-        if key.startswith("kfac.kl_bound"):
-            return self.kl_bound is not None
-        if key.startswith("kfac.kl_clip") and self.kl_bound is not None:
-            return False
-        if key == "kfac.kl_clip_power":
-            return self.kl_clip is not None and self.kfac.kl_clip_steps is not None
-        if key == "lr_half_steps":
-            return bool(self.schedule == "hyperbolic")
-        if key in ("link_split", "negatives", "embedding"):
-            return self.task == "link"
-        if key == "split":
-            return self.task == "node"
-        if not key.startswith("semi_"):
-            return True
-        is_used = {"semi_temperature": self.semi_labels == "soft", "semi_share": self.batch_size != "full"}
-        return self.semi != "none" and is_used.get(key, True)
+    def _uses(self) -> tuple[Use, ...]:
+        """Return what this run has a use for or not; a field without an entry is used by every run."""
+        optimizer, kl_bound = self.optimizer, self.kl_bound
+        sgd = "use --optimizer sgd" + (", or --set kfac.momentum=X" if optimizer == "kfac" else "")
+        has_steps = self.kl_clip is not None and self.kfac.kl_clip_steps is not None
+        return (
+            Use(
+                ("kfac.*",),
+                optimizer == "kfac",
+                f"with optimizer={optimizer}; leave it out, or use --optimizer kfac",
+                False,
+            ),
+            Use(
+                ("ray.*",), self.engine == "ray", f"with engine={self.engine}; leave it out, or use --engine ray", False
+            ),
+            Use(("momentum",), optimizer == "sgd", f"with optimizer={optimizer}; leave it out, or {sgd}", False),
+            Use(("split",), self.task == "node", "with task=link, whose links are dealt by --link-split; leave it out"),
+            Use(
+                ("link_split", "negatives", "embedding"),
+                self.task == "link",
+                "with task=node; leave it out, or use --task link",
+            ),
+            Use(("semi_*",), self.semi != "none", "without --semi; leave it out, or use --semi two_means or pooled"),
+            Use(
+                ("semi_temperature",),
+                self.semi_labels == "soft",
+                "with semi_labels=argmax; leave it out, or use --set semi_labels=soft",
+            ),
+            Use(
+                ("semi_share",),
+                self.batch_size != "full",
+                "with batch_size=full, which takes all nodes in each step; leave it out",
+            ),
+            Use(
+                ("lr_half_steps",),
+                self.schedule == "hyperbolic",
+                f"with lr_schedule={self.schedule}; leave it out, or use --lr-schedule hyperbolic",
+            ),
+            Use(
+                ("kfac.kl_clip*",),
+                kl_bound is None,
+                f"with kfac.kl_bound={kl_bound}, which bounds steps in its place; leave one out",
+            ),
+            Use(("kfac.kl_clip_power",), has_steps, "without kfac.kl_clip and kfac.kl_clip_steps; leave it out"),
+            Use(("kfac.kl_bound_*",), kl_bound is not None, "where kfac.kl_bound is not in use; leave it out"),
+            Use(("kfac.kl_bound",), kl_bound is not None, None),
+        )
 
     def why_unused(self, key: str) -> str | None:
         """Return, as words after "has no effect", why the run does not use a field (dotted name) that was set to another
         value than the usual one, and the fix; None for a field that it uses."""
-        for is_about, is_used, why in (
-            (key.startswith("kfac."), self.optimizer == "kfac", f"with optimizer={self.optimizer}; leave it out, or use --optimizer kfac"),
-            (key.startswith("ray."), self.engine == "ray", f"with engine={self.engine}; leave it out, or use --engine ray"),
-            (key == "momentum", self.optimizer == "sgd", f"with optimizer={self.optimizer}; leave it out, or use --optimizer sgd{', or --set kfac.momentum=X' if self.optimizer == 'kfac' else ''}"),
-            (key == "split", self.task == "node", "with task=link, whose links are dealt by --link-split; leave it out"),
-            (key in ("link_split", "negatives", "embedding"), self.task == "link", "with task=node; leave it out, or use --task link"),
-            (key.startswith("semi_"), self.semi != "none", "without --semi; leave it out, or use --semi two_means or pooled"),
-            (key == "semi_temperature", self.semi_labels == "soft", "with semi_labels=argmax; leave it out, or use --set semi_labels=soft"),
-            (key == "semi_share", self.batch_size != "full", "with batch_size=full, which takes all nodes in each step; leave it out"),
-            (key == "lr_half_steps", self.schedule == "hyperbolic", f"with lr_schedule={self.schedule}; leave it out, or use --lr-schedule hyperbolic"),
-            (key.startswith("kfac.kl_clip"), self.kl_bound is None, f"with kfac.kl_bound={self.kl_bound}, which bounds steps in its place; leave one out"),
-            (key.startswith("kfac.kl_bound_"), self.kl_bound is not None, "where kfac.kl_bound is not in use; leave it out"),
-        ):
-            if is_about and not is_used:
-                return why
-        return None
+        return next((use.why for use in self._uses() if use.why and not use.holds and use.is_of(key)), None)
 
     def to_yaml(self) -> str:
         """Return the configuration as YAML that `from_yaml` reads back."""

@@ -101,6 +101,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--optimizer", "adam", "--set", "lr_half_steps=5"], ["lr_half_steps=5.0", "lr_schedule=cosine"]),
         (["--set", "kfac.kl_bound=0.2", "--set", "kfac.kl_clip=0.1"], ["kfac.kl_clip=0.1", "kfac.kl_bound=0.2"]),
         (["--set", "kfac.kl_clip=0.1", "--set", "kfac.kl_bound_steps=3"], ["kfac.kl_bound_steps=3.0", "not in use"]),
+        (
+            ["--set", "kfac={kl_clip: 0.1, kl_clip_steps: null, kl_clip_power: 1.5}"],
+            ["kfac.kl_clip_power=1.5 has no effect without", "kfac.kl_clip_steps"],
+        ),
         (["--address", "host:6379"], ["ray.address=host:6379 has no effect with engine=local", "--engine ray"]),
         (["--min-workers", "1"], ["ray.min_workers=1 has no effect", "--engine ray"]),
         (["--no-such-flag"], ["--no-such-flag"]),
