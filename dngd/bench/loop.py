@@ -2,9 +2,10 @@
 
 What a person has who adds dngd's three lines to a script of their own: none of `dngd train`'s sampling, schedules,
 operators or averages. All settings train the same model on the same graph, in turns, the clock running while one has
-its turn; Adam at several rates, of which the best counts, NaturalGradient as it is made without an argument, and with
-the damping of `default_damping` for the graph. Dropout's draws go with the setting's own steps, not with the turns.
-On a GPU the graph and all models lie there, and a turn ends when it has done what it was given.
+its turn; Adam at several rates, of which the best counts, NaturalGradient as it is made without an argument, with the
+damping of `default_damping` for the graph, and with that for full batches and the rate it asks for. Dropout's draws go
+with the setting's own steps, not with the turns. On a GPU the graph and all models lie there, and a turn ends when it
+has done what it was given.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ DEFAULT = "NaturalGradient"
 """NaturalGradient(model)."""
 TOLD = "NaturalGradient+default_damping"
 """NaturalGradient(model, **default_damping(n, C))."""
+FULL = "NaturalGradient+full_batch"
+"""NaturalGradient(model, lr=0.2, **default_damping(n, C, full_batch=True))."""
+GROUPS = (DEFAULT, TOLD, FULL)
 
 LAYERS = ("gcn", "sage")
 LONGEST_TURN = 10
@@ -202,7 +206,7 @@ def run_loop_bench(options: LoopOptions, progress: BenchProgress | None = None) 
             "seeds": list(options.seeds),
         },
         "panels": panels,
-        "summary": {group: aggregate(panels, group) for group in (DEFAULT, TOLD)},
+        "summary": {group: aggregate(panels, group) for group in GROUPS},
     }
 
 
@@ -233,7 +237,7 @@ def _check(options: LoopOptions) -> None:
 
 def _settings(options: LoopOptions) -> list[Setting]:
     adam = [Setting(BASELINE, BASELINE, rate) for rate in options.rates]
-    return [*adam, Setting(DEFAULT, SUBJECT, 0.1), Setting(TOLD, SUBJECT, 0.1)]
+    return [*adam, Setting(DEFAULT, SUBJECT, 0.1), Setting(TOLD, SUBJECT, 0.1), Setting(FULL, SUBJECT, 0.2)]
 
 
 def _open(options: LoopOptions, dataset: str, split_name: str, seed: int) -> _Graph:
@@ -275,7 +279,7 @@ def _run_panel(
         **judged,
     }
     # What concerns no group alone is said by both.
-    said = dict.fromkeys(remark for group in (DEFAULT, TOLD) for remark in remarks(panel, group))
+    said = dict.fromkeys(remark for group in GROUPS for remark in remarks(panel, group))
     return panel | {"remarks": list(said)}
 
 
@@ -321,7 +325,9 @@ def _optimizer(setting: Setting, model: nn.Module, graph: _Graph) -> torch.optim
         return torch.optim.Adam(model.parameters(), lr=setting.lr)
     if setting.group == DEFAULT:
         return NaturalGradient(model)
-    return NaturalGradient(model, **default_damping(len(graph.split.train), graph.store.num_classes))
+    is_full = setting.group == FULL
+    damping = default_damping(len(graph.split.train), graph.store.num_classes, full_batch=is_full)
+    return NaturalGradient(model, lr=setting.lr, **damping)
 
 
 def _warm_up(graph: _Graph, initial: nn.Module) -> None:

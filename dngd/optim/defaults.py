@@ -10,6 +10,7 @@ UNKNOWN_G_RATIO = 30.0
 A_SHARE = 0.1
 A_SHARE_OF_CLASSES = 1.0
 G_SHARE = 0.5
+FULL_BATCH_G_SHARE = 0.01
 
 
 class RelativeDamping(TypedDict):
@@ -20,7 +21,11 @@ class RelativeDamping(TypedDict):
 
 
 def default_damping(
-    num_samples: int | None = None, num_classes: int | None = None, *, damping: float | None = None
+    num_samples: int | None = None,
+    num_classes: int | None = None,
+    *,
+    damping: float | None = None,
+    full_batch: bool = False,
 ) -> RelativeDamping:
     """Return λ_A = min(0.1, 1/C)/√n of tr A and λ_G = 0.5/C of tr G, n training samples and C classes.
 
@@ -35,10 +40,16 @@ def default_damping(
     eigenvalues that matter, and tr G/C is their mean: λ_G half as large evens them out only in part, alike for few
     classes and many.
 
-    n unknown: λ_A = 1e-3. C unknown: λ_A as for few classes, λ_G/λ_A = 30. damping: λ_A itself; λ_G stays 0.5/C.
+    full_batch: whether each step is of all n samples: λ_G is then 0.01 of tr G, since G and the gradient have no noise
+    of drawing that it would have to outweigh (docs/defaults.md, 33); give NaturalGradient lr=0.2 with it.
+
+    n unknown: λ_A = 1e-3. C unknown: λ_A as for few classes, λ_G/λ_A = 30. damping: λ_A itself; λ_G as before.
     """
     if damping is None:
         share = min(A_SHARE, A_SHARE_OF_CLASSES / num_classes) if num_classes else A_SHARE
         damping = UNKNOWN_DAMPING if not num_samples else share / math.sqrt(num_samples)
-    ratio = UNKNOWN_G_RATIO if not num_classes else G_SHARE / num_classes / damping
+    if full_batch:
+        ratio = FULL_BATCH_G_SHARE / damping
+    else:
+        ratio = UNKNOWN_G_RATIO if not num_classes else G_SHARE / num_classes / damping
     return {"damping": damping, "damping_g_ratio": ratio}

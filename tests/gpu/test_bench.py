@@ -71,7 +71,7 @@ def test_a_plain_loop_on_the_gpu_is_the_one_on_the_cpu(
         assert result["machine"]["device"] == (torch.cuda.get_device_name() if use_gpu else "cpu")
         settings = result["panels"][0]["settings"]
         curves[use_gpu] = {label: setting["runs"][0]["val_score"] for label, setting in settings.items()}
-    assert len(curves[True]) == 5
+    assert len(curves[True]) == 6
     for label, curve in curves[True].items():
         assert curve == pytest.approx(curves[False][label], abs=0.03), label
         assert len(set(curve)) > 3

@@ -22,6 +22,10 @@ def test_shares_of_the_traces() -> None:
     assert default_damping(num_classes=100)["damping"] == default_damping()["damping"]
     assert default_damping(10_000) == {"damping": 0.001, "damping_g_ratio": 30.0}
     assert default_damping() == {"damping": 1e-3, "damping_g_ratio": 30.0}
+    for full in (default_damping(10_000, 4, full_batch=True), default_damping(10_000, full_batch=True)):
+        assert (full["damping"], full["damping_g_ratio"]) == pytest.approx((1e-3, 10.0))
+    few = default_damping(100, 50, full_batch=True)
+    assert (few["damping"], few["damping"] * few["damping_g_ratio"]) == pytest.approx((2e-3, 0.01))
 
 
 def test_natural_gradient_takes_them() -> None:
