@@ -65,7 +65,7 @@ class NaturalGradient(torch.optim.Optimizer):
         Both a number or a function of the step. The other arguments are those of KFACPreconditioner, with the
         scale-free damping and a falling KL clip as default. Where training samples are few,
         `**default_damping(num_samples, num_classes)` is safer than the constants (`dngd train` takes it, and
-        lr 0.3/(1 + step/20)).
+        lr 0.3/(1 + step/20)); where each step is of all of them, with full_batch=True, and lr=0.2 here.
 
     Raises UserError for an argument out of range or a model without a supported layer.
     """
