@@ -28,14 +28,14 @@ def pack_symmetric(matrix: Tensor) -> Tensor:
     """Return a symmetric [d, d] matrix packed, [d(d+1)/2]. Only the lower triangle is read."""
     d = matrix.shape[0]
     if d <= MOST_GATHERED:
-        return matrix.reshape(-1).index_select(0, _places(d, matrix.device)[0])
+        return matrix.reshape(d * d).index_select(0, _places(d, matrix.device)[0])
     return _pack_by_blocks(matrix)
 
 
 def unpack_symmetric(packed: Tensor, d: int) -> Tensor:
     """Return the symmetric [d, d] matrix of its packed form: the exact inverse of packing."""
     if d <= MOST_GATHERED:
-        return packed.index_select(0, _places(d, packed.device)[1]).view(d, d)
+        return packed.view(packed_size(d)).index_select(0, _places(d, packed.device)[1]).view(d, d)
     return _unpack_by_blocks(packed, d)
 
 

@@ -50,6 +50,14 @@ def test_both_ways_give_one_form() -> None:
         assert torch.equal(symmetric.unpack_symmetric(packed, d), symmetric._unpack_by_blocks(packed, d))
 
 
+@pytest.mark.parametrize("size", [14, 16])
+def test_a_form_of_another_size_is_refused(size: int) -> None:
+    with pytest.raises(RuntimeError, match="is invalid for input of size"):
+        symmetric.unpack_symmetric(torch.zeros(size), 5)
+    with pytest.raises(RuntimeError):
+        symmetric.pack_symmetric(torch.zeros(5, 3))
+
+
 def test_mutant_upper_for_lower_is_caught() -> None:
     original = symmetric.unpack_symmetric
     for d in (4, 5):
