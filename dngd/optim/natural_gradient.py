@@ -298,7 +298,8 @@ class NaturalGradient(torch.optim.Optimizer):
             )
         total = torch.zeros(2, dtype=torch.float64, device=self.preconditioner.device)
         if before is not None and after is not None:
-            total[0].add_(row_divergences(before, after, self.preconditioner.capture.loss).sum())
+            # Outputs may be on another device than the first layer.
+            total[0].copy_(row_divergences(before, after, self.preconditioner.capture.loss).sum())
             total[1].fill_(before.shape[0])  # an assignment would wait for the GPU
         self.preconditioner.communicator.all_reduce(total, "state").wait()
         divergence, num_rows = total.tolist()

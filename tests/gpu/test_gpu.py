@@ -13,6 +13,7 @@ from torch import nn
 import dngd
 from dngd.comm import LocalCommunicator
 from dngd.optim import FactorLayout, KLTrustRegion, NaturalGradient
+from dngd.optim.trust import mean_divergence
 from dngd.train.optimizers import SecondOrder, StepOptimizer, build_optimizer, load_moments, moments
 from dngd.train.streams import seed_generators
 from tests.helpers.graphs import small_store
@@ -152,6 +153,22 @@ def test_replayed_steps_are_the_steps(options: dict[str, Any], dtype: torch.dtyp
         found.append([*(p.detach().cpu() for p in net.parameters()), pre.last_scale.cpu()])
         pre.close()
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("own", "others"), [("cpu", "cuda"), ("cuda", "cpu")])
+def test_measured_outputs_may_be_elsewhere(own: str, others: str) -> None:
+    """As those of a model whose last layers are on another device than the first."""
+    torch.manual_seed(0)
+    net = nn.Linear(6, 3).to(own)
+    optimizer = NaturalGradient(net, kl_clip=KLTrustRegion(0.1))
+    x, y = torch.randn(24, 6).to(own), torch.randint(3, (24,)).to(own)
+    before = net(x)
+    nn.functional.cross_entropy(before, y).backward()
+    optimizer.step(num_samples=24)
+    after = net(x)
+    measured = optimizer.adapt_clip(before.to(others), after.to(others))
+    assert measured == pytest.approx(mean_divergence(before, after))
+    assert measured > 0
 
 
 @pytest.mark.parametrize("name", ["kfac", "adam", "adamw", "sgd"])
