@@ -18,7 +18,7 @@ def features_on(device: torch.device, store: GraphStore) -> Tensor:
     if size > free // 2:
         raise UserError(
             f"the feature table takes {size / 2**30:.1f} GiB and the GPU has {free / 2**30:.1f} GiB free, of which it "
-            "may use half; take a smaller graph (--scale of products-shaped), or leave --use-gpu out"
+            "may use half; take a smaller graph, or leave --use-gpu out"
         )
     return store.features.to(device)
 
