@@ -3,8 +3,9 @@
 A symmetric [d, d] matrix has d(d+1)/2 different entries. They fill a rectangle without a gap: the lower
 trapezoid of the first h = ⌈d/2⌉ columns, and in the corner that it leaves free the upper triangle of
 the rest (Gustavson et al. 2010, LAPACK's RFP format). Factors are kept and sent in this form. Up to 1,024 rows one
-gather packs it and one unpacks it, by places kept for each size (6 bytes for each entry of the matrix); larger ones,
-whose places would take as much memory as the matrix, go by block copies.
+gather packs it and one unpacks it, by places that the process keeps for the last 32 sizes (6 bytes for each entry of
+the matrix, at most 6 MiB a size); larger ones, whose places would take more memory than the matrix in float32, go by
+block copies.
 """
 
 from __future__ import annotations

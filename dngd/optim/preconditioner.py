@@ -618,7 +618,10 @@ class KFACPreconditioner:
         return layer_table(self)
 
     def memory_bytes(self) -> int:
-        """Return the bytes that this rank holds now: statistics, pending sums, inverses, sketches, buffers."""
+        """Return the bytes that this rank holds now: statistics, pending sums, inverses, sketches, buffers.
+
+        Not what all preconditioners of a process share: places of packed entries (dngd.curvature.symmetric), probes.
+        """
         tensors: list[Tensor] = []
         for state in self.states.values():
             tensors += state.folded.tensors()
