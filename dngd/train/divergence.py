@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,15 @@ from dngd.train.optimizers import StepOptimizer
 MEASURED_SHARD = 0
 MEASURED_SEEDS = 64
 """Of a shard, at most: a mean over so few is off by a fifth or so, the predictions that it corrects by a factor."""
+
+
+class _Kept(NamedTuple):
+    """A batch that goes through again, its logits before the step, and where the measured seeds stand in it; None: it
+    has no others."""
+
+    batch: DeviceBatch
+    before: Tensor
+    positions: Tensor | None
 
 
 class DivergenceMeter:
@@ -49,7 +58,7 @@ class DivergenceMeter:
         self._model = model
         self._forward = forward
         self._rows: Tensor | None = None
-        self._kept: tuple[DeviceBatch, Tensor | None, Tensor] | None = None
+        self._kept: _Kept | None = None
 
     @property
     def is_due(self) -> bool:
@@ -82,7 +91,7 @@ class DivergenceMeter:
             positions = measured_positions(batch, MEASURED_SEEDS)
         else:
             batch = some_seeds(batch, MEASURED_SEEDS)
-        self._kept = batch, positions, self._logits(batch, positions)
+        self._kept = _Kept(batch, self._logits(batch, positions), positions)
 
     def measure(self, *, finite: bool) -> None:
         """Measure the step just taken and adapt the trust region. All ranks enter for a step that was due, those
@@ -94,8 +103,7 @@ class DivergenceMeter:
         if kept is None:
             natural_gradient.adapt_clip(None, None)
         else:
-            batch, positions, before = kept
-            natural_gradient.adapt_clip(before, self._logits(batch, positions))
+            natural_gradient.adapt_clip(kept.before, self._logits(kept.batch, kept.positions))
 
     def _logits(self, batch: DeviceBatch, positions: Tensor | None) -> Tensor:
         modes = [(module, module.training) for module in self._model.modules()]

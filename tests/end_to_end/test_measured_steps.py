@@ -46,11 +46,11 @@ def test_due_steps_are_measured_exactly(store: GraphStore, tmp_path: Path, monke
         note(self, shard, batch)
         if self.is_due:
             assert self._kept is not None
-            assert self._kept[0].first_aggregation is not None  # what takes longest is not read again
-            assert len(self._kept[0].propagations) == 1
+            assert self._kept.batch.first_aggregation is not None  # what takes longest is not read again
+            assert len(self._kept.batch.propagations) == 1
             self._model.eval()
             with torch.no_grad():
-                noted.append(float((self._forward(batch) - self._kept[1]).abs().max()))
+                noted.append(float((self._forward(batch) - self._kept.before).abs().max()))
             self._model.train()
 
     monkeypatch.setattr(NaturalGradient, "adapt_clip", spy)
@@ -76,7 +76,7 @@ def test_some_of_a_shards_seeds_are_measured(
         note(self, shard, batch)
         if self.is_due:
             assert self._kept is not None
-            part, logits = self._kept
+            part, logits, _ = self._kept
             places = [place * batch.seeds.numel() // 8 for place in range(8)]
             assert torch.equal(part.seeds, batch.seeds[places])
             self._model.eval()
@@ -144,11 +144,11 @@ def test_a_modules_running_statistics_stay(store: GraphStore, tmp_path: Path, mo
     seen: list[int] = []
     logits = DivergenceMeter._logits
 
-    def spy(self: DivergenceMeter, batch: Any) -> torch.Tensor:
+    def spy(self: DivergenceMeter, batch: Any, positions: torch.Tensor | None) -> torch.Tensor:
         self._model.linear.eval()  # as a callback may freeze a part
         norm = self._model.norm
         before = int(norm.num_batches_tracked)  # type: ignore[arg-type,union-attr]
-        out = logits(self, batch)
+        out = logits(self, batch, positions)
         assert int(norm.num_batches_tracked) == before  # type: ignore[arg-type,union-attr]
         assert (self._model.training, norm.training, self._model.linear.training) == (True, True, False)
         seen.append(before)
@@ -216,7 +216,7 @@ def test_rows_that_a_step_aggregates_itself_are_kept(store: GraphStore) -> None:
         forward(batch)
     meter.note(0, batch)
     assert meter._kept is not None
-    kept, logits = meter._kept
+    kept, logits, _ = meter._kept
     assert len(kept.propagations) == 1
     model.eval()
     assert torch.equal(logits, forward(batch))
