@@ -18,7 +18,7 @@ from dngd.graph import GraphStore
 from dngd.models import GNN, build_model
 from dngd.sampling import BatchCoordinates, MiniBatch, derive_seed
 from dngd.train.batch import DeviceBatch, PropagationBuilder
-from dngd.train.divergence import DivergenceMeter
+from dngd.train.divergence import DivergenceMeter, takes_whole_batches
 from dngd.train.metrics import StepClock
 from dngd.train.optimizers import UNKNOWN_SET, TrainingSet
 from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM, seed_generators
@@ -78,7 +78,7 @@ class Learner:
         self.builder = builder
         self._communicator = LocalCommunicator() if communicator is None else communicator
         self.competitor = build_competitor(name, config, lr, self.model, self._communicator, training_set)
-        takes_all = self.device.type == "cuda" and not config.constant_full_batch
+        takes_all = takes_whole_batches(config, self.device)
         step_optimizer = self.competitor.step_optimizer
         self._meter = DivergenceMeter(step_optimizer, self.model, self._logits, takes_all=takes_all)
         self._gradients = FlatGradients(self.model.parameters())

@@ -278,7 +278,7 @@ def _run_panel(
         "graph": describe_graph(graph.store, graph.split),
         **judged,
     }
-    # What concerns no group alone is said by both.
+    # What concerns no group alone is said by each.
     said = dict.fromkeys(remark for group in GROUPS for remark in remarks(panel, group))
     return panel | {"remarks": list(said)}
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dngd.config import TrainConfig
 from dngd.models import GNN
 from dngd.models.message_passing import Propagation
 from dngd.train.batch import DeviceBatch
@@ -120,8 +121,13 @@ class DivergenceMeter:
         self._rows = inputs[0].detach()
 
 
+def takes_whole_batches(config: TrainConfig, device: torch.device) -> bool:
+    """Return whether all of a batch goes through: on a GPU, where it was sampled. A full batch may be a whole graph."""
+    return device.type == "cuda" and not config.constant_full_batch
+
+
 def measured_positions(batch: DeviceBatch, count: int) -> Tensor | None:
-    """Return where in a batch these seeds stand, int64 [count] on the labels' device; None for all of them."""
+    """Return where in a batch `count` evenly spaced seeds stand, int64 [count] on the labels' device; None for all."""
     num_seeds = batch.seeds.numel()
     if num_seeds <= count or batch.pairs is not None or batch.graph is not None:
         return None

@@ -40,7 +40,7 @@ from dngd.train.checkpoint import (
     weights_file,
 )
 from dngd.train.checkpoint_writer import CheckpointSchedule, CheckpointWriter
-from dngd.train.divergence import DivergenceMeter
+from dngd.train.divergence import DivergenceMeter, takes_whole_batches
 from dngd.train.health_log import HealthLog
 from dngd.train.loggers import make_loggers
 from dngd.train.losses import UnlabelledWeight
@@ -169,7 +169,7 @@ class TrainingLoop:
             )
         else:
             self.optimizer = wrap_optimizer(self.parts.optimizer(self.model), weight_average(config, self.model))
-        takes_all = self.device.type == "cuda" and not config.constant_full_batch
+        takes_all = takes_whole_batches(config, self.device)
         self.meter = DivergenceMeter(self.optimizer, self.model, self._outputs, takes_all=takes_all)
         self.statistics = RunningStatistics(self.model, communicator)
         self.gradients = FlatGradients(p for p in self.model.parameters() if p.requires_grad)

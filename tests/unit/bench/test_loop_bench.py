@@ -141,8 +141,10 @@ def test_a_graph_without_features_is_refused(tmp_path: Path) -> None:
         run_loop_bench(options(store))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
-def test_a_missing_gpu_is_said_at_once(store: GraphStore, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_gpu_is_said_at_once(
+    store: GraphStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, out, err = run(["loop", "--datasets", f"{store.path}@masks", "--use-gpu"], capsys)
     assert (code, out) == (2, "")
     assert "--use-gpu was given but torch sees no CUDA device here" in err

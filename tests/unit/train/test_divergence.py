@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from dngd.config import TrainConfig
 from dngd.graph import GraphStore
 from dngd.models import build_model
 from dngd.optim import KLTrustRegion, NaturalGradient
 from dngd.sampling import SamplerPipeline
 from dngd.train.batch import DeviceBatch, PropagationBuilder
-from dngd.train.divergence import DivergenceMeter, some_seeds
+from dngd.train.divergence import DivergenceMeter, some_seeds, takes_whole_batches
 from dngd.train.optimizers import SecondOrder
 
 
@@ -104,3 +105,12 @@ def test_all_of_a_batch_tells_of_the_same_seeds(store: GraphStore, monkeypatch: 
     assert len(measured[True]) == 2
     assert all(value > 0 for value in measured[True])
     assert measured[True] == pytest.approx(measured[False], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("device", "batch_size", "whole"), [("cuda", 64, True), ("cuda", "full", False), ("cpu", 64, False)]
+)
+def test_whole_batches_are_for_sampled_ones_on_a_gpu(device: str, batch_size: Any, whole: bool) -> None:
+    fields = {"fanout": (-1, -1)} if batch_size == "full" else {}
+    config = TrainConfig(dataset="any", num_layers=2, batch_size=batch_size, **fields)  # type: ignore[arg-type]
+    assert takes_whole_batches(config, torch.device(device)) == whole
