@@ -147,7 +147,7 @@ class Learner:
         return sums
 
     def _logits(self, batch: DeviceBatch) -> Tensor:
-        logits: Tensor = self.model(self._features, batch.propagations, batch.first_aggregation)
+        logits: Tensor = self.model(self._features, batch.propagations, batch.first_aggregation, batch.first_output)
         return logits
 
     def close(self) -> None:

@@ -40,7 +40,11 @@ class GNN(nn.Module):
         return relu_dropout(hidden, self.dropout, self.training)
 
     def forward(
-        self, features: Tensor, propagations: Sequence[Propagation], first_aggregation: Tensor | None = None
+        self,
+        features: Tensor,
+        propagations: Sequence[Propagation],
+        first_aggregation: Tensor | None = None,
+        first_output: Tensor | None = None,
     ) -> Tensor:
         """Return the seeds' logits, [num_seeds, num_classes].
 
@@ -48,9 +52,14 @@ class GNN(nn.Module):
         first_aggregation: the first layer's rows M, [num_dst, in_rows], where they are known already: they go into
             its `nn.Linear` as the object that they are, features are not read, and propagations are those of the
             layers behind it.
+        first_output: [num_dst, out_features], what the first layer makes of those rows, where that is known too: the
+            layers behind it alone are gone through.
         """
         first, *others = self.graph_layers()
-        if first_aggregation is None:
+        if first_output is not None:
+            assert first_aggregation is not None, "propagations are of the layers behind the first"
+            hidden = first_output
+        elif first_aggregation is None:
             hidden = first(features, propagations[0])
             propagations = propagations[1:]
         else:

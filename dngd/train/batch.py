@@ -28,15 +28,17 @@ class DeviceBatch:
 
     seeds: int64 [n], global ids. labels: int64 [m], of the first m seeds; m = n but for semi-supervised losses.
     propagations: one a layer. first_aggregation: [num_dst, in_rows], the first layer's aggregated rows where they are
-    kept from step to step; there is no propagation of the first layer then. graph: of a module of one's own, in place
-    of propagations. pairs: int64 [p, 2], of link prediction: rows of the outputs whose inner products are the logits;
-    labels are int64 [p, 1] then, 1 of links and 0 of negatives.
+    kept from step to step; there is no propagation of the first layer then. first_output: [num_dst, hidden], what the
+    first layer makes of these rows, where a pass with the same weights has left it. graph: of a module of one's own, in
+    place of propagations. pairs: int64 [p, 2], of link prediction: rows of the outputs whose inner products are the
+    logits; labels are int64 [p, 1] then, 1 of links and 0 of negatives.
     """
 
     seeds: Tensor
     labels: Tensor
     propagations: tuple[Propagation, ...]
     first_aggregation: Tensor | None = None
+    first_output: Tensor | None = None
     graph: GraphBatch | None = None
     pairs: Tensor | None = None
 
@@ -50,6 +52,8 @@ class DeviceBatch:
             yield from (t for t in (p.edge_coefficients, p.self_coefficients, p.destinations) if t is not None)
         if self.first_aggregation is not None:
             yield self.first_aggregation
+        if self.first_output is not None:
+            yield self.first_output
         if self.graph is not None:
             yield from self.graph.tensors()
 

@@ -3,9 +3,10 @@
 The batch of a step's first logical shard goes through the network before the step and after it, without dropout: with
 the masks of the step's own gradient the divergence would be that of a network which this gradient fits, several times
 as large. Some of the shard's seeds stand for it, on a CPU with what reaches them alone, so that a measurement costs a
-small part of a step; on a GPU, where finding that takes longer, all of a sampled batch goes through. The first layer's
-aggregated rows are kept from the training pass, since reading them takes longest. It is one shard, whichever rank has
-it, so that any number of workers measures the same.
+small part of a step; on a GPU, where finding that takes longer, all of a sampled batch goes through. From the training
+pass the first layer's aggregated rows are kept, since reading them takes longest, and for the pass before the step what
+the layer makes of them, which no dropout has touched. It is one shard, whichever rank has it, so that any number of
+workers measures the same.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class DivergenceMeter:
         self._optimizer = optimizer
         self._model = model
         self._forward = forward
-        self._rows: Tensor | None = None
+        self._first: tuple[Tensor, Tensor] | None = None
         self._kept: _Kept | None = None
 
     @property
@@ -70,11 +71,11 @@ class DivergenceMeter:
     @contextmanager
     def watch(self, shard: int) -> Iterator[None]:
         """Around a shard's forward pass in training."""
-        self._rows = None
+        self._first = None
         if shard != MEASURED_SHARD or not isinstance(self._model, GNN) or not self.is_due:
             yield
             return
-        hook = self._model.graph_layers()[0].linear.register_forward_pre_hook(self._keep_rows)
+        hook = self._model.graph_layers()[0].linear.register_forward_hook(self._keep_first)
         try:
             yield
         finally:
@@ -84,15 +85,18 @@ class DivergenceMeter:
         """Keep a shard's batch and its logits before the step, if it is what is measured."""
         if shard != MEASURED_SHARD or not self.is_due:
             return
-        if self._rows is not None and batch.first_aggregation is None:
-            batch = replace(batch, propagations=batch.propagations[1:], first_aggregation=self._rows)
-        self._rows = None
+        first, self._first = self._first, None
+        if first is not None:
+            rows, output = first
+            behind = batch.propagations if batch.first_aggregation is not None else batch.propagations[1:]
+            batch = replace(batch, propagations=behind, first_aggregation=rows, first_output=output)
         positions = None
         if self._takes_all:
             positions = measured_positions(batch, MEASURED_SEEDS)
         else:
             batch = some_seeds(batch, MEASURED_SEEDS)
-        self._kept = _Kept(batch, self._logits(batch, positions), positions)
+        before = self._logits(batch, positions)
+        self._kept = _Kept(replace(batch, first_output=None), before, positions)
 
     def measure(self, *, finite: bool) -> None:
         """Measure the step just taken and adapt the trust region. All ranks enter for a step that was due, those
@@ -117,8 +121,8 @@ class DivergenceMeter:
             for module, was_training in modes:
                 module.training = was_training
 
-    def _keep_rows(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._rows = inputs[0].detach()
+    def _keep_first(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        self._first = (inputs[0].detach(), output.detach())
 
 
 def takes_whole_batches(config: TrainConfig, device: torch.device) -> bool:
@@ -156,11 +160,12 @@ def some_seeds(batch: DeviceBatch, count: int) -> DeviceBatch:
             own = part.destinations.numel()
             part = replace(part, destinations=where[:own], indices=where[own:])
         parts.insert(0, part)
-    aggregation = batch.first_aggregation
+    aggregation, output = batch.first_aggregation, batch.first_output
     return replace(
         batch,
         seeds=batch.seeds[chosen.to(batch.seeds.device)],
         labels=labels,
         propagations=tuple(parts),
         first_aggregation=None if aggregation is None else aggregation[rows],
+        first_output=None if output is None else output[rows],
     )

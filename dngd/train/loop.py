@@ -373,7 +373,7 @@ class TrainingLoop:
         """Return the logits of a batch's seeds, [n, C], or of its pairs, [m, 1]."""
         outputs: Tensor
         if batch.graph is None:
-            outputs = self.model(self.features, batch.propagations, batch.first_aggregation)
+            outputs = self.model(self.features, batch.propagations, batch.first_aggregation, batch.first_output)
         else:
             outputs = self.model(batch.graph)
             check_outputs(outputs, batch.seeds.numel(), self.shape.num_classes)

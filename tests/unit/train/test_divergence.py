@@ -86,7 +86,9 @@ def test_all_of_a_batch_tells_of_the_same_seeds(store: GraphStore, monkeypatch: 
         rows_of: list[int] = []
 
         def forward(batch: DeviceBatch, model: Any = model, rows_of: list[int] = rows_of) -> torch.Tensor:
-            logits: torch.Tensor = model(store.features, batch.propagations, batch.first_aggregation)
+            logits: torch.Tensor = model(
+                store.features, batch.propagations, batch.first_aggregation, batch.first_output
+            )
             rows_of.append(logits.shape[0])
             return logits
 
@@ -105,6 +107,52 @@ def test_all_of_a_batch_tells_of_the_same_seeds(store: GraphStore, monkeypatch: 
     assert len(measured[True]) == 2
     assert all(value > 0 for value in measured[True])
     assert measured[True] == pytest.approx(measured[False], rel=1e-3)
+
+
+@pytest.mark.parametrize("takes_all", [False, True])
+@pytest.mark.parametrize("kind", ["gcn", "sage"])
+def test_the_first_layer_is_gone_through_once_more_and_without_dropout(
+    store: GraphStore, monkeypatch: pytest.MonkeyPatch, kind: str, takes_all: bool
+) -> None:
+    """Before the step its output of the training pass serves, which no dropout has touched; after it, its rows do."""
+    monkeypatch.setattr("dngd.train.divergence.MEASURED_SEEDS", 9)
+    model, found = batches(store, kind, (4, 3))
+    optimizer = NaturalGradient(model, lr=0.3, kl_clip=KLTrustRegion(0.1))
+    calls: list[int] = []
+    first: Any = model.graph_layers()[0]  # type: ignore[operator]
+    first.linear.register_forward_hook(lambda module, inputs, output: calls.append(output.shape[0]))
+
+    def forward(batch: DeviceBatch) -> torch.Tensor:
+        logits: torch.Tensor = model(store.features, batch.propagations, batch.first_aggregation, batch.first_output)
+        return logits
+
+    compared: list[tuple[torch.Tensor, torch.Tensor]] = []
+    monkeypatch.setattr(optimizer, "adapt_clip", lambda before, after: compared.append((before, after)))
+    meter = DivergenceMeter(SecondOrder(optimizer), model, forward, takes_all=takes_all)
+    places = torch.arange(9) * 40 // 9
+    for batch in found:
+        without_dropout = []
+        model.eval()
+        with torch.no_grad():
+            without_dropout.append(forward(batch)[places])
+        model.train()
+        calls.clear()
+        optimizer.zero_grad()
+        with meter.watch(0):
+            logits = forward(batch)
+        meter.note(0, batch)
+        torch.nn.functional.cross_entropy(logits, batch.labels).backward()
+        assert len(calls) == 1
+        optimizer.step(num_samples=40)
+        meter.measure(finite=True)
+        assert len(calls) == 2
+        assert (calls[1] == calls[0]) == takes_all
+        model.eval()
+        with torch.no_grad():
+            without_dropout.append(forward(batch)[places])
+        for found_logits, expected in zip(compared.pop(), without_dropout):
+            assert torch.allclose(found_logits, expected, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(*without_dropout, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
