@@ -95,6 +95,7 @@ class KFACConfig(_Section):
     max_dimension: int | None = Field(None, ge=1, description="widest factor that is kept dense; null: 640, and 400 for an A that becomes low_rank", json_schema_extra=IDENTITY)
     wide_inputs: Literal["low_rank", "block_diagonal", "diagonal", "dense"] = Field("low_rank", description="what a wider A becomes", json_schema_extra=IDENTITY)
     rank: int | None = Field(None, ge=1, description="of low_rank; null: 64, and 128 for factors wider than 4096", json_schema_extra=IDENTITY)
+    output_rank: int | None = Field(None, ge=0, description="columns of a low-rank G, for hidden layers at least four times as wide; 0: none is; null: 1/(G's share), by default 2·classes, rounded up to 16s, but 0 where wide_inputs, damping_mode or variant are not the default ones", json_schema_extra=IDENTITY)
     split_inputs: bool = Field(True, description="GraphSAGE: a block of A each for self and neighbour rows", json_schema_extra=IDENTITY)
     inverse_precision: Literal["float16", "bfloat16", "full"] = Field("float16", description="in which inverses are kept and sent", json_schema_extra=IDENTITY)
 
@@ -413,6 +414,15 @@ class TrainConfig(_Section):
         return KL_CLIP if self.kfac.kl_clip == "auto" else self.kfac.kl_clip
 
     @property
+    def output_rank(self) -> int | None:
+        """Columns of a low-rank G; 0: none is; None: as many as its damping, a share of its trace, leaves of use."""
+        kfac = self.kfac
+        if kfac.output_rank is not None:
+            return kfac.output_rank
+        goes = self.damping_mode == "relative" and kfac.wide_inputs == "low_rank" and kfac.variant == "dngd"
+        return None if goes else 0
+
+    @property
     def metric_in_use(self) -> Literal["accuracy", "macro_f1", "roc_auc", "average_precision"]:
         """What the best model is chosen by."""
         return self.metric or ("roc_auc" if self.task == "link" else "accuracy")
@@ -461,13 +471,13 @@ class TrainConfig(_Section):
         """Return the fields that define the run, flat, with defaults filled in."""
         flat = _flat_identity(self)
         flat |= {"fanout": list(self.fanouts), "num_shards": self.shards, "lr": self.learning_rate, "lr_schedule": self.schedule}
-        flat |= {"kfac.fisher": self.fisher, "kfac.damping_mode": self.damping_mode}
+        flat |= {"kfac.fisher": self.fisher, "kfac.damping_mode": self.damping_mode, "kfac.output_rank": self.output_rank}
         flat |= {"kfac.kl_bound": self.kl_bound, "kfac.kl_clip": self.kl_clip}
         flat |= {"embedding": self.embedding_width, "metric": self.metric_in_use}
         idle = [use for use in self._uses() if use.defines and not use.holds]
         flat = {key: value for key, value in flat.items() if not any(use.is_of(key) for use in idle)}
         # Fields that came later: a run that leaves them alone is the run that it was before.
-        for name, usual in (("metric", "accuracy"), ("class_weights", None), ("task", "node"), ("average_share", 0.0), ("kfac.kl_clip_power", 1.0)):
+        for name, usual in (("metric", "accuracy"), ("class_weights", None), ("task", "node"), ("average_share", 0.0), ("kfac.kl_clip_power", 1.0), ("kfac.output_rank", 0)):
             if flat.get(name) == usual:
                 flat.pop(name, None)
         if self.optimizer != "kfac":

@@ -29,7 +29,7 @@ from dngd.graph import like_config, write_synth
 from dngd.models import MODELS
 from dngd.paths import expanded
 from dngd.sampling import steps_per_epoch
-from dngd.train.optimizers import factor_layout
+from dngd.train.optimizers import factor_layout, training_set_of
 from dngd.train.plan import make_plan
 
 SHAPES = ("ogbn-products", "ogbn-papers100m")
@@ -129,8 +129,9 @@ def traffic_of(config: TrainConfig, num_features: int, num_classes: int) -> Traf
             num_features=num_features,
         )
         small = config.model_copy(update={"batch_size": 1, "num_workers": 1, "num_shards": 1, "fanout": None})
-        plan = make_plan(small, store, store.split("masks"))
-    layout = factor_layout(config)
+        split = store.split("masks")
+        plan = make_plan(small, store, split)
+        layout = factor_layout(small, training_set_of(small, int(split.train.numel()), num_classes))
     blocks = 2 if MODELS[config.model].aggregation == "mean" else 1
     layers = []
     for layer in plan.layers:

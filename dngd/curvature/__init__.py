@@ -9,7 +9,7 @@ of the **sum** of the seeds' losses with respect to row `z_i`. Its Fisher block 
 from dngd.curvature.damping import DampingMode, damping_split, pi_ratio
 from dngd.curvature.fisher import FisherKind, LossKind, hessian_columns, random_signs, sampled_gradient
 from dngd.curvature.inverse import InverseResult, cholesky_inverse, eigendecomposition
-from dngd.curvature.layout import FactorLayout
+from dngd.curvature.layout import FactorLayout, output_rank_for
 from dngd.curvature.low_rank import LowRank
 from dngd.curvature.precondition import (
     inner_product,
@@ -51,6 +51,7 @@ __all__ = [
     "inner_product",
     "kl_clip_scale",
     "norm_scale",
+    "output_rank_for",
     "pack_symmetric",
     "packed_diagonal",
     "packed_size",

@@ -15,6 +15,10 @@ RANK, RANK_OF_WIDEST, WIDEST = 64, 128, 4096
 DENSE, DENSE_INPUT = 640, 400
 """The widest factor that is kept dense where none is asked for: any, and an A in whose place low rank is cheaper."""
 
+OUTPUT_WIDTHS = 4
+"""How many times as wide as its columns a G is at least that becomes low rank: below that it is not cheaper."""
+COLUMNS_STEP = 16
+
 WideInputs = str
 """What is done with an A factor wider than max_dimension: "low_rank", "block_diagonal", "diagonal" or "dense"."""
 
@@ -28,25 +32,28 @@ class FactorLayout:
     (equal blocks of at most max_dimension), "diagonal" or "dense". A wider G becomes block-diagonal, or diagonal or
     dense where wide says so. rank: columns of "low_rank"; None: 64, and 128 for a factor wider than 4,096.
     split_inputs: whether an input that a layer puts together from several parts (self and neighbour rows of
-    GraphSAGE) gets one block a part.
+    GraphSAGE) gets one block a part. output_rank: columns of a G at least four times as wide, which then is low rank,
+    too, see output_rank_for; None: none is.
     """
 
     max_dimension: int | None = 2048
     wide: WideInputs = "low_rank"
     rank: int | None = 256
     split_inputs: bool = True
+    output_rank: int | None = None
 
     def __post_init__(self) -> None:
         if self.wide not in ("low_rank", "block_diagonal", "diagonal", "dense"):
             raise UserError(f"wide={self.wide!r} is unknown; use one of: low_rank, block_diagonal, diagonal, dense")
-        for name in ("max_dimension", "rank"):
+        for name in ("max_dimension", "rank", "output_rank"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} is out of range; give a whole number, at least 1")
 
     def for_eigenbases(self) -> FactorLayout:
-        """Return the layout where factors are decomposed: a low-rank sketch has no full basis, its diagonal is kept."""
-        return replace(self, wide="diagonal") if self.wide == "low_rank" else self
+        """Return the layout where factors are decomposed: a low-rank sketch has no full basis. Of a wide A its diagonal
+        is kept."""
+        return replace(self, wide="diagonal" if self.wide == "low_rank" else self.wide, output_rank=None)
 
     def input_structure(self, dimension: int, parts: tuple[int, ...] = ()) -> FactorStructure:
         """Return A's structure. parts: sizes of the blocks that the layer itself is made of (relations,
@@ -64,6 +71,8 @@ class FactorLayout:
 
     def output_structure(self, dimension: int) -> FactorStructure:
         """Return G's structure."""
+        if self.output_rank is not None and dimension >= OUTPUT_WIDTHS * self.output_rank:
+            return LowRank(dimension, self.output_rank)
         if dimension <= self._limit or self.wide == "dense":
             return Dense(dimension)
         if self.wide == "diagonal":
@@ -73,6 +82,15 @@ class FactorLayout:
     @property
     def _limit(self) -> int:
         return DENSE if self.max_dimension is None else self.max_dimension
+
+
+def output_rank_for(share: float) -> int:
+    """Return the columns of a low-rank G that is damped by a share of its trace: λ = s · tr G leaves at most 1/s
+    eigenvalues above λ, here rounded up to a multiple of 16. Without the others the inverse is all but the same.
+
+    share: s, above 0.
+    """
+    return COLUMNS_STEP * max(1, math.ceil(1.0 / (COLUMNS_STEP * share) - 1e-9))
 
 
 def _even_blocks(dimension: int, limit: int) -> tuple[int, ...]:

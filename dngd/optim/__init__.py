@@ -3,7 +3,7 @@
 Import from here: `from dngd.optim import KFACPreconditioner, NaturalGradient`.
 """
 
-from dngd.curvature import FactorLayout, LossKind
+from dngd.curvature import FactorLayout, LossKind, output_rank_for
 from dngd.optim.averaging import WeightAverage
 from dngd.optim.defaults import default_damping
 from dngd.optim.footprint import Footprint, inverse_bytes_held, layer_footprint
@@ -29,5 +29,6 @@ __all__ = [
     "inverse_bytes_held",
     "layer_footprint",
     "learning_rate",
+    "output_rank_for",
     "value_at",
 ]

@@ -5,13 +5,22 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dngd.comm import Communicator
-from dngd.curvature import DampingMode, FactorLayout, FisherKind, LossKind, rotate, rotate_back
+from dngd.curvature import (
+    DampingMode,
+    FactorLayout,
+    FisherKind,
+    LossKind,
+    output_rank_for,
+    rotate,
+    rotate_back,
+)
 from dngd.errors import UserError
 from dngd.optim.arguments import LossReduction, Method, in_range
 from dngd.optim.capture import Variant, WeightSharing
@@ -27,6 +36,15 @@ Update = Literal["mean_gradient", "momentum", "adam_eigenbasis"]
 CHEAP_LAYOUT = FactorLayout(max_dimension=None, wide="low_rank", rank=None)
 """No more than tr M / λ eigenvalues can exceed λ: rank 64 holds all of those from λ = tr M / 64 on. Weaker damping
 leaves some to the diagonal that low rank keeps beside it, which costs little (docs/defaults.md, 6)."""
+
+
+def cheap_layout(damping: Schedule, damping_mode: DampingMode, damping_g_ratio: Schedule) -> FactorLayout:
+    """Return CHEAP_LAYOUT, with G in low rank where its damping is a fixed share of its trace."""
+    if damping_mode != "relative" or callable(damping) or callable(damping_g_ratio):
+        return CHEAP_LAYOUT
+    share = damping * damping_g_ratio
+    return replace(CHEAP_LAYOUT, output_rank=output_rank_for(share)) if share > 0 else CHEAP_LAYOUT
+
 
 KL_CLIP = HyperbolicDecay(3e-2, 10, power=2)
 """Long steps while everything is still to be learnt, short ones against the noise of mini-batches later."""
@@ -157,7 +175,7 @@ class NaturalGradient(torch.optim.Optimizer):
             lr=lambda step: float(self.param_groups[0]["lr"]),
             weight_sharing=weight_sharing,
             max_rows=max_rows,
-            layout=layout or CHEAP_LAYOUT,
+            layout=layout or cheap_layout(damping, damping_mode, damping_g_ratio),
             inverse_precision=inverse_precision,
             factor_wire=factor_wire,
             strategy=strategy,

@@ -22,6 +22,7 @@ from dngd.optim import (
     Schedule,
     WeightAverage,
     default_damping,
+    output_rank_for,
 )
 
 OWN_RATE = "own_lr"
@@ -159,7 +160,7 @@ def build_optimizer(
                 inverse_delay=kfac.inverse_delay,
                 change_threshold=kfac.change_threshold,
                 max_rows=kfac.max_rows,
-                layout=factor_layout(config),
+                layout=factor_layout(config, training_set),
                 inverse_precision=kfac.inverse_precision,
                 factor_wire=kfac.factor_wire,
                 strategy=kfac.strategy,
@@ -208,10 +209,13 @@ def kl_clip_in_use(config: TrainConfig) -> Schedule | None:
     return HyperbolicDecay(kl_clip, kfac.kl_clip_steps, kfac.kl_clip_power)
 
 
-def factor_layout(config: TrainConfig) -> FactorLayout:
+def factor_layout(config: TrainConfig, training_set: TrainingSet) -> FactorLayout:
     """Return what becomes of the configured run's wide factors."""
-    kfac = config.kfac
-    return FactorLayout(kfac.max_dimension, kfac.wide_inputs, kfac.rank, kfac.split_inputs)
+    kfac, output_rank = config.kfac, config.output_rank
+    if output_rank is None:
+        damping, g_ratio = damping_in_use(config, training_set)
+        output_rank = output_rank_for(damping * g_ratio)
+    return FactorLayout(kfac.max_dimension, kfac.wide_inputs, kfac.rank, kfac.split_inputs, output_rank or None)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -250,7 +250,7 @@ def _num_parameters(module: nn.Module) -> int:
 def _module_layers(config: TrainConfig, module: nn.Module, training_set: TrainingSet) -> tuple[LayerPlan, ...]:
     """Return a plan for each weight matrix of a module, [d_out, d_in], as if it were a layer with a bias."""
     eigenbasis = config.kfac.method == "ekfac" or config.kfac.update == "adam_eigenbasis"
-    layout, kfac = factor_layout(config), config.kfac
+    layout, kfac = factor_layout(config, training_set), config.kfac
     plans = []
     for name, weight in module.named_parameters():
         if weight.requires_grad and weight.dim() == 2:
@@ -284,7 +284,7 @@ def _layer_plan(
     d_a = fan_in * width_in + 1
     parts = (width_in, width_in + 1) if fan_in == 2 else ()
     eigenbasis = config.kfac.method == "ekfac" or config.kfac.update == "adam_eigenbasis"
-    layout, precision = factor_layout(config), config.kfac.inverse_precision
+    layout, precision = factor_layout(config, training_set), config.kfac.inverse_precision
     footprint = layer_footprint(
         d_a,
         width_out,

@@ -58,7 +58,7 @@ def test_gpu_and_cpu_train_alike(tmp_path: Path, model: str, optimizer: str) -> 
         {"fisher": "monte_carlo"},
         {"fisher": "ggn"},
         {"method": "ekfac"},
-        {"layout": FactorLayout(max_dimension=16, rank=8)},
+        {"layout": FactorLayout(max_dimension=16, rank=8, output_rank=4)},
         {"layout": FactorLayout(max_dimension=16, wide="block_diagonal")},
         {"inverse_delay": 3},
     ],
@@ -116,7 +116,7 @@ def test_autocast_with_grad_scaler(dtype: torch.dtype) -> None:
         {"kl_clip": KLTrustRegion},
         {"kl_clip": None, "norm_constraint": 1e-3},
         {"update": "momentum", "kl_clip": 1e-5},
-        {"layout": FactorLayout(max_dimension=16, rank=8)},
+        {"layout": FactorLayout(max_dimension=16, rank=8, output_rank=4)},
         {"layout": FactorLayout(max_dimension=16, wide="block_diagonal")},
         {"inverse_precision": "full", "inverse_delay": 3},
     ],
@@ -209,7 +209,7 @@ def test_the_host_waits_for_few_reads() -> None:
     """What a refresh finds of all its factors takes two: the counts, and all else at once."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 5)).cuda()
-    optimizer = NaturalGradient(net, layout=FactorLayout(max_dimension=16, rank=8))
+    optimizer = NaturalGradient(net, layout=FactorLayout(max_dimension=16, rank=8, output_rank=4))
     train(net, SecondOrder(optimizer), torch.randn(3, 64, 20).cuda(), torch.randint(5, (3, 64)).cuda())
     pre = optimizer.preconditioner
     with warnings.catch_warnings(record=True) as told:

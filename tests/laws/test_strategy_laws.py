@@ -31,7 +31,7 @@ class Scenario:
 
     dropped: steps whose gradients are not finite. overflows: (step, rank) pairs whose rows overflow their sums.
     replans: steps before which another plan comes into force, drawn from plan_seed. resume_at: the step before which
-    the state is saved and loaded into a new preconditioner.
+    the state is saved and loaded into a new preconditioner. output_rank: of layers whose G is low rank.
     """
 
     counts: tuple[tuple[int, ...], ...]
@@ -44,6 +44,7 @@ class Scenario:
     replans: frozenset[int] = frozenset()
     plan_seed: int = 0
     resume_at: int | None = None
+    output_rank: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -69,6 +70,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         replans=frozenset(draw(st.sets(at, max_size=4))),
         plan_seed=draw(st.integers(0, 1000)),
         resume_at=draw(st.none() | st.integers(1, steps - 1)),
+        output_rank=draw(st.sampled_from([None, 1])),
     )
 
 
@@ -101,7 +103,7 @@ def make(net: nn.Module, scenario: Scenario, comm: ThreadCommunicator, strategy:
         change_threshold=scenario.threshold,
         kl_clip=1e-2,
         lr=0.1,
-        layout=FactorLayout(max_dimension=6, rank=2),
+        layout=FactorLayout(max_dimension=6, rank=2, output_rank=scenario.output_rank),
         inverse_precision="float16",
         max_dropped_steps=None,
         strategy=strategy,

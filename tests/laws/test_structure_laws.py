@@ -19,6 +19,7 @@ from dngd.curvature import (
     FactorStructure,
     LowRank,
     eigendecomposition,
+    output_rank_for,
     structure,
 )
 from dngd.curvature.structure import probe_vector
@@ -324,6 +325,47 @@ def test_layout_chooses_by_width() -> None:
     assert by_width.input_structure(641) == LowRank(641, 64)
     assert by_width.input_structure(4096) == LowRank(4096, 64)
     assert by_width.input_structure(4097) == LowRank(4097, 128)
+
+
+def test_layout_takes_low_rank_for_outputs_that_are_wide_enough() -> None:
+    layout = FactorLayout(max_dimension=500, output_rank=5)
+    assert layout.output_structure(19) == Dense(19)
+    assert layout.output_structure(20) == LowRank(20, 5)
+    assert layout.output_structure(501) == LowRank(501, 5)
+    assert layout.input_structure(20) == Dense(20)
+    assert layout.for_eigenbases().output_structure(20) == Dense(20)
+
+
+@pytest.mark.parametrize(
+    ("share", "columns"), [(1.0, 16), (1 / 16, 16), (0.0624, 32), (0.5 / 8, 16), (0.05, 32), (0.01, 112), (1e3, 16)]
+)
+def test_columns_of_low_rank_outputs(share: float, columns: int) -> None:
+    assert output_rank_for(share) == columns
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.25, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("share", [0.5 / 10, 0.5 / 7, 0.5 / 3, 0.5 / 2])
+def test_columns_for_a_damping_leave_no_direction_above_it(share: float, decay: float) -> None:
+    """Against the dense inverse, on gradients of flat and steep spectra: what low rank leaves out of M is below
+    λ = s · tr M in all directions, and the inverse, 1/λ at most, is off by a smaller part of 1/λ than that is of λ."""
+    width = 96
+    eye = torch.eye(width, dtype=F64)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        scales = torch.arange(1, width + 1, dtype=F64) ** -decay
+        mixing = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=F64))[0]
+        rows = torch.randn(300, width, generator=generator, dtype=F64) * scales @ mixing.T
+        kind = LowRank(width, output_rank_for(share))
+        sums = kind.zeros(F64, CPU)
+        kind.accumulate_(sums, rows)
+        matrix = rows.T @ rows
+        damping = share * float(matrix.trace())
+        found = kind.invert(sums, damping).inverse
+        assert found is not None
+        difference = kind.multiply(eye, found) - torch.linalg.inv(matrix + damping * eye)
+        error = float(torch.linalg.matrix_norm(difference, 2)) * damping
+        left = float(torch.linalg.matrix_norm(matrix - kind.dense(sums), 2)) / damping
+        assert error <= left < 1
 
 
 def test_layout_keeps_the_parts_of_a_layer() -> None:

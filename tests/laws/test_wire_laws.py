@@ -17,7 +17,7 @@ from dngd.curvature import FactorLayout
 from dngd.optim import KFACPreconditioner, NaturalGradient, UpdateSchedule, layer_footprint
 from dngd.optim.plan import LayerSizes, Planner
 from dngd.optim.refresh import RefreshPipeline
-from dngd.train.optimizers import TrainingSet, damping_in_use
+from dngd.train.optimizers import TrainingSet, damping_in_use, factor_layout
 from tests.helpers.mutants import assert_caught, mutant
 from tests.helpers.thread_world import ThreadCommunicator, run_threads
 
@@ -397,11 +397,12 @@ def law_traffic_target() -> None:
     100 features, 47 classes, the defaults, 1000 steps, with few labels (strong damping) and with many."""
     kfac = KFACConfig()
     schedule = UpdateSchedule(kfac.factor_update_period, kfac.inverse_update_period, kfac.dense_steps)
-    layout = FactorLayout(kfac.max_dimension, kfac.wide_inputs, kfac.rank, kfac.split_inputs)
     widths = [(100, 256), (256, 256), (256, 47)]
     layers = [(2 * a + 1, b, (a, a + 1)) for a, b in widths]
     for num_training_nodes in (100, 10_000, 196_615):
-        damping, g_ratio = damping_in_use(TrainConfig(dataset="any"), TrainingSet(num_training_nodes, 47))
+        config, training_set = TrainConfig(dataset="any"), TrainingSet(num_training_nodes, 47)
+        layout = factor_layout(config, training_set)
+        damping, g_ratio = damping_in_use(config, training_set)
         shares = (damping, g_ratio * damping)
         known = footprints("float32", layers, layout, shares)
         sizes = {

@@ -32,6 +32,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"options": {"method": "ekfac", "eigenvalue_update_period": 3}, "delay": 2},
     {"options": {"update": "adam_eigenbasis"}},
     {"layout": {"max_dimension": 4, "rank": 2}},
+    {"layout": {"output_rank": 1}},
     {"layout": {"max_dimension": 3, "wide": "block_diagonal"}, "delay": 4},
     {"options": {"fisher": "monte_carlo"}, "poison_step": 4},
     {"options": {"fisher": "monte_carlo"}, "mutant": "key_of_rank"},

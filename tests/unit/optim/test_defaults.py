@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from dngd.curvature import Dense, FactorLayout, FactorStructure, LowRank
 from dngd.optim import NaturalGradient, default_damping
 
 
@@ -42,4 +45,26 @@ def test_natural_gradient_takes_them() -> None:
     g = factors.G + 0.125 * factors.G.trace() * torch.eye(4, dtype=torch.float64)
     after = torch.cat([net.weight, net.bias[:, None]], dim=1).detach()
     assert torch.allclose(before - after, g.inverse() @ gradient @ a.inverse(), rtol=1e-9)
+    optimizer.preconditioner.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "g"),
+    [
+        ({}, LowRank(192, 48)),
+        (default_damping(1000, 5), LowRank(192, 16)),
+        (default_damping(1000, 5, full_batch=True), Dense(192)),
+        ({"damping": 0.1, "damping_g_ratio": 100.0}, LowRank(192, 16)),
+        ({"damping_mode": "tikhonov"}, Dense(192)),
+        ({"damping": lambda step: 0.1}, Dense(192)),
+        ({"damping_g_ratio": lambda step: 0.1}, Dense(192)),
+        ({"method": "ekfac"}, Dense(192)),
+        ({"update": "adam_eigenbasis"}, Dense(192)),
+        ({"layout": FactorLayout()}, Dense(192)),
+    ],
+)
+def test_g_is_low_rank_where_its_damping_is_a_share_of_its_trace(arguments: dict[str, Any], g: FactorStructure) -> None:
+    optimizer = NaturalGradient(nn.Sequential(nn.Linear(3, 192), nn.ReLU(), nn.Linear(192, 47)), **arguments)
+    layers = optimizer.preconditioner.layers
+    assert (layers["0"].g, layers["2"].g) == (g, Dense(47))
     optimizer.preconditioner.close()

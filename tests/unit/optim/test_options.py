@@ -754,7 +754,7 @@ def test_health() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "ekfac"}, {"inverse_precision": "full"}], ids=str)
-@pytest.mark.parametrize("layout", [FactorLayout(), FactorLayout(max_dimension=4, rank=2)], ids=str)
+@pytest.mark.parametrize("layout", [FactorLayout(), FactorLayout(max_dimension=4, rank=2, output_rank=1)], ids=str)
 def test_memory_counts_every_tensor_once(options: dict[str, Any], layout: FactorLayout) -> None:
     """Against a walk over everything that hangs on the preconditioner."""
     torch.manual_seed(0)

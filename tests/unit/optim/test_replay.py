@@ -104,7 +104,7 @@ def train(net: nn.Module, optimizer: NaturalGradient, steps: int = STEPS, dtype:
         {"kl_clip": None, "norm_constraint": 1e-3},
         {"norm_constraint": 1e-2},
         {"update": "momentum", "kl_clip": 1e-5},
-        {"layout": FactorLayout(max_dimension=8, rank=4)},
+        {"layout": FactorLayout(max_dimension=8, rank=4, output_rank=2)},
         {"layout": FactorLayout(max_dimension=8, wide="block_diagonal")},
         {"inverse_precision": "full", "inverse_delay": 2},
     ],

@@ -10,9 +10,17 @@ from torch import nn
 
 from dngd.comm import LocalCommunicator
 from dngd.config import TrainConfig
+from dngd.curvature import Dense, LowRank
 from dngd.errors import UserError
 from dngd.optim import KLTrustRegion, value_at
-from dngd.train.optimizers import TrainingSet, build_optimizer, damping_in_use, kl_clip_in_use, load_moments
+from dngd.train.optimizers import (
+    TrainingSet,
+    build_optimizer,
+    damping_in_use,
+    factor_layout,
+    kl_clip_in_use,
+    load_moments,
+)
 
 
 def kfac(**settings: object) -> TrainConfig:
@@ -169,6 +177,51 @@ def test_a_run_of_the_former_clip_is_told_apart() -> None:
     clip = kl_clip_in_use(kfac(kl_clip=3e-2, kl_clip_power=1.0))
     assert clip is not None
     assert value_at(clip, 10) == pytest.approx(1.5e-2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "training_set", "columns"),
+    [
+        ({}, TrainingSet(2500, 2), 16),
+        ({}, TrainingSet(2500, 8), 16),
+        ({}, TrainingSet(2500, 9), 32),
+        ({}, TrainingSet(2500, 47), 96),
+        ({}, TrainingSet(2500), 32),
+        ({"kfac": {"damping": 0.01, "damping_g_ratio": 10.0}}, TrainingSet(2500, 47), 16),
+        ({"kfac": {"output_rank": 5}}, TrainingSet(2500, 47), 5),
+        ({"kfac": {"output_rank": 5, "damping_mode": "tikhonov"}}, TrainingSet(2500, 7), 5),
+        ({"kfac": {"output_rank": 0}}, TrainingSet(2500, 7), None),
+        ({"kfac": {"damping_mode": "tikhonov"}}, TrainingSet(2500, 7), None),
+        ({"kfac": {"wide_inputs": "dense"}}, TrainingSet(2500, 7), None),
+        ({"kfac": {"variant": "paper"}}, TrainingSet(2500, 7), None),
+        ({"task": "link"}, TrainingSet(2500), None),
+    ],
+)
+def test_a_hidden_layers_g_has_as_many_columns_as_its_damping_leaves_of_use(
+    fields: dict[str, object], training_set: TrainingSet, columns: int | None
+) -> None:
+    layout = factor_layout(TrainConfig(dataset="any", **fields), training_set)  # type: ignore[arg-type]
+    assert layout.output_rank == columns
+
+
+def test_what_becomes_of_a_wide_g_is_seen_in_the_optimizer() -> None:
+    for output_rank, expected in ((None, LowRank(64, 16)), (8, LowRank(64, 8)), (0, Dense(64))):
+        net = nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 7))
+        optimizer = build_optimizer(
+            kfac(output_rank=output_rank), net, LocalCommunicator(), training_set=TrainingSet(1000, 7)
+        )
+        pre = optimizer.preconditioner
+        assert pre is not None
+        assert pre.layers["0"].g == expected
+        assert pre.layers["2"].g == Dense(7)
+        pre.close()
+
+
+def test_a_run_of_before_g_was_low_rank_is_told_apart() -> None:
+    assert kfac().identity()["kfac.output_rank"] is None
+    assert "kfac.output_rank" not in kfac(output_rank=0).identity()
+    assert "kfac.output_rank" not in kfac(damping_mode="tikhonov").identity()
+    assert kfac(output_rank=16).identity()["kfac.output_rank"] == 16
 
 
 def test_a_whole_file_of_a_run_leaves_open_what_the_task_decides(tmp_path: Path) -> None:
