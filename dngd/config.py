@@ -471,7 +471,8 @@ class TrainConfig(_Section):
         """Return the fields that define the run, flat, with defaults filled in."""
         flat = _flat_identity(self)
         flat |= {"fanout": list(self.fanouts), "num_shards": self.shards, "lr": self.learning_rate, "lr_schedule": self.schedule}
-        flat |= {"kfac.fisher": self.fisher, "kfac.damping_mode": self.damping_mode, "kfac.output_rank": self.output_rank}
+        flat |= {"kfac.fisher": self.fisher, "kfac.damping_mode": self.damping_mode}
+        flat |= {"kfac.output_rank": "by damping" if self.output_rank is None else self.output_rank}
         flat |= {"kfac.kl_bound": self.kl_bound, "kfac.kl_clip": self.kl_clip}
         flat |= {"embedding": self.embedding_width, "metric": self.metric_in_use}
         idle = [use for use in self._uses() if use.defines and not use.holds]

@@ -30,6 +30,8 @@ CONFIG_NAME = "config.yaml"
 CONFIG_FIX = "put back a copy of the run's own"
 LAST_FIELD = "resume"
 """A whole configuration ends with it, whichever dngd wrote it: fields that come later stand before it."""
+BEFORE_THEY_CAME = {"output_rank": 0}
+"""What fields of kfac that came later were in runs whose files have none of them."""
 OTHER_RUN_SECONDS = 120.0
 
 _OWN_NAMES = frozenset(
@@ -130,6 +132,8 @@ def _fields_in(content: bytes, shown: str) -> dict[str, Any]:
     fields = parse_yaml(content, shown, CONFIG_FIX)
     if LAST_FIELD not in fields:  # at the end of a line YAML does not show that it was cut short
         raise UserError(f"configuration file {shown} is cut short: it has no {LAST_FIELD!r}; {CONFIG_FIX}")
+    if isinstance(fields.get("kfac"), dict):
+        fields["kfac"] = BEFORE_THEY_CAME | fields["kfac"]
     try:
         TrainConfig(**fields)
     except UserError as error:

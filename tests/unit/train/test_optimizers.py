@@ -218,7 +218,7 @@ def test_what_becomes_of_a_wide_g_is_seen_in_the_optimizer() -> None:
 
 
 def test_a_run_of_before_g_was_low_rank_is_told_apart() -> None:
-    assert kfac().identity()["kfac.output_rank"] is None
+    assert kfac().identity()["kfac.output_rank"] == "by damping"
     assert "kfac.output_rank" not in kfac(output_rank=0).identity()
     assert "kfac.output_rank" not in kfac(damping_mode="tikhonov").identity()
     assert kfac(output_rank=16).identity()["kfac.output_rank"] == 16

@@ -27,7 +27,7 @@ from dngd.train.evaluation import ExactEvaluator, Scores
 from dngd.train.metrics import read_metrics, read_result
 from dngd.train.predict import predict_run
 from dngd.train.progress import SilentReporter
-from dngd.train.run_folder import default_run_dir
+from dngd.train.run_folder import RunFolder, default_run_dir
 
 
 def config(dataset: str, run_dir: Path, **changes: Any) -> dngd.TrainConfig:
@@ -411,3 +411,18 @@ def test_a_run_without_a_place_for_checkpoints_is_refused(store: GraphStore, tmp
     with pytest.raises(UserError, match=rf"{run}/checkpoints is no folder.*; move it away, or give another --run-dir"):
         fit(config(str(store.path), run, resume=True, epochs=2))
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_a_run_of_before_g_was_low_rank_goes_on_as_it_was(store: GraphStore, tmp_path: Path) -> None:
+    """Its files have no output_rank: its own configuration then says none, and another is refused before it loads."""
+    run = tmp_path / "run"
+    whole = fit(config(str(store.path), tmp_path / "whole", hidden=64, epochs=2, kfac={"output_rank": 0}))
+    fit(config(str(store.path), run, hidden=64, kfac={"output_rank": 0}))
+    lines = (run / "config.yaml").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if "output_rank" not in line]
+    assert len(kept) == len(lines) - 1
+    (run / "config.yaml").write_text("".join(kept))
+    with pytest.raises(UserError, match=r"another kfac.output_rank='by damping' \(the run has 0\); use the run's own"):
+        fit(config(str(store.path), run, hidden=64, epochs=2, resume=True))
+    own = run_folder.run_config(RunFolder(run)).model_copy(update={"epochs": 2, "resume": True})
+    assert fit(own).history[-1].val_loss == whole.history[-1].val_loss
