@@ -25,7 +25,8 @@ FLOAT32_DAMPING = 1e-4
 
 @dataclass(frozen=True)
 class LowRank:
-    """`M ≈ F Fᵀ + D`, F [d, k] from a linear sketch, D the diagonal that F leaves over; for wide inputs.
+    """`M ≈ F Fᵀ + D`, F [d, k] from a linear sketch, D the diagonal that F leaves over; for wide inputs, and for
+    outputs whose damping leaves few directions of use.
 
     Kept: the sketch `Y = M Ω` with a fixed random Ω [d, k], and the diagonal of M; both are linear in
     M, so they add up and decay like dense sums. `F Fᵀ = Y (Ωᵀ Y)⁺ Yᵀ` (Nyström; Tropp, Yurtsever, Udell &

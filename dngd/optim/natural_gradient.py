@@ -81,7 +81,8 @@ class NaturalGradient(torch.optim.Optimizer):
     lr: η > 0, as in every torch optimizer, may be changed through `param_groups` or an lr_scheduler; None: 1e-2 for
         adam_eigenbasis, else 0.1. momentum: μ in [0, 1), None: 0.8 for mean_gradient, else 0.9. weight_decay: w >= 0.
         Both a number or a function of the step. The other arguments are those of KFACPreconditioner, with the
-        scale-free damping and a falling KL clip as default. Where training samples are few,
+        scale-free damping, a falling KL clip and a cheap layout as default (low rank for an A wider than 400, and for a
+        G four times as wide as output_rank_for its damping). Where training samples are few,
         `**default_damping(num_samples, num_classes)` is safer than the constants (`dngd train` takes it, and
         lr 0.3/(1 + step/20)); where each step is of all of them, with full_batch=True, and lr=0.2 here.
 
