@@ -10,6 +10,7 @@ from typing import Any
 from dngd.bench.optimizers import SUBJECT
 from dngd.bench.verdict import aggregate
 from dngd.errors import UserError
+from dngd.train.run_folder import BEFORE_THEY_CAME
 
 ALIKE = ("protocol", "seeds", "hidden", "dropout", "batch_size", "weight_decay", "target_margin", "smoothing")
 """Fields of the configuration without which ratios of two results say nothing together."""
@@ -58,9 +59,11 @@ def combine_results(paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def _compared(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what ratios depend on, by words for it: where a file does not say, it is from before it could."""
+    """Return what ratios depend on, by words for it. A file that does not say is from before it could: it is left out, or
+    what it was then."""
     config, grid = result["config"], result["config"].get("grid") or {}
-    out = {f"K-FAC's {name}": value for name, value in (config.get(SUBJECT) or {}).items()}
+    kfac = config.get(SUBJECT)
+    out = {f"K-FAC's {name}": value for name, value in (BEFORE_THEY_CAME | kfac if kfac else {}).items()}
     out |= {words: config[name] for name, words in COMPARED.items() if name in config}
     if "max_epochs" in grid:
         out["the baselines' range of epochs"] = f"{grid.get('first_epochs')} to {grid['max_epochs']}"

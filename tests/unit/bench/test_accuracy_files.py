@@ -64,6 +64,17 @@ def test_settings_of_kfac_that_differ_are_told(tmp_path: Path) -> None:
     ]
 
 
+def test_what_a_setting_was_before_it_could_be_said_is_told(tmp_path: Path) -> None:
+    paths = []
+    for name, kfac in (("a", {"rank": 64}), ("b", {"rank": 64, "output_rank": None})):
+        found = result(panel(name))
+        found["config"]["kfac"] = kfac
+        paths.append(written(tmp_path, f"{name}.json", found))
+    assert combine_results(paths)["remarks"] == [
+        f"K-FAC's output_rank is not the same in all: 0 in {paths[0]}, None in {paths[1]}"
+    ]
+
+
 def test_lengths_and_fanouts_that_differ_are_told(tmp_path: Path) -> None:
     paths = []
     for name, epochs, longest, fanout in (("a", 10, 40, [10, 10]), ("b", 5, 16, [5, 5])):
