@@ -59,8 +59,8 @@ def combine_results(paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def _compared(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what ratios depend on, by words for it. A file that does not say is from before it could: it is left out, or
-    what it was then."""
+    """Return what ratios depend on, by words for it. A file that does not say is from before it could: it is left out,
+    or what it was then."""
     config, grid = result["config"], result["config"].get("grid") or {}
     kfac = config.get(SUBJECT)
     out = {f"K-FAC's {name}": value for name, value in (BEFORE_THEY_CAME | kfac if kfac else {}).items()}
