@@ -95,7 +95,7 @@ class KFACConfig(_Section):
     max_dimension: int | None = Field(None, ge=1, description="widest factor that is kept dense; null: 640, and 400 for an A that becomes low_rank", json_schema_extra=IDENTITY)
     wide_inputs: Literal["low_rank", "block_diagonal", "diagonal", "dense"] = Field("low_rank", description="what a wider A becomes", json_schema_extra=IDENTITY)
     rank: int | None = Field(None, ge=1, description="of low_rank; null: 64, and 128 for factors wider than 4096", json_schema_extra=IDENTITY)
-    output_rank: int | None = Field(None, ge=0, description="columns of a low-rank G, for hidden layers at least four times as wide; 0: none is; null: 1/(G's share), by default 2·classes, rounded up to 16s, but 0 where wide_inputs, damping_mode or variant are not the default ones", json_schema_extra=IDENTITY)
+    output_rank: int | None = Field(None, ge=0, description="columns of a low-rank G, for layers at least four times as wide, with damped inverses; 0: none is; null: 1/(G's share), by default 2·classes, rounded up to 16s, but 0 unless damping is relative, wide_inputs low_rank and variant dngd", json_schema_extra=IDENTITY)
     split_inputs: bool = Field(True, description="GraphSAGE: a block of A each for self and neighbour rows", json_schema_extra=IDENTITY)
     inverse_precision: Literal["float16", "bfloat16", "full"] = Field("float16", description="in which inverses are kept and sent", json_schema_extra=IDENTITY)
 
@@ -420,7 +420,8 @@ class TrainConfig(_Section):
         if kfac.output_rank is not None:
             return kfac.output_rank
         goes = self.damping_mode == "relative" and kfac.wide_inputs == "low_rank" and kfac.variant == "dngd"
-        return None if goes else 0
+        has_inverses = kfac.method == "kfac" and kfac.update != "adam_eigenbasis"
+        return None if goes and has_inverses else 0
 
     @property
     def metric_in_use(self) -> Literal["accuracy", "macro_f1", "roc_auc", "average_precision"]:

@@ -16,7 +16,8 @@ DENSE, DENSE_INPUT = 640, 400
 """The widest factor that is kept dense where none is asked for: any, and an A in whose place low rank is cheaper."""
 
 OUTPUT_WIDTHS = 4
-"""How many times as wide as its columns a G is at least that becomes low rank: below that it is not cheaper."""
+"""How many times as wide as its columns a G is at least that becomes low rank: at twice, multiplying by its inverse
+takes as many operations as by a dense one."""
 COLUMNS_STEP = 16
 
 WideInputs = str
@@ -86,7 +87,8 @@ class FactorLayout:
 
 def output_rank_for(share: float) -> int:
     """Return the columns of a low-rank G that is damped by a share of its trace: λ = s · tr G leaves at most 1/s
-    eigenvalues above λ, here rounded up to a multiple of 16. Without the others the inverse is all but the same.
+    eigenvalues above λ, here rounded up to a multiple of 16. Where what low rank leaves out of G is δλ, the inverse is
+    off by δ/λ at most.
 
     share: s, above 0.
     """

@@ -5,22 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dngd.comm import Communicator
-from dngd.curvature import (
-    DampingMode,
-    FactorLayout,
-    FisherKind,
-    LossKind,
-    output_rank_for,
-    rotate,
-    rotate_back,
-)
+from dngd.curvature import DampingMode, FactorLayout, FisherKind, LossKind, rotate, rotate_back
 from dngd.errors import UserError
 from dngd.optim.arguments import LossReduction, Method, in_range
 from dngd.optim.capture import Variant, WeightSharing
@@ -36,15 +27,6 @@ Update = Literal["mean_gradient", "momentum", "adam_eigenbasis"]
 CHEAP_LAYOUT = FactorLayout(max_dimension=None, wide="low_rank", rank=None)
 """No more than tr M / λ eigenvalues can exceed λ: rank 64 holds all of those from λ = tr M / 64 on. Weaker damping
 leaves some to the diagonal that low rank keeps beside it, which costs little (docs/defaults.md, 6)."""
-
-
-def cheap_layout(damping: Schedule, damping_mode: DampingMode, damping_g_ratio: Schedule) -> FactorLayout:
-    """Return CHEAP_LAYOUT, with G in low rank where its damping is a fixed share of its trace."""
-    if damping_mode != "relative" or callable(damping) or callable(damping_g_ratio):
-        return CHEAP_LAYOUT
-    share = damping * damping_g_ratio
-    return replace(CHEAP_LAYOUT, output_rank=output_rank_for(share)) if share > 0 else CHEAP_LAYOUT
-
 
 KL_CLIP = HyperbolicDecay(3e-2, 10, power=2)
 """Long steps while everything is still to be learnt, short ones against the noise of mini-batches later."""
@@ -81,8 +63,8 @@ class NaturalGradient(torch.optim.Optimizer):
     lr: η > 0, as in every torch optimizer, may be changed through `param_groups` or an lr_scheduler; None: 1e-2 for
         adam_eigenbasis, else 0.1. momentum: μ in [0, 1), None: 0.8 for mean_gradient, else 0.9. weight_decay: w >= 0.
         Both a number or a function of the step. The other arguments are those of KFACPreconditioner, with the
-        scale-free damping, a falling KL clip and a cheap layout as default (low rank for an A wider than 400, and for a
-        G four times as wide as output_rank_for its damping). Where training samples are few,
+        scale-free damping, a falling KL clip and low rank for an A wider than 400 as default; for a wide G, too, give
+        `FactorLayout(None, "low_rank", None, output_rank=output_rank_for(share))`. Where training samples are few,
         `**default_damping(num_samples, num_classes)` is safer than the constants (`dngd train` takes it, and
         lr 0.3/(1 + step/20)); where each step is of all of them, with full_batch=True, and lr=0.2 here.
 
@@ -176,7 +158,7 @@ class NaturalGradient(torch.optim.Optimizer):
             lr=lambda step: float(self.param_groups[0]["lr"]),
             weight_sharing=weight_sharing,
             max_rows=max_rows,
-            layout=layout or cheap_layout(damping, damping_mode, damping_g_ratio),
+            layout=layout or CHEAP_LAYOUT,
             inverse_precision=inverse_precision,
             factor_wire=factor_wire,
             strategy=strategy,

@@ -368,6 +368,23 @@ def test_columns_for_a_damping_leave_no_direction_above_it(share: float, decay: 
         assert error <= left < 1
 
 
+@pytest.mark.parametrize("share", [0.5 / 10, 0.5 / 7])
+def test_half_as_many_columns_can_leave_a_direction_above_the_damping(share: float) -> None:
+    width = 96
+    left = []
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        scales = torch.arange(1, width + 1, dtype=F64) ** -0.5
+        mixing = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=F64))[0]
+        rows = torch.randn(300, width, generator=generator, dtype=F64) * scales @ mixing.T
+        kind = LowRank(width, output_rank_for(share) // 2)
+        sums = kind.zeros(F64, CPU)
+        kind.accumulate_(sums, rows)
+        matrix = rows.T @ rows
+        left.append(float(torch.linalg.matrix_norm(matrix - kind.dense(sums), 2)) / (share * float(matrix.trace())))
+    assert max(left) > 1
+
+
 def test_layout_keeps_the_parts_of_a_layer() -> None:
     layout = FactorLayout(max_dimension=10, wide="block_diagonal")
     assert layout.input_structure(9, (4, 5)) == BlockDiagonal((4, 5))

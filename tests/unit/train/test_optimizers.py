@@ -194,6 +194,8 @@ def test_a_run_of_the_former_clip_is_told_apart() -> None:
         ({"kfac": {"damping_mode": "tikhonov"}}, TrainingSet(2500, 7), None),
         ({"kfac": {"wide_inputs": "dense"}}, TrainingSet(2500, 7), None),
         ({"kfac": {"variant": "paper"}}, TrainingSet(2500, 7), None),
+        ({"kfac": {"method": "ekfac"}}, TrainingSet(2500, 7), None),
+        ({"kfac": {"update": "adam_eigenbasis"}}, TrainingSet(2500, 7), None),
         ({"task": "link"}, TrainingSet(2500), None),
     ],
 )
