@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from dngd.bench.learner import initial_model
 from dngd.comm import LocalCommunicator
 from dngd.config import TrainConfig
 from dngd.curvature import Dense, LowRank
 from dngd.errors import UserError
+from dngd.graph import GraphStore
 from dngd.optim import KLTrustRegion, value_at
 from dngd.train.optimizers import (
     TrainingSet,
@@ -20,7 +22,9 @@ from dngd.train.optimizers import (
     factor_layout,
     kl_clip_in_use,
     load_moments,
+    training_set_of,
 )
+from dngd.train.plan import make_plan
 
 
 def kfac(**settings: object) -> TrainConfig:
@@ -217,6 +221,21 @@ def test_what_becomes_of_a_wide_g_is_seen_in_the_optimizer() -> None:
         assert pre.layers["0"].g == expected
         assert pre.layers["2"].g == Dense(7)
         pre.close()
+
+
+@pytest.mark.parametrize("model", ["gcn", "sage"])
+def test_the_plan_has_the_structures_of_the_run(store: GraphStore, model: str) -> None:
+    """What a dry run counts the bytes of is what the optimizer keeps."""
+    config = TrainConfig(dataset=str(store.path), model=model, num_layers=3, hidden=64, batch_size=60)
+    split = store.split("masks")
+    planned = [(layer.factors.a, layer.factors.g) for layer in make_plan(config, store, split).layers]
+    training_set = training_set_of(config, int(split.train.numel()), store.num_classes)
+    optimizer = build_optimizer(config, initial_model(config, store), LocalCommunicator(), training_set=training_set)
+    pre = optimizer.preconditioner
+    assert pre is not None
+    assert planned == [(layer.a.label, layer.g.label) for layer in pre.layers.values()]
+    assert [label for _, label in planned] == ["rank 16 of 64", "rank 16 of 64", f"dense {store.num_classes}"]
+    pre.close()
 
 
 def test_a_run_of_before_g_was_low_rank_is_told_apart() -> None:
