@@ -420,8 +420,12 @@ class TrainConfig(_Section):
         if kfac.output_rank is not None:
             return kfac.output_rank
         goes = self.damping_mode == "relative" and kfac.wide_inputs == "low_rank" and kfac.variant == "dngd"
-        has_inverses = kfac.method == "kfac" and kfac.update != "adam_eigenbasis"
-        return None if goes and has_inverses else 0
+        return None if goes and self._keeps_inverses else 0
+
+    @property
+    def _keeps_inverses(self) -> bool:
+        """Whether factors are inverted, and not decomposed."""
+        return self.kfac.method == "kfac" and self.kfac.update != "adam_eigenbasis"
 
     @property
     def metric_in_use(self) -> Literal["accuracy", "macro_f1", "roc_auc", "average_precision"]:
@@ -534,6 +538,11 @@ class TrainConfig(_Section):
                 ("kfac.kl_clip*",),
                 kl_bound is None,
                 f"with kfac.kl_bound={kl_bound}, which bounds steps in its place; leave one out",
+            ),
+            Use(
+                ("kfac.output_rank",),
+                self._keeps_inverses or not self.kfac.output_rank,
+                "with kfac.method=ekfac or kfac.update=adam_eigenbasis, which keep G whole; leave it out",
             ),
             Use(("kfac.kl_clip_power",), has_steps, "without kfac.kl_clip and kfac.kl_clip_steps; leave it out"),
             Use(("kfac.kl_bound_*",), kl_bound is not None, "where kfac.kl_bound is not in use; leave it out"),

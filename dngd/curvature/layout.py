@@ -90,8 +90,10 @@ def output_rank_for(share: float) -> int:
     eigenvalues above λ, here rounded up to a multiple of 16. Where what low rank leaves out of G is δλ, the inverse is
     off by δ/λ at most.
 
-    share: s, above 0.
+    share: s, above 0. Raises UserError for another.
     """
+    if not share > 0:
+        raise UserError(f"share={share} is out of range; give damping as a share of tr G, above 0")
     return COLUMNS_STEP * max(1, math.ceil(1.0 / (COLUMNS_STEP * share) - 1e-9))
 
 

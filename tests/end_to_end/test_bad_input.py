@@ -105,6 +105,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             ["--set", "kfac={kl_clip: 0.1, kl_clip_steps: null, kl_clip_power: 1.5}"],
             ["kfac.kl_clip_power=1.5 has no effect without", "kfac.kl_clip_steps"],
         ),
+        (
+            ["--set", "kfac.method=ekfac", "--set", "kfac.output_rank=8"],
+            ["kfac.output_rank=8 has no effect with kfac.method=ekfac", "leave it out"],
+        ),
         (["--address", "host:6379"], ["ray.address=host:6379 has no effect with engine=local", "--engine ray"]),
         (["--min-workers", "1"], ["ray.min_workers=1 has no effect", "--engine ray"]),
         (["--no-such-flag"], ["--no-such-flag"]),

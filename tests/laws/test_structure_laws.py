@@ -343,6 +343,12 @@ def test_columns_of_low_rank_outputs(share: float, columns: int) -> None:
     assert output_rank_for(share) == columns
 
 
+@pytest.mark.parametrize("share", [0.0, -0.1, float("nan")])
+def test_no_columns_without_damping(share: float) -> None:
+    with pytest.raises(UserError, match=f"share={share} is out of range"):
+        output_rank_for(share)
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.25, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("share", [0.5 / 10, 0.5 / 7, 0.5 / 3, 0.5 / 2])
 def test_columns_for_a_damping_leave_no_direction_above_it(share: float, decay: float) -> None:

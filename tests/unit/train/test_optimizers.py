@@ -243,6 +243,7 @@ def test_a_run_of_before_g_was_low_rank_is_told_apart() -> None:
     assert "kfac.output_rank" not in kfac(output_rank=0).identity()
     assert "kfac.output_rank" not in kfac(damping_mode="tikhonov").identity()
     assert kfac(output_rank=16).identity()["kfac.output_rank"] == 16
+    assert kfac(method="ekfac").identity() == kfac(method="ekfac", output_rank=0).identity()
 
 
 def test_a_whole_file_of_a_run_leaves_open_what_the_task_decides(tmp_path: Path) -> None:
