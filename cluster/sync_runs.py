@@ -2,10 +2,10 @@
 
     python sync_runs.py /shared/runs s3://BUCKET/runs [--period 300] [--once]
 
-A file is copied when it is new or its size or time changed since the last round. Checkpoints that a run has removed
-are removed there too, after its newer ones are copied; nothing else is ever removed. A source folder is copied by one
-process of a machine at a time: another one says so and ends, with exit code 0, or 2 with --once. Needs pyarrow and
-nothing of dngd. Credentials are those of the machine.
+A file is copied when it is new or its size or time changed since the last round. A checkpoint that a run has removed
+is removed there too, once a newer one of the run is copied; nothing else is ever removed, so that a copy outlives the
+run's own folder. A source folder is copied by one process of a machine at a time: another one says so and ends, with
+exit code 0, or 2 with --once. Needs pyarrow and nothing of dngd. Credentials are those of the machine.
 """
 
 from __future__ import annotations
@@ -57,12 +57,30 @@ def copy_changed(source: Path, target: pafs.FileSystem, base: str, seen: dict[st
             continue
         seen[name] = state
         copied += 1
+    newest: dict[str, str] = {}
+    for name in found.keys() & seen.keys():
+        if place := checkpoint_of(name):
+            newest[place[0]] = max(newest.get(place[0], ""), place[1])
     for name in [name for name in seen if name not in found]:
-        if CHECKPOINTS in name.split("/"):
+        if place := checkpoint_of(name):
+            if place[1] >= newest.get(place[0], ""):
+                continue  # the last of its run, whose folder may be gone, moved or unmounted: the copy is what is left
             with contextlib.suppress(FileNotFoundError):  # gone from there already
                 target.delete_file(f"{base}/{name}")
         del seen[name]
     return copied
+
+
+def checkpoint_of(name: str) -> tuple[str, str] | None:
+    """Return (the run's folder of checkpoints, the checkpoint) of a file's name; None if it is no checkpoint's.
+
+    Checkpoints are named by their step in eight digits, so that names are ordered as steps are.
+    """
+    parts = name.split("/")
+    if CHECKPOINTS not in parts[:-2]:
+        return None
+    at = parts.index(CHECKPOINTS)
+    return "/".join(parts[: at + 1]), parts[at + 1]
 
 
 def lock_path(source: Path) -> Path:
@@ -95,6 +113,8 @@ def main() -> None:
     parser.add_argument("--period", type=float, default=300.0, help="seconds between rounds")
     parser.add_argument("--once", action="store_true", help="one round, then end")
     arguments = parser.parse_args()
+    if not arguments.source.is_dir():
+        parser.error(f"{arguments.source} is no folder; give the one that holds the runs")
     if lock(arguments.source) is None:
         print(f"{arguments.source} is being copied by another sync_runs.py; left to that", file=sys.stderr, flush=True)
         sys.exit(2 if arguments.once else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,11 +48,14 @@ def test_rounds(copy_changed: object, tmp_path: Path) -> None:
 
     write(source / "one/metrics.jsonl", "1\n2\n")
     write(source / "one/checkpoints/step-3/state", "third")
+    assert copy() == 2
+    write(source / "one/checkpoints/step-5/state", "fifth")
+    (source / "one/checkpoints/step-3/state").unlink()
     (source / "one/checkpoints/step-1/state").unlink()
     write(source / "two/config.yaml", "x")
     os.unlink(source / "two/config.yaml")
-    assert copy() == 2
-    assert tree(target) == {"one/metrics.jsonl": "1\n2\n", "one/checkpoints/step-3/state": "third"}
+    assert copy() == 1
+    assert tree(target) == {"one/metrics.jsonl": "1\n2\n", "one/checkpoints/step-5/state": "fifth"}
 
     (source / "one/metrics.jsonl").unlink()
     assert copy() == 0
@@ -67,10 +71,44 @@ def test_the_script(tmp_path: Path) -> None:
     assert tree(tmp_path / "bucket") == {"one/result.json": "{}"}
 
 
+def test_a_copy_outlives_its_source(copy_changed: object, tmp_path: Path) -> None:
+    """A folder that is unmounted, moved or deleted takes no copy with it; a checkpoint goes once a newer one is copied."""
+    assert callable(copy_changed)
+    source, target = tmp_path / "runs", tmp_path / "bucket"
+    for run in ("one", "two"):
+        for step in (1, 2):
+            write(source / f"{run}/checkpoints/step-0000000{step}/state", f"{run} {step}")
+    seen: dict[str, tuple[int, int]] = {}
+
+    def copy() -> int:
+        return int(copy_changed(source, pafs.LocalFileSystem(), str(target), seen))
+
+    assert copy() == 4
+    whole = tree(target)
+    source.rename(tmp_path / "elsewhere")
+    assert copy() == 0
+    assert tree(target) == whole
+
+    (tmp_path / "elsewhere").rename(source)
+    shutil.rmtree(source / "two")
+    shutil.rmtree(source / "one/checkpoints/step-00000002")
+    assert copy() == 0
+    assert tree(target) == whole, "no newer one of the run is there"
+
+    shutil.rmtree(source / "one/checkpoints/step-00000001")
+    write(source / "one/checkpoints/step-00000012/state", "one 12")
+    assert copy() == 1
+    assert tree(target) == {
+        "one/checkpoints/step-00000012/state": "one 12",
+        "two/checkpoints/step-00000001/state": "two 1",
+        "two/checkpoints/step-00000002/state": "two 2",
+    }
+
+
 def test_a_checkpoint_that_is_gone_from_the_bucket_stops_no_other(copy_changed: object, tmp_path: Path) -> None:
     assert callable(copy_changed)
     source, target = tmp_path / "runs", tmp_path / "bucket"
-    for step in (1, 2):
+    for step in (1, 2, 3):
         write(source / f"one/checkpoints/step-{step}/state", str(step))
     seen: dict[str, tuple[int, int]] = {}
     copy_changed(source, pafs.LocalFileSystem(), str(target), seen)
@@ -78,8 +116,16 @@ def test_a_checkpoint_that_is_gone_from_the_bucket_stops_no_other(copy_changed: 
     for step in (1, 2):
         (source / f"one/checkpoints/step-{step}/state").unlink()
     copy_changed(source, pafs.LocalFileSystem(), str(target), seen)
-    assert tree(target) == {}
-    assert seen == {}
+    assert tree(target) == {"one/checkpoints/step-3/state": "3"}
+    assert list(seen) == ["one/checkpoints/step-3/state"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--once"]])
+def test_a_source_that_is_not_there(tmp_path: Path, flags: list[str]) -> None:
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "none"), f"file://{tmp_path}/bucket", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f"{tmp_path}/none is no folder; give the one that holds the runs" in done.stderr
 
 
 @pytest.mark.parametrize(("flags", "code"), [([], 0), (["--once"], 2)])
