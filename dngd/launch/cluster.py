@@ -23,6 +23,8 @@ START_SECONDS = 45.0
 SCALING_SECONDS = 900.0
 LOOK_SECONDS = 1.0
 TELL_SECONDS = 30.0
+RAY_UNITS = 10_000
+"""Parts of a resource that Ray counts in."""
 
 
 def connect(config: RayConfig, *, environment: dict[str, str]) -> bool:
@@ -163,7 +165,7 @@ class _Missing:
 def _missing(demand: Demand) -> _Missing | None:
     total, free = ray.cluster_resources(), ray.available_resources()
     places = _places(demand)
-    if places >= demand.num_workers and all(free.get(kind, 0.0) >= n for kind, n in demand.total.items()):
+    if places >= demand.num_workers and all(_times(free.get(kind, 0.0), n) for kind, n in demand.total.items()):
         return None
     return _Missing(total, free, places)
 
@@ -176,12 +178,18 @@ def _places(demand: Demand) -> int:
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     amounts = {kind: amount for kind, amount in demand.worker.items() if amount}
     of_nodes = [
-        int(min((have.get(kind, 0.0) // n for kind, n in amounts.items()), default=demand.num_workers))
+        min((_times(have.get(kind, 0.0), n) for kind, n in amounts.items()), default=demand.num_workers)
         for have in alive
     ]
     if demand.strategy == "STRICT_PACK":
         return max(of_nodes, default=0)
     return sum(min(1, places) for places in of_nodes) if demand.strategy == "STRICT_SPREAD" else sum(of_nodes)
+
+
+def _times(have: float, amount: float) -> int:
+    """Return how often an amount of a resource is there. Ray counts in units of 1/10,000; in floats a GPU holds a fifth
+    of itself but four times."""
+    return round(have * RAY_UNITS) // max(1, round(amount * RAY_UNITS))
 
 
 def _shortage(demand: Demand, missing: _Missing, waited: float | None, scales: bool) -> str:

@@ -204,6 +204,7 @@ class TrainingLoop:
         self.checkpointed_step = 0
         self.steps_repeated = 0
         self.best: EvaluationRecord | None = None
+        self.best_predicts = self.predicts_all = True
         self.best_model: bytes | None = None
         self.history: list[EvaluationRecord] = []
         self._reported = (time.monotonic(), 0.0)
@@ -459,6 +460,12 @@ class TrainingLoop:
                 f"the validation {self.metric_name} is not defined (its nodes are of one class alone, or an output is "
                 "not finite): until it is, the first model counts as the best"
             )
+        if scores["val"].predicted < 1 and self.predicts_all:
+            self.predicts_all = False
+            self.reporter.message(
+                f"step {self.step}: {1 - scores['val'].predicted:.1%} of the validation outputs are not finite and "
+                "count as wrong; use a smaller --lr or a larger --damping"
+            )
         self.history.append(record)
         preconditioner = self.optimizer.preconditioner
         health = preconditioner.health() if preconditioner is not None and self.comm.rank == 0 else {}
@@ -468,6 +475,7 @@ class TrainingLoop:
                 self.health.append(self.step, health)
         if self._is_best(record):
             self.best = record
+            self.best_predicts = scores["val"].predicted > 0
             if self.comm.rank == 0:
                 self.best_model = self._model_bytes(record)
                 replace_file(self.folder.best_model, self.best_model)
@@ -648,6 +656,11 @@ class TrainingLoop:
         if self.best is None:
             self._evaluate()
         assert self.best is not None
+        if not self.best_predicts:
+            raise DivergedError(
+                f"no output of the network is finite at step {self.best.step}, nor at a later evaluation: nothing was "
+                "learnt; use a smaller --lr or a larger --damping, and check the graph with dngd data verify"
+            )
         preconditioner = self.optimizer.preconditioner
         phases = self._phase_ms()
         if preconditioner is not None:

@@ -28,6 +28,7 @@ from dngd.train.remote_files import CHECKPOINTS, RemoteFiles
 
 CONFIG_NAME = "config.yaml"
 CONFIG_FIX = "put back a copy of the run's own"
+RESULT_NAME = "result.json"
 LAST_FIELD = "resume"
 """A whole configuration ends with it, whichever dngd wrote it: fields that come later stand before it."""
 BEFORE_THEY_CAME = {"output_rank": 0}
@@ -36,7 +37,7 @@ OTHER_RUN_SECONDS = 120.0
 
 _OWN_NAMES = frozenset(
     (
-        *(CONFIG_NAME, "metrics.jsonl", "metrics.csv", "health.jsonl", "result.json", "model.safetensors"),
+        *(CONFIG_NAME, "metrics.jsonl", "metrics.csv", "health.jsonl", RESULT_NAME, "model.safetensors"),
         *("report.html", CHECKPOINTS, "ray", "mlflow.db", "mlflow-run", "wandb", "wandb-run"),
     )
 )
@@ -56,7 +57,7 @@ class RunFolder:
         self.config = path / CONFIG_NAME
         self.metrics = path / "metrics.jsonl"
         self.health = path / "health.jsonl"
-        self.result = path / "result.json"
+        self.result = path / RESULT_NAME
         self.best_model = path / "model.safetensors"
         self.checkpoints = path / "checkpoints"
         self.report = path / "report.html"
@@ -181,9 +182,22 @@ def check_run_folder(config: TrainConfig) -> Path:
         raise UserError(
             f"{checkpoints} is no folder, where the run's checkpoints belong; move it away, or give another --run-dir"
         )
+    if saved is not None:
+        _check_not_lost(path, remote, shown)
     if remote is not None:
         remote.check_writable()
     return path
+
+
+def _check_not_lost(path: Path, remote: RemoteFiles | None, shown: Path | str) -> None:
+    """Raise UserError if a finished run has no checkpoint any longer: its model and log would be replaced."""
+    names = complete_checkpoints(RunFolder(path).checkpoints) if remote is None else remote.checkpoints()
+    is_finished = RunFolder(path).result.is_file() if remote is None else RESULT_NAME in remote.names()
+    if is_finished and not names:
+        raise UserError(
+            f"the run in {shown} is finished, but its {CHECKPOINTS} are gone: there is nothing to go on from, and its "
+            "model and log would be replaced; put the newest checkpoint back, or train anew in another --run-dir"
+        )
 
 
 def reached_step(config: TrainConfig) -> int:

@@ -5,6 +5,8 @@ mean over classes of `2·tp / (2·tp + fp + fn)`, over those that occur or are p
 the mean over classes, each against the rest, in the order of the class's probability; of two classes that of class 1.
 Of several labels a node: outputs above 0 (probability 1/2) are predicted; accuracy is the share of right entries.
 Classes that only, or never, occur among the nodes have no ROC-AUC or average precision and are left out of the mean.
+Outputs without a probability, as overflow leaves them, predict nothing: the node counts as wrong, of several labels the
+label.
 """
 
 from __future__ import annotations
@@ -32,10 +34,14 @@ CustomMetric = Callable[[Tensor, Tensor], float]
 
 @dataclass(frozen=True)
 class Scores:
-    """Mean loss of one set of nodes, and the run's metric, which is accuracy unless the run says otherwise."""
+    """Mean loss of one set of nodes, and the run's metric, which is accuracy unless the run says otherwise.
+
+    predicted: the share of nodes (of several labels a node, of labels) whose outputs predict something.
+    """
 
     loss: float
     accuracy: float
+    predicted: float = 1.0
 
 
 class Tally:
@@ -45,8 +51,9 @@ class Tally:
         self._objective = objective
         self._metric = metric
         self._keeps_rows = metric not in ("accuracy", "macro_f1")
-        # loss sum, weight sum, right entries, entries; then true positives, predicted and actual of each class
-        self.sums = torch.zeros(4 + 3 * num_classes, dtype=torch.float64)
+        # loss sum, weight sum, right entries, entries, entries that were predicted; then of each class true
+        # positives, predicted and actual
+        self.sums = torch.zeros(5 + 3 * num_classes, dtype=torch.float64)
         self._outputs: list[Tensor] = []
         self._labels: list[Tensor] = []
 
@@ -58,14 +65,18 @@ class Tally:
         exact = outputs if self._objective.custom is not None else outputs.double()
         loss, weights = (values.double() for values in self._objective.losses(exact, labels))
         if self._objective.is_multilabel:
+            predicts = ~outputs.isnan()
             predicted, actual = outputs > 0, labels > 0
-            right = (predicted == actual).sum().double()
+            right = ((predicted == actual) & predicts).sum().double()
         else:
+            # argmax takes what is not a number for the largest; one infinite output leaves the softmax undefined.
+            predicts = outputs.amax(dim=1).isfinite()
             chosen, classes = outputs.argmax(dim=1), outputs.shape[1]
-            right = (chosen == labels).sum().double()
+            right = ((chosen == labels) & predicts).sum().double()
             predicted, actual = (torch.nn.functional.one_hot(c, classes).bool() for c in (chosen, labels))
-        entries = float(labels.numel())
-        head = torch.stack([(weights * loss).sum(), weights.sum(), right, right.new_tensor(entries)])
+            predicted &= predicts[:, None]
+        entries = right.new_tensor(float(labels.numel()))
+        head = torch.stack([(weights * loss).sum(), weights.sum(), right, entries, predicts.sum().double()])
         counts = torch.cat([(predicted & actual).sum(dim=0), predicted.sum(dim=0), actual.sum(dim=0)])
         self.sums += torch.cat([head, counts.double()]).cpu()
         if self._keeps_rows:
@@ -98,10 +109,10 @@ def scores_of_tallies(
         if metric == "accuracy":
             value = float(row[2] / row[3])
         elif metric == "macro_f1":
-            value = _macro_f1(row[4:].view(3, -1))
+            value = _macro_f1(row[5:].view(3, -1))
         else:
             value = _of_all_rows(tally, objective, metric, communicator)
-        found.append(Scores(loss, value))
+        found.append(Scores(loss, value, float(row[4] / row[3]) if row[3] else 1.0))
     return found
 
 

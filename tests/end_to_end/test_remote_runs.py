@@ -102,6 +102,11 @@ def test_a_run_on_s3_is_the_run_of_a_folder(
     assert "run folder s3://runs/team/one already holds a run; go on with --resume" in again
     assert "holds files that are no run's" in refused(capsys, *train, "s3://runs/team")
 
+    for key in bucket.keys("team/one/checkpoints"):
+        bucket.remove(key)
+    lost = refused(capsys, "train", "--run-dir", "s3://runs/team/one", "--resume")
+    assert "the run in s3://runs/team/one is finished, but its checkpoints are gone" in lost
+
 
 def test_resume_takes_the_newest_good_checkpoint(bucket: ObjectStore, store: GraphStore, tmp_path: Path) -> None:
     """One that was not sent whole is none; a damaged one is passed over, told; the run ends as if never stopped."""

@@ -44,6 +44,9 @@ class ObjectStore:
     def write(self, key: str, data: bytes) -> None:
         self.client.put_object(Bucket=self.bucket, Key=key, Body=data)
 
+    def remove(self, key: str) -> None:
+        self.client.delete_object(Bucket=self.bucket, Key=key)
+
     @contextmanager
     def away(self) -> Iterator[None]:
         """Nobody listens while the block runs; what is stored stays."""

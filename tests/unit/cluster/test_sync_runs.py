@@ -72,7 +72,7 @@ def test_the_script(tmp_path: Path) -> None:
 
 
 def test_a_copy_outlives_its_source(copy_changed: object, tmp_path: Path) -> None:
-    """A folder that is unmounted, moved or deleted takes no copy with it; a checkpoint goes once a newer one is copied."""
+    """A folder that is unmounted, moved or deleted takes no copy along; a checkpoint goes once a newer one is there."""
     assert callable(copy_changed)
     source, target = tmp_path / "runs", tmp_path / "bucket"
     for run in ("one", "two"):

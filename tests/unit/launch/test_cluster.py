@@ -132,6 +132,19 @@ def test_a_placement_that_cannot_be_is_refused_at_once(
 
 
 @pytest.mark.parametrize(
+    ("share", "workers"), [(0.2, 5), (0.1, 10), (0.3, 3), (1 / 3, 3), (0.07, 14), (0.0001, 10_000)]
+)
+def test_as_many_workers_share_a_gpu_as_it_has_shares(
+    monkeypatch: pytest.MonkeyPatch, share: float, workers: int
+) -> None:
+    """1.0 // 0.2 is 4 in floats."""
+    fake(monkeypatch, nodes=1)
+    wait_for_resources(Demand(workers, {"GPU": share}), None, lambda text: None, may_grow=False)
+    with pytest.raises(UserError, match=f"use --num-workers {workers} or less"):
+        wait_for_resources(Demand(workers + 1, {"GPU": share}), None, lambda text: None, may_grow=False)
+
+
+@pytest.mark.parametrize(
     ("active", "launches", "scales"),
     [
         ({"node_0a0b8224c115bc13f822ef2b": 1}, {}, False),  # as a head without an autoscaler's configuration says

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 
 import dngd
-from dngd.errors import UserError
+from dngd.errors import DivergedError, UserError
 from dngd.graph import GraphStore
 from dngd.train.checkpoint import said_in
 from dngd.train.evaluate_run import evaluate_run
 from dngd.train.export import export_run
 from dngd.train.predict import predict_run
+from dngd.train.progress import SilentReporter
 from dngd.train.trained_model import load_trained
 
 
@@ -166,3 +168,48 @@ def test_a_configuration_that_was_cut_short_anywhere(run: Path) -> None:
         assert refusal(run).startswith(f"configuration file {file} ")
         file.write_text("".join(lines[:count]) + lines[count][: len(lines[count]) // 2])
         assert refusal(run).startswith(f"configuration file {file} ")
+
+
+def test_a_finished_run_whose_checkpoints_are_gone_is_not_begun_anew(store: GraphStore, run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as info:
+        fit(store, run, resume=True)
+    assert str(info.value).startswith(f"the run in {run} is finished, but its checkpoints are gone")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(store: GraphStore, run: Path) -> None:
+    model = (run / "model.safetensors").read_bytes()
+    for lost in ("result.json", "model.safetensors"):
+        (run / lost).unlink()
+    shutil.rmtree(run / "checkpoints")
+    fit(store, run, resume=True)
+    assert (run / "model.safetensors").read_bytes() == model
+
+
+class Listener(SilentReporter):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def wild(store: GraphStore, run: Path, listener: Listener, **changes: Any) -> None:
+    fields = {"optimizer": "sgd", "engine": "local", "num_layers": 2, "fanout": (4, 4), "hidden": 8, "batch_size": 60}
+    fields |= {"dataset": str(store.path), "run_dir": run, "lr": 1e37, "max_steps": 6} | changes
+    dngd.Trainer(dngd.TrainConfig(**fields), reporter=listener).fit()
+
+
+def test_a_run_whose_outputs_are_never_finite_is_no_result(store: GraphStore, tmp_path: Path) -> None:
+    """They are wrong answers, not ones of whichever class argmax makes of them; told once."""
+    listener = Listener()
+    with pytest.raises(DivergedError, match=r"no output of the network is finite at step \d+, .* nothing was learnt"):
+        wild(store, tmp_path / "run", listener)
+    assert not (tmp_path / "run" / "result.json").exists()
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {record["val_accuracy"] for record in records} == {0.0}
+    said = [text for text in listener.texts if "not finite and" in text]
+    assert len(said) == 1
+    assert "100.0% of the validation outputs are not finite and count as wrong" in said[0]

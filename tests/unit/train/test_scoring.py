@@ -89,6 +89,36 @@ def test_outputs_that_are_no_numbers_rank_nobody() -> None:
             assert found.accuracy == pytest.approx(value)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_that_are_no_numbers_predict_nothing(case: str) -> None:
+    """Whichever class argmax makes of them, or 0 of a label of several."""
+    objective, outputs, labels, classes = nodes(case)
+    half, whole = outputs.clone(), torch.full_like(outputs, float("nan"))
+    half[::2] = float("nan")
+    for metric in ("accuracy", "macro_f1"):
+        found = scored(metric, objective, whole, labels, classes, LocalCommunicator())
+        assert (found.accuracy, found.predicted) == (0.0, 0.0)
+        together = run_threads(3, lambda comm, metric=metric: scored(metric, objective, half, labels, classes, comm))
+        assert {round(score.predicted, 12) for score in together} == {round(78 / 157, 12)}
+    right = expected("accuracy", case, outputs[1::2], labels[1::2]) * len(outputs[1::2]) / len(outputs)
+    assert scored("accuracy", objective, half, labels, classes, LocalCommunicator()).accuracy == pytest.approx(right)
+    # macro-F1 with a class more, that the nodes without a prediction are predicted as and none is.
+    if case != "several":
+        sk: Any = pytest.importorskip("sklearn.metrics")
+        predicted = outputs.argmax(dim=1)
+        predicted[::2] = classes
+        wanted = sk.f1_score(labels, predicted, average="macro", labels=range(classes))
+        found = scored("macro_f1", objective, half, labels, classes, LocalCommunicator())
+        assert found.accuracy == pytest.approx(wanted)
+
+
+def test_an_infinite_output_leaves_no_probabilities() -> None:
+    outputs, labels = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    outputs[0, 0], outputs[1, 1], outputs[2] = float("inf"), float("-inf"), float("-inf")
+    found = scored("accuracy", Objective(), outputs, labels, 3, LocalCommunicator())
+    assert (found.accuracy, found.predicted) == (0.5, 0.5), "a class that is ruled out is a prediction"
+
+
 def test_a_class_that_never_occurs_is_left_out() -> None:
     outputs, labels = torch.randn(30, 3), torch.randint(0, 2, (30,))
     found = scored("roc_auc", Objective(), outputs, labels, 3, LocalCommunicator())
