@@ -125,10 +125,11 @@ class _GroupWork:
 
 
 class ProcessGroupCommunicator:
-    """Collectives over torch.distributed's default group and a second one for factors.
+    """Collectives over two groups of all ranks of torch.distributed's default group: main, and one for factors.
 
     Expects an initialised default group (Ray Train's, or `init_process_group` below). timeout_seconds
-    limits every wait; a collective that fails or runs over raises TrainingError with rank and purpose.
+    limits every wait; a collective that fails or runs over raises TrainingError with rank and purpose. Communicators of
+    one limit share their groups, which last as long as the default group: torch has none that end by themselves.
     """
 
     def __init__(self, *, timeout_seconds: float = 120.0, bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> None:
@@ -138,14 +139,8 @@ class ProcessGroupCommunicator:
         self._timeout_seconds = timeout_seconds
         self._bucket_bytes = bucket_bytes
         self._on_gpu = dist.get_backend() == "nccl"
-        timeout = timedelta(seconds=timeout_seconds)
-        # Ranks enter new_group in this order: main, then factor. The default group's own limit is the
-        # launcher's; ours is set on groups of our own.
         with self.limit("setting up process groups"):
-            self._groups: dict[GroupName, dist.ProcessGroup] = {
-                "main": dist.new_group(timeout=timeout),
-                "factor": dist.new_group(timeout=timeout),
-            }
+            self._groups = _groups(timeout_seconds)
 
     def all_reduce(self, flat: Tensor, kind: Traffic, group: GroupName = "main") -> Work:
         works = []
@@ -236,6 +231,25 @@ class ProcessGroupCommunicator:
             ) from error
 
 
+_made: dict[float, tuple[dist.ProcessGroup | None, dict[GroupName, dist.ProcessGroup]]] = {}
+"""Groups by their limit in seconds, and the default group that they are of."""
+
+
+def _groups(timeout_seconds: float) -> dict[GroupName, dist.ProcessGroup]:
+    """Return the groups of a limit; all ranks enter, and make them at the same calls."""
+    default = dist.group.WORLD
+    if timeout_seconds not in _made or _made[timeout_seconds][0] is not default:
+        timeout = timedelta(seconds=timeout_seconds)
+        # Ranks enter new_group in this order: main, then factor. The default group's own limit is the
+        # launcher's; ours is set on groups of our own.
+        groups: dict[GroupName, dist.ProcessGroup] = {
+            "main": dist.new_group(timeout=timeout),
+            "factor": dist.new_group(timeout=timeout),
+        }
+        _made[timeout_seconds] = default, groups
+    return _made[timeout_seconds][1]
+
+
 def init_process_group(
     rank: int, world_size: int, init_method: str, *, backend: str = "gloo", timeout_seconds: float = 120.0
 ) -> None:
@@ -250,7 +264,8 @@ def init_process_group(
 
 
 def destroy_process_group() -> None:
-    """Tear the default group down."""
+    """Tear the default group down, and those made of it."""
+    _made.clear()
     dist.destroy_process_group()
 
 

@@ -31,10 +31,10 @@ class FactorLayout:
     max_dimension: the widest factor that is kept dense; None: 640, and 400 for an A that becomes "low_rank" (as
     accurate at that width, and cheaper). wide: what a wider A becomes: "low_rank", "block_diagonal"
     (equal blocks of at most max_dimension), "diagonal" or "dense". A wider G becomes block-diagonal, or diagonal or
-    dense where wide says so. rank: columns of "low_rank"; None: 64, and 128 for a factor wider than 4,096.
-    split_inputs: whether an input that a layer puts together from several parts (self and neighbour rows of
-    GraphSAGE) gets one block a part. output_rank: columns of a G at least four times as wide, which then is low rank,
-    too, see output_rank_for; None: none is.
+    dense where wide says so. rank: columns of "low_rank" (an A no wider than that becomes blocks); None: 64, and 128
+    for a factor wider than 4,096. split_inputs: whether an input that a layer puts together from several parts (self
+    and neighbour rows of GraphSAGE) gets one block a part. output_rank: columns of a G at least four times as wide,
+    which then is low rank, too, see output_rank_for; None: none is.
     """
 
     max_dimension: int | None = 2048

@@ -77,9 +77,14 @@ def row_scales(rows: Tensor, gradients: Tensor, ones: bool, a_basis: Tensors, g_
 
 
 def inner_product(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return `Σ_l ⟨v_l, ∇_l⟩` as a 0-d tensor, without a host synchronisation; 0 without pairs."""
+    """Return `Σ_l ⟨v_l, ∇_l⟩` as a 0-d tensor, without a host synchronisation; 0 without pairs.
+
+    In float32 at least: of float16 squares and their sums are soon out of range.
+    """
     total: Tensor | None = None
     for preconditioned, gradient in pairs:
+        if gradient.dtype.itemsize < torch.float32.itemsize:
+            preconditioned, gradient = preconditioned.float(), gradient.float()
         product = (preconditioned * gradient).sum()
         total = product if total is None else total + product
     return torch.zeros((), device="cpu") if total is None else total

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dngd.errors import UserError
+
 _BLOCK_ELEMENTS = 1 << 21
 """Elements worked on at a time: their random bits are not all in memory at once, and threads meet seldom."""
 _MAX_BITS = 16
@@ -26,7 +28,10 @@ def relu_dropout(values: Tensor, p: float, training: bool) -> Tensor:
 
     On a CPU p is rounded to a multiple of 2^-16 (a half, a quarter and so on are exact), and the division is by what
     was rounded to, so that the expected value is the input's. Elsewhere these are torch's own functions.
+    Raises UserError for a p that is not in [0, 1).
     """
+    if not 0 <= p < 1:
+        raise UserError(f"dropout={p} is out of range; it must be at least 0 and below 1")
     if not training or p == 0.0:
         return F.relu(values)
     if values.device.type != "cpu" or values.numel() == 0:

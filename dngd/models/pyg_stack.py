@@ -26,13 +26,15 @@ class PyGStack(nn.Module):
     tell. Convolutions that take (sources, destinations) compute destinations alone; others all rows, of which the
     destinations are kept. Edge weights go to convolutions that take `edge_weight`.
     Layers may be used one at a time (LayerwiseModule), so that evaluation is exact. Raises UserError for a GCNConv that
-    normalises by itself.
+    normalises by itself, and for a dropout that is not in [0, 1).
     """
 
     def __init__(self, convs: Iterable[nn.Module], *, dropout: float = 0.5) -> None:
         super().__init__()
         self.convs = nn.ModuleList(convs)
         self.dropout = dropout
+        if not 0 <= dropout < 1:
+            raise UserError(f"dropout={dropout} is out of range; it must be at least 0 and below 1")
         for conv in self.convs:
             if _is_gcn(conv) and getattr(conv, "normalize", False):
                 raise UserError(
@@ -42,6 +44,11 @@ class PyGStack(nn.Module):
 
     def forward(self, batch: GraphBatch) -> Tensor:
         """Return the seeds' logits, [n, C]."""
+        if len(batch.layers) != len(self.convs):
+            raise UserError(
+                f"the batch has {len(batch.layers)} layer graphs for {len(self.convs)} convolutions; sample with one "
+                "fanout a convolution"
+            )
         hidden = batch.x
         for index, edges in enumerate(batch.layers):
             hidden = self.forward_layer(index, hidden, edges)

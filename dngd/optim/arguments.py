@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from dngd.curvature import DampingMode, FisherKind, LossKind
+from dngd.curvature import DampingMode, FactorLayout, FisherKind, LossKind
 from dngd.errors import UserError
 from dngd.optim.capture import Variant, WeightSharing
 from dngd.optim.inverses import FactorWire, InversePrecision
@@ -43,7 +43,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     steps = {name: (period_at(given[name], 0) if callable(given[name]) else given[name], 1) for name in _PERIODS}
     steps |= {name: (given[name], low) for name, low in _LEAST.items()}
     for name, (value, low) in steps.items():
-        if value is not None and value < low:
+        if value is not None and (value < low or value != int(value)):
             raise UserError(f"{name}={value} is out of range; give a whole number, at least {low}")
     if given["variant"] == "paper" and given["fisher"] != "empirical":
         raise UserError(f"variant='paper' is defined for the empirical Fisher, not fisher={given['fisher']!r}")
@@ -59,6 +59,12 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             raise UserError(f"{name}={bound} is out of range; give a number above 0, or None for no bound")
         if bound is not None and given["lr"] is None:
             raise UserError(f"{name} needs the learning rate that it bounds; pass lr= (a number or step -> number)")
+    if given["loss_scale"] is not None and not callable(given["loss_scale"]):
+        raise UserError(
+            f"loss_scale={given['loss_scale']!r} is no function; give one that returns the scale, scaler.get_scale"
+        )
+    if given["layout"] is not None and not isinstance(given["layout"], FactorLayout):
+        raise UserError(f"layout={given['layout']!r} is no FactorLayout; give FactorLayout(wide=...), for example")
     in_range("damping", value_at(given["damping"], 0), low_open=0.0)
     in_range("damping_g_ratio", value_at(given["damping_g_ratio"], 0), low_open=0.0)
     in_range("factor_decay", value_at(given["factor_decay"], 0), low=0.0, high_open=1.0)

@@ -93,18 +93,20 @@ class Capture:
 
     def record(self, layer: CurvatureLayer, payload: Any, output: Tensor) -> None:
         """Note one call of a layer; payload is what the layer needs later to make its input rows."""
-        if not (self.active and torch.is_grad_enabled() and output.requires_grad):
+        if not (self.active and torch.is_grad_enabled() and output.requires_grad) or _is_transformed(output):
             return
         if self.fisher == "empirical":
-            if layer.pending is not None and layer.parameters[0].grad is None:
-                # Gradients were set to None since: the backward pass that left these rows was given up.
+            if layer.pending is not None and not layer.has_gradient and not _is_inside_backward():
+                # Gradients were set to None since: the backward pass that left these rows was given up. (Activation
+                # checkpointing calls a layer anew before the backward pass that it is part of leaves gradients.)
                 layer.forget()
             output.register_hook(_GradientHook(self, layer, _Given(payload)))  # type: ignore[no-untyped-call]
             return
         if _is_inside_backward():
             return  # activation checkpointing makes a layer's output anew, whose first one was recorded
-        if self._num_observed:
-            # A new forward pass: what was observed of the last one is done with.
+        if any(record.layer is layer for record in self._records[: self._num_observed]):
+            # A new forward pass: what was observed of the last one is done with. Not so where another head runs after
+            # the first was observed: what both share is observed again with it.
             del self._records[: self._num_observed]
             self._num_observed = 0
         self._drop_before_another_step(layer)
@@ -289,6 +291,10 @@ def _rows(layer: CurvatureLayer, payload: Any, samples: _Samples | None, positio
     return rows if positions is None else rows[positions]
 
 
+def _num_samples(index: Tensor) -> int:
+    return int(index.max()) + 1 if index.numel() else 0
+
+
 def nonzero_rows(gradients: Tensor, *, is_on_cpu: bool) -> Tensor:
     """Return which rows of [r, d] have an entry that is not zero, NaN among these, as bool [r]."""
     if is_on_cpu:  # by both ends of each row: several times as fast there as any(), or a norm
@@ -308,7 +314,7 @@ def _merged_rows(rows: Tensor, samples: _Samples | None) -> Tensor:
         return flat_rows(rows)
     if samples.index is None:
         return rows.mean(dim=tuple(range(1, rows.dim() - 1)))
-    count = int(samples.index.max()) + 1
+    count = _num_samples(samples.index)
     sizes = torch.bincount(samples.index, minlength=count).clamp_min(1).to(rows.dtype)
     return rows.new_zeros(count, rows.shape[1]).index_add_(0, samples.index, rows) / sizes[:, None]
 
@@ -319,7 +325,7 @@ def _merged_gradients(gradients: Tensor, samples: _Samples | None) -> Tensor:
         return gradients.reshape(math.prod(gradients.shape[:-1]), gradients.shape[-1])
     if samples.index is None:
         return gradients.sum(dim=tuple(range(1, gradients.dim() - 1)))
-    count = int(samples.index.max()) + 1
+    count = _num_samples(samples.index)
     return gradients.new_zeros(count, gradients.shape[1]).index_add_(0, samples.index, gradients)
 
 
@@ -383,7 +389,7 @@ class _GradientHook:
         self._fired = False
 
     def __call__(self, gradient: Tensor) -> None:
-        if not (self._capture.active and self._capture.step == self._step):
+        if not (self._capture.active and self._capture.step == self._step) or _is_transformed(gradient):
             return
         if self._fired and not self._capture.has_warned_of_second_backward:
             self._capture.has_warned_of_second_backward = True
@@ -396,6 +402,15 @@ class _GradientHook:
         self._fired = True
         with torch.no_grad():
             self._capture.take(self._layer, self._given.unchanged(self._layer), gradient.detach())
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Return whether a tensor is of one of torch.func's transforms (vmap, grad, jacrev) or of autograd's batches of
+    gradients (jacobian(vectorize=True)), which are no rows of a training step."""
+    if torch.compiler.is_compiling():
+        return False
+    kinds = torch._C._functorch  # torch has no public name for these
+    return kinds.is_functorch_wrapped_tensor(tensor) or kinds.is_legacy_batchedtensor(tensor)
 
 
 def _is_inside_backward() -> bool:

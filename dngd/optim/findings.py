@@ -20,6 +20,10 @@ from dngd.curvature import DampingMode, Tensors, damping_split, read_together, v
 from dngd.optim.inverses import Wanted
 from dngd.optim.layer_state import LayerState
 
+LEAST_COUNT = 1e-20
+"""Decayed number of a layer's rows below which nothing is made of its sums, and its last inverses stay: it was frozen a
+thousand factor steps ago, and what is left is soon below what a float32 can hold."""
+
 
 @dataclass(frozen=True)
 class Damping:
@@ -127,7 +131,7 @@ class Findings:
         factors: list[tuple[Factor, Tensors, Tensor]] = []
         vectors: list[Tensor] = []
         for name, count in zip(layers, fewest):
-            if not count > 0:
+            if not count > LEAST_COUNT:
                 continue
             state = self._states[name]
             for which, sums in zip("AG", state.folded.quotients()):

@@ -61,9 +61,9 @@ def add_together(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
 
 
 def scaled(tensors: Sequence[Tensor], scale: Tensor) -> Sequence[Tensor]:
-    """Return each tensor times a 0-d one of the same type, without a host synchronisation."""
+    """Return each tensor times a 0-d one, in the tensor's own type, without a host synchronisation."""
     if _in_few_kernels(tensors):
-        return torch._foreach_mul(list(tensors), scale)
+        return torch._foreach_mul(list(tensors), scale.to(tensors[0].dtype))
     return [tensor * scale for tensor in tensors]
 
 
@@ -73,9 +73,12 @@ def all_finite(tensors: Sequence[Tensor], device: torch.device) -> bool:
     device: where the norms are brought together if they are of several devices or types. A tensor whose sum of squares
     overflows counts as not finite.
     """
-    norms = torch._foreach_norm(list(tensors))
+    halves = [tensor for tensor in tensors if tensor.dtype.itemsize < torch.float32.itemsize]
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in halves]
+    if len(halves) < len(tensors):
+        norms += torch._foreach_norm([t for t in tensors if t.dtype.itemsize >= torch.float32.itemsize])
     if len({(norm.device, norm.dtype) for norm in norms}) > 1:
-        norms = tuple(norm.to(device, torch.float64) for norm in norms)
+        norms = [norm.to(device, torch.float64) for norm in norms]
     return all(map(math.isfinite, torch.stack(norms).tolist()))
 
 

@@ -51,9 +51,7 @@ class Wanted:
             return False
         return torch.finfo(self.dtype).eps / 2 * (1.0 + trace / damping) <= MAX_ROUNDING
 
-    def tensors(
-        self, structure: FactorStructure, computed: torch.dtype
-    ) -> list[tuple[tuple[int, ...], bool, torch.dtype]]:
+    def tensors(self, structure: FactorStructure, computed: torch.dtype) -> list[TensorSpec]:
         """Return (shape, symmetric, dtype) of each tensor of a stored inverse."""
         if self.eigenbasis:
             return [(shape, False, computed) for shape in structure.eigenbasis_shapes()]
@@ -92,10 +90,6 @@ class StoredInverse:
             tensor if tensor.dtype == dtype and scale == 1.0 else tensor.to(dtype).mul_(scale)
             for tensor, scale in zip(self.tensors, self.scales)
         )
-
-    def to(self, device: torch.device) -> StoredInverse:
-        """Return it on a device."""
-        return StoredInverse(tuple(t.to(device, copy=True) for t in self.tensors), self.scales)
 
 
 HELD_ELSEWHERE = StoredInverse((), ())

@@ -126,7 +126,8 @@ class NaturalGradient(torch.optim.Optimizer):
         rotates = update == "adam_eigenbasis"
         if rotates and method != "kfac":
             raise UserError(f"update='adam_eigenbasis' has eigenvalues of its own; leave method={method!r} away")
-        if any(getattr(module, "sparse", False) and isinstance(module, nn.Embedding) for module in model.modules()):
+        embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag))
+        if any(module.sparse for module in embeddings):
             raise UserError("an Embedding with sparse=True has sparse gradients, which this optimizer does not take")
         # In the groups, so that torch's schedulers find them (OneCycleLR moves the momentum).
         defaults = {"lr": rate, "momentum": value_at(momentum, 0), "weight_decay": value_at(weight_decay, 0)}

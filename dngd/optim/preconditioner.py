@@ -205,6 +205,8 @@ class KFACPreconditioner:
         if left_over:
             named = "these parameters keep the optimizer's plain gradient, K-FAC has no factors for them: "
             if strict:
+                for layer in layers:
+                    layer.remove()
                 raise UserError("strict: " + named + ", ".join(left_over))
             warnings.warn(named + ", ".join(left_over), stacklevel=2)
         self.left_over = left_over

@@ -32,7 +32,7 @@ def class_path(module: nn.Module) -> str:
 
 
 def trainable(name: str, module: nn.Module, attribute: str) -> nn.Parameter | None:
-    """Return a module's own parameter if it is trained, None for anything else.
+    """Return a module's own parameter if it is trained and real, None for anything else.
 
     A parametrized tensor (weight norm, spectral norm) is computed from others: it has no gradient of its own.
     name: of the layer, for the message. Raises UserError for a parameter without a size.
@@ -45,7 +45,7 @@ def trainable(name: str, module: nn.Module, attribute: str) -> nn.Parameter | No
             f"layer {name!r} has no size yet (lazy initialisation); run one forward pass, or give its "
             "in_channels, before K-FAC looks at the model"
         )
-    return parameter
+    return parameter if parameter.is_floating_point() else None
 
 
 def argument(inputs: tuple[Any, ...], named: dict[str, Any], position: int, name: str) -> Any:

@@ -54,6 +54,8 @@ class CurvatureLayer:
         self.basis: tuple[Tensors, Tensors] | None = None
         self.constant = ConstantInput()
         self._handles: list[RemovableHandle] = []
+        # An optimizer that is dropped without close(), or was never made whole, leaves the model as it was.
+        weakref.finalize(self, _remove_all, self._handles).atexit = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -152,9 +154,7 @@ class CurvatureLayer:
 
     def remove(self) -> None:
         """Take the hooks off the module."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove_all(self._handles)
 
     def memory_bytes(self) -> int:
         """Return the bytes of pending sums and kept products."""
@@ -171,6 +171,12 @@ class CurvatureLayer:
         if self.pending_scales is None:
             self.pending_scales = torch.zeros_like(scales)
         self.pending_scales += scales
+
+
+def _remove_all(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 class ConstantInput:
@@ -279,13 +285,15 @@ def _equal(old: Tensor | None, new: Tensor | None) -> bool:
 
 
 class InertHook:
-    """A forward hook that copies of the model lose: a copied or saved model is not measured."""
+    """A forward hook that copies of the model lose: a copied or saved model is not measured. It does not keep the layer
+    alive."""
 
     def __init__(self, layer: CurvatureLayer, method: str) -> None:
-        self._target = getattr(layer, method)
+        self._target = weakref.WeakMethod(getattr(layer, method))
 
     def __call__(self, *args: Any) -> Any:
-        return self._target(*args)
+        target = self._target()
+        return None if target is None else target(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_Nothing, ())

@@ -59,10 +59,20 @@ def find_layers(model: nn.Module, capture: Capture, layout: FactorLayout) -> tup
 
     Raises UserError if a parameter is shared between two layers, or no layer is supported.
     """
-    model = _unwrapped(model)
     layers: list[CurvatureLayer] = []
+    try:
+        return layers, _find(_unwrapped(model), capture, layout, layers)
+    except BaseException:
+        for layer in layers:
+            layer.remove()
+        raise
+
+
+def _find(model: nn.Module, capture: Capture, layout: FactorLayout, layers: list[CurvatureLayer]) -> list[str]:
+    """Append to `layers` those that have curvature; return the names of the trainable parameters left over."""
     covered: dict[int, str] = {}
     for adapted in _adapt_all(model, capture, layout):
+        layers += adapted.layers
         for layer in adapted.layers:
             for parameter in layer.parameters:
                 if id(parameter) in covered:
@@ -71,7 +81,6 @@ def find_layers(model: nn.Module, capture: Capture, layout: FactorLayout) -> tup
                         "of factors a weight, so give each layer its own weight, or use one module twice"
                     )
                 covered[id(parameter)] = layer.name
-            layers.append(layer)
     _check_owners(model, covered)
     left_over = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in covered]
     if not layers:
@@ -80,7 +89,7 @@ def find_layers(model: nn.Module, capture: Capture, layout: FactorLayout) -> tup
             "convolutions of PyG and DGL, Embedding, BatchNorm and LayerNorm; use a first-order optimizer such as "
             "torch.optim.Adam for it"
         )
-    return layers, left_over
+    return left_over
 
 
 def _check_owners(model: nn.Module, covered: dict[int, str]) -> None:

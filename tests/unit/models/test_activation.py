@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dngd.errors import UserError
 from dngd.models import activation
 from dngd.models.activation import relu_dropout
 
@@ -36,6 +37,12 @@ def test_each_element_is_dropped_with_probability_p(p: float) -> None:
     flat = zero.flatten()
     for lag in (1, 7, 8, 64, 700):
         assert abs(float((flat[lag:] * flat[:-lag]).mean())) < 5 * p * (1 - p) / math.sqrt(n)
+
+
+@pytest.mark.parametrize("p", [-0.2, 1.0, 1.5, math.nan])
+def test_what_is_no_probability_is_refused(p: float) -> None:
+    with pytest.raises(UserError, match="at least 0 and below 1"):
+        relu_dropout(torch.ones(3), p, training=True)
 
 
 def test_blocks_do_not_repeat_each_other() -> None:

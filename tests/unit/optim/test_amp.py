@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dngd.errors import TrainingError
 from dngd.optim import KFACPreconditioner, NaturalGradient
 from dngd.optim.capture import Capture
+from dngd.optim.foreach import all_finite
 from tests.helpers.mutants import assert_caught
 
 N = 16
@@ -75,6 +76,33 @@ def test_half_precision_weights(dtype: torch.dtype) -> None:
     for short, full in zip(*found, strict=True):
         assert short.dtype == torch.float32
         assert relative_error(short, full) <= 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kl_clip", [1.0, 1e-6, 1e-12])
+def test_the_clip_of_half_precision_weights(dtype: torch.dtype, kl_clip: float) -> None:
+    """ν of float16's q would be lost in its range: `min(1, √(κ/η²q))` within what rounding leaves of q."""
+    net, exact = make_net().to(dtype), make_net()
+    exact.load_state_dict(net.state_dict())
+    x, y = make_data(2)
+    scales = []
+    for model, inputs in ((net, x.to(dtype)), (exact, x.to(dtype).float())):
+        pre = KFACPreconditioner(model, damping=0.1, kl_clip=kl_clip, lr=1e-4)
+        F.cross_entropy(model(inputs).float(), y).backward()
+        pre.step(num_samples=N)
+        scales.append(float(pre.last_scale))
+        pre.close()
+    assert scales[0] == pytest.approx(scales[1], rel=0.05)
+    assert 0 < scales[0] <= 1
+
+
+def test_large_finite_gradients_in_float16() -> None:
+    """Their norm is beyond float16, they are not."""
+    gradients = [torch.full((300, 300), 400.0, dtype=torch.float16), torch.ones(3), torch.ones(2, dtype=torch.float64)]
+    assert all_finite(gradients, torch.device("cpu"))
+    assert all_finite(gradients[:1], torch.device("cpu"))
+    for dtype in (torch.float16, torch.float64):
+        assert not all_finite([*gradients, torch.tensor([1.0, float("nan")], dtype=dtype)], torch.device("cpu"))
 
 
 def scaled_run(scale: float, optimizer_kind: str, *, tells_scale: bool = True, poisoned: int = -1) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch_geometric.nn import GCNConv
+from torch_geometric.nn import GCNConv, Linear
 
 from dngd.errors import TrainingError, UserError
 from dngd.optim import FactorLayout, KFACPreconditioner, NaturalGradient
@@ -105,8 +106,10 @@ def test_a_layout_is_kept_with_eigenbases_where_it_has_one() -> None:
         pre.close()
 
 
-def test_two_heads_add_up() -> None:
-    """Observed one after another, the trunk's G is the sum of the two heads' own."""
+@pytest.mark.parametrize("in_between", [False, True])
+def test_two_heads_add_up(in_between: bool) -> None:
+    """Observed one after another, the trunk's G is the sum of the two heads' own; in_between: whether the first is
+    observed before the second one runs."""
 
     class TwoHeads(nn.Module):
         def __init__(self) -> None:
@@ -123,9 +126,15 @@ def test_two_heads_add_up() -> None:
         torch.manual_seed(0)
         net = TwoHeads().double()
         pre = KFACPreconditioner(net, fisher="ggn")
-        outputs = net(x)
-        for head in which:
-            pre.observe(outputs[head], key=head)
+        if in_between:
+            hidden, outputs = torch.tanh(net.trunk(x)), {}
+            for head in which:
+                outputs[head] = (net.a, net.b)[head](hidden)
+                pre.observe(outputs[head], key=head)
+        else:
+            outputs = dict(enumerate(net(x)))
+            for head in which:
+                pre.observe(outputs[head], key=head)
         sum(F.cross_entropy(outputs[head], y) for head in which).backward()  # type: ignore[union-attr]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -206,12 +215,13 @@ def test_a_weight_used_by_a_function_is_said() -> None:
 
 def test_a_second_backward_pass_is_said() -> None:
     net = make_net()
-    KFACPreconditioner(net)
+    pre = KFACPreconditioner(net)
     x, y = make_data(8)
     loss = F.cross_entropy(net(x), y)
     loss.backward(retain_graph=True)
     with pytest.warns(UserWarning, match="second backward"):
         loss.backward()
+    pre.close()
 
 
 def test_a_weight_shared_with_another_kind_of_module_is_refused() -> None:
@@ -302,10 +312,136 @@ def test_a_cast_model_is_refused() -> None:
         pre.step(num_samples=8)
 
 
-def test_sparse_gradients_are_refused() -> None:
-    net = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 3))
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_are_refused(kind: Any) -> None:
+    net = nn.Sequential(kind(5, 4, sparse=True), nn.Linear(4, 3))
     with pytest.raises(UserError, match="sparse=True"):
         NaturalGradient(net)
+
+
+def hooks_of(net: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in net.modules())
+
+
+def test_an_optimizer_that_was_never_made_leaves_no_hooks() -> None:
+    """Strict, a shared weight, a layer without a size."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.PReLU(), nn.Linear(6, 3))
+    shared = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    shared[1].weight = shared[0].weight
+    lazy = nn.Sequential(nn.Linear(4, 4), Linear(-1, 3))
+    for model, options, said in ((net, {"strict": True}, "strict"), (shared, {}, "share"), (lazy, {}, "no size yet")):
+        before = hooks_of(model)  # a lazy layer has one of its own
+        for make in (KFACPreconditioner, NaturalGradient):
+            with pytest.raises(UserError, match=said):
+                make(model, **options)  # type: ignore[arg-type]
+        assert hooks_of(model) == before
+
+
+def test_an_optimizer_that_is_dropped_takes_its_hooks_along() -> None:
+    """As in a notebook whose cell is run again, without close()."""
+    net = make_net()
+    x, y = make_data(8)
+    optimizer = NaturalGradient(net)
+    counts = {hooks_of(net)}
+    for _ in range(3):
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step(num_samples=8)
+        optimizer = NaturalGradient(net)
+        gc.collect()
+        counts.add(hooks_of(net))
+    assert len(counts) == 1
+    assert 0 not in counts
+    optimizer.preconditioner.close()
+    assert hooks_of(net) == 0
+
+
+def test_derivatives_of_torch_func_are_no_rows() -> None:
+    """Nor does the hook of a factor step stand in their way."""
+    net = make_net()
+    x, y = make_data(6)
+    plain = torch.func.jacrev(net)(x[0])
+    pre = KFACPreconditioner(net)
+    assert torch.equal(torch.func.jacrev(net)(x[0]), plain)
+    assert torch.allclose(torch.func.vmap(torch.func.jacrev(net))(x)[0], plain)
+    assert torch.allclose(torch.autograd.functional.jacobian(net, x[0], vectorize=True), plain)
+    torch.func.grad(lambda rows: net(rows).sum())(x)
+    assert all(layer.pending is None for layer in pre.layers.values())
+    F.cross_entropy(net(x), y).backward()
+    pre.step(num_samples=6)
+    assert {float(state.folded.counts[0]) for state in pre.states.values()} == {6.0}
+
+
+def test_a_bias_beside_a_frozen_weight_keeps_the_rows_of_each_micro_batch() -> None:
+    net = make_net()
+    pre = KFACPreconditioner(net)
+    net[0].weight.requires_grad_(False)
+    for seed in range(4):
+        x, y = make_data(16, seed)
+        (F.cross_entropy(net(x), y) / 4).backward()
+    pre.step(num_samples=64)
+    assert [state.folded.counts.tolist() for state in pre.states.values()] == [[64.0, 64.0]] * 2
+
+
+def test_a_layer_that_was_frozen_for_long_keeps_its_inverses() -> None:
+    """Its sums decay to nothing, and on the way there float32 has no precision left."""
+    net = make_net().float()
+    pre = KFACPreconditioner(net, factor_decay=0.5, factor_update_period=1, inverse_update_period=5)
+    x, y = make_data(16)
+
+    def train(steps: int) -> list[Tensor]:
+        for _ in range(steps):
+            net.zero_grad()
+            F.cross_entropy(net(x.float()), y).backward()
+            pre.step(num_samples=16)
+        return [tensor.clone() for which in "AG" for tensor in pre.states["0"].inverses[which].tensors]
+
+    before = train(20)
+    net[0].requires_grad_(False)
+    for kept, found in zip(before, train(200)):
+        assert torch.allclose(found, kept, rtol=1e-4)
+    assert float(pre.states["0"].folded.counts.max()) == 0
+
+
+def test_complex_weights_keep_their_gradient() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4, dtype=torch.complex64), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.b(self.a(x.to(torch.complex64)).abs())
+            return out
+
+    net = Net()
+    with pytest.warns(UserWarning, match=r"plain gradient.*a\.weight, a\.bias"):
+        pre = KFACPreconditioner(net)
+    F.cross_entropy(net(torch.randn(5, 3)), torch.tensor([0, 1, 0, 1, 1])).backward()
+    before = net.a.weight.grad.clone()
+    assert pre.step(num_samples=5)
+    assert torch.equal(net.a.weight.grad, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"loss_scale": 1024.0}, "give one that returns the scale, scaler.get_scale"),
+        ({"max_rows": 10.5}, "max_rows=10.5 is out of range; give a whole number"),
+        ({"factor_update_period": 2.5}, "factor_update_period=2.5 is out of range; give a whole number"),
+        ({"layout": "low_rank"}, "is no FactorLayout"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        KFACPreconditioner(make_net(), **options)
+
+
+def test_samples_of_an_empty_batch() -> None:
+    net = make_net()
+    pre = KFACPreconditioner(net, weight_sharing="reduce")
+    outputs = net(torch.zeros(0, 4, dtype=F64))
+    pre.observe(outputs, row_samples=torch.zeros(0, dtype=torch.int64))
+    outputs.sum().backward()
+    assert pre.step(num_samples=0)
 
 
 def test_steps_that_a_grad_scaler_skips_are_counted() -> None:

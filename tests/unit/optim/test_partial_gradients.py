@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch_geometric import nn as pyg
 
 from dngd.errors import UserError
-from dngd.optim import NaturalGradient
+from dngd.optim import NaturalGradient, capture
 from dngd.optim.eigenvalues import EigenvalueCorrection
 from dngd.optim.layers import linear
 from tests.helpers.mutants import assert_caught
@@ -191,7 +191,51 @@ def test_outputs_that_were_forgotten_may_be_told_late() -> None:
     assert torch.equal(weights(True), weights(False))
 
 
-@pytest.mark.parametrize("fisher", ["monte_carlo", "ggn"])
+def law_a_module_used_again_and_again_under_checkpoints(reentrant: bool) -> None:
+    """Each of its calls is measured, although torch makes all of them anew before its weight has a gradient."""
+    x, y = data()
+
+    def factors(with_checkpoint: bool) -> Any:
+        torch.manual_seed(1)
+        net = nn.ModuleDict({"in": nn.Linear(5, 7), "again": nn.Linear(7, 7), "out": nn.Linear(7, 3)}).double()
+        optimizer = NaturalGradient(net)
+
+        def inner(hidden: Tensor) -> Tensor:
+            out: Tensor = torch.tanh(net["again"](hidden))
+            return out
+
+        for _ in range(3):
+            optimizer.zero_grad()
+            hidden = net["in"](x)
+            for _ in range(4):
+                hidden = checkpoint(inner, hidden, use_reentrant=reentrant) if with_checkpoint else inner(hidden)
+            F.cross_entropy(net["out"](hidden), y).backward()
+            optimizer.step(num_samples=N)
+        counts = {name: state.folded.counts.tolist() for name, state in optimizer.preconditioner.states.items()}
+        return optimizer.preconditioner.factors(), counts
+
+    (found, found_counts), (expected, expected_counts) = factors(True), factors(False)
+    for name in ("in", "again", "out"):
+        assert found_counts[name] == pytest.approx(expected_counts[name])
+        assert torch.allclose(found[name].A, expected[name].A, rtol=1e-9)
+        assert torch.allclose(found[name].G, expected[name].G, rtol=1e-9)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_module_used_again_and_again_under_checkpoints(reentrant: bool) -> None:
+    law_a_module_used_again_and_again_under_checkpoints(reentrant)
+    if reentrant:
+        return  # there each call's backward pass leaves a gradient before the next call is made anew
+
+    assert_caught(
+        lambda: law_a_module_used_again_and_again_under_checkpoints(False),
+        capture,
+        "_is_inside_backward",
+        lambda: False,
+    )
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "monte_carlo", "ggn"])
 def test_activation_checkpoints_do_not_change_the_factors(fisher: Any) -> None:
     x, y = data()
 
@@ -205,7 +249,8 @@ def test_activation_checkpoints_do_not_change_the_factors(fisher: Any) -> None:
             inner = net[1:4]
             hidden = checkpoint(inner, hidden, use_reentrant=False) if with_checkpoint else inner(hidden)
             outputs = net[4](hidden)
-            optimizer.observe(outputs)
+            if fisher != "empirical":
+                optimizer.observe(outputs)
             F.cross_entropy(outputs, y).backward()
             optimizer.step(num_samples=N)
         return optimizer.preconditioner.factors()
