@@ -151,6 +151,16 @@ def test_pygs_gcn_computes_dngds(store: GraphStore) -> None:
     assert torch.allclose(stack(batch), dense_forward(store, ours).float(), atol=1e-4)
 
 
+def test_a_stack_and_a_batch_of_other_depths(store: GraphStore) -> None:
+    """Not a hidden layer's rows for logits."""
+    stack = dngd.PyGStack(convolutions("gcn", dngd.GraphShape(16, 5)))
+    batch = ModuleBatchBuilder(store, store.features, CPU).whole(torch.arange(store.num_nodes), 1)
+    with pytest.raises(dngd.UserError, match="1 layer graphs for 2 convolutions; sample with one fanout a convolution"):
+        stack(batch)
+    with pytest.raises(dngd.UserError, match=r"dropout=1.5 is out of range"):
+        dngd.PyGStack(convolutions("gcn", dngd.GraphShape(16, 5)), dropout=1.5)
+
+
 class OfDegrees(nn.Module):
     """Reads no features."""
 

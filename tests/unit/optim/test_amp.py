@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -168,6 +169,36 @@ def test_an_overflowing_step_leaves_no_trace(kind: str) -> None:
     assert all(torch.isfinite(t).all() for t in [*found["factors"], *found["weights"]])
     # Four steps with ρ = .95, none of them the poisoned one.
     assert found["counts"] == pytest.approx([N * sum(0.95**k for k in range(4))] * 2)
+
+
+@pytest.mark.parametrize("kind", ["natural_gradient", "preconditioner"])
+def test_a_scale_that_is_not_told_is_said(kind: str) -> None:
+    with pytest.warns(UserWarning, match=r"give loss_scale=scaler\.get_scale") as caught:
+        scaled_run(2.0**16, kind, tells_scale=False)
+    assert len(caught) == 1
+    for scale, tells in ((2.0**16, True), (1.0, False)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            scaled_run(scale, kind, tells_scale=tells)
+
+
+@pytest.mark.parametrize("case", ["random labels", "dead units", "zero output", "many rows"])
+def test_no_scale_is_seen_where_there_is_none(case: str) -> None:
+    """Rows that mostly cancel, or reach few layers."""
+    torch.manual_seed(0)
+    n = 20_000 if case == "many rows" else 64
+    net = nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Linear(32, 2))
+    if case == "dead units":
+        nn.init.constant_(net[0].bias, -100.0)
+    if case == "zero output":
+        nn.init.zeros_(net[2].weight)
+    x = torch.randn(n, 5).repeat(2, 1)
+    y = torch.cat([torch.zeros(n), torch.ones(n)]).long()  # each row with both labels: gradients all but cancel
+    pre = KFACPreconditioner(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        F.cross_entropy(net(x), y).backward()
+        pre.step(num_samples=2 * n)
 
 
 @pytest.mark.parametrize("fisher", ["empirical", "monte_carlo"])
