@@ -65,6 +65,7 @@ class Capture:
         self.seed = seed
         self.loss_scale = loss_scale
         self.active = True
+        self.is_paused = False
         self.step = 0
         self._row_samples: Tensor | None = None
         self._records: list[_Record] = []
@@ -93,7 +94,9 @@ class Capture:
 
     def record(self, layer: CurvatureLayer, payload: Any, output: Tensor) -> None:
         """Note one call of a layer; payload is what the layer needs later to make its input rows."""
-        if not (self.active and torch.is_grad_enabled() and output.requires_grad) or _is_transformed(output):
+        if self.is_paused or not (self.active and torch.is_grad_enabled() and output.requires_grad):
+            return
+        if _is_transformed(output):
             return
         if self.fisher == "empirical":
             if layer.pending is not None and not layer.has_gradient and not _is_inside_backward():
@@ -133,7 +136,7 @@ class Capture:
         self, outputs: Tensor, weights: Tensor | None, key: int | None, row_samples: Tensor | None = None
     ) -> None:
         """Measure G from the model's outputs; see KFACPreconditioner.observe."""
-        if not self.active:
+        if self.is_paused or not self.active:
             return
         if weights is not None and (weights.shape != outputs.shape[:1] or not bool((weights >= 0).all())):
             raise UserError(
@@ -389,7 +392,9 @@ class _GradientHook:
         self._fired = False
 
     def __call__(self, gradient: Tensor) -> None:
-        if not (self._capture.active and self._capture.step == self._step) or _is_transformed(gradient):
+        if self._capture.is_paused or not (self._capture.active and self._capture.step == self._step):
+            return
+        if _is_transformed(gradient):
             return
         if self._fired and not self._capture.has_warned_of_second_backward:
             self._capture.has_warned_of_second_backward = True

@@ -282,6 +282,24 @@ class KFACPreconditioner:
         """
         self.capture.observe(outputs, weights, key, row_samples)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Measure nothing inside: for passes through the model that are no training, an attack's or a saliency map's.
+
+        >>> model = torch.nn.Linear(3, 2)
+        >>> pre = KFACPreconditioner(model)
+        >>> x = torch.rand(8, 3, requires_grad=True)
+        >>> with pre.paused():
+        ...     direction = torch.autograd.grad(model(x).sum(), x)[0].sign()
+
+        Both the forward and the backward pass belong inside. Passes under `torch.no_grad()` are never measured.
+        """
+        before, self.capture.is_paused = self.capture.is_paused, True
+        try:
+            yield
+        finally:
+            self.capture.is_paused = before
+
     def step(
         self,
         num_samples: float,

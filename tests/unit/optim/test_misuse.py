@@ -371,6 +371,37 @@ def test_derivatives_of_torch_func_are_no_rows() -> None:
     assert {float(state.folded.counts[0]) for state in pre.states.values()} == {6.0}
 
 
+@pytest.mark.parametrize("fisher", ["empirical", "ggn"])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_passes_that_are_no_training_are_not_measured(fisher: Any, is_first: bool) -> None:
+    """An attack before or after the step's own pass, inside paused()."""
+    x, y = make_data(16)
+    found = []
+    for attacks in (True, False):
+        net = make_net()
+        pre = KFACPreconditioner(net, fisher=fisher)
+
+        def attack(net: nn.Module = net, pre: KFACPreconditioner = pre) -> None:
+            inputs = x.clone().requires_grad_()
+            with pre.paused():
+                outputs = net(inputs)
+                pre.observe(outputs)
+                torch.autograd.grad(F.cross_entropy(outputs, y), inputs)
+
+        if attacks and is_first:
+            attack()
+        outputs = net(x)
+        pre.observe(outputs)
+        F.cross_entropy(outputs, y).backward()
+        if attacks and not is_first:
+            attack()
+        pre.step(num_samples=16)
+        found.append(pre.factors())
+    for name in ("0", "2"):
+        assert torch.equal(found[0][name].A, found[1][name].A)
+        assert torch.equal(found[0][name].G, found[1][name].G)
+
+
 def test_a_bias_beside_a_frozen_weight_keeps_the_rows_of_each_micro_batch() -> None:
     net = make_net()
     pre = KFACPreconditioner(net)
