@@ -85,7 +85,7 @@ def info(store: Annotated[Path, typer.Argument(help="Store folder")], as_json: J
     """Describe a store."""
     from dngd import graph
 
-    description = graph.describe(graph.GraphStore.open(store))
+    description = graph.describe(graph.open_checked(store))
     print_json(description) if as_json else _print_store(description)
 
 

@@ -45,7 +45,7 @@ def partition(
 ) -> None:
     """Divide a graph into parts of equal size with few edges between them, and keep the parts in its store."""
     from dngd.cli.progress import data_progress
-    from dngd.graph import GraphStore, order_by_partition, reorder_store, write_partition
+    from dngd.graph import open_checked, order_by_partition, reorder_store, write_partition
     from dngd.graph.manifest import is_store_file
     from dngd.graph.partition import check_writable
     from dngd.graph.staging import check_target
@@ -53,7 +53,7 @@ def partition(
 
     if reorder != (new_store is not None):
         raise UserError("--reorder and --out go together: the reordered graph is a new store; give both or neither")
-    opened = GraphStore.open(store)
+    opened = open_checked(store)
     if new_store is None:
         check_writable(opened, parts, overwrite=overwrite)
     else:

@@ -13,6 +13,7 @@ processes. This package imports nothing of dngd but its errors.
 from dngd.graph.builder import Progress, RowBlocks, StoreBuilder
 from dngd.graph.cache import cache_folder, open_or_build
 from dngd.graph.catalog import available_datasets, graph_at, resolve_dataset
+from dngd.graph.checked import open_checked
 from dngd.graph.describe import describe
 from dngd.graph.dgl_graph import import_dgl
 from dngd.graph.import_options import ImportOptions
@@ -68,6 +69,7 @@ __all__ = [
     "import_pyg",
     "import_tables",
     "like_config",
+    "open_checked",
     "open_or_build",
     "order_by_degree",
     "order_by_partition",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dngd.errors import UserError
 from dngd.graph.builder import Progress
+from dngd.graph.checked import open_checked
 from dngd.graph.lock import file_lock
 from dngd.graph.staging import remove_unfinished
 from dngd.graph.store import GraphStore
@@ -39,12 +40,12 @@ def open_or_build(
 
     key: names the content: other content needs another key. purpose: what building is called in messages.
     progress: hears of a wait for another process.
-    A cached store that does not open is built anew.
+    A cached store that does not open, or has values out of range, is built anew.
     """
     target = cache_folder(cache_dir) / f"{key}-v{_CACHE_VERSION}"
     if target.is_dir():
         try:
-            return GraphStore.open(target)
+            return open_checked(target)
         except UserError:
             # Not removed here: without the lock, another process may be rebuilding it.
             pass
@@ -53,7 +54,7 @@ def open_or_build(
     with file_lock(lock, purpose=purpose, wait_seconds=wait_seconds, on_wait=on_wait):
         if target.is_dir():
             try:
-                return GraphStore.open(target)
+                return open_checked(target)
             except UserError:
                 shutil.rmtree(target, ignore_errors=True)
         remove_unfinished(target)

@@ -16,6 +16,7 @@ from pathlib import Path
 from dngd.errors import UserError
 from dngd.graph.arrow_files import file_sha256
 from dngd.graph.cache import cache_folder, open_or_build
+from dngd.graph.checked import open_checked
 from dngd.graph.filesystems import is_remote
 from dngd.graph.manifest import MANIFEST_NAME
 from dngd.graph.npz import import_npz
@@ -53,7 +54,8 @@ def resolve_dataset(
     ~/.cache/dngd. wait_seconds: how long to wait for another process that copies or converts the same graph.
     stage_dir: a folder of this machine's own disk, where what is copied or converted is kept instead, and where a store
     folder, which may lie on a slower file system, is copied too.
-    Raises UserError if nothing is found (saying where it was looked for and what exists), or conversion fails.
+    Raises UserError if nothing is found (saying where it was looked for and what exists), conversion fails, or a store
+    is damaged as far as `open_checked` sees.
     """
     text = str(dataset)
     root = _data_root(data_root)
@@ -125,7 +127,7 @@ def _open_path(path: Path, cache: Path, wait_seconds: float, progress: Progress 
             progress=progress,
         )
     if (path / MANIFEST_NAME).is_file():
-        return GraphStore.open(path)
+        return open_checked(path, progress)
     raw, prefix = find_planetoid(path)
     missing = [part for part in PARTS if not (raw / f"ind.{prefix}.{part}").is_file()]
     if missing:

@@ -21,8 +21,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dngd import cli
 from dngd.errors import UserError
-from dngd.graph import FORMAT_VERSION, GraphStore, RowBlocks, StoreBuilder, builder, edge_sort, staging, verify_store
+from dngd.graph import (
+    FORMAT_VERSION,
+    GraphStore,
+    RowBlocks,
+    StoreBuilder,
+    builder,
+    checked,
+    edge_sort,
+    open_checked,
+    resolve_dataset,
+    staging,
+    verify_store,
+)
 
 ARROW = (
     "indptr.arrow",
@@ -178,6 +191,55 @@ def test_values_out_of_range_are_named_even_under_right_hashes(arrays: dict[str,
     problems = " ".join(verify_store(store.path))
     assert "to 99, not 0 to 29" in problems
     assert "to 50, not -1 to 3" in problems
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "said"),
+    [
+        ("indices.arrow", 5, 2**40, rf"has nodes 0 to {2**40}, not 0 to 29"),
+        ("indices.arrow", 5, -5, r"has nodes -5 to 29, not 0 to 29"),
+        ("indptr.arrow", 7, 2**40, r"falls at node 7"),
+        ("indptr.arrow", 7, -1, r"falls at node 6"),
+        ("labels.arrow", 3, 4, r"has labels -1 to 4, not -1 to 3"),
+        ("labels.arrow", 3, -2, r"has labels -2 to 3, not -1 to 3"),
+    ],
+)
+@pytest.mark.parametrize("block", [1 << 23, 7])
+def test_values_that_lead_outside_are_refused_before_they_are_used(
+    small: GraphStore,
+    name: str,
+    place: int,
+    value: int,
+    said: str,
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By whoever uses them as places, whichever block they lie in; all of them point to dngd data verify."""
+    monkeypatch.setattr(checked, "_BLOCK_VALUES", block)
+    assert resolve_dataset(small.path).digest == small.digest
+    with (small.path / name).open("r+b") as file:
+        file.seek(small.manifest.files[name].data_offset + 8 * place)
+        file.write(value.to_bytes(8, "little", signed=True))
+    wanted = said.partition(" ")[0] if block == 7 else said
+    with pytest.raises(UserError, match=rf"{name} is damaged: it {wanted}.*dngd data verify"):
+        resolve_dataset(small.path)
+    for command in (["info"], ["partition", "--parts", "2"]):
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main(["data", command[0], str(small.path), *command[1:]])
+        assert exit_info.value.code == 2
+        assert "dngd data verify" in capsys.readouterr().err
+
+
+def test_label_rows_that_lead_outside_are_refused(tmp_path: Path) -> None:
+    rows = np.array([[0, 1], [1, 1], [-1, -1]])
+    store = GraphStore.write(tmp_path / "g", features=np.ones((3, 1)), labels=rows, edge_index=[[0, 1], [1, 2]])
+    assert open_checked(store.path).digest == store.digest
+    with (store.path / "labels.arrow").open("r+b") as file:
+        file.seek(store.manifest.files["labels.arrow"].data_offset + 2)
+        file.write(b"\x02")
+    with pytest.raises(UserError, match=r"labels\.arrow is damaged: it has labels -1 to 2, not -1 to 1"):
+        open_checked(store.path)
 
 
 def test_a_newer_format_says_to_upgrade(small: GraphStore) -> None:

@@ -64,12 +64,16 @@ def test_conversion_happens_once_and_again_when_the_file_changes(
     assert resolve_dataset("ring", root).num_nodes == 9
 
 
-@pytest.mark.parametrize("damage", ["truncate", "empty", "foreign"])
+@pytest.mark.parametrize("damage", ["truncate", "empty", "foreign", "value"])
 def test_a_broken_cached_store_is_rebuilt(root: Path, damage: str) -> None:
     store = resolve_dataset("ring", root)
     if damage == "truncate":
         data = (store.path / "features.arrow").read_bytes()
         (store.path / "features.arrow").write_bytes(data[:-8])
+    elif damage == "value":
+        with (store.path / "indices.arrow").open("r+b") as file:
+            file.seek(store.manifest.files["indices.arrow"].data_offset)
+            file.write((2**40).to_bytes(8, "little"))
     else:
         shutil.rmtree(store.path)
         store.path.mkdir()
