@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -12,26 +13,22 @@ from pydantic import BaseModel, ValidationError
 
 from dngd.errors import UserError
 from dngd.paths import expanded
-
-NOT_YAML = (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError, OverflowError)
-"""What yaml.safe_load raises: its own errors, and those of Python for a date such as 2020-99-99 or a wrong !!tag."""
+from dngd.yaml_text import NOT_YAML, BoundedLoader, RefusedError, load
 
 
-class _Refused(yaml.YAMLError):
-    """What is YAML, but most likely a mistake."""
-
-
-class _Loader(yaml.SafeLoader):
+class _Loader(BoundedLoader):
     """Numbers are those of YAML 1.2, and of flags: 010 is ten, not eight, and 1:30 a text, not ninety."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
-        """Raise _Refused for a key that is there twice, of which YAML would take the last."""
+        """Raise RefusedError for a key that is there twice, of which YAML would take the last."""
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, Any], int] = {}
         for key, _ in node.value:
             name, line = (key.tag, key.value), key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and name in lines:
-                raise _Refused(f"has the key {key.value!r} twice, in lines {lines[name]} and {line}; keep one")
+                raise RefusedError(
+                    f"has the key {_cut(key.value)!r} twice, in lines {lines[name]} and {line}; keep one"
+                )
             if isinstance(key, yaml.ScalarNode):
                 lines[name] = line
         return node
@@ -54,14 +51,6 @@ for _kind in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", getattr(_Loader, f"construct_yaml_{_kind}"))
 
 
-def _load(text: str) -> Any:
-    loader = _Loader(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return a YAML file's mapping. Raises UserError if it cannot be read or is not a mapping."""
     try:
@@ -79,8 +68,8 @@ def parse_yaml(content: bytes, shown: str, fix: str = "mend it there, or give an
     except UnicodeDecodeError:
         raise UserError(f"configuration file {shown} is no text in UTF-8, as YAML is; {fix}") from None
     try:
-        data = _load(text)
-    except _Refused as error:
+        data = load(text, _Loader)
+    except RefusedError as error:
         raise UserError(f"configuration file {shown} {error}") from None
     except NOT_YAML as error:
         raise UserError(f"configuration file {shown} is not YAML: {_reason(error)}; {fix}") from None
@@ -97,6 +86,14 @@ def _cut(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def _shown(value: object, write: Callable[[object], str] = repr) -> str:
+    """Return a value as `write` writes it, cut to a line of a message."""
+    try:
+        return _cut(write(value))
+    except (ValueError, RecursionError):  # a number of more than 4,300 digits; aliases of aliases, thousands deep
+        return f"({'a number of thousands of digits' if isinstance(value, int) else 'values nested thousands deep'})"
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
@@ -110,7 +107,7 @@ def _reason(error: Exception) -> str:
 
 def _check_keys(data: object, shown: str) -> None:
     """Raise UserError for a key at any depth that is no string."""
-    seen: set[int] = set()  # aliases may lead back, and to one part many times over
+    seen: set[int] = set()  # aliases may lead to one part many times over
     waiting = [data]
     while waiting:
         part = waiting.pop()
@@ -121,7 +118,7 @@ def _check_keys(data: object, shown: str) -> None:
         for key in part if isinstance(part, dict) else ():
             if not isinstance(key, str):
                 quoted = "YAML reads on, off, yes and no as true and false: quote" if isinstance(key, bool) else "quote"
-                raise UserError(f"{shown} has the key {key!r}, which is no text; {quoted} it, or remove it")
+                raise UserError(f"{shown} has the key {_shown(key)}, which is no text; {quoted} it, or remove it")
 
 
 def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -144,8 +141,8 @@ def parse_assignment(text: str) -> dict[str, Any]:
     if not equals or not key:
         raise UserError(f"--set {text!r} is not key=value; write e.g. --set kfac.damping=0.01")
     try:
-        parsed = _load(value)
-    except _Refused as error:
+        parsed = load(value, _Loader)
+    except RefusedError as error:
         raise UserError(f"--set {_cut(text)!r} {error}") from None
     except NOT_YAML as error:
         # Where in the text YAML's own errors are is of no use in one that is this short.
@@ -179,17 +176,18 @@ def _sentence(kind: str, message: str, value: object, path: list[str], model: ty
     if kind == "extra_forbidden":
         section, _, inner = path[-1].partition(".")
         if inner and section in fields:
-            hint = f"in a file it is nested: {section}: {{{inner}: {value}}}"
+            hint = f"in a file it is nested: {section}: {{{inner}: {_shown(value, str)}}}"
         else:
             near = difflib.get_close_matches(path[-1], fields, n=1, cutoff=0.4)
             hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else "known: " + ", ".join(fields)
-        return f"configuration key {name!r} is unknown; {hint}"
+        return f"configuration key {_cut(name)!r} is unknown; {hint}"
     if kind in ("string_type", "path_type") and not isinstance(value, dict | list | bool | NoneType):
-        return f"{name}={value} is not valid: it is no text; put it in quotes, as in --set '{name}=\"{value}\"'"
+        shown = _shown(value, str)
+        return f"{name}={shown} is not valid: it is no text; put it in quotes, as in --set '{name}=\"{shown}\"'"
     if kind == "model_type":
-        return f"{name}={value!r} is not valid: it is a group of fields; set each by its name, {name}.KEY=VALUE"
+        return f"{name}={_shown(value)} is not valid: it is a group of fields; set each by its name, {name}.KEY=VALUE"
     allowed = fields.get(path[-1], "")
-    return f"{name}={value!r} is not valid: {message[:1].lower()}{message[1:]} ({allowed})"
+    return f"{name}={_shown(value)} is not valid: {message[:1].lower()}{message[1:]} ({allowed})"
 
 
 def _field_path(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from dngd.errors import UserError
 from dngd.paths import expanded
 from dngd.report.axes import plottable
+from dngd.yaml_text import NOT_YAML, RefusedError, load
 
 NOT_A_NUMBER = float("nan")
 
@@ -114,7 +113,7 @@ def read_run(path: Path, name: str) -> RunFiles:
     try:
         flat = flatten(config)
     except RecursionError:
-        raise UserError(f"{files[0]} is nested too deeply, or leads back to itself; mend or remove it") from None
+        raise UserError(f"{files[0]} is nested too deeply; mend or remove it") from None
     health, lost_health = _lines(path / "health.jsonl", _health_line)
     lost = tuple(text for text in (lost_lines, lost_health) if text is not None)
     digest = _graph_digest(path / "checkpoints")
@@ -230,8 +229,10 @@ def _mapping(path: Path) -> dict[str, Any]:
         return {}
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        data = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError, OverflowError) as error:
+        data = json.loads(text) if kind == "JSON" else load(text)
+    except RefusedError as error:
+        raise UserError(f"{path} {error}, or remove it") from None
+    except NOT_YAML as error:
         raise UserError(f"{path} is not {kind}: {' '.join(str(error).split())}; mend or remove it") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} holds a {type(data).__name__}, not a mapping; mend or remove it")

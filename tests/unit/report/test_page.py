@@ -332,9 +332,21 @@ def test_result_of_odd_types(tmp_path: Path) -> None:
     assert "81.25%" in page.text, "falls back to the evaluations"
 
 
-@pytest.mark.parametrize("content", ["seed: !!timestamp x", "a: &x {b: *x}"])
+@pytest.mark.parametrize("content", ["seed: !!timestamp x", "a: &x {b: *x}", "a: " + "[" * 5000])
 def test_a_configuration_that_cannot_be_read_is_named(tmp_path: Path, content: str) -> None:
     run = write_run(tmp_path / "run")
     (run / "config.yaml").write_text(content)
-    with pytest.raises(UserError, match=r"config\.yaml is .*; mend or remove it"):
+    with pytest.raises(UserError, match=r"config\.yaml is .*; (mend|write out what is meant,) or remove it"):
         write_report([run], tmp_path / "page.html")
+
+
+def test_aliases_of_aliases_are_refused_at_once(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    lines = [f"a{i}: &a{i} {{p: *a{i - 1}, q: *a{i - 1}}}" for i in range(1, 60)]
+    (run / "config.yaml").write_text("\n".join(["a0: &a0 {x: 1}", *lines]))
+    with pytest.raises(
+        UserError, match=r"config\.yaml has aliases that stand for more than 10000 values; .* remove it"
+    ):
+        write_report([run], tmp_path / "page.html")
+    (run / "config.yaml").write_text("model: &m gcn\nkfac: {x: *m, y: *m}\n")
+    assert read_run(run, "run").config["kfac.y"] == "gcn"
