@@ -19,3 +19,17 @@ def expanded(path: str | Path) -> Path:
         raise UserError(
             f"{path} begins with {user}, whose home folder this machine does not know; write the whole path"
         ) from None
+
+
+def is_utf8(text: str | Path) -> bool:
+    """Say whether a text is Unicode: file names need not be, of which Python keeps the other bytes as surrogates."""
+    try:
+        str(text).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def printable(text: str | Path) -> str:
+    """Return a text with a question mark for each byte that is no Unicode, see `is_utf8`."""
+    return str(text).encode(errors="replace").decode()

@@ -37,7 +37,7 @@ from dngd.graph.edge_sort import EdgeSort
 from dngd.graph.features import RowBlocks, write_features
 from dngd.graph.node_ids import canonical_node_ids
 from dngd.graph.staging import StagedFolder, check_target
-from dngd.paths import expanded
+from dngd.paths import expanded, is_utf8, printable
 
 if TYPE_CHECKING:
     from dngd.graph.store import GraphStore
@@ -84,6 +84,8 @@ class StoreBuilder:
         target = expanded(path)
         if isinstance(name, str) and not name.strip():
             raise UserError("name='' is empty; give the graph a name, or leave it out to take the folder's")
+        if name is not None and not is_utf8(name):
+            raise UserError(f"name={printable(name)!r} is no Unicode text; give the graph another name")
         check_edge_options(self_loops, duplicates, weighted)
         if feature_dtype not in m.FEATURE_TYPES:
             raise UserError(f"feature_dtype={feature_dtype!r} is not known; give one of {', '.join(m.FEATURE_TYPES)}")

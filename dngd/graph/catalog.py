@@ -25,7 +25,7 @@ from dngd.graph.remote import open_copy
 from dngd.graph.store import GraphStore
 from dngd.graph.synth import BUILT_IN, write_synth
 from dngd.graph.writer import Progress
-from dngd.paths import expanded
+from dngd.paths import expanded, printable
 
 DATA_VARIABLE = "DNGD_DATA_ROOT"
 
@@ -117,10 +117,11 @@ def is_planetoid(path: Path) -> bool:
 
 def _open_path(path: Path, cache: Path, wait_seconds: float, progress: Progress | None) -> GraphStore:
     if path.is_file():
-        key = f"{path.stem}-{file_sha256(path)[:_KEY_DIGITS]}"
+        name = printable(path.stem)
+        key = f"{name}-{file_sha256(path)[:_KEY_DIGITS]}"
         return open_or_build(
             key,
-            lambda out: import_npz(path, out, name=path.stem, overwrite=True, progress=progress),
+            lambda out: import_npz(path, out, name=name, overwrite=True, progress=progress),
             f"importing {path}",
             cache,
             wait_seconds,

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
 from dngd.errors import UserError
-from dngd.paths import expanded
+from dngd.paths import expanded, is_utf8, printable
 
 _S3_OPTIONS = ("region", "scheme", "endpoint_override", "anonymous")
 _GCS_OPTIONS = ("scheme", "endpoint_override", "anonymous")
@@ -70,11 +70,16 @@ def address_of(source: str | Path) -> str:
 def locate(source: str | Path) -> Location:
     """Return where a local path, or an `s3://`, `gs://` (`gcs://`) or `file://` address, leads. Reads nothing local.
 
-    Raises UserError if the address is not understood, holds credentials, or its S3 region cannot be found out.
+    Raises UserError if the address is not UTF-8 or not understood, holds credentials, or its S3 region cannot be found
+    out.
     """
     import pyarrow.fs
 
     text = address_of(source)
+    if not is_utf8(text):
+        raise UserError(
+            f"{printable(text)} is no path or address in UTF-8, as Arrow reads them; rename it, or link to it"
+        )
     if not is_remote(text):
         text = text.removeprefix("file://")
         return Location(pyarrow.fs.LocalFileSystem(), str(expanded(text).absolute()), text, remote=False)

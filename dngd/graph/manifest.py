@@ -15,9 +15,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dngd.errors import UserError
+from dngd.paths import printable
 
 FORMAT_VERSION = 3
 """2 adds feature tables of 16-bit floats, the users' node ids and partitions to version 1, which is read as before; 3
@@ -84,6 +85,11 @@ class Provenance(BaseModel):
     source_sha256: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     dngd_version: str = Field(default_factory=lambda: dngd_version())
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _of_any_file(cls, value: object) -> object:
+        return printable(value) if isinstance(value, str) else value
 
 
 class PartitionInfo(BaseModel):

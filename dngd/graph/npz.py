@@ -26,7 +26,7 @@ from dngd.graph.import_options import ImportOptions, check_options, check_traini
 from dngd.graph.manifest import Provenance
 from dngd.graph.npz_members import NpzMembers
 from dngd.graph.store import GraphStore
-from dngd.paths import expanded
+from dngd.paths import expanded, printable
 
 Array = npt.NDArray[Any]
 
@@ -58,7 +58,7 @@ def import_npz(path: str | Path, out: str | Path, **options: Unpack[ImportOption
         found = {key: members.read(key) for forms in MASK_FORMS.values() for key in forms if key in members.names}
         masks = dict(canonical_masks(masks_of(found), num_nodes))
         check_training_nodes(masks, labels if "y" in members.names else None, str(source))
-        settings = ImportOptions(**{**options, "name": options.get("name") or source.stem})
+        settings = ImportOptions(**{**options, "name": options.get("name") or printable(source.stem)})
         with StoreBuilder(out, num_nodes=num_nodes, weighted=weighted, **settings) as builder:
             for ends in members.pairs("edge_index"):
                 builder.add_edges(*ends, None if weights is None else next(weights))

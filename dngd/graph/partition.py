@@ -28,6 +28,7 @@ from dngd.graph.balance import BoolArray, Int32Array, Limits, enforce
 from dngd.graph.builder import Progress
 from dngd.graph.ldg import cut_share, ldg_assignment
 from dngd.graph.lock import folder_lock
+from dngd.graph.staging import check_utf8
 from dngd.graph.store import GraphStore
 
 MAX_PARTS = 1 << 16
@@ -138,6 +139,7 @@ def run_ldg(task: PartitionTask, passes: int, progress: Progress | None = None) 
 
 def check_writable(store: GraphStore, parts: int, *, overwrite: bool) -> None:
     """Raise UserError if a partition cannot be put into the store: before it is computed, which may take minutes."""
+    check_utf8(store.path)
     _check_absent(store.manifest, store.path, parts, overwrite)
     try:
         probe = _temporary(store.path)
@@ -159,6 +161,7 @@ def write_partition(
     store cannot be written.
     """
     folder, parts = store.path, partition.parts
+    check_utf8(folder)
     part = partition.assignment.numpy()
     if part.dtype != np.int32 or part.shape != (store.num_nodes,):
         raise UserError(

@@ -28,6 +28,7 @@ from dngd.graph.canonical import as_array
 from dngd.graph.import_options import ImportOptions, recorded
 from dngd.graph.manifest import Provenance
 from dngd.graph.store import GraphStore
+from dngd.paths import printable
 
 # What a pickled Data or HeteroData names of PyG's, as far as the installed PyG has it.
 _DATA_CLASSES = (
@@ -61,7 +62,7 @@ def import_pyg(source: Any, out: str | Path, **options: Unpack[ImportOptions]) -
     if isinstance(source, str | Path):
         path = Path(source)
         data = _load(path)
-        what, name, sha256 = str(path), path.stem, file_sha256(path)
+        what, name, sha256 = str(path), printable(path.stem), file_sha256(path)
     else:
         data = source
     values = _mapping(data, what)

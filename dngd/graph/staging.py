@@ -17,6 +17,7 @@ from types import TracebackType
 
 from dngd.errors import UserError
 from dngd.graph.manifest import MANIFEST_NAME
+from dngd.paths import is_utf8, printable
 
 _TEMPORARY_MARK = ".tmp-"
 _RETIRED_MARK = "-old"
@@ -34,11 +35,20 @@ def remove_unfinished(target: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def check_utf8(folder: Path) -> None:
+    """Raise UserError if Arrow cannot write files into a folder of this path."""
+    if not is_utf8(folder):
+        raise UserError(
+            f"{printable(folder)} is no path in UTF-8, as Arrow's files have to have; choose another path for the store"
+        )
+
+
 def check_target(target: Path, overwrite: bool, is_own: Callable[[str], bool]) -> None:
-    """Raise UserError if a folder cannot be put at target: taken, or no store, which has a manifest and no file whose
-    name is not its own. An empty folder may be replaced."""
+    """Raise UserError if a folder cannot be put at target: not UTF-8, taken, or no store, which has a manifest and no
+    file whose name is not its own. An empty folder may be replaced."""
     if is_temporary(target) or not target.name:
         raise UserError(f"{target} cannot be the name of a store; choose a folder name without '{_TEMPORARY_MARK}'")
+    check_utf8(target)
     if not target.exists() and not target.is_symlink():
         return
     if not overwrite:

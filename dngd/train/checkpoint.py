@@ -376,9 +376,9 @@ def weights_file(tensors: Mapping[str, Tensor], said: Mapping[str, str]) -> byte
 
 
 def said_in(data: bytes) -> dict[str, str]:
-    """Return the metadata of a file that `weights_file` made."""
+    """Return the metadata of a safetensors file; none has an entry in those that `weights_file` did not make."""
     end = HEADER_LENGTH_BYTES + int.from_bytes(data[:HEADER_LENGTH_BYTES], "little")
-    said: dict[str, str] = json.loads(data[HEADER_LENGTH_BYTES:end])["__metadata__"]
+    said: dict[str, str] = json.loads(data[HEADER_LENGTH_BYTES:end]).get("__metadata__", {})
     return said
 
 

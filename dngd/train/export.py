@@ -13,7 +13,7 @@ from torch import Tensor
 from dngd.errors import UserError
 from dngd.graph.manifest import dngd_version
 from dngd.models import GNN, pyg_export
-from dngd.paths import expanded
+from dngd.paths import expanded, printable
 from dngd.train.checkpoint import host_copies, replace_file, weights_file
 from dngd.train.parts import RunParts
 from dngd.train.run_folder import check_output
@@ -125,7 +125,7 @@ def _said(trained: TrainedModel) -> dict[str, str]:
     names = {} if trained.label_names is None else {"label_names": json.dumps(trained.label_names)}
     return names | {
         "dngd.version": dngd_version(),
-        "dngd.run": os.path.basename(trained.folder.path.resolve()),
+        "dngd.run": printable(trained.folder.path.resolve().name),
         "dngd.step": str(trained.step),
         "labels": "several" if trained.is_multilabel else "one",
     }

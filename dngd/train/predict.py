@@ -17,7 +17,7 @@ from torch import Tensor
 from dngd.errors import UserError
 from dngd.graph import GraphStore
 from dngd.graph.manifest import dngd_version
-from dngd.paths import expanded
+from dngd.paths import expanded, printable
 from dngd.train.evaluation import EvaluationProgress
 from dngd.train.link_predict import pair_batches, pair_fields, read_pairs
 from dngd.train.new_file import new_file
@@ -274,7 +274,7 @@ def _fields(trained: TrainedModel, store: GraphStore, *, with_names: bool, proba
 
 def _said(trained: TrainedModel, store: GraphStore, nodes: str) -> dict[str, str]:
     said = {
-        "run": _run_name(trained),
+        "run": printable(_run_name(trained)),
         "step": str(trained.step),
         "model": trained.config.model,
         "graph": store.name,

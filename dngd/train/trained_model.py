@@ -10,7 +10,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dngd.comm import LocalCommunicator
@@ -19,7 +19,7 @@ from dngd.errors import UserError
 from dngd.graph import GraphStore, resolve_dataset
 from dngd.models import MODELS
 from dngd.models.graph_batch import GraphShape
-from dngd.train.checkpoint import PREFIX
+from dngd.train.checkpoint import PREFIX, said_in
 from dngd.train.evaluation import EvaluationProgress, Evaluator
 from dngd.train.objective import Objective
 from dngd.train.parts import RunParts, make_module
@@ -104,10 +104,12 @@ def load_trained(run: Path, parts: RunParts | None = None) -> TrainedModel:
 def _read_weights(path: Path, shown: str, fix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return a safetensors file's tensors, and its metadata. Raises UserError for one that cannot be read."""
     try:
-        weights = safetensors.torch.load_file(path)
-        with safe_open(path, framework="pt") as file:
-            return weights, file.metadata() or {}
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        # Its bytes: the library opens no file whose path is not UTF-8.
+        data = path.read_bytes()
+        return safetensors.torch.load(data), said_in(data)
+    except OSError as error:
+        raise UserError(f"{shown} cannot be read ({error.strerror}); {fix}") from None
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0].removeprefix("Error while deserializing header: ")[:80]
         size = f", in {path.stat().st_size} bytes" if path.is_file() else ""
         raise UserError(f"{shown} is damaged, or no safetensors file ({reason}{size}); {fix}") from None

@@ -43,6 +43,26 @@ def test_the_defaults_are_the_built_in_graphs(tmp_path: Path) -> None:
     assert GraphStore.open(out).name == "synthetic"
 
 
+def test_paths_and_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Arrow writes and reads no such paths, and a manifest holds no such names."""
+    small = ["--nodes", "400", "--edges", "1000", "--classes", "4", "--features", "5"]
+    assert run("synth", *small, "--out", str(tmp_path / "\udcff")) == 2
+    assert f"{tmp_path}/? is no path in UTF-8" in capsys.readouterr().err
+    assert run("synth", *small, "--out", str(tmp_path / "g"), "--name", "a\udcff") == 2
+    assert "--name 'a?' is no Unicode text; give" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert run("synth", *small, "--out", str(tmp_path / "g")) == 0
+    moved = (tmp_path / "g").rename(tmp_path / "\udcff")
+    assert run("info", str(moved)) == run("verify", str(moved)) == 0
+    capsys.readouterr()
+    assert run("partition", str(moved), "--parts", "2", "--method", "ldg") == 2
+    assert f"{tmp_path}/? is no path in UTF-8" in capsys.readouterr().err
+    (tmp_path / "tables\udcff").mkdir()
+    (tmp_path / "tables\udcff" / "edges.csv").write_text("src,dst\n0,1\n")
+    assert run("import", str(tmp_path / "tables\udcff"), "--out", str(tmp_path / "h")) == 2
+    assert "is no path or address in UTF-8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

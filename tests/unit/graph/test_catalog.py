@@ -64,6 +64,13 @@ def test_conversion_happens_once_and_again_when_the_file_changes(
     assert resolve_dataset("ring", root).num_nodes == 9
 
 
+def test_a_file_whose_name_is_not_utf8(root: Path) -> None:
+    store = resolve_dataset((root / "ring.npz").rename(root / "ring\udcff.npz"))
+    assert store.name == "ring?"
+    assert store.manifest.provenance.source == "ring?.npz"
+    assert resolve_dataset(root / "ring\udcff.npz").path == store.path
+
+
 @pytest.mark.parametrize("damage", ["truncate", "empty", "foreign", "value"])
 def test_a_broken_cached_store_is_rebuilt(root: Path, damage: str) -> None:
     store = resolve_dataset("ring", root)

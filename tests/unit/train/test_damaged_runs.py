@@ -61,6 +61,22 @@ def test_a_model_that_was_cut_short(run: Path, part: float) -> None:
     assert f"dngd train --run-dir {run} --resume writes it anew" in said
 
 
+def test_a_run_folder_whose_name_is_not_utf8(run: Path, tmp_path: Path) -> None:
+    """It is not damaged: safetensors opens no such path, and says no such name of a file."""
+    other = run.rename(tmp_path / "run\udcff")
+    assert load_trained(other).step == 2
+    assert evaluate_run(other)["step"] == 2
+    assert predict_run(other, tmp_path / "p\udcff").rows
+    assert said_in(export_run(other, tmp_path / "e\udcff").read_bytes())["dngd.run"] == "run?"
+    assert export_run(other, tmp_path / "pyg", format="pyg").is_dir()
+
+
+def test_a_model_that_is_no_file(run: Path) -> None:
+    (run / "model.safetensors").unlink()
+    (run / "model.safetensors").mkdir()
+    assert refusal(run).startswith(f"{run / 'model.safetensors'} cannot be read (Is a directory); dngd train")
+
+
 @pytest.mark.parametrize("content", [b"\xff" * 500, b"\0" * 500, b"[1, 2]", b'{"step": 3}', b"PK\x03\x04" * 40])
 def test_what_is_no_model(run: Path, content: bytes) -> None:
     (run / "model.safetensors").write_bytes(content)
