@@ -248,12 +248,16 @@ def complete_checkpoints(path: Path) -> list[Path]:
     return sorted(p for p in path.iterdir() if p.name.startswith(PREFIX) and p.is_dir())
 
 
+_NOT_A_STATE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a damaged state.json raises."""
+
+
 def newest_state(names: list[str], read: Callable[[str], bytes | None]) -> dict[str, Any] | None:
     """Return the `state.json` of the newest checkpoint in which it is what was written; None without one, and for a
     newer format. names: the checkpoints' folders, oldest first. read: returns a folder's state.json; None, or an
     OSError, if there is none."""
     for name in reversed(names):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, DamagedError):
+        with contextlib.suppress(OSError, *_NOT_A_STATE, DamagedError):
             data = read(name)
             if data is not None:
                 state = _state(data)
@@ -272,7 +276,9 @@ def read_verified(folder: Path) -> dict[str, bytes]:
         return _verified(folder)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except RecursionError as error:
+        raise DamagedError("it is nested too deeply") from error
+    except (OSError, *_NOT_A_STATE) as error:
         raise DamagedError(str(error)) from error
 
 

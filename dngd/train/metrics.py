@@ -105,7 +105,7 @@ def read_result(path: Path) -> RunResult | None:
         known = [name for name in RunResult.__dataclass_fields__ if name in read and name != "history"]
         fields: dict[str, Any] = {name: math.nan if read[name] is None else read[name] for name in known}
         return RunResult(**fields)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return None
 
 

@@ -249,7 +249,7 @@ def trained_on(trained: TrainedModel) -> str | None:
     for state in sorted(checkpoints.glob(f"{PREFIX}*/state.json"), reverse=True):
         try:
             return str(json.loads(state.read_text())["position"]["graph_digest"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return None
 

@@ -222,7 +222,7 @@ def test_a_damaged_checkpoint_is_passed_over(store: GraphStore, tmp_path: Path) 
     assert all(by_step[record.step] == record.val_loss for record in straight.history)
 
 
-@pytest.mark.parametrize("content", [b"[]", b"\xff\xfe", b'{"step": 1}', None])
+@pytest.mark.parametrize("content", [b"[]", b"\xff\xfe", b'{"step": 1}', b"[" * 100_000, None])
 def test_a_damaged_state_file_is_passed_over(store: GraphStore, tmp_path: Path, content: bytes | None) -> None:
     """None: a plausible change of one number, which only a checksum sees."""
     run = tmp_path / "run"

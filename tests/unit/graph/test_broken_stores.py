@@ -251,6 +251,23 @@ def test_a_newer_format_says_to_upgrade(small: GraphStore) -> None:
         GraphStore.open(small.path)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[" * 100_000, "is not valid JSON (it is nested too deeply); import"),
+        (b'{"format": "dngd-graph", "name": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is nested too deeply"),
+        (b'{"format": "dngd-graph", "name": "\\ud800"}', "was altered after it was written"),
+    ],
+)
+def test_a_damaged_manifest_is_named(small: GraphStore, content: bytes, said: str) -> None:
+    (small.path / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        GraphStore.open(small.path)
+    assert said in str(caught.value)
+    assert str(small.path / "manifest.json") in str(caught.value)
+    assert verify_store(small.path) == [str(caught.value)]
+
+
 def test_not_a_store(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no manifest\.json"):
         GraphStore.open(tmp_path)

@@ -174,6 +174,16 @@ def test_a_configuration_that_no_run_wrote(store: GraphStore, run: Path, content
     assert file.read_bytes() == content
 
 
+def test_a_damaged_state_of_a_checkpoint(store: GraphStore, run: Path) -> None:
+    """Each that reads it passes over it, or says which it is."""
+    for state in (run / "checkpoints").glob("*/state.json"):
+        state.write_bytes(b"[" * 100_000)
+    (run / "result.json").write_bytes(b"[" * 100_000)
+    assert evaluate_run(run)["step"] == 2
+    with pytest.raises(UserError, match=r"all checkpoints .* are damaged, .*\(it is nested too deeply\)"):
+        fit(store, run, resume=True)
+
+
 def test_a_configuration_that_was_cut_short_anywhere(run: Path) -> None:
     """At the end of a line too, where it is YAML that leaves the seed, say, at its default."""
     file = run / "config.yaml"
