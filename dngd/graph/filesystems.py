@@ -212,7 +212,11 @@ def _s3_endpoint(options: dict[str, str]) -> tuple[str | None, str]:
     if not given:
         return None, "https"
     if "://" in given:
-        parts = urlsplit(given)
+        try:
+            parts = urlsplit(given)
+        except ValueError:  # a [ without its ], say; not repeated, since it may hold credentials
+            where = "?endpoint_override=" if "endpoint_override" in options else "AWS_ENDPOINT_URL"
+            raise UserError(f"the endpoint in {where} is no address; write http://HOST:PORT, or leave it out") from None
         return parts.netloc, options.get("scheme", parts.scheme)
     return given, options.get("scheme", "https")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import socket
 import time
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def ask_head(address: str) -> Head | None:
         )
     host_port = address.removeprefix("ray://")
     host, colon, port = host_port.rpartition(":")
-    if not colon or not port.isdigit():
+    if not colon or not re.fullmatch(r"[0-9]{1,5}", port):
         raise UserError(f"Ray address {address!r} is not HOST:PORT or ray://HOST:PORT; give e.g. 10.0.0.1:6379")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()

@@ -153,15 +153,20 @@ def job_server_address(address: str | None) -> str:
         address = next((os.environ[name] for name in _ADDRESS_VARIABLES if os.environ.get(name)), None)
     if not address:
         raise UserError("no cluster to submit to; give --address http://HOST:8265, the address of its Ray dashboard")
-    parts = urlsplit(address if "://" in address else f"http://{address}")
+    other = f"{address!r} is no address of a job server; give that of the Ray dashboard, http://HOST:8265"
+    credentials = f"the address holds credentials before an @; leave them out and {TOKEN_FIX}"
+    try:
+        parts = urlsplit(address if "://" in address else f"http://{address}")
+    except ValueError:  # a [ without its ], say
+        raise UserError(credentials if "@" in address else other) from None
     if parts.username is not None or parts.password is not None:
-        raise UserError(f"the address holds credentials before an @; leave them out and {TOKEN_FIX}")
+        raise UserError(credentials)
     try:
         port = parts.port
     except ValueError:
         port = 0
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        raise UserError(f"{address!r} is no address of a job server; give that of the Ray dashboard, http://HOST:8265")
+        raise UserError(other)
     return f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
 
 

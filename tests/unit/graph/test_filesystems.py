@@ -45,6 +45,24 @@ def test_configurations_refuse_credentials(address: str, field: str) -> None:
     check_sentence(str(refused.value))
 
 
+@pytest.mark.parametrize(
+    ("address", "variable", "named"),
+    [
+        ("s3://bucket/key", "http://key:secret@[::1", "AWS_ENDPOINT_URL"),
+        ("s3://bucket/key?endpoint_override=http://secret[::1", "", "?endpoint_override="),
+    ],
+)
+def test_an_endpoint_that_is_no_address(
+    address: str, variable: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", variable)
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    with pytest.raises(UserError) as refused:
+        locate(address)
+    assert f"the endpoint in {named} is no address; write http://HOST:PORT" in str(refused.value)
+    assert "secret" not in str(refused.value)
+
+
 def test_a_pattern_in_place_of_the_bucket_shows_no_credentials() -> None:
     with pytest.raises(UserError, match="pattern in place of the bucket's name") as refused:
         list_files("s3://AKIA:secret@buck*/key")

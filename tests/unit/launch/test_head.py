@@ -49,6 +49,12 @@ def test_a_proxy_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         assert asks_for_token(address) is False
 
 
+@pytest.mark.parametrize("address", ["localhost", "localhost:", "localhost:²", "ray://localhost:" + "9" * 20])
+def test_what_is_no_address_of_a_head(address: str) -> None:
+    with pytest.raises(UserError, match=r"is not HOST:PORT or ray://HOST:PORT; give e\.g\. 10\.0\.0\.1:6379"):
+        ask_head(address)
+
+
 def test_whether_a_token_is_asked_for() -> None:
     with head_server(RAY, PYTHON, token="0" * 64) as address:
         assert asks_for_token(address) is True
