@@ -45,6 +45,16 @@ MOST_SEEDS_EMPIRICAL = 1024
 MAX_WIDTH = 65_536
 """Of hidden layers and embeddings; a layer's weight between two of these has 16 GiB."""
 
+MOST_COUNT = 10**12
+"""Of steps, epochs, rows, columns: beyond any run, and what its 64-bit numbers and products bear."""
+
+MOST_BYTES = 10**18
+MOST_SECONDS = 1e9
+"""31 years; timers fail above a few hundred."""
+
+LARGEST = 1e30
+"""Of what 32-bit floats, which end at 3.4e38, are multiplied with."""
+
 LearningRateKind = Literal["constant", "cosine", "hyperbolic"]
 
 
@@ -73,36 +83,36 @@ class KFACConfig(_Section):
     method: Literal["kfac", "ekfac"] = Field("kfac", description="damped inverses, or eigenvalue-corrected", json_schema_extra=IDENTITY)
     fisher: Literal["empirical", "monte_carlo", "ggn"] | None = Field(None, description="labels behind G: the true ones, sampled ones, or the exact Gauss-Newton matrix (one backward a class); null: monte_carlo for batches above 1,024 seeds, in full batch, and where seeds are weighed, else empirical, also for the paper's variant", json_schema_extra=IDENTITY)
     variant: Literal["dngd", "paper"] = Field("dngd", description="paper: the factors of arXiv 2008.09624's code (gradients of the mean loss times the layer's width), for reproduction", json_schema_extra=IDENTITY)
-    damping: float | None = Field(None, gt=0, description="λ; a share of tr A in relative mode, in units of the Fisher in tikhonov mode; null: min(0.1, 1/classes)/√(training nodes) in relative mode, else 0.01", json_schema_extra=IDENTITY)
+    damping: float | None = Field(None, gt=0, le=LARGEST, description="λ; a share of tr A in relative mode, in units of the Fisher in tikhonov mode; null: min(0.1, 1/classes)/√(training nodes) in relative mode, else 0.01", json_schema_extra=IDENTITY)
     damping_mode: Literal["relative", "tikhonov", "even"] | None = Field(None, description="relative: λ·tr A and ratio·λ·tr G; tikhonov: √λ·π and √λ/π; even: √λ each; null: relative for task node, tikhonov for link", json_schema_extra=IDENTITY)
-    damping_g_ratio: float | None = Field(None, gt=0, description="relative mode: G's share over A's; null: G's share is 0.5/classes, 30 times A's where these are unknown", json_schema_extra=IDENTITY)
+    damping_g_ratio: float | None = Field(None, gt=0, le=LARGEST, description="relative mode: G's share over A's; null: G's share is 0.5/classes, 30 times A's where these are unknown", json_schema_extra=IDENTITY)
     factor_decay: float = Field(0.95, ge=0, lt=1, description="ρ of the running averages, per factor step", json_schema_extra=IDENTITY)
-    factor_update_period: int = Field(10, ge=1, description="steps between factor steps", json_schema_extra=IDENTITY)
-    inverse_update_period: int = Field(50, ge=1, description="steps between two refreshes of a layer", json_schema_extra=IDENTITY)
-    eigenvalue_update_period: int = Field(10, ge=1, description="ekfac: steps between two corrections of the eigenvalues", json_schema_extra=IDENTITY)
-    dense_steps: int = Field(1, ge=0, description="first steps that are all factor steps; above 0, also those at powers of two, with new inverses from there on, in the first period", json_schema_extra=IDENTITY)
-    inverse_delay: int = Field(0, ge=0, description="steps from a refresh's launch to its adoption; 0 waits at once", json_schema_extra=IDENTITY)
-    change_threshold: float = Field(0.0, ge=0, description="a factor whose relative change since its inversion is at most this is not inverted again", json_schema_extra=IDENTITY)
-    kl_clip: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field("auto", description="κ > 0, bound of η²·⟨natural gradient, gradient⟩, twice a step's predicted KL; null for none; auto: none where kl_bound is in use, else 0.03", json_schema_extra=IDENTITY)
-    kl_clip_steps: float | None = Field(10.0, gt=0, description="T of κ/(1 + step/T)², so that steps that the clip binds fall as 1/t; null: κ stays; with another value than this, or of kl_clip_power, kl_clip=auto is 0.03", json_schema_extra=IDENTITY)
-    kl_clip_power: float = Field(2.0, ge=0, description="power of that fall; 1: κ/(1 + step/T)", json_schema_extra=IDENTITY)
-    kl_bound: float | None = Field(None, gt=0, description="δ, in place of kl_clip: bound of a step's KL divergence, nats a seed, as measured now and then; goes with update=mean_gradient, variant dngd, task node, no semi and the built-in loss; null: 0.1 where it goes and kl_clip is auto, but for class_weights and modules of one's own; else kl_clip bounds the predicted one", json_schema_extra=IDENTITY)
-    kl_bound_steps: float | None = Field(5.0, gt=0, description="T of δ/(1 + step/T)²; null: δ stays", json_schema_extra=IDENTITY)
-    kl_bound_period: int = Field(20, ge=1, description="steps between two measurements of the divergence, two more forward passes of 64 seeds of one shard (of all its seeds with a module of one's own); also at powers of two", json_schema_extra=IDENTITY)
-    norm_constraint: float | None = Field(None, gt=0, description="bound of a step's length η‖v‖ before momentum; null for none", json_schema_extra=IDENTITY)
+    factor_update_period: int = Field(10, ge=1, le=MOST_COUNT, description="steps between factor steps", json_schema_extra=IDENTITY)
+    inverse_update_period: int = Field(50, ge=1, le=MOST_COUNT, description="steps between two refreshes of a layer", json_schema_extra=IDENTITY)
+    eigenvalue_update_period: int = Field(10, ge=1, le=MOST_COUNT, description="ekfac: steps between two corrections of the eigenvalues", json_schema_extra=IDENTITY)
+    dense_steps: int = Field(1, ge=0, le=MOST_COUNT, description="first steps that are all factor steps; above 0, also those at powers of two, with new inverses from there on, in the first period", json_schema_extra=IDENTITY)
+    inverse_delay: int = Field(0, ge=0, le=MOST_COUNT, description="steps from a refresh's launch to its adoption; 0 waits at once", json_schema_extra=IDENTITY)
+    change_threshold: float = Field(0.0, ge=0, le=LARGEST, description="a factor whose relative change since its inversion is at most this is not inverted again", json_schema_extra=IDENTITY)
+    kl_clip: Annotated[float, Field(gt=0, le=LARGEST)] | Literal["auto"] | None = Field("auto", description="κ > 0, bound of η²·⟨natural gradient, gradient⟩, twice a step's predicted KL; null for none; auto: none where kl_bound is in use, else 0.03", json_schema_extra=IDENTITY)
+    kl_clip_steps: float | None = Field(10.0, ge=1e-6, le=MOST_COUNT, description="T of κ/(1 + step/T)², so that steps that the clip binds fall as 1/t; null: κ stays; with another value than this, or of kl_clip_power, kl_clip=auto is 0.03", json_schema_extra=IDENTITY)
+    kl_clip_power: float = Field(2.0, ge=0, le=16, description="power of that fall; 1: κ/(1 + step/T)", json_schema_extra=IDENTITY)
+    kl_bound: float | None = Field(None, gt=0, le=LARGEST, description="δ, in place of kl_clip: bound of a step's KL divergence, nats a seed, as measured now and then; goes with update=mean_gradient, variant dngd, task node, no semi and the built-in loss; null: 0.1 where it goes and kl_clip is auto, but for class_weights and modules of one's own; else kl_clip bounds the predicted one", json_schema_extra=IDENTITY)
+    kl_bound_steps: float | None = Field(5.0, ge=1e-6, le=MOST_COUNT, description="T of δ/(1 + step/T)²; null: δ stays", json_schema_extra=IDENTITY)
+    kl_bound_period: int = Field(20, ge=1, le=MOST_COUNT, description="steps between two measurements of the divergence, two more forward passes of 64 seeds of one shard (of all its seeds with a module of one's own); also at powers of two", json_schema_extra=IDENTITY)
+    norm_constraint: float | None = Field(None, gt=0, le=LARGEST, description="bound of a step's length η‖v‖ before momentum; null for none", json_schema_extra=IDENTITY)
     momentum: float | None = Field(None, ge=0, lt=1, description="μ, of the gradients' mean, or of the natural gradients; null: 0.8 for mean_gradient, else 0.9", json_schema_extra=IDENTITY)
-    max_rows: int | None = Field(512, ge=1, description="rows of a layer and shard that are measured at most, an unbiased draw; null for all", json_schema_extra=IDENTITY)
-    max_dimension: int | None = Field(None, ge=1, description="widest factor that is kept dense; null: 640, and 400 for an A that becomes low_rank", json_schema_extra=IDENTITY)
+    max_rows: int | None = Field(512, ge=1, le=MOST_COUNT, description="rows of a layer and shard that are measured at most, an unbiased draw; null for all", json_schema_extra=IDENTITY)
+    max_dimension: int | None = Field(None, ge=1, le=MOST_COUNT, description="widest factor that is kept dense; null: 640, and 400 for an A that becomes low_rank", json_schema_extra=IDENTITY)
     wide_inputs: Literal["low_rank", "block_diagonal", "diagonal", "dense"] = Field("low_rank", description="what a wider A becomes", json_schema_extra=IDENTITY)
-    rank: int | None = Field(None, ge=1, description="of low_rank; null: 64, and 128 for factors wider than 4096", json_schema_extra=IDENTITY)
-    output_rank: int | None = Field(None, ge=0, description="columns of a low-rank G, for layers at least four times as wide, with damped inverses; 0: none is; null: 1/(G's share), by default 2·classes, rounded up to 16s, but 0 unless damping is relative, wide_inputs low_rank and variant dngd", json_schema_extra=IDENTITY)
+    rank: int | None = Field(None, ge=1, le=MOST_COUNT, description="of low_rank; null: 64, and 128 for factors wider than 4096", json_schema_extra=IDENTITY)
+    output_rank: int | None = Field(None, ge=0, le=MOST_COUNT, description="columns of a low-rank G, for layers at least four times as wide, with damped inverses; 0: none is; null: 1/(G's share), by default 2·classes, rounded up to 16s, but 0 unless damping is relative, wide_inputs low_rank and variant dngd", json_schema_extra=IDENTITY)
     split_inputs: bool = Field(True, description="GraphSAGE: a block of A each for self and neighbour rows", json_schema_extra=IDENTITY)
     inverse_precision: Literal["float16", "bfloat16", "full"] = Field("float16", description="in which inverses are kept and sent", json_schema_extra=IDENTITY)
 
     factor_wire: Literal["float32", "bfloat16"] = Field("float32", description="in which statistics travel; bfloat16: what rounding leaves over is sent with the next ones, and factors that could not bear it travel in float32", json_schema_extra=IDENTITY)
     strategy: Literal["auto", "replicate", "share_inverse", "share_gradient"] = Field("auto", description="every rank inverts, owners send inverses, owners send preconditioned gradients, or what agreed measurements favour for each layer")
-    traffic_budget: float = Field(0.03, ge=0, description="strategy auto: a layer's inverses are sent only where they and its statistics send at most this share of its gradient's bytes a step, else every rank inverts; share_gradient needs 1")
-    refresh_budget_seconds: float | None = Field(None, gt=0, description="most seconds of inversions that a step starts, as measured; further layers wait for the next step; null for no limit", json_schema_extra=IDENTITY)
+    traffic_budget: float = Field(0.03, ge=0, le=LARGEST, description="strategy auto: a layer's inverses are sent only where they and its statistics send at most this share of its gradient's bytes a step, else every rank inverts; share_gradient needs 1")
+    refresh_budget_seconds: float | None = Field(None, gt=0, le=MOST_SECONDS, description="most seconds of inversions that a step starts, as measured; further layers wait for the next step; null for no limit", json_schema_extra=IDENTITY)
     cuda_graph: bool = Field(True, description="on a GPU, a step's preconditioning is replayed as a CUDA graph, with method kfac; the numbers are the same")
 
     @property
@@ -122,27 +132,27 @@ class KFACConfig(_Section):
 class CheckpointConfig(_Section):
     """Checkpoints in RUN/checkpoints."""
 
-    period_steps: int | None = Field(None, ge=1, description="steps between checkpoints; null: at the end of each epoch, in constant full batch every 50")
-    period_minutes: float | None = Field(5.0, gt=0, description="a checkpoint also after about this many minutes without one, minutes; null: never for that reason")
-    keep: int = Field(3, ge=1, description="newest checkpoints kept")
-    write_timeout_seconds: float = Field(600.0, gt=0, description="limit of the wait for a checkpoint that is still being written, when the next is due or the run ends, seconds")
+    period_steps: int | None = Field(None, ge=1, le=MOST_COUNT, description="steps between checkpoints; null: at the end of each epoch, in constant full batch every 50")
+    period_minutes: float | None = Field(5.0, gt=0, le=MOST_SECONDS, description="a checkpoint also after about this many minutes without one, minutes; null: never for that reason")
+    keep: int = Field(3, ge=1, le=MOST_COUNT, description="newest checkpoints kept")
+    write_timeout_seconds: float = Field(600.0, gt=0, le=MOST_SECONDS, description="limit of the wait for a checkpoint that is still being written, when the next is due or the run ends, seconds")
 
 
 class RayConfig(_Section):
     """Ray Train (`engine: ray`)."""
 
     address: str | None = Field(None, description="cluster to connect to; null: $RAY_ADDRESS, else this machine's, else a local one is started")
-    cpus_per_worker: float = Field(1.0, gt=0, description="CPUs reserved for a worker")
-    gpus_per_worker: float = Field(1.0, gt=0, description="GPUs reserved for a worker with use_gpu; below 1 workers share one")
-    resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict, description="other Ray resources reserved for a worker, e.g. {memory: 8e9}")
+    cpus_per_worker: float = Field(1.0, gt=0, le=MOST_COUNT, description="CPUs reserved for a worker")
+    gpus_per_worker: float = Field(1.0, gt=0, le=MOST_COUNT, description="GPUs reserved for a worker with use_gpu; below 1 workers share one")
+    resources_per_worker: dict[str, Annotated[float, Field(ge=0, le=MOST_BYTES)]] = Field(default_factory=dict, description="other Ray resources reserved for a worker, e.g. {memory: 8e9}")
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field("PACK", description="workers on as few nodes as possible, on as many, on one alone, or each on a node of its own")
     backend: Literal["auto", "nccl", "gloo"] = Field("auto", description="collectives; auto: nccl where each worker has a GPU of its own, else gloo")
-    min_workers: int | None = Field(None, ge=1, description="fewest workers that the run goes on with when nodes are lost; null: num_workers, which is the most")
-    resize_period_seconds: float = Field(60.0, gt=0, description="with min_workers: time between two looks at whether the cluster has room for more workers, seconds")
-    start_timeout_seconds: float | None = Field(None, gt=0, description="limit for the cluster to offer what is asked, seconds; null: 45, or 900 where it has an autoscaler, which is asked for it")
-    max_failures: int = Field(5, ge=0, description="losses of workers in a row, without a newer checkpoint between them, that the run recovers from")
-    stall_timeout_seconds: float = Field(60.0, gt=0, description="a worker that is silent, or keeps the others waiting, for this long is killed and started again, seconds")
-    recovery_timeout_seconds: float = Field(600.0, gt=0, description="limit for workers to run, at the start and again after a loss, seconds; more where nodes take longer to be replaced")
+    min_workers: int | None = Field(None, ge=1, le=MOST_COUNT, description="fewest workers that the run goes on with when nodes are lost; null: num_workers, which is the most")
+    resize_period_seconds: float = Field(60.0, gt=0, le=MOST_SECONDS, description="with min_workers: time between two looks at whether the cluster has room for more workers, seconds")
+    start_timeout_seconds: float | None = Field(None, gt=0, le=MOST_SECONDS, description="limit for the cluster to offer what is asked, seconds; null: 45, or 900 where it has an autoscaler, which is asked for it")
+    max_failures: int = Field(5, ge=0, le=MOST_COUNT, description="losses of workers in a row, without a newer checkpoint between them, that the run recovers from")
+    stall_timeout_seconds: float = Field(60.0, gt=0, le=MOST_SECONDS, description="a worker that is silent, or keeps the others waiting, for this long is killed and started again, seconds")
+    recovery_timeout_seconds: float = Field(600.0, gt=0, le=MOST_SECONDS, description="limit for workers to run, at the start and again after a loss, seconds; more where nodes take longer to be replaced")
 
 
 class TrainConfig(_Section):
@@ -158,54 +168,54 @@ class TrainConfig(_Section):
     data_root: Path | None = Field(None, description="folder of data sets; null: $DNGD_DATA_ROOT")
     cache_dir: Path | None = Field(None, description="folder of converted stores, and of copies; null: $DNGD_CACHE_DIR or ~/.cache/dngd")
     stage_dir: Path | None = Field(None, description="folder on each node's own disk where stores on s3:// or gs:// are kept, and a store folder (on a shared file system, say) is copied too, once a node; null: cache_dir, and a store folder is opened where it lies")
-    stage_timeout_seconds: float = Field(3600.0, gt=0, description="limit for all nodes to have the graph, copied or converted, seconds")
+    stage_timeout_seconds: float = Field(3600.0, gt=0, le=MOST_SECONDS, description="limit for all nodes to have the graph, copied or converted, seconds")
     split: str = Field("masks", description="masks | masks:K | public | complete | random:TRAIN/VAL/TEST", json_schema_extra=IDENTITY)
     task: Literal["node", "link"] = Field("node", description="what is predicted; node: labels of nodes; link: whether two nodes are linked, by the inner product of their embeddings", json_schema_extra=IDENTITY)
     link_split: str = Field("0.8/0.1/0.1", description="task link: shares TRAIN/VAL/TEST of the links, by a hash of the seed and the two nodes; validation and test links are no edges of the graph that is trained on", json_schema_extra=IDENTITY)
-    negatives: int = Field(1, ge=1, description="task link: pairs of nodes drawn uniformly a training link and step, as examples of no link", json_schema_extra=IDENTITY)
+    negatives: int = Field(1, ge=1, le=MOST_COUNT, description="task link: pairs of nodes drawn uniformly a training link and step, as examples of no link", json_schema_extra=IDENTITY)
     embedding: int | None = Field(None, ge=1, le=MAX_WIDTH, description="task link: width of a node's embedding, the model's output; null: hidden", json_schema_extra=IDENTITY)
     model: Literal["gcn", "sage", "custom"] = Field("gcn", description="layer kind; custom: a module given to dngd.Trainer", json_schema_extra=IDENTITY)
     hidden: int = Field(256, ge=1, le=MAX_WIDTH, description="width of the hidden layers", json_schema_extra=IDENTITY)
     num_layers: int = Field(3, ge=1, le=16, description="number of graph layers", json_schema_extra=IDENTITY)
-    fanout: tuple[int, ...] | None = Field(None, description="neighbours drawn per layer, input side first, -1 for all; null: 15,10,5 cut or repeated to num_layers, or with batch_size full all", json_schema_extra=IDENTITY)
+    fanout: tuple[Annotated[int, Field(le=MOST_COUNT)], ...] | None = Field(None, description="neighbours drawn per layer, input side first, -1 for all; null: 15,10,5 cut or repeated to num_layers, or with batch_size full all", json_schema_extra=IDENTITY)
     dropout: float = Field(0.5, ge=0, lt=1, description="between layers", json_schema_extra=IDENTITY)
-    batch_size: int | Literal["full"] = Field(1024, description="seeds a shard and step, training nodes or links; full: all training nodes in one step, all neighbours unless fanout says otherwise", json_schema_extra=IDENTITY)
+    batch_size: Annotated[int, Field(le=MOST_COUNT)] | Literal["full"] = Field(1024, description="seeds a shard and step, training nodes or links; full: all training nodes in one step, all neighbours unless fanout says otherwise", json_schema_extra=IDENTITY)
     semi: Literal["none", "two_means", "pooled"] = Field("none", description="loss of the nodes outside the training set, their own prediction as label, weight λ_u = semi_weight·(epoch/epochs)^semi_gamma; two_means: mean(labelled) + λ_u·mean(others); pooled: one weighted mean", json_schema_extra=IDENTITY)
-    semi_gamma: float = Field(1.0, gt=0, description="γ of λ_u, a number above 0; larger keeps the others out longer", json_schema_extra=IDENTITY)
-    semi_weight: float = Field(1.0, gt=0, description="λ_u in the last epoch", json_schema_extra=IDENTITY)
+    semi_gamma: float = Field(1.0, gt=0, le=LARGEST, description="γ of λ_u, a number above 0; larger keeps the others out longer", json_schema_extra=IDENTITY)
+    semi_weight: float = Field(1.0, gt=0, le=LARGEST, description="λ_u in the last epoch", json_schema_extra=IDENTITY)
     semi_labels: Literal["argmax", "soft"] = Field("argmax", description="their labels; argmax: of the step's own pass, as in arXiv 2008.09624; soft: p^(1/semi_temperature), normalised, of the prediction p without dropout before the step", json_schema_extra=IDENTITY)
-    semi_temperature: float = Field(0.5, gt=0, le=1, description="of soft labels; 1 leaves the prediction as it is, towards 0 it becomes the arg-max", json_schema_extra=IDENTITY)
+    semi_temperature: float = Field(0.5, ge=1e-6, le=1, description="of soft labels; 1 leaves the prediction as it is, towards 0 it becomes the arg-max", json_schema_extra=IDENTITY)
     semi_share: float = Field(0.5, gt=0, lt=1, description="share of batch_size that is drawn from the nodes outside the training set; batch_size full takes all of them in each step", json_schema_extra=IDENTITY)
-    epochs: int = Field(10, ge=1, description="passes over the training nodes; another number on resuming also bends a cosine schedule and λ_u")
-    max_steps: int | None = Field(None, ge=1, description="stop after this many steps")
+    epochs: int = Field(10, ge=1, le=MOST_COUNT, description="passes over the training nodes; another number on resuming also bends a cosine schedule and λ_u")
+    max_steps: int | None = Field(None, ge=1, le=MOST_COUNT, description="stop after this many steps")
     optimizer: Literal["kfac", "adam", "adamw", "sgd", "custom"] = Field("kfac", description="kfac: natural gradient; custom: one given to dngd.Trainer, which brings its rates and weight decay", json_schema_extra=IDENTITY)
-    lr: float | None = Field(None, gt=0, description="peak learning rate; null: 0.3 kfac with its falling schedule, else 0.1, 0.01 adam and adamw, 0.1 sgd", json_schema_extra=IDENTITY)
+    lr: float | None = Field(None, gt=0, le=LARGEST, description="peak learning rate; null: 0.3 kfac with its falling schedule, else 0.1, 0.01 adam and adamw, 0.1 sgd", json_schema_extra=IDENTITY)
     lr_schedule: LearningRateKind | None = Field(None, description="cosine: to 0 over all steps of the run; hyperbolic: lr/(1 + step/lr_half_steps), however long the run; null: hyperbolic for kfac with update=mean_gradient and task node, else cosine", json_schema_extra=IDENTITY)
-    lr_half_steps: float = Field(20.0, gt=0, description="hyperbolic: steps after which the rate is halved", json_schema_extra=IDENTITY)
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up", json_schema_extra=IDENTITY)
+    lr_half_steps: float = Field(20.0, gt=0, le=MOST_COUNT, description="hyperbolic: steps after which the rate is halved", json_schema_extra=IDENTITY)
+    warmup_steps: int = Field(0, ge=0, le=MOST_COUNT, description="steps of linear warm-up", json_schema_extra=IDENTITY)
     metric: Literal["accuracy", "macro_f1", "roc_auc", "average_precision"] | None = Field(None, description="what the best model is chosen by, on validation nodes or links; the run's files hold it as val_accuracy and test_accuracy; null: accuracy for task node, roc_auc for link", json_schema_extra=IDENTITY)
     class_weights: Literal["balanced"] | tuple[Annotated[float, Field(allow_inf_nan=True)], ...] | None = Field(None, description="weights of the classes' losses, one a class; balanced: nodes / (classes · nodes of the class), of the training set; null: all 1", json_schema_extra=IDENTITY)
-    patience: int | None = Field(None, ge=1, description="evaluations in a row without a better validation metric after which the run ends; null: never")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled for kfac and adamw, L2 for adam and sgd", json_schema_extra=IDENTITY)
+    patience: int | None = Field(None, ge=1, le=MOST_COUNT, description="evaluations in a row without a better validation metric after which the run ends; null: never")
+    weight_decay: float = Field(0.0, ge=0, le=LARGEST, description="decoupled for kfac and adamw, L2 for adam and sgd", json_schema_extra=IDENTITY)
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd", json_schema_extra=IDENTITY)
     average_share: float = Field(0.0, ge=0, le=1, description="the weights that are evaluated and kept are the mean of those of about this last share of the steps, 0.3, say; 0: the last step's", json_schema_extra=IDENTITY)
     kfac: KFACConfig = Field(default_factory=lambda: KFACConfig(), description="natural-gradient settings")
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, splits, batches, sampling, dropout", json_schema_extra=IDENTITY)
     engine: Literal["local", "ray"] = Field("ray", description="ray: Ray Train workers; local: this process")
-    num_workers: int = Field(1, ge=1, description="Ray Train workers; with engine local: the number of shards run here")
-    num_shards: int | None = Field(None, ge=1, description="S, logical shards of a step; null: num_workers", json_schema_extra=IDENTITY)
+    num_workers: int = Field(1, ge=1, le=MOST_COUNT, description="Ray Train workers; with engine local: the number of shards run here")
+    num_shards: int | None = Field(None, ge=1, le=MOST_COUNT, description="S, logical shards of a step; null: num_workers", json_schema_extra=IDENTITY)
     use_gpu: bool = Field(False, description="one GPU a worker")
     feature_placement: Literal["auto", "device", "pinned", "disk"] = Field("auto", description="where the feature table lies; device: on the GPU; pinned: in the machine's memory, one copy for its workers; disk: there, for a table larger than memory; auto: device if it fits in half of the GPU's free memory, else pinned, and on a CPU the store's map as it is")
-    feature_cache_bytes: int | None = Field(None, ge=0, description="GPU memory for the features of the most frequent sources where the table is not there, bytes; null: a quarter of the GPU's free memory if the table does not fit, else 0")
+    feature_cache_bytes: int | None = Field(None, ge=0, le=MOST_BYTES, description="GPU memory for the features of the most frequent sources where the table is not there, bytes; null: a quarter of the GPU's free memory if the table does not fit, else 0")
     num_samplers: int | None = Field(None, ge=0, le=64, description="sampler processes a worker; 0: a thread of the training process; null: 0 on a CPU, with use_gpu the worker's share of the machine's CPUs (or ray.cpus_per_worker, above 1), less two, 12 at most")
     prefetch: int = Field(2, ge=1, le=64, description="batches that each sampler may be ahead")
     keep_memory: bool = Field(True, description="on a CPU: memory that a step frees stays with the process for the next one, instead of going back to the system; faster, and the process keeps the most that it ever used")
     loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field((), description="where evaluations and step losses go beside metrics.jsonl and metrics.csv: tensorboard, mlflow, wandb, each an extra of dngd")
-    eval_period: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
-    eval_rows: int = Field(65536, ge=1, description="most rows worked on at a time in exact evaluation; a smaller block may be chosen for the caches' sake")
-    eval_memory_bytes: int | None = Field(None, ge=0, description="memory that a machine may hold exact evaluation's tables in, bytes; what goes beyond lies in unnamed files below cache_dir or the run folder; null: half of what is available")
-    collective_timeout_seconds: float = Field(120.0, gt=0, description="limit of every wait for another rank, seconds")
-    max_dropped_steps: int = Field(10, ge=1, description="non-finite steps in a row after which training stops")
+    eval_period: int = Field(1, ge=1, le=MOST_COUNT, description="epochs between evaluations; the last epoch is always evaluated")
+    eval_rows: int = Field(65536, ge=1, le=MOST_COUNT, description="most rows worked on at a time in exact evaluation; a smaller block may be chosen for the caches' sake")
+    eval_memory_bytes: int | None = Field(None, ge=0, le=MOST_BYTES, description="memory that a machine may hold exact evaluation's tables in, bytes; what goes beyond lies in unnamed files below cache_dir or the run folder; null: half of what is available")
+    collective_timeout_seconds: float = Field(120.0, gt=0, le=MOST_SECONDS, description="limit of every wait for another rank, seconds")
+    max_dropped_steps: int = Field(10, ge=1, le=MOST_COUNT, description="non-finite steps in a row after which training stops")
     checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(), description="checkpoints")
     ray: RayConfig = Field(default_factory=lambda: RayConfig(), description="cluster")
     run_dir: Path | None = Field(None, description="run folder, or its s3:// or gs:// address; null: runs/DATASET-MODEL-OPTIMIZER-TIME")
@@ -278,8 +288,8 @@ class TrainConfig(_Section):
             raise ValueError(f"semi_share={self.semi_share} of batch_size={self.batch_size} leaves a shard without a labelled or without an unlabelled seed; use a larger --batch-size, or another --set semi_share=X")
         if self.optimizer == "kfac" and self.semi != "none" and self.fisher == "empirical" and self.kfac.variant != "paper":
             raise ValueError(f"semi={self.semi} weighs its seeds unequally, which the empirical Fisher cannot do; leave kfac.fisher away, or use --set kfac.fisher=monte_carlo")
-        if isinstance(self.class_weights, tuple) and not all(0 < weight < float("inf") for weight in self.class_weights):
-            raise ValueError(f"class_weights={self.class_weights} has an entry that is no number above 0")
+        if isinstance(self.class_weights, tuple) and not all(0 < weight <= LARGEST for weight in self.class_weights):
+            raise ValueError(f"class_weights={self.class_weights} has an entry that is no number above 0, up to {LARGEST:g}")
         if self.class_weights is not None and self.semi != "none":
             raise ValueError(f"class_weights and semi={self.semi} both weigh the seeds; leave one out")
         if self.class_weights is not None and self.optimizer == "kfac" and self.fisher == "empirical":

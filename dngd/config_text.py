@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType
@@ -187,6 +188,7 @@ def _sentence(kind: str, message: str, value: object, path: list[str], model: ty
     if kind == "model_type":
         return f"{name}={_shown(value)} is not valid: it is a group of fields; set each by its name, {name}.KEY=VALUE"
     allowed = fields.get(path[-1], "")
+    message = re.sub(r"\b10{8,}\b", lambda found: f"1e{len(found[0]) - 1}", message)
     return f"{name}={_shown(value)} is not valid: {message[:1].lower()}{message[1:]} ({allowed})"
 
 

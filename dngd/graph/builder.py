@@ -24,6 +24,7 @@ from dngd.errors import UserError
 from dngd.graph import manifest as m
 from dngd.graph.arrow_files import write_columns, write_labels
 from dngd.graph.canonical import (
+    MAX_NODES,
     Duplicates,
     FeatureType,
     SelfLoops,
@@ -46,9 +47,6 @@ __all__ = ["Progress", "RowBlocks", "StoreBuilder"]
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total), in the units of the stage; total 0: not known."""
-
-_MAX_NODES = 3_037_000_499
-"""The largest number whose square is an int64: an edge is sorted as destination · num_nodes + source."""
 
 
 class StoreBuilder:
@@ -89,8 +87,8 @@ class StoreBuilder:
         check_edge_options(self_loops, duplicates, weighted)
         if feature_dtype not in m.FEATURE_TYPES:
             raise UserError(f"feature_dtype={feature_dtype!r} is not known; give one of {', '.join(m.FEATURE_TYPES)}")
-        if not 1 <= num_nodes <= _MAX_NODES:
-            raise UserError(f"num_nodes={num_nodes} is out of range; give 1 to {_MAX_NODES}")
+        if not 1 <= num_nodes <= MAX_NODES:
+            raise UserError(f"num_nodes={num_nodes} is out of range; give 1 to {MAX_NODES}")
         if add_reverse and directed:
             raise UserError("directed=True contradicts add_reverse=True; leave one of the two out")
         check_target(target, overwrite, m.is_store_file)

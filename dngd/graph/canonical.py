@@ -24,6 +24,8 @@ Duplicates = Literal["drop", "sum", "keep"]
 SelfLoops = Literal["drop", "keep"]
 FeatureType = Literal["float32", "float16", "bfloat16"]
 
+MAX_NODES = 3_037_000_499
+"""The largest number whose square is an int64: an edge is sorted as destination · num_nodes + source."""
 MAX_CLASSES = 1 << 16
 """A model has an output for each class: ids or times taken for classes would fill the memory."""
 MAX_FEATURES = 1 << 24

@@ -21,7 +21,7 @@ from dngd.errors import UserError
 from dngd.graph.arrays import MASK_FORMS, masks_of
 from dngd.graph.arrow_files import file_sha256
 from dngd.graph.builder import RowBlocks, StoreBuilder
-from dngd.graph.canonical import as_table, canonical_labels, canonical_masks, check_width
+from dngd.graph.canonical import MAX_NODES, as_table, canonical_labels, canonical_masks, check_width
 from dngd.graph.import_options import ImportOptions, check_options, check_training_nodes, recorded
 from dngd.graph.manifest import Provenance
 from dngd.graph.npz_members import NpzMembers
@@ -140,8 +140,8 @@ def _misfit(path: Path, reason: str) -> UserError:
 
 
 def _num_nodes(value: Array, path: Path) -> int:
-    if value.size != 1 or value.dtype.kind not in "iu" or int(value.reshape(())) < 1:
-        raise UserError(f"num_nodes of {path} is {value.tolist()}; it must be one whole number above 0")
+    if value.size != 1 or value.dtype.kind not in "iu" or not 1 <= int(value.reshape(())) <= MAX_NODES:
+        raise UserError(f"num_nodes of {path} is {value.tolist()}; it must be one whole number from 1 to {MAX_NODES}")
     return int(value.reshape(()))
 
 

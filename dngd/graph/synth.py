@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dngd.errors import UserError
+from dngd.graph.canonical import MAX_CLASSES, MAX_FEATURES, MAX_NODES
 from dngd.graph.manifest import Provenance
 from dngd.graph.store import GraphStore
 from dngd.graph.writer import Progress
@@ -72,11 +73,20 @@ class SynthConfig:
                 f"num_nodes={self.num_nodes} is too few for {self.num_classes} classes; give at least "
                 f"{_MIN_CLASS_SIZE * self.num_classes}, or fewer classes"
             )
-        if self.num_features < 1:
-            raise UserError(f"num_features={self.num_features} is below 1; give at least one feature")
+        if self.num_classes > MAX_CLASSES or self.num_nodes > MAX_NODES:
+            name, most = ("num_nodes", MAX_NODES) if self.num_nodes > MAX_NODES else ("num_classes", MAX_CLASSES)
+            raise UserError(f"{name}={getattr(self, name)} is above {most}, the most that there may be; give fewer")
+        if not 1 <= self.num_features <= MAX_FEATURES:
+            raise UserError(f"num_features={self.num_features} is out of range; give 1 to {MAX_FEATURES}")
         if self.num_edges < 2 or self.num_edges % 2:
             raise UserError(
                 f"num_edges={self.num_edges} is not an even number above 0; each undirected edge counts twice"
+            )
+        most_edges = self.num_nodes * (self.num_nodes - 1)
+        if self.num_edges > most_edges:
+            raise UserError(
+                f"num_edges={self.num_edges} is above {most_edges}, all that {self.num_nodes} nodes can have; give "
+                "fewer, or more nodes"
             )
         if not 0 <= self.label_noise < 0.5:
             raise UserError(f"label_noise={self.label_noise:g} is out of range; give 0 up to, not including, 0.5")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import dngd
 from dngd import cli
 from dngd.config import TrainConfig
 from dngd.config_text import parse_assignment, read_yaml
+from dngd.errors import TrainingError
 from dngd.graph import GraphStore
 
 BASE = ["--engine", "local", "--num-layers", "2", "--fanout", "5,5", "--hidden", "8", "--epochs", "1", "--quiet"]
@@ -49,6 +53,14 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--semi", "pooled", "--set", "semi_share=1.5"], ["semi_share=1.5", "less than 1"]),
         (["--semi", "mean"], ["semi='mean'", "pooled"]),
         (["--semi-gamma", "0"], ["semi_gamma=0", "greater than 0"]),
+        (["--damping", "1e300"], ["kfac.damping=1e+300", "less than or equal to 1e30"]),
+        (["--semi", "two_means", "--set", "semi_weight=1e300"], ["semi_weight=", "less than or equal to 1e30"]),
+        (["--set", "kfac.kl_clip=1", "--set", "kfac.kl_clip_power=1e308"], ["kfac.kl_clip_power=", "or equal to 16"]),
+        (["--set", "kfac.kl_clip=1", "--set", "kfac.kl_clip_steps=1e-300"], ["kfac.kl_clip_steps=", "0.000001"]),
+        (["--set", "kfac.kl_bound_steps=1e-300"], ["kfac.kl_bound_steps=", "0.000001"]),
+        (["--set", "collective_timeout_seconds=1e30"], ["collective_timeout_seconds=", "less than or equal to 1e9"]),
+        (["--fanout", "5,9999999999999999999999"], ["fanout=9999999999999999999999", "less than or equal to 1e12"]),
+        (["--class-weights", "1,1,1,1,1e300"], ["class_weights=", "no number above 0, up to 1e+30"]),
         (["--batch-size", "many"], ["batch_size='many'", "full"]),
         (["--model", "gat"], ["model='gat'", "gcn", "sage"]),
         (["--optimizer", "lion"], ["optimizer='lion'", "kfac"]),
@@ -142,6 +154,63 @@ def test_wrong_flags(
     assert not (tmp_path / "runs").exists(), "a run folder was made"
 
 
+def test_every_number_of_a_configuration_has_a_largest_value() -> None:
+    """Without one, it goes on to where 64 bits or a 32-bit float cannot hold it."""
+    schema = TrainConfig.model_json_schema()
+    missing = []
+
+    def look(part: Any, name: str) -> None:
+        if isinstance(part, list):
+            for item in part:
+                look(item, name)
+        if isinstance(part, dict):
+            bounded = {"maximum", "exclusiveMaximum"} & part.keys()
+            if part.get("type") in ("integer", "number") and not bounded:
+                missing.append(name)
+            for key, item in part.items():
+                if key != "default":
+                    look(item, f"{name}.{key}")
+
+    look(schema, "")
+    # Its entries are checked with the loss that they belong to.
+    assert all("class_weights" in name for name in missing), missing
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"damping": 1e30, "damping_g_ratio": 1e30},
+        {"damping": 1e-150, "damping_g_ratio": 1e-150},
+        {"damping": 1e-300, "damping_mode": "tikhonov"},
+        {"damping": 1e30, "method": "ekfac"},
+        {"kl_clip": 1e30, "kl_clip_steps": 1e-6, "kl_clip_power": 16},
+        {"kl_bound": 1e30, "kl_bound_steps": 1e-6, "norm_constraint": 1e30, "change_threshold": 1e30},
+    ],
+)
+def test_the_largest_and_smallest_values_end_in_no_traceback(
+    store: GraphStore, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Most of them learn nothing, which a run says in a sentence, or in its numbers."""
+    config = TrainConfig(
+        dataset=str(store.path),
+        split="random:0.5/0.25/0.25",
+        run_dir=tmp_path / "run",
+        engine="local",
+        num_layers=2,
+        hidden=8,
+        fanout=(10**12, 10**12),
+        batch_size=50,
+        epochs=10**12,
+        max_steps=4,
+        warmup_steps=10**12,
+        eval_rows=10**12,
+        collective_timeout_seconds=1e9,
+        kfac=changes,
+    )
+    with contextlib.suppress(TrainingError):
+        assert dngd.Trainer(config, quiet=True).fit().steps == 4
+
+
 def test_a_flag_without_effect_may_stand_in_a_file(
     store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,6 +270,7 @@ def write_npz(path: Path, **changes: object) -> Path:
         ({"y": np.array([0, 1, -2, 1], dtype=np.int16)}, ["-2"]),
         ({"edge_index": np.array([[0, 9], [1, 0]], dtype=np.int32)}, ["9"]),
         ({"x": np.ones((3, 3), dtype=np.float32)}, ["3", "4"]),
+        ({"num_nodes": np.uint64(2**63)}, ["9223372036854775808", "from 1 to 3037000499"]),
         ({"y": np.full((4, 2), 2, dtype=np.uint8)}, ["values other than 0 and 1"]),
     ],
 )

@@ -102,6 +102,10 @@ def test_counts_are_exact(tmp_path: Path) -> None:
         ({"homophily": 0.9}, r"it can be 0 to 0\.810"),
         ({"homophily": float("nan")}, "homophily=nan"),
         ({"seed": -1}, "seed=-1"),
+        ({"num_nodes": 10**20}, f"num_nodes={10**20} is above 3037000499, the most"),
+        ({"num_classes": 10**5, "num_nodes": 10**6}, "num_classes=100000 is above 65536, the most"),
+        ({"num_features": 10**11}, "num_features=100000000000 is out of range; give 1 to 16777216"),
+        ({"num_edges": 10**30}, rf"num_edges={10**30} is above \d+, all that \d+ nodes can have"),
         ({"num_edges": 300_000}, "distinct edges within classes"),
     ],
 )
