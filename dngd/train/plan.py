@@ -26,6 +26,7 @@ from dngd.train.placement import choose_placement, free_gpu_bytes, table_bytes
 from dngd.train.task import TaskSplit, evaluated_nodes, graph_of, shape_of
 
 FLOAT_BYTES = 4
+NODE_BYTES = 8
 PROCESS_BYTES = 350 * 1024 * 1024
 """Private memory of a process that has imported torch and dgl and taken a step (measured: 326 MB), rounded up."""
 
@@ -181,8 +182,9 @@ def make_plan(config: TrainConfig, store: GraphStore, split: TaskSplit, module: 
     layers = tuple(
         _layer_plan(config, i, a, b, fan_in, training_set) for i, (a, b) in enumerate(zip(widths, widths[1:]))
     )
-    num_ends = 2 * (1 + config.negatives) * batch_size if config.task == "link" else batch_size
-    batch = _batch_bytes(config, graph, layers, min(num_ends, store.num_nodes))
+    num_pairs = (1 + config.negatives) * batch_size if config.task == "link" else 0
+    batch = _batch_bytes(config, graph, layers, min(2 * num_pairs or batch_size, store.num_nodes))
+    pair_bytes = num_pairs * 2 * (NODE_BYTES + outputs * FLOAT_BYTES)  # the ends' numbers, and rows to multiply
     if module is not None:
         layers = _module_layers(config, module, training_set)
     parameters = sum(layer.parameters for layer in layers) if module is None else _num_parameters(module)
@@ -215,12 +217,14 @@ def make_plan(config: TrainConfig, store: GraphStore, split: TaskSplit, module: 
         ),
         link_bytes=_link_bytes(config, split),
         full_batch_bytes=math.ceil(config.shards / ranks) * batch.kept,
-        activation_bytes=batch.activation,
+        activation_bytes=batch.activation + pair_bytes,
         evaluation_bytes=evaluation.block,
         evaluation_table_bytes=evaluation.tables + evaluation.kept + embeddings,
         samplers=samplers,
         sampler_bytes=_bytes_of_samplers(
-            samplers, SAMPLER_BYTES + slots_of_sampler(config.prefetch) * (batch.edges + batch.first_rows)
+            samplers,
+            SAMPLER_BYTES
+            + slots_of_sampler(config.prefetch) * (batch.edges + batch.first_rows + num_pairs * 2 * NODE_BYTES),
         ),
         gradient_bytes_per_step=(parameters + TRAILING) * FLOAT_BYTES,
         factor_bytes_per_refresh=sum(layer.factors.statistics_sent for layer in layers) if kfac else 0,
@@ -404,7 +408,7 @@ def check_fits(plan: RunPlan, config: TrainConfig, workers_here: int, *, is_work
             "full batch": "use a number as --batch-size with a --fanout, which samples",
             "activations": "use more --num-shards, or a number as --batch-size with a --fanout"
             if constant
-            else "use a smaller --batch-size or --fanout",
+            else f"use a smaller --batch-size{', --negatives' if config.task == 'link' else ''} or --fanout",
             "evaluation": "use a smaller --hidden, --set eval_rows=N or --set eval_memory_bytes=N",
             "samplers": "use fewer --num-samplers",
         }[largest]

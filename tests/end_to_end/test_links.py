@@ -48,6 +48,27 @@ def test_links_are_learnt(store: GraphStore, tmp_path: Path, model: str, optimiz
     assert "ROC-AUC against steps" in page
 
 
+def test_the_plan_counts_the_pairs(store: GraphStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both ends of each, in numbers and rows: they are drawn, and multiplied, however few the nodes are."""
+    few, more = (
+        dngd.Trainer(config(store, tmp_path / "run", **LINKS, negatives=negatives, num_samplers=1)).plan()
+        for negatives in (100, 300)
+    )
+    pairs = 200 * few.batch_size
+    assert more.activation_bytes - few.activation_bytes == pairs * 2 * (8 + 4 * few.layers[-1].d_out)
+    assert more.sampler_bytes - few.sampler_bytes >= pairs * 2 * 8
+    flags = ["--task", "link", "--batch-size", "128", "--num-layers", "1", "--fanout", "3", "--engine", "local"]
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(
+            ["train", "--dataset", str(store.path), *flags, "--negatives", "999999999", "--run-dir", str(tmp_path)]
+        )
+    assert exit_info.value.code == 2
+    said = capsys.readouterr().err
+    assert "largest part: activations" in said
+    assert "use a smaller --batch-size, --negatives or --fanout" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def dense_scores(store: GraphStore, run: Path) -> dict[str, float]:
     """ROC-AUC of the held-out links, by a dense GCN over the training links' edges."""
     settings = dngd.TrainConfig.from_yaml(run / "config.yaml")
