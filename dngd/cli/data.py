@@ -94,11 +94,12 @@ def verify(store: Annotated[Path, typer.Argument(help="Store folder")]) -> None:
     """Check every byte of a store against its manifest, and that its content makes sense."""
     from dngd import graph
     from dngd.cli.progress import data_progress
+    from dngd.graph.filesystems import is_remote
 
     with data_progress() as progress:
         problems = graph.verify_store(store, lambda _, done, total: progress("reading", done, total))
     if problems:
-        raise UserError(f"{store}: " + "; ".join(problems))
+        raise UserError(("" if is_remote(store) else f"{store}: ") + "; ".join(problems))
     out.print(f"{store}: every file matches its manifest", highlight=False, soft_wrap=True)
 
 

@@ -10,6 +10,7 @@ import torch
 from dngd.errors import UserError
 from dngd.graph import manifest as m
 from dngd.graph.arrow_files import file_sha256
+from dngd.graph.filesystems import address_of, is_remote, shown_address
 from dngd.graph.node_ids import first_repeated
 from dngd.graph.store import GraphStore
 from dngd.paths import expanded
@@ -21,8 +22,14 @@ def verify_store(path: str | Path, progress: Callable[[str, int, int], None] | N
     """Return every problem of the store at `path`, each one sentence; empty when it is sound.
 
     Reads every byte. progress: called with (file, bytes done, bytes in all). Never raises UserError: a store
-    that does not open is a problem like another.
+    that does not open is a problem like another, and so is an address.
     """
+    if is_remote(path):
+        shown = shown_address(address_of(path))
+        return [
+            f"{shown} is an address, and what is verified is a folder; whatever opens an address, such as dngd data "
+            "info, copies the store once and checks every byte on the way: give a folder that it was copied to"
+        ]
     folder = expanded(path).absolute()
     try:
         manifest = m.read_manifest(folder)

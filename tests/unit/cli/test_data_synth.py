@@ -43,6 +43,14 @@ def test_the_defaults_are_the_built_in_graphs(tmp_path: Path) -> None:
     assert GraphStore.open(out).name == "synthetic"
 
 
+@pytest.mark.parametrize("credentials", ["", "id:secret@"])
+def test_an_address_is_not_verified(credentials: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("verify", f"s3://{credentials}bucket/graph") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("dngd: s3://bucket/graph is an address, and what is verified is a folder; ")
+    assert said.count("\n") == 1
+
+
 def test_paths_and_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Arrow writes and reads no such paths, and a manifest holds no such names."""
     small = ["--nodes", "400", "--edges", "1000", "--classes", "4", "--features", "5"]
