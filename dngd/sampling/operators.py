@@ -27,6 +27,9 @@ from dngd.sampling.left_out import LeftOut
 from dngd.sampling.minibatch import LayerGraph
 from dngd.sampling.topology import HasTopology
 
+LARGEST_WEIGHT = 1e30
+"""Of edges, in size: a hundred million of them sum to less than the 3.4e38 where 32-bit floats end."""
+
 
 class LayerOperators:
     """Computes the operators of layer graphs, on the CPU.
@@ -142,20 +145,44 @@ def first_rows_of(
     return FirstRows(LayerOperators(graph, aggregation, norm), features, on_host)
 
 
+def check_weights(graph: HasTopology) -> None:
+    """Raise UserError for an edge weight above LARGEST_WEIGHT in size, or NaN.
+
+    Sums of such weights, and their products with rows, end in infinity, by which a norm or a mean becomes 0: messages
+    would vanish without a word. Reads the weights once.
+    """
+    weights = graph.edge_weight
+    if weights is None or weights.numel() == 0:
+        return
+    if bool((torch.stack(weights.aminmax()).abs() <= LARGEST_WEIGHT).all()):
+        return
+    edge = int((~(weights.abs() <= LARGEST_WEIGHT)).nonzero()[0, 0])
+    node = int(torch.searchsorted(graph.indptr, edge, right=True)) - 1
+    raise UserError(
+        f"the edge from node {int(graph.indices[edge])} to node {node} of {_name_of(graph)} has the weight "
+        f"{float(weights[edge]):g}, and 32-bit floats do not hold sums of weights beyond {LARGEST_WEIGHT:g}; divide "
+        "all weights by one number"
+    )
+
+
 def node_norm(graph: HasTopology) -> Tensor:
     """Return GCN's d_v^(-1/2) of every node, float32 [N]; weighted in-degrees where the graph has weights.
 
-    Raises UserError where a node's weights sum to -1 or less.
+    Raises UserError where a node's weights sum to -1 or less, and for what `check_weights` refuses.
     """
     degrees = graph.indptr.diff()
     if graph.edge_weight is None:
         return inverse_sqrt_degrees(degrees)
+    check_weights(graph)
     totals = torch.segment_reduce(graph.edge_weight.to(torch.float64), "sum", offsets=graph.indptr, axis=0)
     if bool((totals <= -1).any()):
         node = int((totals <= -1).nonzero()[0, 0])
-        name = getattr(graph, "name", "the graph")
         raise UserError(
-            f"node {node} of {name} has in-edge weights that sum to {float(totals[node]):g}; GCN's "
+            f"node {node} of {_name_of(graph)} has in-edge weights that sum to {float(totals[node]):g}; GCN's "
             "normalisation needs sums above -1, so use weights of at least 0, or --model sage"
         )
     return inverse_sqrt_degrees(degrees, totals)
+
+
+def _name_of(graph: HasTopology) -> str:
+    return str(getattr(graph, "name", "the graph"))

@@ -16,6 +16,7 @@ from dngd.graph import GraphStore, LinkSplit
 from dngd.models import MODELS
 from dngd.optim import Footprint, inverse_bytes_held, layer_footprint
 from dngd.sampling import steps_per_epoch
+from dngd.sampling.operators import check_weights
 from dngd.sampling.pipeline import slots_of_sampler
 from dngd.train.evaluation_plan import LayerShape, block_rows, evaluation_bytes
 from dngd.train.memory import available_memory, private_memory
@@ -154,10 +155,11 @@ def make_plan(config: TrainConfig, store: GraphStore, split: TaskSplit, module: 
     """Return the plan of a run. store: the whole graph. module: of one's own, whose activations are taken for those of
     `hidden` wide layers.
 
-    Raises UserError for a batch larger than the training set, a semi-supervised loss without unlabelled nodes, or a
-    loss that the graph's labels do not allow.
+    Raises UserError for a batch larger than the training set, a semi-supervised loss without unlabelled nodes, a
+    loss that the graph's labels do not allow, or edge weights beyond 32-bit floats.
     """
     make_objective(config, store, split.train)
+    check_weights(store)
     graph = graph_of(store, split)
     num_train = int(split.train.numel())
     labelled = batch_size_of(config, num_train)

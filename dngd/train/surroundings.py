@@ -14,6 +14,7 @@ from dngd.errors import UserError
 from dngd.graph import GraphStore
 from dngd.models import GNN
 from dngd.sampling.cached_rows import CachedRows
+from dngd.sampling.operators import check_weights
 from dngd.train.batch import PropagationBuilder
 from dngd.train.evaluation import EvaluationProgress, Evaluator, ExactEvaluator
 from dngd.train.link_evaluation import LinkEvaluator
@@ -40,8 +41,9 @@ def make_surroundings(
 ) -> tuple[PropagationBuilder | ModuleBatchBuilder, Evaluator]:
     """Return the batch builder and the evaluator of a model on a graph. The arguments are theirs.
 
-    store: the graph whose edges the model may see.
+    store: the graph whose edges the model may see. Raises UserError for edge weights beyond 32-bit floats.
     """
+    check_weights(store)
     builder: PropagationBuilder | ModuleBatchBuilder
     evaluator: ExactEvaluator | ModuleEvaluator
     if isinstance(model, GNN):

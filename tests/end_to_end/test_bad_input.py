@@ -16,6 +16,7 @@ from dngd.config import TrainConfig
 from dngd.config_text import parse_assignment, read_yaml
 from dngd.errors import TrainingError
 from dngd.graph import GraphStore
+from dngd.train.evaluate_run import evaluate_run
 
 BASE = ["--engine", "local", "--num-layers", "2", "--fanout", "5,5", "--hidden", "8", "--epochs", "1", "--quiet"]
 BASE += ["--num-samplers", "0"]
@@ -286,6 +287,38 @@ def test_bad_graphs(
         for text in said:
             assert text in sentence
     assert not (tmp_path / "store").exists()
+
+
+def weighted(store: GraphStore, path: Path, weight: float) -> GraphStore:
+    """The graph with equal weights of all edges, but of one."""
+    weights = np.full(store.num_edges, weight, dtype=np.float32)
+    weights[7] /= 2
+    arrays = {"features": store.features, "labels": store.labels, "indptr": store.indptr, "indices": store.indices}
+    return GraphStore.write(path, name="heavy", edge_weight=weights, masks=store.split_masks, **arrays)
+
+
+@pytest.mark.parametrize("model", ["gcn", "sage"])
+def test_weights_whose_sums_are_infinite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], store: GraphStore, model: str
+) -> None:
+    """They would silence all messages: of equal weights, a mean is that without weights, however large they are."""
+    flags = ["--batch-size", "50", "--model", model, *BASE, "--dropout", "0"]
+    heavy = weighted(store, tmp_path / "heavy", 3e38)
+    said = refused(capsys, "train", "--dataset", str(heavy.path), *flags, "--run-dir", str(tmp_path / "run"))
+    source, node = int(store.indices[0]), int(store.indptr.diff().nonzero()[0])
+    assert f"the edge from node {source} to node {node} of heavy has the weight 3e+38, and 32-bit" in said
+    assert "divide all weights by one number" in said
+    assert not (tmp_path / "run").exists()
+
+    losses = []
+    for weight in (1e12, 1e30):
+        graph = weighted(store, tmp_path / f"{weight:g}", weight)
+        run_dir = str(tmp_path / f"run-{weight:g}")
+        assert run(capsys, "train", "--dataset", str(graph.path), *flags, "--run-dir", run_dir) == (0, "")
+        losses.append(evaluate_run(Path(run_dir))["val"]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    for command in (["evaluate", run_dir], ["predict", run_dir, "--out", str(tmp_path / "p")]):
+        assert "has the weight 3e+38" in refused(capsys, *command, "--dataset", str(heavy.path))
 
 
 @pytest.mark.filterwarnings("error:Initializing zero-element tensors")
