@@ -36,6 +36,7 @@ from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.graph import GraphStore, Split
 from dngd.optim import NaturalGradient, default_damping
+from dngd.train.optimizers import fused
 from dngd.train.plan import device_of
 
 DEFAULT = "NaturalGradient"
@@ -322,7 +323,7 @@ def _run_seed(
 
 def _optimizer(setting: Setting, model: nn.Module, graph: _Graph) -> torch.optim.Optimizer:
     if setting.group == BASELINE:
-        return torch.optim.Adam(model.parameters(), lr=setting.lr)
+        return fused(torch.optim.Adam, model, lr=setting.lr)
     if setting.group == DEFAULT:
         return NaturalGradient(model)
     is_full = setting.group == FULL

@@ -82,7 +82,7 @@ class Scorer:
 
 
 def score_logits(logits: Tensor, labels: Tensor, metric: Metric) -> Scored:
-    """Return what logits [n, C] are worth against the labels of the same n nodes."""
-    right = float((logits.argmax(dim=1) == labels).double().mean())
+    """Return what logits [n, C] are worth against the labels of the same n nodes; those that overflowed are wrong."""
+    right = float(((logits.argmax(dim=1) == labels) & logits.amax(dim=1).isfinite()).double().mean())
     score = right if metric == "accuracy" else roc_auc(logits[:, 1] - logits[:, 0], labels == 1)
     return Scored(float(F.cross_entropy(logits.double(), labels)), right, score)

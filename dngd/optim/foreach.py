@@ -74,12 +74,20 @@ def all_finite(tensors: Sequence[Tensor], device: torch.device) -> bool:
     overflows counts as not finite.
     """
     halves = [tensor for tensor in tensors if tensor.dtype.itemsize < torch.float32.itemsize]
-    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in halves]
+    norms = _norms_of_halves(halves)
     if len(halves) < len(tensors):
         norms += torch._foreach_norm([t for t in tensors if t.dtype.itemsize >= torch.float32.itemsize])
     if len({(norm.device, norm.dtype) for norm in norms}) > 1:
         norms = [norm.to(device, torch.float64) for norm in norms]
     return all(map(math.isfinite, torch.stack(norms).tolist()))
+
+
+def _norms_of_halves(tensors: list[Tensor]) -> list[Tensor]:
+    """Return norms in float32."""
+    try:
+        return list(torch._foreach_norm(tensors, 2, torch.float32)) if tensors else []
+    except TypeError:  # a torch whose function takes no type
+        return [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
 
 
 def _in_few_kernels(tensors: Sequence[Tensor]) -> bool:

@@ -467,7 +467,7 @@ class KFACPreconditioner:
         warnings.warn(
             "the gradients are far smaller than those that K-FAC saw in the backward pass, so that G is too large and "
             "steps are too short; with a GradScaler give loss_scale=scaler.get_scale (gradients that were clipped to "
-            "less than a thousandth look alike)",
+            "less than a thousandth, and a model at its optimum, look alike)",
             stacklevel=2,
         )
 

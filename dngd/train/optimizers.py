@@ -173,14 +173,18 @@ def build_optimizer(
             ),
             average,
         )
-    parameters = list(model.parameters())
-    # On a GPU one kernel for all parameters; None leaves a CPU's step as torch's default has it.
-    fused = True if all(p.device.type == "cuda" and p.is_floating_point() for p in parameters) else None
-    if config.optimizer == "adam":
-        return FirstOrder(torch.optim.Adam(parameters, lr=lr, weight_decay=decay, fused=fused), average)
-    if config.optimizer == "adamw":
-        return FirstOrder(torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=fused), average)
-    return FirstOrder(torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay), average)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer]
+    options = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
+    return FirstOrder(fused(kind, model, lr=lr, weight_decay=decay, **options), average)
+
+
+def fused(kind: type[torch.optim.Optimizer], model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    """Return one of torch's optimizers, with a step of one kernel on a GPU and of one pass over memory on a CPU where
+    this torch has it; else as it comes."""
+    try:
+        return kind(list(model.parameters()), fused=True, **options)  # type: ignore[call-arg]
+    except (RuntimeError, TypeError):  # for a device or type without one; by an optimizer that knows no such option
+        return kind(list(model.parameters()), **options)
 
 
 def weight_average(config: TrainConfig, model: nn.Module) -> WeightAverage | None:
