@@ -189,7 +189,7 @@ class TrainConfig(_Section):
     epochs: int = Field(10, ge=1, le=MOST_COUNT, description="passes over the training nodes; another number on resuming also bends a cosine schedule and λ_u")
     max_steps: int | None = Field(None, ge=1, le=MOST_COUNT, description="stop after this many steps")
     optimizer: Literal["kfac", "adam", "adamw", "sgd", "custom"] = Field("kfac", description="kfac: natural gradient; custom: one given to dngd.Trainer, which brings its rates and weight decay", json_schema_extra=IDENTITY)
-    lr: float | None = Field(None, gt=0, le=LARGEST, description="peak learning rate; null: 0.3 kfac with its falling schedule, else 0.1, 0.01 adam and adamw, 0.1 sgd", json_schema_extra=IDENTITY)
+    lr: float | None = Field(None, gt=0, le=1e38, description="peak learning rate; null: 0.3 kfac with its falling schedule, else 0.1, 0.01 adam and adamw, 0.1 sgd", json_schema_extra=IDENTITY)
     lr_schedule: LearningRateKind | None = Field(None, description="cosine: to 0 over all steps of the run; hyperbolic: lr/(1 + step/lr_half_steps), however long the run; null: hyperbolic for kfac with update=mean_gradient and task node, else cosine", json_schema_extra=IDENTITY)
     lr_half_steps: float = Field(20.0, gt=0, le=MOST_COUNT, description="hyperbolic: steps after which the rate is halved", json_schema_extra=IDENTITY)
     warmup_steps: int = Field(0, ge=0, le=MOST_COUNT, description="steps of linear warm-up", json_schema_extra=IDENTITY)
