@@ -15,6 +15,9 @@ from dngd.train.run_folder import BEFORE_THEY_CAME
 ALIKE = ("protocol", "seeds", "hidden", "dropout", "batch_size", "weight_decay", "target_margin", "smoothing")
 """Fields of the configuration without which ratios of two results say nothing together."""
 
+TUNING = ("quick", "full")
+"""Protocols by how much the baselines are tuned; their results have other seeds, too."""
+
 COMPARED = {
     "epochs": "K-FAC's length in epochs",
     "max_steps": "K-FAC's max_steps",
@@ -26,18 +29,22 @@ COMPARED = {
 """Further fields, with words for them: where they differ it is told."""
 
 
-def combine_results(paths: Sequence[Path]) -> dict[str, Any]:
+def combine_results(paths: Sequence[Path], *, best_tuned: bool = False) -> dict[str, Any]:
     """Return {benchmark, config, panels, summary, remarks} of files that `dngd bench accuracy --json` wrote, in order.
 
-    config: what they share. remarks: where K-FAC's settings, lengths or fanouts are not the same in all. Raises
-    UserError for a file that is no such result, or has no K-FAC or Adam, for a graph and model that occur twice, and
-    for results measured in different ways (ALIKE).
+    config: what they share. remarks: where K-FAC's settings, lengths or fanouts are not the same in all. best_tuned:
+    whether results of both protocols may go together, of which each graph and model counts once, with the one whose
+    baselines are tuned more. Raises UserError for a file that is no such result, or has no K-FAC or Adam, for a graph
+    and model that occur twice in one protocol, and for results measured in different ways (ALIKE).
     """
     if not paths:
         raise UserError("no result is named; give files that dngd bench accuracy --json wrote")
     results = [_read(path) for path in paths]
-    shared = {name: results[0]["config"].get(name) for name in ALIKE}
     panels: list[Mapping[str, Any]] = []
+    if best_tuned:
+        paths, results = _best_tuned(paths, results)
+    alike = [name for name in ALIKE if not (best_tuned and name in ("protocol", "seeds"))]
+    shared = {name: results[0]["config"].get(name) for name in alike}
     for path, result in zip(paths, results):
         for name, value in shared.items():
             own = result["config"].get(name)
@@ -58,13 +65,30 @@ def combine_results(paths: Sequence[Path]) -> dict[str, Any]:
     }
 
 
+def _best_tuned(paths: Sequence[Path], results: Sequence[dict[str, Any]]) -> tuple[list[Path], list[dict[str, Any]]]:
+    """Return the results without panels that another of a more thorough protocol has, and of these those left."""
+    thoroughness = [
+        TUNING.index(protocol) if (protocol := result["config"].get("protocol")) in TUNING else -1 for result in results
+    ]
+    most: dict[str, int] = {}
+    for rank, result in zip(thoroughness, results):
+        for panel in result["panels"]:
+            most[panel["name"]] = max(rank, most.get(panel["name"], rank))
+    kept = []
+    for path, rank, result in zip(paths, thoroughness, results):
+        panels = [panel for panel in result["panels"] if most[panel["name"]] == rank]
+        if panels:
+            kept.append((path, result | {"panels": panels}))
+    return [path for path, _ in kept], [result for _, result in kept]
+
+
 def _compared(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return what ratios depend on, by words for it. A file that does not say is from before it could: it is left out,
     or what it was then."""
     config, grid = result["config"], result["config"].get("grid") or {}
     kfac = config.get(SUBJECT)
     out = {f"K-FAC's {name}": value for name, value in (BEFORE_THEY_CAME | kfac if kfac else {}).items()}
-    out |= {words: config[name] for name, words in COMPARED.items() if name in config}
+    out |= {words: config[name] for name, words in (COMPARED | {"protocol": "the protocol"}).items() if name in config}
     if "max_epochs" in grid:
         out["the baselines' range of epochs"] = f"{grid.get('first_epochs')} to {grid['max_epochs']}"
     for panel in result["panels"]:

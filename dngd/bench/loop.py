@@ -323,7 +323,7 @@ def _run_seed(
 
 def _optimizer(setting: Setting, model: nn.Module, graph: _Graph) -> torch.optim.Optimizer:
     if setting.group == BASELINE:
-        return fused(torch.optim.Adam, model, lr=setting.lr)
+        return fused(torch.optim.Adam, list(model.parameters()), lr=setting.lr)
     if setting.group == DEFAULT:
         return NaturalGradient(model)
     is_full = setting.group == FULL

@@ -191,8 +191,8 @@ def _finite(value: float) -> float | None:
 
 
 def _seconds(options: PaperOptions, progress: BenchProgress) -> dict[str, Any]:
-    """Return the seconds of a training by data set and optimizer, taken in turns, and their ratios to Adam's (K-FAC
-    with SGD: to SGD's)."""
+    """Return the seconds of a training by data set and optimizer, taken in turns, with an evaluation after each epoch
+    and of the steps alone, and their ratios to Adam's (K-FAC with SGD: to SGD's)."""
     epochs = QUICK_EPOCHS if options.quick else ADAM.epochs
     progress.begin(len(options.datasets) * len(TIMED) * options.rounds, "seconds")
     out: dict[str, Any] = {"epochs": epochs, "rounds": options.rounds, "datasets": {}}
@@ -200,18 +200,23 @@ def _seconds(options: PaperOptions, progress: BenchProgress) -> dict[str, Any]:
         graph = graph_of(options.place(dataset, "public"), "row")
         for recipe in TIMED.values():
             train(graph, replace(recipe, epochs=QUICK_EPOCHS), 0)
-        taken: dict[str, list[float]] = {name: [] for name in TIMED}
+        taken: dict[str, list[Outcome]] = {name: [] for name in TIMED}
         for number in range(options.rounds):
             names = list(TIMED)
             for name in names[number % len(names) :] + names[: number % len(names)]:
-                taken[name].append(train(graph, replace(TIMED[name], epochs=epochs), number).seconds)
+                taken[name].append(train(graph, replace(TIMED[name], epochs=epochs), number))
                 progress.advance(1, f"{dataset} {name}")
-        medians = {name: statistics.median(values) for name, values in taken.items()}
+        medians = {name: statistics.median(run.seconds for run in runs) for name, runs in taken.items()}
+        steps = {name: statistics.median(run.step_seconds for run in runs) for name, runs in taken.items()}
+        plain = {name: name.partition(" + ")[0] for name in TIMED}
         out["datasets"][dataset] = {
             name: {
-                "seconds": taken[name],
+                "seconds": [run.seconds for run in taken[name]],
+                "step_seconds": [run.step_seconds for run in taken[name]],
                 "median": medians[name],
-                "over_plain": medians[name] / medians[name.partition(" + ")[0]],
+                "over_plain": medians[name] / medians[plain[name]],
+                "steps_median": steps[name],
+                "steps_over_plain": steps[name] / steps[plain[name]],
             }
             for name in TIMED
         }

@@ -164,6 +164,9 @@ def bench_accuracy(
 def bench_accuracy_overview(
     results: Annotated[list[Path], typer.Argument(help="Files that dngd bench accuracy --json wrote")],
     picture: Annotated[Path | None, typer.Option("--svg", help="SVG file that gets a plot a graph")] = None,
+    best_tuned: Annotated[
+        bool, typer.Option(help="Results of both protocols; of each graph that whose Adam was tuned more")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Put results of dngd bench accuracy together: one table of ratios and one picture of all their graphs."""
@@ -174,7 +177,7 @@ def bench_accuracy_overview(
     picture = expanded_or_none(picture)
     if picture is not None:
         check_file(picture)
-    result = combine_results([expanded(path) for path in results])
+    result = combine_results([expanded(path) for path in results], best_tuned=best_tuned)
     if picture is not None:
         write_accuracy_svg(result, picture)
     print_json(result) if as_json else print_overview(result, out)

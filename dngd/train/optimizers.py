@@ -175,16 +175,18 @@ def build_optimizer(
         )
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer]
     options = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
-    return FirstOrder(fused(kind, model, lr=lr, weight_decay=decay, **options), average)
+    return FirstOrder(fused(kind, list(model.parameters()), lr=lr, weight_decay=decay, **options), average)
 
 
-def fused(kind: type[torch.optim.Optimizer], model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+def fused(kind: type[torch.optim.Optimizer], parameters: Any, **options: Any) -> torch.optim.Optimizer:
     """Return one of torch's optimizers, with a step of one kernel on a GPU and of one pass over memory on a CPU where
-    this torch has it; else as it comes."""
+    this torch has it; else as it comes. parameters: a list of them, or of groups."""
     try:
-        return kind(list(model.parameters()), fused=True, **options)  # type: ignore[call-arg]
+        # Of copies, since a group keeps what an optimizer writes into it, even one that cannot be made.
+        copies = [dict(part) if isinstance(part, dict) else part for part in parameters]
+        return kind(copies, fused=True, **options)  # type: ignore[call-arg]
     except (RuntimeError, TypeError):  # for a device or type without one; by an optimizer that knows no such option
-        return kind(list(model.parameters()), **options)
+        return kind(parameters, **options)
 
 
 def weight_average(config: TrainConfig, model: nn.Module) -> WeightAverage | None:

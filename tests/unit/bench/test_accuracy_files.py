@@ -48,6 +48,21 @@ def test_results_measured_in_different_ways_are_refused(tmp_path: Path) -> None:
         combine_results(paths)
 
 
+def test_each_graph_counts_with_the_adam_that_was_tuned_more(tmp_path: Path) -> None:
+    quick = result(panel("cora", kfac_best=0.8), panel("pubmed"))
+    quick["config"] |= {"protocol": "quick", "seeds": [0]}
+    paths = [written(tmp_path, "quick.json", quick), written(tmp_path, "full.json", result(panel("cora")))]
+    for order in (paths, paths[::-1]):
+        found = combine_results(order, best_tuned=True)
+        assert {one["name"] for one in found["panels"]} == {"cora", "pubmed"}
+        primary = found["summary"][0]
+        assert primary["never"] == 0, "quick's Cora, where K-FAC never comes there, does not count"
+        assert [text.split(":")[0] for text in found["remarks"]] == ["the protocol is not the same in all"]
+        assert "protocol" not in found["config"]
+    with pytest.raises(UserError, match="holds cora for the second time"):
+        combine_results([paths[1], written(tmp_path, "again.json", result(panel("cora")))], best_tuned=True)
+
+
 def test_settings_of_kfac_that_differ_are_told(tmp_path: Path) -> None:
     paths = []
     for name, kfac in (

@@ -81,7 +81,12 @@ def test_every_combination_learns(graph: PaperGraph, optimizer: Any, factors: An
     outcome = train(graph, recipe, 0)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert 0.35 < outcome.val_accuracy <= 1  # five classes
-    assert train(graph, recipe, 0) == replace(outcome, seconds=pytest.approx(outcome.seconds, rel=1e3))
+    assert train(graph, recipe, 0) == replace(
+        outcome,
+        seconds=pytest.approx(outcome.seconds, rel=1e3),
+        step_seconds=pytest.approx(outcome.step_seconds, rel=1e3),
+    )
+    assert 0 < outcome.step_seconds < outcome.seconds
     assert train(graph, recipe, 1).val_loss != outcome.val_loss
 
 
@@ -339,7 +344,10 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     result = json.loads(capsys.readouterr().out)
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
     assert result["seconds"]["epochs"] == 5
-    assert result["seconds"]["datasets"]["cora"]["Adam + K-FAC"]["over_plain"] > 0
+    timed = result["seconds"]["datasets"]["cora"]["Adam + K-FAC"]
+    assert timed["over_plain"] > 0
+    assert timed["steps_over_plain"] > 0
+    assert all(steps < whole for steps, whole in zip(timed["step_seconds"], timed["seconds"]))
     with pytest.raises(SystemExit):
         cli.main(command)
     shown = capsys.readouterr().out
