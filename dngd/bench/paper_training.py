@@ -188,7 +188,7 @@ def optimizer_of(recipe: Recipe, model: GNN) -> torch.optim.Optimizer:
     groups += [{"params": layer, "weight_decay": behind} for layer in others]
     if recipe.optimizer == "adam":
         return fused(torch.optim.Adam, groups, lr=recipe.lr)
-    return fused(torch.optim.SGD, groups, lr=recipe.lr, momentum=recipe.momentum)
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
 
 
 def _preconditioner(recipe: Recipe, model: GNN, seed: int) -> KFACPreconditioner:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -173,20 +173,24 @@ def build_optimizer(
             ),
             average,
         )
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer]
-    options = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
-    return FirstOrder(fused(kind, list(model.parameters()), lr=lr, weight_decay=decay, **options), average)
+    parameters = list(model.parameters())
+    if config.optimizer == "sgd":
+        return FirstOrder(torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay), average)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return FirstOrder(fused(kind, parameters, lr=lr, weight_decay=decay), average)
 
 
-def fused(kind: type[torch.optim.Optimizer], parameters: Any, **options: Any) -> torch.optim.Optimizer:
-    """Return one of torch's optimizers, with a step of one kernel on a GPU and of one pass over memory on a CPU where
-    this torch has it; else as it comes. parameters: a list of them, or of groups."""
-    try:
+def fused(kind: type[torch.optim.Adam], parameters: list[Any], **options: Any) -> torch.optim.Optimizer:
+    """Return torch's Adam or AdamW, with a step of one kernel on a GPU and of one pass over memory on a CPU where this
+    torch has it; else as it comes. parameters: a list of them, or of groups."""
+    groups = [part if isinstance(part, dict) else {"params": [part]} for part in parameters]
+    every = [parameter for group in groups for parameter in group["params"]]
+    if all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in every):
         # Of copies, since a group keeps what an optimizer writes into it, even one that cannot be made.
         copies = [dict(part) if isinstance(part, dict) else part for part in parameters]
-        return kind(copies, fused=True, **options)  # type: ignore[call-arg]
-    except (RuntimeError, TypeError):  # for a device or type without one; by an optimizer that knows no such option
-        return kind(parameters, **options)
+        with contextlib.suppress(RuntimeError):  # a torch that has it on GPUs alone
+            return kind(copies, fused=True, **options)
+    return kind(parameters, **options)
 
 
 def weight_average(config: TrainConfig, model: nn.Module) -> WeightAverage | None:
@@ -325,7 +329,7 @@ def _load_number(optimizer: torch.optim.Optimizer, place: str, value: Tensor) ->
         group[name] = value.to(present.device if isinstance(present, Tensor) else group["params"][0].device, copy=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def evaluated_weights(optimizer: StepOptimizer) -> Iterator[None]:
     """Have the weights that are evaluated in the model's place: their average, if there is one."""
     if optimizer.average is None:
