@@ -6,6 +6,7 @@ coordinates are those of the viewBox: the page scales a chart to its column.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -207,15 +208,33 @@ def _area(band: Band, x_axis: Axis, y_axis: Axis) -> str:
 
 def _path(line: Line, x_axis: Axis, y_axis: Axis) -> str:
     """Return a line's drawable stretches; a stretch of one point is left to its marker."""
-    commands, pen_down = [], False
+    stretches: list[list[tuple[float, float]]] = [[]]
     for point in line.points:
-        if not drawable(point, y_axis):
-            pen_down = False
-            continue
-        commands.append(f"{'L' if pen_down else 'M'}{_x(x_axis, point.x):.1f} {_y(y_axis, point.y):.1f}")
-        pen_down = True
+        if drawable(point, y_axis):
+            stretches[-1].append((_x(x_axis, point.x), _y(y_axis, point.y)))
+        elif stretches[-1]:
+            stretches.append([])
+    commands = "".join(
+        f"{'L' if place else 'M'}{x:.1f} {y:.1f}"
+        for stretch in stretches
+        for place, (x, y) in enumerate(_visible(stretch))
+    )
     dash = " dashed" if line.dashed else ""
-    return f'<path class="line {line.colour}{dash}" d="{"".join(commands)}"/>' if commands else ""
+    return f'<path class="line {line.colour}{dash}" d="{commands}"/>' if commands else ""
+
+
+def _visible(places: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the places of a stretch that are seen: of those in one unit of x the ends, the highest and the lowest.
+
+    The line of a run of many evaluations looks alike, and its page stays small.
+    """
+    out: list[tuple[float, float]] = []
+    for _, column in itertools.groupby(places, key=lambda place: int(place[0])):
+        own = list(column)
+        heights = [y for _, y in own]
+        kept = {0, heights.index(min(heights)), heights.index(max(heights)), len(own) - 1}
+        out += [own[place] for place in sorted(kept)]
+    return out
 
 
 def _markers(line: Line, x_axis: Axis, y_axis: Axis) -> str:
