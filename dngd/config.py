@@ -222,6 +222,11 @@ class TrainConfig(_Section):
     resume: bool = Field(False, description="go on from run_dir's newest good checkpoint; a folder without a run starts one")
 
     # fmt: on
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _dataset_text(cls, value: object) -> object:
+        return str(value) if isinstance(value, Path) else value
+
     @field_validator("dataset", mode="after")
     @classmethod
     def _no_credentials(cls, value: str) -> str:

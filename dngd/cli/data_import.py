@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -97,7 +98,8 @@ def data_import(
         str | None, typer.Option(help="Where an edge ends (default: dst)", rich_help_panel=_TABLES)
     ] = None,
     weight_column: Annotated[
-        str | None, typer.Option(help="Edge weights (default: weight, if it is there)", rich_help_panel=_TABLES)
+        str | None,
+        typer.Option(help="Edge weights (default: weight, if it is there; '': none)", rich_help_panel=_TABLES),
     ] = None,
     id_type: Annotated[
         str | None, typer.Option(help="Read ids as int or string (default: as they look)", rich_help_panel=_TABLES)
@@ -130,7 +132,7 @@ def data_import(
         "weight": weight_column,
         "id_type": id_type,
     }
-    named: dict[str, Any] = {key: value for key, value in columns.items() if value}
+    named: dict[str, Any] = {key: value for key, value in columns.items() if value or (key, value) == ("weight", "")}
     style = graph.CsvStyle(delimiter=delimiter, header=not no_header)
     if not is_remote(store):
         store = str(expanded(store))
@@ -164,9 +166,11 @@ def data_import(
             **settings,
         )
 
-    with data_progress() as progress:
+    with warnings.catch_warnings(record=True) as caught, data_progress() as progress:
         options["progress"] = progress
         made = build(store, options) if order == "original" else _in_order(order, build, store, options)
+    for sentence in dict.fromkeys(str(one.message) for one in caught if one.category is UserWarning):
+        typer.echo(f"dngd: {sentence}", err=True)
     show_store(made, as_json)
 
 

@@ -8,6 +8,7 @@ arrays are never loaded. Edges and features are read in blocks, so that they may
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def import_npz(path: str | Path, out: str | Path, **options: Unpack[ImportOption
                 f"{source} lacks {' and '.join(missing)} (it has: {', '.join(members.names) or 'nothing'}); "
                 "add them: edge_index of shape (2, edges) and num_nodes"
             )
+        _warn_of_unused(members, source)
         num_nodes = _num_nodes(members.read("num_nodes"), source)
         weighted = "edge_weight" in members.names
         check_options(out, options, weighted=weighted)
@@ -71,6 +73,20 @@ def import_npz(path: str | Path, out: str | Path, **options: Unpack[ImportOption
                     source=source.name, source_sha256=file_sha256(source), options=recorded("npz", options)
                 ),
             )
+
+
+def _warn_of_unused(members: NpzMembers, source: Path) -> None:
+    """Say which arrays are left out where features or labels are missing: they may have another name."""
+    masks = {key for forms in MASK_FORMS.values() for key in forms}
+    known = {"edge_index", "num_nodes", "edge_weight", "x", *_SPARSE_KEYS, "y", *masks}
+    unused = [name for name in members.names if name not in known]
+    lacks = [name for name in ("x", "y") if name not in members.names and f"{name}_data" not in members.names]
+    if unused and lacks:
+        warnings.warn(
+            f"{source} has no {' and no '.join(lacks)}, and {', '.join(unused)} {'is' if len(unused) == 1 else 'are'} "
+            "not used: features are called x, labels y, splits train_mask, val_mask and test_mask",
+            stacklevel=3,
+        )
 
 
 def check_edge_index(members: NpzMembers, key: str) -> int:

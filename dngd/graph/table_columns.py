@@ -43,7 +43,7 @@ class TableColumns:
     source: str = "src"
     target: str = "dst"
     weight: str | None = None
-    """None: `weight`, if it is there"""
+    """None: `weight`, if it is there; "": edges have no weights"""
     id_type: Literal["auto", "int", "string"] = "auto"
     """auto: as stored; in CSV files whole numbers wherever all ids look like them, without zeros in front"""
 
@@ -188,7 +188,7 @@ def edge_columns(table: Table, names: TableColumns) -> EdgeColumns:
     """Find the columns of an edge table; raises UserError if one is missing or of a type that it cannot have."""
     _need(table, names.source, "--source-column")
     _need(table, names.target, "--target-column")
-    weight = _choose(table, names.weight, "weight", "--weight-column", set())
+    weight = None if names.weight == "" else _choose(table, names.weight, "weight", "--weight-column", set())
     _one_use(
         table,
         [

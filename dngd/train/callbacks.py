@@ -17,6 +17,7 @@ from torch import nn
 from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.train.metrics import EvaluationRecord, RunResult
+from dngd.train.progress import CALLBACK_FAILED
 
 CALLBACK_PHASE = "callback"
 
@@ -45,6 +46,9 @@ class RunState:
 
 class Callback:
     """Override what is of interest. With engine ray a callback is pickled to the workers before `on_start`.
+
+    One that raises something else than UserError is left out from then on, and that is said; where a program has the
+    run say nothing (quiet=True), by a Python warning.
 
     All run on rank 0 between steps, while the other ranks wait: they must return well within the configuration's
     collective_timeout_seconds.
@@ -108,5 +112,7 @@ class Callbacks:
             except Exception as error:
                 self._callbacks.remove(callback)
                 name = type(callback).__name__
-                self._tell(f"callback {name} failed ({type(error).__name__}: {error}); the run goes on without it")
+                self._tell(
+                    f"{CALLBACK_FAILED}{name} failed ({type(error).__name__}: {error}); the run goes on without it"
+                )
                 return False

@@ -36,6 +36,8 @@ NODES = ("all", "train", "val", "test", "unlabelled")
 
 _FLOATS = pa.list_(pa.field("item", pa.float32(), nullable=False))
 
+OTHER_FORMATS = frozenset((".csv", ".tsv", ".txt", ".json", ".jsonl", ".npz", ".npy", ".feather", ".arrow", ".xlsx"))
+
 ROW_GROUP_ROWS = 128 * 1024
 ROW_GROUP_BYTES = 64 * 1024 * 1024
 """Of probabilities and embeddings: a row group of wide ones has fewer rows."""
@@ -190,6 +192,8 @@ def _are_nodes(nodes: Tensor, num_nodes: int) -> bool:
 def _check_out(out: Path, run: Path, pairs: Path | None, overwrite: bool) -> None:
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; give the path of a file, such as {out / 'predictions.parquet'}")
+    if out.suffix.lower() in OTHER_FORMATS:
+        raise UserError(f"--out {out} would hold Parquet; give a name that ends in .parquet")
     check_output(out, [expanded(run)])
     if pairs is not None and out.exists() and pairs.exists() and out.samefile(pairs):
         raise UserError(f"--out {out} is the table that --pairs names; give another path")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -47,8 +48,12 @@ class Reporter(Protocol):
         """Something that a person should know."""
 
 
+CALLBACK_FAILED = "callback "
+"""How the message begins that tells of a program's own callback."""
+
+
 class SilentReporter:
-    """Says nothing."""
+    """Says nothing, but warns of a callback that failed: a program would hear of it nowhere else."""
 
     def step(self, record: StepRecord) -> None:
         return None
@@ -57,7 +62,8 @@ class SilentReporter:
         return None
 
     def message(self, text: str) -> None:
-        return None
+        if text.startswith(CALLBACK_FAILED):
+            warnings.warn(text, stacklevel=2)
 
 
 class ConsoleReporter:

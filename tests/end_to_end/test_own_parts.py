@@ -339,6 +339,8 @@ def test_a_callback_that_fails_is_left_out(store: GraphStore, tmp_path: Path) ->
         "callback Broken failed (OSError: no network); the run goes on without it"
     ]
     assert recorder.calls.count(("step", result.steps)) == 1
+    with pytest.warns(UserWarning, match=r"callback Broken failed \(OSError: no network\); the run goes on without it"):
+        dngd.Trainer(config(store, tmp_path / "quiet", epochs=1), callbacks=[Broken()], quiet=True).fit()
 
 
 @pytest.mark.parametrize(

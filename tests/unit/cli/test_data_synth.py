@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -136,3 +137,25 @@ def test_an_error_goes_through(terminal: bool) -> None:
 
     with pytest.raises(KeyError):
         fail()
+
+
+def test_arrays_that_nothing_reads_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arrays = {"edge_index": np.array([[0, 1], [1, 2]]), "num_nodes": np.array(3)}
+    np.savez(tmp_path / "other.npz", **arrays, features=np.ones((3, 2)), labels=np.zeros(3))
+    assert run("import", str(tmp_path / "other.npz"), "--out", str(tmp_path / "g")) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"dngd: {tmp_path}/other.npz has no x and no y, and features, labels are not used: features are called x, "
+        "labels y, splits train_mask, val_mask and test_mask"
+    )
+    np.savez(tmp_path / "bare.npz", **arrays)
+    assert run("import", str(tmp_path / "bare.npz"), "--out", str(tmp_path / "bare")) == 0
+    assert "not used" not in capsys.readouterr().err
+
+
+def test_edges_without_their_weights(tmp_path: Path) -> None:
+    (tmp_path / "edges.csv").write_text("src,dst,weight\n0,1,2\n1,0,3\n0,1,5\n")
+    table = ("import", "--edges", str(tmp_path / "edges.csv"), "--out")
+    assert run(*table, str(tmp_path / "weighted")) == 2, "one edge with two weights"
+    assert run(*table, str(tmp_path / "plain"), "--weight-column", "") == 0
+    store = GraphStore.open(tmp_path / "plain")
+    assert (store.num_edges, store.edge_weight) == (2, None)

@@ -433,6 +433,28 @@ def test_a_layer_that_was_frozen_for_long_keeps_its_inverses() -> None:
     assert float(pre.states["0"].folded.counts.max()) == 0
 
 
+def test_layers_that_are_unfrozen_later_are_named() -> None:
+    net = make_net()
+    net[0].requires_grad_(False)
+    optimizer = NaturalGradient(net)
+    x, y = make_data(8)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step(num_samples=8)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
+    net[0].requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"0\.weight, 0\.bias did not require a gradient when the optimizer was made"):
+        step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
+
+
 def test_complex_weights_keep_their_gradient() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
