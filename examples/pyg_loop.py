@@ -15,7 +15,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn import BatchNorm, GCNConv
 
 from dngd.graph import resolve_dataset
-from dngd.optim import NaturalGradient  # 1
+from dngd.optim import NaturalGradient, default_damping  # 1
 
 
 class GCN(torch.nn.Module):
@@ -53,10 +53,13 @@ def main():
     store = resolve_dataset(arguments.dataset)
     data = as_pyg(store, store.split(arguments.split, 0))
     model = GCN(store.num_features, arguments.hidden, store.num_classes)
+    num_train = int(data.train_mask.sum())
     if arguments.adam:
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     else:
-        optimizer = NaturalGradient(model)  # 2
+        optimizer = NaturalGradient(
+            model, lr=0.2, **default_damping(num_train, store.num_classes, full_batch=True)
+        )  # 2
 
     seconds = 0.0
     for step in range(arguments.steps):
@@ -69,7 +72,7 @@ def main():
         if arguments.adam:
             optimizer.step()
         else:
-            optimizer.step(num_samples=int(data.train_mask.sum()))  # 3
+            optimizer.step(num_samples=num_train)  # 3
         seconds += time.perf_counter() - started
         if step % 5 == 4:
             model.eval()

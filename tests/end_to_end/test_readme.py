@@ -93,7 +93,7 @@ def test_snippets(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     seeds = torch.arange(8)
     loss = nn.functional.cross_entropy(model(torch.randn(8, 4)), torch.randint(3, (8,)))
     before = model.weight.detach().clone()
-    exec(block, {"model": model, "seeds": seeds, "loss": loss})
+    exec(block, {"model": model, "seeds": seeds, "loss": loss, "n": len(seeds), "C": 3})
     assert not torch.equal(model.weight, before)
 
 
