@@ -36,7 +36,7 @@ NODES = ("all", "train", "val", "test", "unlabelled")
 
 _FLOATS = pa.list_(pa.field("item", pa.float32(), nullable=False))
 
-OTHER_FORMATS = frozenset((".csv", ".tsv", ".txt", ".json", ".jsonl", ".npz", ".npy", ".feather", ".arrow", ".xlsx"))
+OTHER_TABLES = (".csv", ".tsv", ".feather", ".arrow", ".xlsx")
 
 ROW_GROUP_ROWS = 128 * 1024
 ROW_GROUP_BYTES = 64 * 1024 * 1024
@@ -192,11 +192,11 @@ def _are_nodes(nodes: Tensor, num_nodes: int) -> bool:
 def _check_out(out: Path, run: Path, pairs: Path | None, overwrite: bool) -> None:
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; give the path of a file, such as {out / 'predictions.parquet'}")
-    if out.suffix.lower() in OTHER_FORMATS:
-        raise UserError(f"--out {out} would hold Parquet; give a name that ends in .parquet")
     check_output(out, [expanded(run)])
     if pairs is not None and out.exists() and pairs.exists() and out.samefile(pairs):
         raise UserError(f"--out {out} is the table that --pairs names; give another path")
+    if out.suffix.lower() in OTHER_TABLES:
+        raise UserError(f"--out {out} would hold Parquet; give a name that ends in .parquet")
     if out.exists() and not overwrite:
         raise UserError(_exists(out))
     folder = Path(os.path.realpath(out)).parent if out.is_symlink() else out.parent

@@ -129,7 +129,7 @@ def test_what_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["predictions.parquet", "run"]
 
 
-@pytest.mark.parametrize("name", ["p.csv", "p.JSON", "p.npz"])
+@pytest.mark.parametrize("name", ["p.csv", "p.TSV", "p.arrow"])
 def test_parquet_is_not_written_under_the_name_of_another_kind(run: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=r"would hold Parquet; give a name that ends in \.parquet"):
         predict_run(run, tmp_path / name)
