@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--period", type=float, default=300.0, help="seconds between rounds")
     parser.add_argument("--once", action="store_true", help="one round, then end")
     arguments = parser.parse_args()
-    if not arguments.source.is_dir():
+    if arguments.once and not arguments.source.is_dir():
         parser.error(f"{arguments.source} is no folder; give the one that holds the runs")
     if lock(arguments.source) is None:
         print(f"{arguments.source} is being copied by another sync_runs.py; left to that", file=sys.stderr, flush=True)
@@ -122,6 +122,8 @@ def main() -> None:
     seen: dict[str, tuple[int, int]] = {}
     while True:
         try:
+            if not arguments.source.is_dir():  # not yet, or not mounted for a while
+                raise FileNotFoundError(f"{arguments.source} is no folder")
             copied = copy_changed(arguments.source, target, base.rstrip("/"), seen)
             print(f"{time.strftime('%F %T')} copied {copied} files to {arguments.target}", flush=True)
         except OSError as error:
