@@ -45,7 +45,7 @@ _EVENT_FILES = "events.out.tfevents."
 
 
 class RunFolder:
-    """Paths of a run's files; see the README for what each holds.
+    """Paths of a run's files; see docs/training.md for what each holds.
 
     shown: what messages call the folder. What the methods stand for is to be done where the folder is the working copy
     of one elsewhere; here there is nothing to do.

@@ -1,4 +1,4 @@
-"""Every command and snippet of the README runs, and the examples too (on small graphs)."""
+"""Every command and snippet of the README and of docs runs, the examples too (on small graphs), and links lead."""
 
 from __future__ import annotations
 
@@ -18,45 +18,57 @@ from dngd.graph import GraphStore
 from tests.helpers.graphs import small_store
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = [
-    shlex.split(line, comments=True)
-    for language, block in BLOCKS
-    if not language
-    for line in block.splitlines()
-    if line.startswith("dngd ") and "ray job submit" not in line
-]
+PAGES = {path.stem: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's working folder: `examples` beside the place where runs go."""
-    path = tmp_path_factory.mktemp("readme")
-    (path / "examples").symlink_to(ROOT / "examples")
-    return path
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Return a page's fenced blocks: language, text."""
+    return re.findall(r"```(\w*)\n(.*?)```", PAGES[page], flags=re.DOTALL)
 
 
-def test_the_readme_has_commands() -> None:
-    assert {command[1] for command in COMMANDS} >= {"train", "data"}
-    assert "@@" not in README, "a placeholder"
+def commands(page: str) -> list[list[str]]:
+    """Return the dngd commands of a page's blocks without a language; those of `sh` need what a test has not."""
+    return [
+        shlex.split(line, comments=True)
+        for language, block in blocks(page)
+        if not language
+        for line in block.splitlines()
+        if line.startswith("dngd ")
+    ]
+
+
+SNIPPETS = {
+    f"{page}-{number}": block
+    for page in PAGES
+    for number, block in enumerate(b for language, b in blocks(page) if language == "python")
+}
+
+
+def test_the_pages_have_commands_and_snippets() -> None:
+    assert {page for page in PAGES if commands(page)} >= {"README", "training", "graphs"}
+    assert {command[1] for command in commands("README")} >= {"train", "evaluate", "predict", "report"}
+    assert {name.partition("-")[0] for name in SNIPPETS} >= {"README", "python"}
+    assert not any("@@" in text for text in PAGES.values()), "a placeholder"
 
 
 @pytest.mark.data
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
 def test_commands(
-    folder: Path,
+    page: str,
+    tmp_path: Path,
     data_root: Path,
     store: GraphStore,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In order, in one folder. A `train` is planned, not trained (whole runs are the other tests'), but for the
-    pair that begins a run and resumes it, which is trained on a small graph; everything else is done."""
-    monkeypatch.chdir(folder)
-    assert sum("--resume" in command for command in COMMANDS) == 1
-    for command in COMMANDS:
+    """In order, in one folder with `examples`. A `train` is planned, not trained (whole runs are the other tests'), but
+    for the pair that begins a run and resumes it, which is trained on a small graph; everything else is done."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    assert sum("--resume" in command for command in commands(page)) <= 1
+    for command in commands(page):
         arguments = [argument.replace("DATA", str(data_root)) for argument in command[1:]]
-        if "--run-dir" in arguments:
+        if arguments[0] == "train" and "--run-dir" in arguments:
             arguments += [
                 "--dataset",
                 str(store.path),
@@ -75,9 +87,7 @@ def test_commands(
         assert exit_info.value.code == 0, f"{shlex.join(command)}: {capsys.readouterr().err}"
 
 
-@pytest.mark.parametrize(
-    "block", [b for language, b in BLOCKS if language == "python"], ids=["trainer", "module", "loop"]
-)
+@pytest.mark.parametrize("block", SNIPPETS.values(), ids=SNIPPETS.keys())
 def test_snippets(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: GraphStore) -> None:
     monkeypatch.chdir(tmp_path)
     if "Trainer" in block:
@@ -95,6 +105,29 @@ def test_snippets(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     before = model.weight.detach().clone()
     exec(block, {"model": model, "seeds": seeds, "loss": loss, "n": len(seeds), "C": 3})
     assert not torch.equal(model.weight, before)
+
+
+LINKED = ["README.md", "CONTRIBUTING.md", "cluster/README.md", *(f"docs/{n}.md" for n in PAGES if n != "README")]
+
+
+def heading_anchors(text: str) -> set[str]:
+    """Return the anchors of a page's headings, as code hosts make them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKED)
+def test_links_lead_somewhere(page: str) -> None:
+    """Relative links name files of the project, and their anchors are headings there."""
+    here = ROOT / page
+    links = re.findall(r"\]\(([^)\s]+)\)", here.read_text())
+    for link in links:
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (here.parent / path).resolve() if path else here
+        assert target.exists(), f"{page}: {link}"
+        assert not anchor or anchor in heading_anchors(target.read_text()), f"{page}: {link}"
 
 
 @pytest.mark.parametrize("example", ["plain_torch.py", "pyg_loop.py"])
@@ -181,8 +214,7 @@ def test_no_machine_is_named() -> None:
 
 
 def test_questions_quote_the_messages_that_dngd_says() -> None:
-    section = README.split("\n## Questions\n")[1].split("\n## ")[0]
-    quoted = re.findall(r"^- \*\*`(.+?)`\*\*", section, flags=re.MULTILINE)
+    quoted = re.findall(r"^- \*\*`(.+?)`\*\*", PAGES["questions"], flags=re.MULTILINE)
     assert len(quoted) >= 8
     said = " ".join(path.read_text() for path in sorted((ROOT / "dngd").rglob("*.py")))
     said = re.sub(r'"\s*\n\s*f?"', "", said)  # sentences over several lines
