@@ -73,6 +73,8 @@ class Capture:
         """How many of the records the last `observe` has seen; they stay for the outputs of another head."""
         self._num_lost = 0
         """How many records of forward passes that nobody observed are gone."""
+        self.most_rows = 0
+        """Of all calls of this step that were measured, those of the one with most, reached or not."""
         self._calls = 0
         self._key = "0/0"
         self._draws: dict[str, int] = {}
@@ -83,7 +85,7 @@ class Capture:
         self.step, self.active = step, active
         self._records.clear()
         self._draws.clear()
-        self._num_observed = self._num_lost = self._calls = 0
+        self._num_observed = self._num_lost = self._calls = self.most_rows = 0
         self._key, self._weight, self._row_samples = "0/0", 1.0, None
 
     def forget(self) -> None:
@@ -213,6 +215,7 @@ class Capture:
             samples = self._samples_of(layer, gradient)
             gradients = _merged_gradients(layer.gradients(payload, gradient), samples)
             reached = self._reached(gradients)
+            self.most_rows = max(self.most_rows, reached.numel())
             if with_inputs and samples is None and self._is_constant(layer, payload, gradients):
                 layer.add_constant_inputs(lambda positions: _rows(layer, payload, None, positions), reached)
                 with_inputs = False

@@ -13,9 +13,6 @@ from dngd.optim.foreach import add_together, scale_together
 from dngd.optim.layer_state import LayerState
 from dngd.optim.layers import CurvatureLayer
 
-LEAST_RATIO = 1e-3
-"""Of a gradient's norm to what its rows' norms give without anything in common, see was_scaled."""
-
 
 def fold_pending(
     layers: Mapping[str, CurvatureLayer],
@@ -79,26 +76,3 @@ def sound_layers(layers: Mapping[str, CurvatureLayer], device: torch.device) -> 
             found[name] = [extreme.to(device) for extreme in extremes(diagonals)]
     values = iter(read_together([extreme for own in found.values() for extreme in own]))
     return {name: all([math.isfinite(next(values)) for _ in own]) for name, own in found.items()}
-
-
-def was_scaled(layers: Mapping[str, CurvatureLayer], device: torch.device) -> bool:
-    """Return whether the pending rows are of a loss that was scaled, and the gradients not any more, as a GradScaler
-    leaves them; one host synchronisation, on `device`.
-
-    A layer's gradient is `Σ g mᵀ` over n rows, of norm `r √(Σ‖g‖² Σ‖m‖²)` with r <= 1, and about 1/√n where rows have
-    nothing in common. Scaled by S in between, it is r/S: told where r is below 1/(1000 √n) in every layer.
-    """
-    found: list[Tensor] = []
-    for layer in layers.values():
-        gradient = layer.gradient()
-        if layer.pending is not None and gradient is not None:
-            traces = [layer.a.diagonal(layer.pending.a).sum(), layer.g.diagonal(layer.pending.g).sum()]
-            norm = torch.linalg.vector_norm(gradient, dtype=layer.dtype)
-            found += [number.to(device) for number in (*traces, norm, layer.pending.counts[0])]
-    numbers = iter(read_together(found))
-    ratios = []
-    for inputs, gradients, norm, rows in zip(numbers, numbers, numbers, numbers):
-        size = math.sqrt(inputs) * math.sqrt(gradients)
-        if 0 < size < math.inf and norm > 0:
-            ratios.append(norm * math.sqrt(rows) / size)
-    return bool(ratios) and max(ratios) < LEAST_RATIO

@@ -25,10 +25,11 @@ from dngd.curvature import (
 from dngd.errors import TrainingError, UserError
 from dngd.optim.arguments import LossReduction, Method, check_arguments, check_wrapper, in_range
 from dngd.optim.capture import Capture, Variant, WeightSharing
-from dngd.optim.commit import fold_pending, sound_layers, was_scaled
+from dngd.optim.commit import fold_pending, sound_layers
 from dngd.optim.directions import Directions
 from dngd.optim.eigenvalues import EigenvalueCorrection
 from dngd.optim.findings import Damping
+from dngd.optim.first_measurement import check_first_measurement
 from dngd.optim.foreach import all_finite, scaled
 from dngd.optim.health import layer_health, layer_table
 from dngd.optim.inverses import PRECISIONS, WIRES, FactorWire, InversePrecision, Inverses, Wanted
@@ -434,7 +435,8 @@ class KFACPreconditioner:
         if self.capture.fisher == "empirical" and paper == (self.loss_reduction == "sum"):
             # Rows hold gradients of the loss as back-propagated; wanted are the summed loss's (the paper: the mean's).
             scale = 1.0 / max(num_samples, 1.0) if paper else float(num_samples)
-        self._warn_of_a_scaled_loss()
+        if not self.factor_steps:
+            check_first_measurement(self.layers, self.capture, num_samples, self.loss_reduction, self.device)
         sound = sound_layers(self.layers, self.device)
         self.non_finite_statistics += list(sound.values()).count(False)
         shared_count = (num_samples if factor_samples is None else factor_samples) if paper else None
@@ -452,24 +454,6 @@ class KFACPreconditioner:
         for layer in self.layers.values():
             layer.forget()
         self.factor_steps += 1
-
-    def _warn_of_a_scaled_loss(self) -> None:
-        """Say at the first factor step if a GradScaler's scale is in the rows that were captured.
-
-        Of sums nothing can be said: by now `.grad` may be a mean over more seeds than this rank's.
-        """
-        capture = self.capture
-        has_scale = capture.fisher == "empirical" and capture.variant == "dngd" and capture.loss_scale is None
-        if self.factor_steps or not has_scale or self.loss_reduction == "sum":
-            return
-        if not was_scaled(self.layers, self.device):
-            return
-        warnings.warn(
-            "the gradients are far smaller than those that K-FAC saw in the backward pass, so that G is too large and "
-            "steps are too short; with a GradScaler give loss_scale=scaler.get_scale (gradients that were clipped to "
-            "less than a thousandth, and a model at its optimum, look alike)",
-            stacklevel=2,
-        )
 
     def discard(self) -> None:
         """Forget this step's captured rows, on all ranks, and count the step as dropped."""

@@ -639,3 +639,46 @@ def test_a_sparse_matrix_that_two_layers_read_is_not_taken_for_overwritten() -> 
     assert adjacency._version > written, "otherwise this test says nothing"
     assert pre.step(num_samples=8)
     pre.close()
+
+
+def first_step_of_a_sampled_loop(
+    num_samples: float, *, kind: str = "natural_gradient", max_rows: int | None = 30
+) -> None:
+    """A GCN on 200 nodes of which the first 20 are the seeds."""
+    torch.manual_seed(0)
+    conv, head = GCNConv(4, 8).double(), GCNConv(8, 3).double()
+    net = nn.ModuleList([conv, head])
+    x, y = make_data(200)
+    edges = torch.randint(200, (2, 600), generator=torch.Generator().manual_seed(2))
+    fisher = "monte_carlo" if kind == "monte_carlo" else "empirical"
+    optimizer: Any = (
+        KFACPreconditioner(net, max_rows=max_rows)
+        if kind == "preconditioner"
+        else NaturalGradient(net, max_rows=max_rows, fisher=fisher)
+    )
+    for _ in range(2):
+        net.zero_grad()
+        out = head(conv(x, edges).relu(), edges)[:20]
+        if fisher == "monte_carlo":
+            optimizer.observe(out)
+        F.cross_entropy(out, y[:20]).backward()
+        optimizer.step(num_samples=num_samples)
+
+
+@pytest.mark.parametrize("kind", ["natural_gradient", "preconditioner", "monte_carlo"])
+def test_a_batchs_nodes_instead_of_its_seeds_are_said(kind: str) -> None:
+    """Once, and not where num_samples is that of the seeds, or of pairs of rows."""
+    with pytest.warns(UserWarning, match=r"num_samples=200\), but the loss has a gradient at \d\d rows") as caught:
+        first_step_of_a_sampled_loop(200, kind=kind)
+    assert len(caught) == 1
+    for right in (20, 10, 1000):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            first_step_of_a_sampled_loop(right, kind=kind)
+
+
+def test_rows_that_are_not_drawn_count_as_reached() -> None:
+    """At most 5 rows of a layer are measured, of 20 and more."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first_step_of_a_sampled_loop(20, max_rows=5)
