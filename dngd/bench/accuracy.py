@@ -18,6 +18,7 @@ import torch
 from dngd.allocator import keep_freed_memory
 from dngd.bench.competitors import Setting, make_settings, parse_rates
 from dngd.bench.curves import LEAST_EVALUATIONS, SMOOTHING, TARGET_MARGIN, Curve, mean_curve, smoothed
+from dngd.bench.earlier_search import EarlierSearch, finalists_of
 from dngd.bench.graphs import PRODUCTS_SHAPED, scale_of
 from dngd.bench.heat import Track, open_track, run_heat, samplers_of
 from dngd.bench.machine import describe_machine, torch_threads
@@ -51,6 +52,7 @@ class AccuracyOptions:
     ever further apart (dngd.bench.runs.evaluation_steps). targets: None for the best of Adam less 0.005, and the best.
     folder: keeps finished trainings; None: nothing is kept. scale: of the graph products-shaped. search_only: leave the
     finals to a later call with the same folder; several searches may run beside each other, finals should not.
+    finals_of: a result whose search is taken over, so that its finals alone are run anew.
     """
 
     config: TrainConfig
@@ -70,11 +72,13 @@ class AccuracyOptions:
     threads: int | None = None
     folder: Path | None = None
     search_only: bool = False
+    finals_of: Path | None = None
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Options, checked. settings: trained as they are; searched: optimizers whose best is looked for."""
+    """Options, checked. settings: trained as they are; searched: optimizers whose best is looked for; earlier: where it
+    was found before."""
 
     options: AccuracyOptions
     protocol: Protocol | None
@@ -83,6 +87,7 @@ class _Plan:
     searched: tuple[str, ...]
     file: TrainingFile
     progress: BenchProgress
+    earlier: EarlierSearch | None = None
 
 
 @dataclass
@@ -95,6 +100,17 @@ class _Panel:
     place: str = ""
     """Which of how many panels, for the progress bar."""
     track_of: dict[int, Track] = field(default_factory=dict)
+
+    earlier: Mapping[str, Any] | None = None
+    """What an earlier search found here, if it is taken over."""
+
+    def look_up(self) -> None:
+        """Take over an earlier search, if one is given. Raises UserError if it was not of this graph and model."""
+        if self.plan.earlier is not None:
+            track = self.track(self.plan.seeds[0])
+            fields = {"metric": track.metric, "fanout": list(track.config.fanouts)}
+            graph = describe_graph(track.store, track.split)
+            self.earlier = self.plan.earlier.panel(self.title, graph, fields)
 
     def track(self, seed: int) -> Track:
         if seed not in self.track_of:
@@ -198,6 +214,8 @@ def _plan(options: AccuracyOptions, progress: BenchProgress) -> _Plan:
             "--search-only keeps its trainings for the finals, and needs a protocol that searches; give --out FOLDER, "
             "and --protocol full or quick"
         )
+    if options.finals_of is not None and (options.search_only or options.protocol == GIVEN):
+        raise UserError("--finals-of takes over a search; leave --search-only and --protocol given out")
     if options.protocol == GIVEN:
         seeds = GIVEN_SEEDS if options.seeds is None else tuple(options.seeds)
         plan = _Plan(options, None, seeds, tuple(settings), (), file, progress)
@@ -218,7 +236,10 @@ def _plan(options: AccuracyOptions, progress: BenchProgress) -> _Plan:
                 "one rate, name variants, or use --protocol given"
             )
         searched = tuple(name for name in options.optimizers if name != SUBJECT)
-        plan = _Plan(options, protocol, protocol.seeds, own, searched, file, progress)
+        earlier = None if options.finals_of is None else EarlierSearch(options.finals_of)
+        plan = _Plan(options, protocol, protocol.seeds, own, searched, file, progress, earlier)
+        if earlier is not None:
+            earlier.check(_described(plan), searched)
     baselines = {setting.group for setting in plan.settings} | {family_of(name) for name in plan.searched}
     if options.targets is None and BASELINE not in baselines:
         raise UserError(
@@ -239,6 +260,7 @@ def _panels(plan: _Plan) -> list[_Panel]:
             panel = _Panel(plan, TrainConfig(**fields), "")
             track = panel.track(plan.seeds[0])
             panel.title = f"{track.store.name} {kind} {num_layers} layers"
+            panel.look_up()
             for setting in plan.settings:
                 total = track.total_steps(setting)
                 if options.eval_steps is not None and not 1 <= options.eval_steps <= total:
@@ -252,20 +274,16 @@ def _panels(plan: _Plan) -> list[_Panel]:
 
 def _run_panel(panel: _Panel) -> dict[str, Any]:
     plan = panel.plan
-    settings, searches, borders = list(plan.settings), {}, {}
-    grid_of: dict[str, list[Lineage]] = {}
-    for name in plan.searched:
+    settings = list(plan.settings)
+    searches: dict[str, Any] = {}
+    borders: dict[str, list[str]] = {}
+    if panel.earlier is None:
+        _search(panel, settings, searches, borders)
+    else:
         assert plan.protocol is not None
-        found = lineages_of(name, plan.protocol, panel.config, panel.track(plan.seeds[0]).num_train)
-        grid_of.setdefault(family_of(name), []).extend(found)
-    for family, lineages in grid_of.items():
-        assert plan.protocol is not None
-        grid, finalists = search(lineages, plan.protocol, panel.train)
-        searches[family] = _describe_search(grid, finalists, panel.config)
-        for member in finalists:
-            setting = member.setting(panel.config)
-            settings.append(setting)
-            borders[setting.label] = borders_of(member, lineages, is_capped=member.lineage in grid.capped)
+        found, borders = finalists_of(panel.earlier, plan.protocol)
+        settings += found
+        searches = dict(panel.earlier["search"])
     if plan.options.search_only:
         return {"name": panel.title, "search": searches}
     panel.begin("finals", settings, plan.seeds)
@@ -289,7 +307,26 @@ def _run_panel(panel: _Panel) -> dict[str, Any]:
         **judged,
         "search": searches,
     }
-    return result | {"remarks": remarks(result, SUBJECT)}
+    told = [] if plan.earlier is None else [f"the baselines' settings were searched before: {plan.earlier.path.name}"]
+    return result | {"remarks": told + remarks(result, SUBJECT)}
+
+
+def _search(panel: _Panel, settings: list[Setting], searches: dict[str, Any], borders: dict[str, list[str]]) -> None:
+    """Look for the best of each family, and add its finalists to the settings, with what became of the others."""
+    plan = panel.plan
+    grid_of: dict[str, list[Lineage]] = {}
+    for name in plan.searched:
+        assert plan.protocol is not None
+        found = lineages_of(name, plan.protocol, panel.config, panel.track(plan.seeds[0]).num_train)
+        grid_of.setdefault(family_of(name), []).extend(found)
+    for family, lineages in grid_of.items():
+        assert plan.protocol is not None
+        grid, finalists = search(lineages, plan.protocol, panel.train)
+        searches[family] = _describe_search(grid, finalists, panel.config)
+        for member in finalists:
+            setting = member.setting(panel.config)
+            settings.append(setting)
+            borders[setting.label] = borders_of(member, lineages, is_capped=member.lineage in grid.capped)
 
 
 def _leading(judged: Mapping[str, Any], groups: set[str]) -> set[str]:
@@ -325,6 +362,7 @@ def _described(plan: _Plan) -> dict[str, Any]:
     return shared | {
         **{name: getattr(options.config, name) for name in [*names, "prefetch"]},
         "protocol": options.protocol,
+        "finals_of": None if plan.earlier is None else plan.earlier.path.name,
         "seeds": list(plan.seeds),
         "datasets": [list(pair) for pair in options.datasets],
         "models": [list(pair) for pair in options.models],

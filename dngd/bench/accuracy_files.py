@@ -39,7 +39,7 @@ def combine_results(paths: Sequence[Path], *, best_tuned: bool = False) -> dict[
     """
     if not paths:
         raise UserError("no result is named; give files that dngd bench accuracy --json wrote")
-    results = [_read(path) for path in paths]
+    results = [read_result(path) for path in paths]
     panels: list[Mapping[str, Any]] = []
     if best_tuned:
         paths, results = _best_tuned(paths, results)
@@ -108,8 +108,8 @@ def _differences(paths: Sequence[Path], settings: Sequence[Mapping[str, Any]]) -
     return out
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return a result's content, checked as far as it is used."""
+def read_result(path: Path) -> dict[str, Any]:
+    """Return a result's content, checked as far as it is used. Raises UserError for a file that is none."""
     fix = "give a file that dngd bench accuracy --json wrote"
     try:
         result = json.loads(path.read_bytes())

@@ -94,6 +94,10 @@ def bench_accuracy(
             "--search-only", help="Leave the finals to the same command without this flag; searches may run in parallel"
         ),
     ] = False,
+    finals_of: Annotated[
+        Path | None,
+        typer.Option(help="Result of the same command whose search is taken over: its finals alone are run anew"),
+    ] = None,
     page: Annotated[Path | None, typer.Option("--report", help="HTML file that gets a page with plots")] = None,
     picture: Annotated[Path | None, typer.Option("--svg", help="SVG file that gets the main plot")] = None,
     as_json: Json = False,
@@ -115,7 +119,7 @@ def bench_accuracy(
 
     if models is not None and model is not None:
         raise UserError("--models and --model are both given; leave one out")
-    output, page, picture = map(expanded_or_none, (output, page, picture))
+    output, page, picture, finals_of = map(expanded_or_none, (output, page, picture, finals_of))
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"--out {output} is a file; give a folder, which keeps finished trainings")
     for path in (page, picture):
@@ -146,6 +150,7 @@ def bench_accuracy(
         threads=threads,
         folder=output,
         search_only=search_only,
+        finals_of=finals_of,
     )
     with progress_for(error_console()) as progress:
         result = run_accuracy_bench(options, progress)

@@ -216,6 +216,86 @@ def test_a_search_may_be_done_before_the_finals(store: GraphStore, tmp_path: Pat
     assert whole["panels"][0]["search"] == panel["search"]
 
 
+@pytest.fixture(scope="module")
+def searched_before(store: GraphStore, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """A result of a search over Adam and AdamW, and its file."""
+    path = tmp_path_factory.mktemp("before") / "before.json"
+    result = run_accuracy_bench(options_for(store, config(epochs=2), **SEARCHED))
+    path.write_text(json.dumps(result))
+    return result, path
+
+
+def test_finals_of_an_earlier_search_are_those_of_its_settings(
+    store: GraphStore, searched_before: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No search: the same settings with all seeds, the same curves but for their seconds, the same borders."""
+    before, path = searched_before
+    heats: list[tuple[str, ...]] = []
+
+    def heat(track: Any, settings: Any, *rest: Any) -> Any:
+        heats.append(tuple(setting.label for setting in settings))
+        return run_heat(track, settings, *rest)
+
+    monkeypatch.setattr("dngd.bench.accuracy.run_heat", heat)
+    after = run_accuracy_bench(options_for(store, config(epochs=2), finals_of=path, **SEARCHED))
+    (old,), (new,) = before["panels"], after["panels"]
+    assert heats == [tuple(old["settings"])] * 2
+    assert list(new["settings"]) == list(old["settings"])
+    for label, own in old["settings"].items():
+        mine = new["settings"][label]
+        assert mine["overrides"] == own["overrides"]
+        assert mine["best"] == own["best"], "curves are bitwise those of before"
+        assert mine["final"] == own["final"]
+        if "borders" in own and "borders" in mine:
+            assert mine["borders"] == own["borders"]
+        if "borders" in mine:
+            assert "learning rate" in mine["borders"], (
+                "also of those that did not lead before: of two rates each is one"
+            )
+    assert new["search"] == old["search"]
+    assert "searched before: before.json" in new["remarks"][0]
+    assert after["config"]["finals_of"] == "before.json"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"optimizers": ("kfac", "adam"), "rates": "adam=0.003,0.03"},
+            r"searched adam, adamw, the command adam; give --optimizers",
+        ),
+        ({"seeds": (0, 1, 2)}, r"seeds=\[0, 1\], the command says \[0, 1, 2\]"),
+        ({"max_epochs": 8}, "grid="),
+        ({"protocol": "given"}, "leave --search-only and --protocol given out"),
+        ({"models": [("sage", 2)]}, "has no .* sage 2 layers, but .* gcn 2 layers"),
+        ({"config": {"hidden": 4}}, "hidden=8, the command says 4"),
+        ({"config": {"fanout": (3, 3)}}, r"fanout=\[4, 4\], here it is \[3, 3\]"),
+        ({"digest": "0"}, "digest=0, here it is"),
+        ({"grid": None}, "without a search"),
+        ({"text": "{}"}, "no result of K-FAC and Adam"),
+    ],
+)
+def test_a_search_of_something_else_is_refused(
+    store: GraphStore,
+    searched_before: tuple[dict[str, Any], Path],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    result = json.loads(json.dumps(searched_before[0]))
+    if "digest" in changes:
+        result["panels"][0]["graph"]["digest"] = changes["digest"]
+    if "grid" in changes:
+        result["config"]["grid"] = None
+    path = tmp_path / "file.json"
+    path.write_text(changes.get("text", json.dumps(result)))
+    fields = SEARCHED | {k: v for k, v in changes.items() if k not in ("config", "digest", "grid", "text")}
+    with pytest.raises(UserError, match=message):
+        run_accuracy_bench(
+            options_for(store, config(**({"epochs": 2} | changes.get("config", {}))), finals_of=path, **fields)
+        )
+
+
 def test_other_settings_are_not_taken_from_the_folder(store: GraphStore, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"optimizers": ("adam",), "rates": "adam=0.01", "seeds": (0,), "threads": 1}
     fields |= {"folder": tmp_path, "eval_steps": 4}
