@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except _UsageError as error:
         if not (sentence := _sentence(error)):
             sys.exit(2)  # no command at all: the help is on the screen already
-        _fail(f"{sentence} (see dngd --help)", 2)
+        _fail(f"{sentence} (see {_help_command(error)})", 2)
     except Interrupted as error:
         _fail(str(error), error.code)
     except (KeyboardInterrupt, typer.Abort):
@@ -126,6 +126,16 @@ def _sentence(error: Exception) -> str:
     format_message = getattr(error, "format_message", None)
     text = str(format_message() if format_message else error)
     return " ".join(text.split())
+
+
+def _help_command(error: Exception) -> str:
+    """Return what lists the options and arguments, or the commands, of the command that a complaint is about."""
+    names: list[str] = []
+    context = getattr(error, "ctx", None)
+    while context is not None and context.parent is not None:  # the root is called as the program was started
+        names.insert(0, str(context.info_name))
+        context = context.parent
+    return " ".join(["dngd", *names, "--help"])
 
 
 def _path_sentence(error: OSError) -> str | None:

@@ -14,7 +14,7 @@ from dngd.cli.common import INTERRUPTED, TERMINATED, Interrupted, Json, field_he
 from dngd.config import TrainConfig, address_of_run
 from dngd.config_text import merge, parse_assignment, read_yaml
 from dngd.errors import RunInterrupted, UserError
-from dngd.paths import expanded
+from dngd.paths import expanded, runs_inside_text
 from dngd.report.run_files import flatten
 from dngd.report.text import metric_words
 
@@ -120,6 +120,7 @@ def train(
     for text in assignments or []:
         flags = merge(flags, parse_assignment(text))
     fields = merge(_base_fields(config, flags), flags)
+    _check_names_a_graph(fields)
     trainer = Trainer(TrainConfig(**fields), quiet=quiet)
     _refuse_unused(trainer.config, flags)
     if dry_run:
@@ -159,9 +160,32 @@ def _base_fields(config: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
 
     saved = saved_fields(Path(run_dir))
     if saved is None and "dataset" not in flags:
-        shown = address_of_run(Path(run_dir)) or run_dir
-        raise UserError(f"there is no run at {shown} to go on with; check --run-dir, or start one there with --dataset")
+        address = address_of_run(Path(run_dir))
+        if address is None and (inside := runs_inside_text(expanded(run_dir))):
+            raise UserError(f"{run_dir} is no run to go on with{inside}; give one of them as --run-dir")
+        raise UserError(
+            f"there is no run at {address or run_dir} to go on with; check --run-dir, or start one there with --dataset"
+        )
     return saved or {}
+
+
+def _check_names_a_graph(fields: dict[str, Any]) -> None:
+    """Raise UserError for a configuration without a data set whose run folder holds a run: of it more is to be said than
+    what is missing."""
+    run_dir = fields.get("run_dir")
+    if "dataset" in fields:
+        return
+    if fields.get("resume") is True and run_dir is None:
+        raise UserError("--resume needs --run-dir: say which run to go on with")
+    if fields.get("resume") is True or not isinstance(run_dir, str | Path):
+        return
+    from dngd.train.run_folder import saved_fields
+
+    if saved_fields(Path(run_dir)) is not None:
+        raise UserError(
+            f"run folder {address_of_run(Path(run_dir)) or run_dir} already holds a run; --resume goes on with it, "
+            "or give --dataset and another --run-dir for a new one"
+        )
 
 
 def evaluate(

@@ -161,7 +161,7 @@ def check_run_folder(config: TrainConfig) -> Path:
     shown = path if remote is None else remote.shown
     saved = saved_fields(path)
     if saved is not None and not config.resume:
-        raise UserError(f"run folder {shown} already holds a run; go on with --resume, or give another --run-dir")
+        raise UserError(f"run folder {shown} already holds a run; --resume goes on with it, or give another --run-dir")
     if saved is not None:
         begun = TrainConfig(**saved)
         check_same_run(begun.identity(), config.identity(), given=config.given_since(begun))

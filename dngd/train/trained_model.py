@@ -19,6 +19,7 @@ from dngd.errors import UserError
 from dngd.graph import GraphStore, resolve_dataset
 from dngd.models import MODELS
 from dngd.models.graph_batch import GraphShape
+from dngd.paths import runs_inside_text
 from dngd.train.checkpoint import PREFIX, said_in
 from dngd.train.evaluation import EvaluationProgress, Evaluator
 from dngd.train.objective import Objective
@@ -47,6 +48,15 @@ class TrainedModel:
     label_names: tuple[str, ...] | None = None
 
 
+def _no_run(folder: RunFolder, *, is_here: bool) -> str:
+    """Return why a run cannot be used that is none. is_here: whether it would be on this machine, not at an address."""
+    if is_here and not folder.path.exists():
+        return f"run folder {folder.shown} does not exist; give a folder that dngd train wrote"
+    inside = runs_inside_text(folder.path) if is_here else ""
+    fix = "give one of them" if inside else "give a folder that dngd train wrote"
+    return f"{folder.shown} is no run folder (it has no config.yaml){inside}; {fix}"
+
+
 def load_trained(run: Path, parts: RunParts | None = None) -> TrainedModel:
     """Return the best model of a run, whose folder may be at an address. The graph is not needed for the widths.
 
@@ -55,7 +65,7 @@ def load_trained(run: Path, parts: RunParts | None = None) -> TrainedModel:
     """
     folder = readable_folder(run)
     if not folder.holds_a_run:
-        raise UserError(f"{folder.shown} is no run folder (it has no config.yaml); give a folder that dngd train wrote")
+        raise UserError(_no_run(folder, is_here=address_of_run(run) is None))
     if not folder.best_model.exists():
         raise UserError(
             f"run {folder.shown} has no model yet: it ended before its first evaluation; go on with --resume"

@@ -378,6 +378,37 @@ def test_run_folder_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFix
     assert "cannot be written" in refused(capsys, *command[:-1], "/proc/no-such-run")
 
 
+def test_a_run_that_is_there_is_named_before_a_dataset_that_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], store: GraphStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "--dataset", str(store.path), *BASE, "--batch-size", "50", "--run-dir", "runs/a"]
+    assert run(capsys, *command) == (0, "")
+    (tmp_path / "c.yaml").write_text("run_dir: runs/a\nhidden: 8\n")
+    for given in (["--run-dir", "runs/a"], ["--set", "run_dir=runs/a", "--quiet"], ["--config", "c.yaml"]):
+        said = refused(capsys, "train", *given)
+        assert "run folder runs/a already holds a run; --resume goes on with it" in said
+        assert "--dataset" in said
+    assert "dataset is required" in refused(capsys, "train", "--run-dir", "runs/b")
+    assert "--resume needs --run-dir" in refused(capsys, "train", "--resume")
+    for words in (["train", "--resume", "--run-dir"], ["evaluate"], ["predict", "--out", "p"], ["export", "--out", "e"]):
+        said = refused(capsys, *words, "runs")
+        assert " but has the run a in it; give one of them" in said
+        assert said.startswith("dngd: runs is no run")
+
+
+def test_the_runs_in_a_folder_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Five at most; other folders and files are none."""
+    for name in "gfedcba":
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").write_text("dataset: cora\n")
+    (tmp_path / "runs" / "_data").mkdir()
+    (tmp_path / "runs" / "_notes").touch()
+    said = refused(capsys, "evaluate", str(tmp_path / "runs"))
+    assert said.endswith(" but has the runs a, b, c, d, e and 2 more in it; give one of them\n")
+    assert " does not exist; " in refused(capsys, "evaluate", str(tmp_path / "rnus"))
+
+
 def test_a_resume_names_the_flags_that_are_in_its_way(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], store: GraphStore
 ) -> None:

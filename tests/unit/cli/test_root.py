@@ -198,3 +198,29 @@ def test_a_report_never_replaces_what_is_not_one(
     for _ in range(2):
         assert ended(capsys, "report", "run")[0] == 0
     assert (tmp_path / "notes.md").read_text() == "how I use dngd"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lists"),
+    [
+        (("train", "--datset", "cora"), "dngd train --help"),
+        (("train", "--epochs", "soon"), "dngd train --help"),
+        (("report",), "dngd report --help"),
+        (("evaluate", "run", "more"), "dngd evaluate --help"),
+        (("data", "info"), "dngd data info --help"),
+        (("data", "imprt"), "dngd data --help"),
+        (("bench", "step", "--stps", "3"), "dngd bench step --help"),
+        (("trian",), "dngd --help"),
+        (("--verbos", "train"), "dngd --help"),
+    ],
+    ids=" ".join,
+)
+def test_a_complaint_leads_to_the_commands_own_help(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], lists: str
+) -> None:
+    code, said = ended(capsys, *arguments)
+    assert code == 2
+    assert said.startswith("dngd: ")
+    assert said.endswith(f" (see {lists})\n")
+    assert said.count("\n") == 1
+    assert ended(capsys, *lists.split()[1:])[0] == 0, "what it leads to is there"
