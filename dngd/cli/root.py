@@ -20,7 +20,8 @@ from dngd import __version__
 from dngd.cli.bench import bench_app
 from dngd.cli.common import INTERRUPTED, Interrupted, out
 from dngd.cli.data import data_app
-from dngd.cli.runs import doctor, evaluate, export, predict, report, train
+from dngd.cli.report import report
+from dngd.cli.runs import doctor, evaluate, export, predict, train
 from dngd.cli.submit import SETTINGS as SUBMIT_SETTINGS
 from dngd.cli.submit import submit
 from dngd.errors import TrainingError, UserError

@@ -1,4 +1,4 @@
-"""Commands about runs: train, evaluate, predict, report; and doctor."""
+"""Commands about runs: train, evaluate, predict, export; and doctor."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dngd.config_text import merge, parse_assignment, read_yaml
 from dngd.errors import RunInterrupted, UserError
 from dngd.paths import expanded, runs_inside_text
 from dngd.report.run_files import flatten
+from dngd.report.settings import value_text
 from dngd.report.text import metric_words
 
 RESUME_HINT = "interrupted; a run goes on from its newest checkpoint with dngd train --run-dir RUN --resume"
@@ -288,22 +289,6 @@ def export(
     out.print(str(written), highlight=False, soft_wrap=True)
 
 
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, or s3:// or gs:// addresses of some")],
-    output: Annotated[Path, typer.Option("--out", help="HTML file to write")] = Path("report.html"),
-) -> None:
-    """Write one self-contained HTML page about one or several runs."""
-    from dngd.report import check_page, write_report
-    from dngd.train.remote_run import readable_folder
-    from dngd.train.run_folder import check_output
-
-    output = expanded(output)
-    check_page(output)
-    check_output(output, [expanded(run) for run in runs], page="report.html")
-    folders = [readable_folder(run) for run in runs]
-    out.print(str(write_report([folder.path for folder in folders], output)), highlight=False, soft_wrap=True)
-
-
 def doctor(
     address: Annotated[
         str | None,
@@ -353,9 +338,11 @@ def _print_result(result: dict[str, Any]) -> None:
     if result["failed_checkpoints"]:
         table.add_row("checkpoints not written", str(result["failed_checkpoints"]))
     table.add_row("seeds per second", f"{result['seeds_per_second']:,.0f}")
-    sent = result["bytes"]
-    table.add_row("sent by rank 0", ", ".join(f"{kind} {size_text(size)}" for kind, size in sent.items()))
-    table.add_row("peak memory of rank 0", size_text(result["peak_rss_bytes"]))
+    sent = {kind: size for kind, size in result["bytes"].items() if size}
+    if sent:
+        table.add_row("sent by rank 0", ", ".join(f"{kind} {size_text(size)}" for kind, size in sent.items()))
+    whose = " of rank 0" if result["world_size"] > 1 else ""
+    table.add_row(f"peak memory{whose}", size_text(result["peak_rss_bytes"]))
     out.print(table)
     # Below the table: a path cut to a column's width is of no use.
     out.print(f"run folder  {result['run_dir']}", highlight=False, soft_wrap=True)
@@ -397,9 +384,20 @@ def _print_plan(plan: dict[str, Any], config: TrainConfig) -> None:
         d_a, d_out, kept = layer["d_a"], layer["d_out"], layer["factors"]
         factors = f"A {kept['a']}, G {kept['g']}" if config.optimizer == "kfac" else "no factors"
         table.add_row(layer["name"], f"weight and bias {d_out} x {d_a}; {factors}")
-    table.add_row("wire: gradient a step", size_text(plan["gradient_bytes_per_step"]))
-    table.add_row("wire: factors a refresh", size_text(plan["factor_bytes_per_refresh"]))
-    table.add_row("wire: inverses a refresh, at most", size_text(plan["inverse_bytes_per_refresh"]))
-    if plan["preconditioned_bytes_per_step"]:
-        table.add_row("wire: preconditioned gradients a step", size_text(plan["preconditioned_bytes_per_step"]))
+    if config.engine == "local" or config.num_workers == 1:
+        table.add_row("wire", "nothing: it is one process")
+    else:
+        sent = {
+            "gradient a step": "gradient_bytes_per_step",
+            "factors a refresh": "factor_bytes_per_refresh",
+            "inverses a refresh, at most": "inverse_bytes_per_refresh",
+            "preconditioned gradients a step": "preconditioned_bytes_per_step",
+        }
+        for name, key in sent.items():
+            if plan[key]:
+                table.add_row(f"wire: {name}", size_text(plan[key]))
+    given = flatten(config.model_dump())
+    for name, value in plan["resolved"].items():
+        if name in given and given[name] in (None, "auto") and name != "num_samplers":
+            table.add_row(f"default: {name}", "none" if value is None else value_text(value, short=True))
     out.print(table)

@@ -50,7 +50,12 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     run_dirs: run folders, finished or not; a folder given twice counts once. out: the file; it is written
     whole or not at all. Raises UserError if a folder holds no run, or if the page cannot be written.
     """
-    return write_file(out, render(read_runs(run_dirs)))
+    return write_page(read_runs(run_dirs), out)
+
+
+def write_page(runs: Sequence[RunFiles], out: Path) -> Path:
+    """Write the page about runs that were read; see write_report."""
+    return write_file(out, render(runs))
 
 
 def render(runs: Sequence[RunFiles]) -> str:

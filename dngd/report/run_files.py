@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dngd.errors import UserError
-from dngd.paths import expanded
+from dngd.paths import RUN_FILES, expanded
 from dngd.report.axes import plottable
 from dngd.yaml_text import NOT_YAML, RefusedError, load
 
@@ -76,6 +76,12 @@ class RunFiles:
         values = {str(name): as_number(value) for name, value in mapping.items()}
         return {name: value for name, value in values.items() if value is not None and plottable(value)}
 
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The values in use of settings that the configuration leaves open, by dotted name; none of earlier runs."""
+        found = self.result.get("resolved")
+        return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
+
     def texts(self, key: str) -> dict[str, str]:
         """Return a mapping of result.json, e.g. versions, as text."""
         mapping = self.result.get(key)
@@ -98,11 +104,11 @@ def read_run(path: Path, name: str) -> RunFiles:
     if not path.is_dir():
         what = "is a file, not a run folder" if path.exists() else "does not exist"
         raise UserError(f"run folder {path} {what}; give the folder that dngd train wrote (--run-dir)")
-    files = [path / file for file in ("config.yaml", "metrics.jsonl", "result.json")]
+    files = [path / file for file in RUN_FILES]
     if not any(file.is_file() for file in files):
         raise UserError(
-            f"folder {path} holds no run (no config.yaml, metrics.jsonl or result.json); "
-            "give the folder that dngd train wrote (--run-dir)"
+            f"folder {path} holds no run (no {', '.join(RUN_FILES[:-1])} or {RUN_FILES[-1]}), and no folders of runs; "
+            "give a folder that dngd train wrote (--run-dir), or one that such folders are in"
         )
     config, result = _mapping(files[0]), _mapping(files[2])
     lines, lost_lines = _lines(files[1], _evaluation_line)

@@ -68,6 +68,11 @@ def summarise(run: RunFiles) -> Summary:
     )
 
 
+def has_lost(run: RunFiles) -> bool:
+    """Whether the loss of the last evaluation is not finite."""
+    return any(not (math.isfinite(r.val_loss) and math.isfinite(r.train_loss)) for r in run.evaluations[-1:])
+
+
 def best_evaluation(records: Sequence[Evaluation]) -> int | None:
     """Return the index of the first evaluation of the best validation accuracy; NaN is never best."""
     finite = [index for index, record in enumerate(records) if math.isfinite(record.val_accuracy)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 from dngd.report.charts import BYTES, PHASES, phase_parts, phase_words, run_style, sent_bytes
 from dngd.report.run_files import RunFiles
-from dngd.report.summary import Summary, first_at, metrics_of
+from dngd.report.settings import differing, setting, setting_names
+from dngd.report.summary import Summary, first_at, has_lost, metrics_of
 from dngd.report.svg import line_key, shorten, square_key
 from dngd.report.text import (
     NOTHING,
@@ -128,15 +128,17 @@ def bytes_table(runs: Sequence[RunFiles]) -> str:
 
 def configuration_tables(runs: Sequence[RunFiles]) -> str:
     """Return the settings: for several runs those that differ, and the others folded away."""
-    keys = list(dict.fromkeys(key for run in runs for key in run.config))
-    if not keys:
+    keys = setting_names(runs)
+    if not any(run.config for run in runs):
         return '<p class="note">no config.yaml</p>'
-    same = [key for key in keys if len({setting(run.config, key) for run in runs}) == 1]
-    differ = [key for key in keys if key not in same]
-    common = _pairs([(key, setting(runs[0].config, key)) for key in same])
+    differ = differing(runs)
+    same = [key for key in keys if key not in differ]
+    # Where some are of an earlier dngd, those that say what a default stood for.
+    tells = {key: next((run for run in runs if key in run.resolved), runs[0]) for key in same}
+    common = _pairs([(key, setting(tells[key], key)) for key in same])
     if len(runs) == 1:
         return common
-    rows = [[_code(key), *(_code(setting(run.config, key)) for run in runs)] for key in differ]
+    rows = [[_code(key), *(_code(setting(run, key)) for run in runs)] for key in differ]
     head = ["setting", *map(_name, runs)]
     different = '<p class="note">none differ</p>'
     if differ:
@@ -168,20 +170,6 @@ def _environment(run: RunFiles) -> dict[str, str]:
     return run.texts("machine") | run.texts("versions")
 
 
-def setting(config: dict[str, Any], key: str) -> str:
-    """Return a setting's value as YAML would show it; the dash for one that a run does not have."""
-    if key not in config:
-        return NOTHING
-    value = config[key]
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return ", ".join(str(item) for item in value) or "[]"
-    return str(value)
-
-
 def run_key(index: int) -> str:
     """Return the legend key of a run."""
     colour, shape = run_style(index)
@@ -195,9 +183,7 @@ def keyed(colour: str, words: str, css: str = "keyed") -> str:
 
 def state(run: RunFiles) -> str:
     """Return badges for a run that is not finished, or whose loss stopped being finite, else nothing."""
-    last = run.evaluations[-1:]
-    lost = any(not (math.isfinite(r.val_loss) and math.isfinite(r.train_loss)) for r in last)
-    badges = ["unfinished"] * (not run.finished) + ["loss not finite"] * lost
+    badges = ["unfinished"] * (not run.finished) + ["loss not finite"] * has_lost(run)
     return "".join(f' <span class="badge">{badge}</span>' for badge in badges)
 
 

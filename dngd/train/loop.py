@@ -691,16 +691,32 @@ class TrainingLoop:
             failed_checkpoints=self.writer.failed,
             failed_uploads=self.folder.failed,
             machine=machine(self.device),
+            resolved=self._resolved(),
             history=self.history,
         )
 
+    def _resolved(self) -> dict[str, Any]:
+        """Return the values in use, of the rules and of what this machine and the ranks' measurements settled."""
+        found = self.plan.resolved | {"metric": self.metric_name, "feature_placement": self.placed.where}
+        if self.placed.cache is not None:
+            found["feature_cache_bytes"] = self.placed.cache.table.nbytes
+        found["checkpoint.period_steps"] = _checkpoint_period(self.config) or self.plan.steps_per_epoch
+        if self.optimizer.preconditioner is not None and self.comm.world_size > 1:
+            found["kfac.strategy"] = dict(self.optimizer.preconditioner.plan().strategies)
+        return found
+
+
+def _checkpoint_period(config: TrainConfig) -> int | None:
+    """Return the steps between checkpoints; None for the end of each epoch."""
+    if config.checkpoint.period_steps is None and config.constant_full_batch:
+        return FULL_BATCH_CHECKPOINT_PERIOD
+    return config.checkpoint.period_steps
+
 
 def _checkpoint_schedule(config: TrainConfig, communicator: Communicator) -> CheckpointSchedule:
-    settings = config.checkpoint
-    period = settings.period_steps
-    if period is None and config.constant_full_batch:
-        period = FULL_BATCH_CHECKPOINT_PERIOD
-    minutes = settings.period_minutes
+    minutes = config.checkpoint.period_minutes
     return CheckpointSchedule(
-        communicator, period_steps=period, period_seconds=None if minutes is None else minutes * 60
+        communicator,
+        period_steps=_checkpoint_period(config),
+        period_seconds=None if minutes is None else minutes * 60,
     )

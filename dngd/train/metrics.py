@@ -64,7 +64,8 @@ class RunResult:
     workers were started again, and steps_repeated how many steps were done again for it, since the driver was
     started. failed_checkpoints: checkpoints that could not be written, since the last start.
     failed_uploads: of a run at an address, how often other files could not be sent at once, since the last start.
-    machine: rank 0's.
+    machine: rank 0's. resolved: by dotted name, what fields that the configuration leaves open stood for, and what
+    follows of steps; empty in runs of an earlier dngd.
     """
 
     best_val_accuracy: float
@@ -89,6 +90,7 @@ class RunResult:
     failed_uploads: int = 0
     metric: str = "accuracy"
     machine: dict[str, str] = field(default_factory=dict)
+    resolved: dict[str, Any] = field(default_factory=dict)
     history: list[EvaluationRecord] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from dngd.train.metrics import usable_cpus
 from dngd.train.objective import make_objective
 from dngd.train.optimizers import TrainingSet, damping_in_use, factor_layout, training_set_of
 from dngd.train.placement import choose_placement, free_gpu_bytes, table_bytes
+from dngd.train.resolved import settings_in_use
 from dngd.train.task import TaskSplit, evaluated_nodes, graph_of, shape_of
 
 FLOAT_BYTES = 4
@@ -67,6 +68,7 @@ class RunPlan:
     constant full batch keeps from step to step, its shards' layer graphs and first aggregations. feature_bytes: the
     feature table, part of store_bytes. evaluation_table_bytes: exact evaluation's tables, one copy a machine; they go
     to disk where memory is short. samplers: processes a worker, on a machine with this one's CPUs; 0: a thread.
+    settings: see settings_in_use.
     """
 
     mode: str
@@ -91,6 +93,18 @@ class RunPlan:
     factor_bytes_per_refresh: int
     inverse_bytes_per_refresh: int
     preconditioned_bytes_per_step: int
+    settings: dict[str, Any]
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """What fields left open stand for, by dotted name, and what follows of steps; plain data."""
+        return self.settings | {
+            "batch_size": self.batch_size,
+            "num_samplers": self.samplers,
+            "seeds_per_step": self.batch_size * int(self.settings["num_shards"]),
+            "steps_per_epoch": self.steps_per_epoch,
+            "total_steps": self.total_steps,
+        }
 
     @property
     def labelled(self) -> int:
@@ -119,7 +133,9 @@ class RunPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data."""
-        return asdict(self) | {"worker_bytes": self.worker_bytes}
+        plain = asdict(self) | {"worker_bytes": self.worker_bytes, "resolved": self.resolved}
+        plain.pop("settings")
+        return plain
 
 
 def batch_size_of(config: TrainConfig, num_train: int) -> int:
@@ -236,6 +252,7 @@ def make_plan(config: TrainConfig, store: GraphStore, split: TaskSplit, module: 
         preconditioned_bytes_per_step=parameters * FLOAT_BYTES
         if kfac and config.kfac.strategy == "share_gradient"
         else 0,
+        settings=settings_in_use(config, training_set),
     )
 
 

@@ -71,6 +71,10 @@ class RemoteFiles:
         """Return the names of the files that lie here, not of those in folders."""
         return sorted(entry.base_name for entry in self._entries("") if entry.is_file)
 
+    def folders(self) -> list[str]:
+        """Return the names of the folders that lie here."""
+        return sorted(entry.base_name for entry in self._entries("") if not entry.is_file)
+
     def check_writable(self) -> None:
         """Raise UserError unless a file can be written here."""
         self.write(".probe", b"dngd")

@@ -21,7 +21,7 @@ import psutil
 from dngd.config import TrainConfig, address_of_run
 from dngd.errors import UserError
 from dngd.graph import cache_folder
-from dngd.paths import expanded
+from dngd.paths import RUN_FILES, expanded, holds_run, runs_in
 from dngd.train.checkpoint import STATE_NAME, DamagedError, read_verified
 from dngd.train.remote_files import CHECKPOINTS, RemoteFiles
 from dngd.train.run_folder import CONFIG_NAME, RunFolder
@@ -80,6 +80,24 @@ def readable_folder(run: Path) -> RunFolder:
     address cannot be read."""
     address = address_of_run(run)
     return RunFolder(expanded(run)) if address is None else _FetchedFolder(RemoteFiles(address))
+
+
+def runs_of(run: Path) -> list[Path]:
+    """Return the runs that a path or address stands for: itself, or, where it holds none but has folders that do, those
+    by name. Raises UserError if an address cannot be read."""
+    address = address_of_run(run)
+    if address is None:
+        folder = expanded(run)
+        return [run] if holds_run(folder) else runs_in(folder) or [run]
+    if _holds_run_at(address):
+        return [run]
+    place, mark, options = address.partition("?")
+    below = (f"{place.rstrip('/')}/{name}{mark}{options}" for name in RemoteFiles(address).folders())
+    return [Path(found) for found in below if _holds_run_at(found)] or [run]
+
+
+def _holds_run_at(address: str) -> bool:
+    return not set(RUN_FILES).isdisjoint(RemoteFiles(address).files())
 
 
 def send_report(run: Path, report: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -391,7 +392,8 @@ def test_a_run_that_is_there_is_named_before_a_dataset_that_is_not(
         assert "--dataset" in said
     assert "dataset is required" in refused(capsys, "train", "--run-dir", "runs/b")
     assert "--resume needs --run-dir" in refused(capsys, "train", "--resume")
-    for words in (["train", "--resume", "--run-dir"], ["evaluate"], ["predict", "--out", "p"], ["export", "--out", "e"]):
+    others = (["evaluate"], ["predict", "--out", "p"], ["export", "--out", "e"])
+    for words in (["train", "--resume", "--run-dir"], *others):
         said = refused(capsys, *words, "runs")
         assert " but has the run a in it; give one of them" in said
         assert said.startswith("dngd: runs is no run")
@@ -494,8 +496,20 @@ def test_dry_run_starts_nothing(
         cli.main(["train", "--dataset", str(store.path), *BASE, "--batch-size", "50", "--dry-run"])
     assert exit_info.value.code == 0
     out = capsys.readouterr().out
-    for text in ("curvature", "A dense 17", "wire: gradient", "samplers"):
+    # 300 training nodes of 5 classes
+    for text in ("curvature", "A dense 17", "wire ", "nothing: it is one process", "samplers", "kfac.damping "):
         assert text in out
+    assert f"{0.1 / 300**0.5:.4g}" in out
+    assert "wire: gradient" not in out
+    on_ray = ["--dataset", str(store.path), *BASE, "--batch-size", "50", "--engine", "ray", "--num-workers", "2"]
+    with pytest.raises(SystemExit):
+        cli.main(["train", *on_ray, "--dry-run", "--json"])
+    resolved = json.loads(capsys.readouterr().out)["resolved"]
+    assert resolved["kfac.damping"] == pytest.approx(0.1 / 300**0.5)
+    assert (resolved["seeds_per_step"], resolved["steps_per_epoch"], resolved["ray.min_workers"]) == (100, 3, 2)
+    with pytest.raises(SystemExit):
+        cli.main(["train", *on_ray, "--dry-run"])
+    assert "wire: gradient" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 
