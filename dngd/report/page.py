@@ -211,7 +211,8 @@ def _cost(runs: Sequence[RunFiles]) -> str:
     if any(phase_parts(run) for run in runs):
         phases = phase_chart(runs) + phase_table(runs)
     if any(sent_bytes(run) for run in runs):
-        traffic = '<p class="note">None: a single process sends nothing.</p>'
+        alone = all(run.number("world_size") == 1 for run in runs if run.finished)
+        traffic = f'<p class="note">{"None: a single process sends nothing" if alone else "Nothing was sent"}.</p>'
         if any(sum(sent_bytes(run).values()) > 0 for run in runs):
             traffic = bytes_chart(runs) + bytes_table(runs)
     return (

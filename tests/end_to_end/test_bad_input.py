@@ -496,17 +496,17 @@ def test_dry_run_starts_nothing(
         cli.main(["train", "--dataset", str(store.path), *BASE, "--batch-size", "50", "--dry-run"])
     assert exit_info.value.code == 0
     out = capsys.readouterr().out
-    # 300 training nodes of 5 classes
+    # 240 training nodes of 5 classes
     for text in ("curvature", "A dense 17", "wire ", "nothing: it is one process", "samplers", "kfac.damping "):
         assert text in out
-    assert f"{0.1 / 300**0.5:.4g}" in out
+    assert f"{0.1 / 240**0.5:.4g}" in out
     assert "wire: gradient" not in out
     on_ray = ["--dataset", str(store.path), *BASE, "--batch-size", "50", "--engine", "ray", "--num-workers", "2"]
     with pytest.raises(SystemExit):
         cli.main(["train", *on_ray, "--dry-run", "--json"])
     resolved = json.loads(capsys.readouterr().out)["resolved"]
-    assert resolved["kfac.damping"] == pytest.approx(0.1 / 300**0.5)
-    assert (resolved["seeds_per_step"], resolved["steps_per_epoch"], resolved["ray.min_workers"]) == (100, 3, 2)
+    assert resolved["kfac.damping"] == pytest.approx(0.1 / 240**0.5)
+    assert (resolved["seeds_per_step"], resolved["steps_per_epoch"], resolved["ray.min_workers"]) == (100, 2, 2)
     with pytest.raises(SystemExit):
         cli.main(["train", *on_ray, "--dry-run"])
     assert "wire: gradient" in capsys.readouterr().out

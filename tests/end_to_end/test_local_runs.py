@@ -17,6 +17,7 @@ import torch
 import dngd
 from dngd.comm import LocalCommunicator
 from dngd.graph import GraphStore
+from dngd.optim import KLTrustRegion, NaturalGradient, value_at
 from dngd.train import checkpoint
 from dngd.train.evaluate_run import evaluate_run
 from dngd.train.metrics import read_metrics
@@ -92,6 +93,64 @@ def test_the_run_folder(store: GraphStore, tmp_path: Path) -> None:
     scores = evaluate_run(run)
     assert scores["val"]["accuracy"] == result.best_val_accuracy
     assert scores["test"]["accuracy"] == result.test_accuracy
+
+
+class Kept(dngd.Callback):
+    """Keeps the optimizer that a run made."""
+
+    def on_start(self, run: dngd.RunState) -> None:
+        self.optimizer = run.optimizer
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"kfac": {"damping": 0.02, "kl_clip": 0.5, "output_rank": 8, "fisher": "ggn"}, "lr": 0.05},
+        {"kfac": {"update": "adam_eigenbasis"}, "num_workers": 2, "batch_size": 20},
+        {"kfac": {"damping_mode": "tikhonov", "update": "momentum"}, "batch_size": "full", "fanout": None},
+        {"optimizer": "adam", "num_samplers": 1, "checkpoint": {"period_steps": 4}},
+    ],
+    ids=str,
+)
+def test_the_result_has_the_values_that_defaults_stood_for(
+    store: GraphStore, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Those with which the optimizer was made; the configuration stays as it was given."""
+    given, kept = config(store, tmp_path / "run", epochs=1, **changes), Kept()
+    result = dngd.Trainer(given, quiet=True, callbacks=[kept]).fit()
+    found = json.loads((tmp_path / "run" / "result.json").read_text())["resolved"]
+    assert found == result.resolved
+    assert dngd.TrainConfig.from_yaml(tmp_path / "run" / "config.yaml") == given.model_copy(
+        update={"num_shards": given.num_workers}
+    )
+    assert (found["total_steps"], found["steps_per_epoch"]) == (result.steps, result.steps)
+    assert found["seeds_per_step"] == {40: 40, 20: 40, "full": 240}[given.batch_size]
+    assert (found["num_samplers"], found["metric"]) == (given.num_samplers, "accuracy")
+    assert found["feature_placement"] == "memory_map"
+    assert found["checkpoint.period_steps"] == (
+        50 if given.batch_size == "full" else given.checkpoint.period_steps or result.steps
+    )
+    if given.optimizer != "kfac":
+        assert not any(name.startswith("kfac.") for name in found)
+        assert found["lr"] == 0.01
+        return
+    used = kept.optimizer
+    assert isinstance(used, NaturalGradient)
+    curvature = used.preconditioner
+    assert (found["kfac.momentum"], found["kfac.damping"]) == (used.momentum, curvature.damping)
+    assert (found["kfac.fisher"], found["kfac.damping_mode"]) == (curvature.capture.fisher, curvature.damping_mode)
+    if found["kfac.damping_mode"] == "relative":
+        assert found["kfac.damping_g"] == curvature.damping * curvature.damping_g_ratio
+    else:
+        assert "kfac.damping_g" not in found
+    if found["kfac.kl_bound"] is not None:
+        assert isinstance(curvature.kl_clip, KLTrustRegion)
+        assert found["kfac.kl_clip"] is None
+    elif found["kfac.kl_clip"] is None:
+        assert curvature.kl_clip is None
+    else:
+        assert value_at(curvature.kl_clip, 0) == found["kfac.kl_clip"]
 
 
 def test_two_runs_of_one_seed_are_bitwise_the_same(store: GraphStore, tmp_path: Path) -> None:

@@ -287,9 +287,51 @@ def test_many_evaluations_stay_small(tmp_path: Path) -> None:
 
 
 def test_a_single_process_sends_nothing(tmp_path: Path) -> None:
-    outcome = result() | {"bytes": {"gradient": 0, "factor": 0, "inverse": 0}}
+    outcome = result() | {"world_size": 1, "bytes": {"gradient": 0, "factor": 0, "inverse": 0}}
     page = page_of(write_run(tmp_path / "run", outcome=outcome))
     assert "a single process sends nothing" in page.text
+    assert "single process" not in page_of(write_run(tmp_path / "two", outcome=outcome | {"world_size": 2})).text
+
+
+OPEN = {"lr": None, "max_steps": None, "kfac": {"damping": None, "kl_bound": None, "kl_clip": "auto", "rank": 8}}
+IN_USE = {"lr": 0.3, "kfac.damping": 0.003162277, "kfac.kl_bound": 0.1, "kfac.kl_clip": None, "kfac.damping_g": 0.0125}
+IN_USE |= {"batch_size": 600, "kfac.strategy": {"layers.0": "replicate", "layers.1": "share_inverse"}}
+
+
+def test_settings_left_open_have_the_value_in_use(tmp_path: Path) -> None:
+    config = OPEN | {"batch_size": "full"}
+    page = page_of(write_run(tmp_path / "run", config=config, outcome=result() | {"resolved": IN_USE}))
+    for words in (
+        "lr default (0.3)",
+        "max_steps null",
+        "kfac.damping default (0.003162)",
+        "kfac.kl_bound default (0.1)",
+        "kfac.kl_clip auto (none)",
+        "kfac.rank 8",
+        "batch_size full (600)",
+        "kfac.damping_g 0.0125",
+        "kfac.strategy layers.0: replicate, layers.1: share_inverse",
+    ):
+        assert words in page.text, words
+    given = OPEN | {"lr": 0.3, "kfac": {"damping": 0.003162277}}
+    assert "default (" not in page_of(write_run(tmp_path / "given", config=given)).text
+
+
+def test_runs_that_do_not_tell_the_values_in_use(tmp_path: Path) -> None:
+    """Runs of an earlier dngd, and such as are not finished: what the others tell does not make a difference."""
+    told = write_run(tmp_path / "told", config=OPEN, outcome=result() | {"resolved": IN_USE})
+    earlier = write_run(tmp_path / "earlier", config=OPEN)
+    going = write_run(tmp_path / "going", config=OPEN, outcome={})
+    odd = write_run(tmp_path / "odd", config=OPEN, outcome=result() | {"resolved": [1]})
+    assert "lr null" in page_of(earlier).text
+    assert "lr null" in page_of(odd).text
+    page = page_of(earlier, told, going)
+    assert "none differ" in page.text
+    assert "lr default (0.3)" in page.text
+    other = write_run(tmp_path / "other", config=OPEN, outcome=result() | {"resolved": IN_USE | {"lr": 0.1}})
+    page = page_of(earlier, told, other)
+    assert "none differ" not in page.text
+    assert "lr null default (0.3) default (0.1)" in page.text, "the same default, which stood for something else"
 
 
 def test_the_file_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
