@@ -44,14 +44,14 @@ def runs_in(folder: Path) -> list[Path]:
 
 
 def runs_inside_text(folder: Path) -> str:
-    """Return " but has the runs a, b in it" of a folder that holds no run itself, MOST_NAMED of them at most by name;
+    """Return ", but has the runs a, b in it" of a folder that holds no run itself, MOST_NAMED of them at most by name;
     empty where there are none."""
     names = [path.name for path in runs_in(folder)]
     if not names:
         return ""
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     what = "runs" if len(names) > 1 else "run"
-    return f" but has the {what} {', '.join(names[:MOST_NAMED])}{more} in it"
+    return f", but has the {what} {', '.join(names[:MOST_NAMED])}{more} in it"
 
 
 def is_utf8(text: str | Path) -> bool:

@@ -163,7 +163,7 @@ def _base_fields(config: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
     if saved is None and "dataset" not in flags:
         address = address_of_run(Path(run_dir))
         if address is None and (inside := runs_inside_text(expanded(run_dir))):
-            raise UserError(f"{run_dir} is no run to go on with{inside}; give one of them as --run-dir")
+            raise UserError(f"{run_dir} is no run itself{inside}; give one of them as --run-dir")
         raise UserError(
             f"there is no run at {address or run_dir} to go on with; check --run-dir, or start one there with --dataset"
         )
@@ -184,8 +184,8 @@ def _check_names_a_graph(fields: dict[str, Any]) -> None:
 
     if saved_fields(Path(run_dir)) is not None:
         raise UserError(
-            f"run folder {address_of_run(Path(run_dir)) or run_dir} already holds a run; --resume goes on with it, "
-            "or give --dataset and another --run-dir for a new one"
+            f"run folder {address_of_run(Path(run_dir)) or run_dir} already holds a run; go on with --resume, or "
+            "give --dataset and another --run-dir for a new one"
         )
 
 

@@ -84,16 +84,20 @@ def readable_folder(run: Path) -> RunFolder:
 
 def runs_of(run: Path) -> list[Path]:
     """Return the runs that a path or address stands for: itself, or, where it holds none but has folders that do, those
-    by name. Raises UserError if an address cannot be read."""
+    by name. Raises UserError if an address cannot be read, or holds neither."""
     address = address_of_run(run)
     if address is None:
         folder = expanded(run)
         return [run] if holds_run(folder) else runs_in(folder) or [run]
     if _holds_run_at(address):
         return [run]
+    files = RemoteFiles(address)
     place, mark, options = address.partition("?")
-    below = (f"{place.rstrip('/')}/{name}{mark}{options}" for name in RemoteFiles(address).folders())
-    return [Path(found) for found in below if _holds_run_at(found)] or [run]
+    below = [f"{place.rstrip('/')}/{name}{mark}{options}" for name in files.folders()]
+    found = [Path(address) for address in below if _holds_run_at(address)]
+    if not found:
+        raise UserError(f"{files.shown} holds no run, and no folders of runs; give the address that --run-dir had")
+    return found
 
 
 def _holds_run_at(address: str) -> bool:

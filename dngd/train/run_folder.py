@@ -16,7 +16,7 @@ from dngd.config_text import parse_yaml
 from dngd.errors import UserError
 from dngd.graph import GraphStore, cache_folder, folder_lock, graph_at
 from dngd.graph.manifest import is_store_folder
-from dngd.paths import expanded
+from dngd.paths import expanded, runs_inside_text
 from dngd.train.checkpoint import (
     STATE_NAME,
     check_same_run,
@@ -161,7 +161,7 @@ def check_run_folder(config: TrainConfig) -> Path:
     shown = path if remote is None else remote.shown
     saved = saved_fields(path)
     if saved is not None and not config.resume:
-        raise UserError(f"run folder {shown} already holds a run; --resume goes on with it, or give another --run-dir")
+        raise UserError(f"run folder {shown} already holds a run; go on with --resume, or give another --run-dir")
     if saved is not None:
         begun = TrainConfig(**saved)
         check_same_run(begun.identity(), config.identity(), given=config.given_since(begun))
@@ -176,6 +176,10 @@ def check_run_folder(config: TrainConfig) -> Path:
     if remote is None and path.exists() and not path.is_dir():
         raise UserError(f"run folder {shown} is a file; give another --run-dir")
     if saved is None and (remote.names() if remote is not None else path.is_dir() and any(path.iterdir())):
+        inside = runs_inside_text(path) if remote is None else ""
+        if inside:
+            fix = "go on with one of them" if config.resume else f"give a folder of its own, such as {path / 'new'}"
+            raise UserError(f"run folder {shown} is no run itself{inside}; {fix}")
         raise UserError(f"run folder {shown} holds files that are no run's; give an empty or new --run-dir")
     checkpoints = RunFolder(path).checkpoints
     if remote is None and os.path.lexists(checkpoints) and not checkpoints.is_dir():

@@ -388,15 +388,19 @@ def test_a_run_that_is_there_is_named_before_a_dataset_that_is_not(
     (tmp_path / "c.yaml").write_text("run_dir: runs/a\nhidden: 8\n")
     for given in (["--run-dir", "runs/a"], ["--set", "run_dir=runs/a", "--quiet"], ["--config", "c.yaml"]):
         said = refused(capsys, "train", *given)
-        assert "run folder runs/a already holds a run; --resume goes on with it" in said
+        assert "run folder runs/a already holds a run; go on with --resume" in said
         assert "--dataset" in said
     assert "dataset is required" in refused(capsys, "train", "--run-dir", "runs/b")
     assert "--resume needs --run-dir" in refused(capsys, "train", "--resume")
     others = (["evaluate"], ["predict", "--out", "p"], ["export", "--out", "e"])
     for words in (["train", "--resume", "--run-dir"], *others):
         said = refused(capsys, *words, "runs")
-        assert " but has the run a in it; give one of them" in said
+        assert ", but has the run a in it; give one of them" in said
         assert said.startswith("dngd: runs is no run")
+    for flags, fix in ((["--resume"], "go on with one of them"), ([], f"such as {tmp_path / 'runs' / 'new'}")):
+        said = refused(capsys, *command[:-1], "runs", *flags)
+        assert ", but has the run a in it; " in said
+        assert said.endswith(f"{fix}\n")
 
 
 def test_the_runs_in_a_folder_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -407,7 +411,7 @@ def test_the_runs_in_a_folder_are_listed(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "runs" / "_data").mkdir()
     (tmp_path / "runs" / "_notes").touch()
     said = refused(capsys, "evaluate", str(tmp_path / "runs"))
-    assert said.endswith(" but has the runs a, b, c, d, e and 2 more in it; give one of them\n")
+    assert said.endswith(", but has the runs a, b, c, d, e and 2 more in it; give one of them\n")
     assert " does not exist; " in refused(capsys, "evaluate", str(tmp_path / "rnus"))
 
 
@@ -506,7 +510,7 @@ def test_dry_run_starts_nothing(
         cli.main(["train", *on_ray, "--dry-run", "--json"])
     resolved = json.loads(capsys.readouterr().out)["resolved"]
     assert resolved["kfac.damping"] == pytest.approx(0.1 / 240**0.5)
-    assert (resolved["seeds_per_step"], resolved["steps_per_epoch"], resolved["ray.min_workers"]) == (100, 2, 2)
+    assert (resolved["seeds_per_step"], resolved["steps_per_epoch"], resolved["ray.min_workers"]) == (100, 3, 2)
     with pytest.raises(SystemExit):
         cli.main(["train", *on_ray, "--dry-run"])
     assert "wire: gradient" in capsys.readouterr().out

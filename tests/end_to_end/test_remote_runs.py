@@ -24,6 +24,7 @@ from tests.helpers import survival
 from tests.helpers.object_store import ObjectStore, object_store
 from tests.helpers.ray_cluster import ray_cluster
 from tests.helpers.survival import fault
+from tests.unit.report.run_folders import write_run
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,29 @@ def test_a_run_on_s3_is_the_run_of_a_folder(
         bucket.remove(key)
     lost = refused(capsys, "train", "--run-dir", "s3://runs/team/one", "--resume")
     assert "the run in s3://runs/team/one is finished, but its checkpoints are gone" in lost
+
+
+def test_a_report_of_all_runs_at_an_address(
+    bucket: ObjectStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("b", "a"):
+        write_run(tmp_path / "lab" / name)
+    (tmp_path / "lab" / "graphs").mkdir()
+    (tmp_path / "lab" / "graphs" / "x.npz").write_bytes(b"x")
+    bucket.upload(tmp_path / "lab", "lab")
+    for address in ("s3://runs/lab", "s3://runs/lab/?scheme=http"):
+        with pytest.raises(SystemExit):
+            cli.main(["report", address, str(tmp_path / "lab" / "b"), "--out", str(tmp_path / "r.html"), "--json"])
+        assert [run["name"].rpartition("/")[2] for run in json.loads(capsys.readouterr().out)["runs"]] == [
+            "a",
+            "b",
+            "b",
+        ]
+        with pytest.raises(SystemExit):
+            cli.main(["report", address, "--out", str(tmp_path / "r.html")])
+        assert capsys.readouterr().out.splitlines()[0] == f"{address.partition('?')[0]}: 2 runs, a, b"
+    for address in ("s3://runs/lab/graphs", "s3://runs/nowhere"):
+        assert f"{address} holds no run" in refused(capsys, "report", address)
 
 
 def test_resume_takes_the_newest_good_checkpoint(bucket: ObjectStore, store: GraphStore, tmp_path: Path) -> None:
