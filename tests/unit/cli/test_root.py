@@ -99,7 +99,7 @@ def test_a_reader_that_ended_is_told_nothing() -> None:
 @pytest.mark.parametrize(
     ("arguments", "where"),
     [
-        (["report", "run"], "dngd.report.write_report"),
+        (["report", "run"], "dngd.report.read_runs"),
         (["predict", "run", "--out", "p"], "dngd.train.predict.predict_run"),
         (["evaluate", "run"], "dngd.train.evaluate_run.evaluate_run"),
         (["train", "--dataset", "cora"], "dngd.launch.Trainer.fit"),
@@ -213,7 +213,7 @@ def test_a_report_never_replaces_what_is_not_one(
         (("trian",), "dngd --help"),
         (("--verbos", "train"), "dngd --help"),
     ],
-    ids=" ".join,
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_a_complaint_leads_to_the_commands_own_help(
     capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], lists: str
