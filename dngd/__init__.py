@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dngd.errors import RunInterrupted, TrainingError, UserError
     from dngd.graph import GraphStore
     from dngd.launch import Trainer
-    from dngd.models import GraphBatch, GraphShape, LayerEdges, PyGStack
+    from dngd.models import GraphBatch, GraphShape, LayerEdges, PyGModel, PyGStack
     from dngd.train import Callback, RunResult, RunState
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __all__ = [
     "GraphShape",
     "GraphStore",
     "LayerEdges",
+    "PyGModel",
     "PyGStack",
     "RunInterrupted",
     "RunResult",
@@ -39,6 +40,7 @@ _HOMES = {
     "GraphShape": "dngd.models",
     "GraphStore": "dngd.graph",
     "LayerEdges": "dngd.models",
+    "PyGModel": "dngd.models",
     "PyGStack": "dngd.models",
     "RunInterrupted": "dngd.errors",
     "RunResult": "dngd.train",

@@ -23,7 +23,7 @@ from dngd.train.evaluate_run import evaluate_run
 from dngd.train.interrupt import CtrlC
 from dngd.train.loggers import check_loggers
 from dngd.train.objective import CustomLoss
-from dngd.train.parts import ModuleFactory, OptimizerFactory, RunParts
+from dngd.train.parts import ModuleFactory, OptimizerFactory, RunParts, WrappedModel
 from dngd.train.plan import check_device, check_fits, with_samplers
 from dngd.train.predict import Predictions, predict_run, probabilities_of_run
 from dngd.train.progress import ConsoleReporter, Reporter, SilentReporter
@@ -49,10 +49,10 @@ class Trainer:
     (20, True)
 
     config: the run.
-    module: a torch.nn.Module over GraphBatch (see there, and PyGStack for PyG's layers), or a function of a GraphShape
-        that returns one; its weights are then drawn from the run's seed. A module that is given is copied: `fit`
-        leaves it as it is, `best_model` returns the trained one. The configuration's num_layers is the number of its
-        graph layers; hidden and dropout are not used.
+    module: a model of PyG, forward(x, edge_index) (see PyGModel), or a torch.nn.Module over GraphBatch (see there, and
+        PyGStack for PyG's layers), or a function of a GraphShape that returns either; its weights are then drawn from
+        the run's seed. A module that is given is copied: `fit` leaves it as it is, `best_model` returns the trained
+        one. The configuration's num_layers is the number of its graph layers; hidden and dropout are not used.
     optimizer: a function of the module that returns a torch optimizer. Its groups' rates are the peaks that
         lr_schedule and warmup_steps bend; gradients are those of the mean loss, summed over workers.
     loss: a function (outputs [n, C], labels) -> each seed's loss [n], in place of cross-entropy. With optimizer kfac
@@ -183,9 +183,11 @@ class Trainer:
     def best_model(self) -> nn.Module:
         """Return the module with the weights of the best evaluation, on the CPU and in evaluation mode.
 
-        Raises UserError if there is no run with a model.
+        A model of PyG normalises by itself again: on a whole graph, model(x, edge_index) gives what dngd does. Raises
+        UserError if there is no run with a model.
         """
-        return load_trained(self._run_folder(), self._parts).model.eval()
+        model = load_trained(self._run_folder(), self._parts).model
+        return (model.plain() if isinstance(model, WrappedModel) else model).eval()
 
     def export(self, out: str | Path, *, format: str = "safetensors", overwrite: bool = False) -> Path:
         """Write the run's best model for use without dngd; see dngd.train.export_run.

@@ -10,6 +10,7 @@ from dngd.models.message_passing import (
     inverse_sqrt_degrees,
     mean_coefficients,
 )
+from dngd.models.pyg_model import PyGModel
 from dngd.models.pyg_stack import PyGStack
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "LayerwiseModule",
     "MODELS",
     "Propagation",
+    "PyGModel",
     "PyGStack",
     "SAGELayer",
     "build_model",

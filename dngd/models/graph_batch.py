@@ -61,21 +61,31 @@ class LayerEdges:
     def gcn(self) -> tuple[Tensor, Tensor]:
         """Return GCN's edges, self loops added, and their coefficients: ([2, E + num_dst], float32 [E + num_dst]).
 
-        `c_uv = (deg_v / k_v) · w_uv · d_u^(-1/2) · d_v^(-1/2)` and `c_vv = 1 / d_v`, with d = 1 + totals of the whole
-        graph and k_v the sampled neighbours: unbiased for `D^(-1/2)(A + I)D^(-1/2)`, but for edges that are left out
-        after the draw (dngd.models.message_passing.gcn_coefficients). For convolutions that take edge weights as
-        they are, such as GCNConv(normalize=False).
+        See gcn_coefficients. For convolutions that take edge weights as they are, such as GCNConv(normalize=False).
+        """
+        own = torch.arange(self.num_dst, device=self.edge_index.device)
+        edges = torch.cat([self.edge_index, own.expand(2, -1)], dim=1)
+        return edges, torch.cat(self.gcn_coefficients())
+
+    def gcn_coefficients(self, self_weight: float = 1.0, *, weighted: bool = True) -> tuple[Tensor, Tensor]:
+        """Return GCN's coefficients of the edges, float32 [E], and of the destinations' self loops, [num_dst].
+
+        `c_uv = (deg_v / k_v) · w_uv · d_u^(-1/2) · d_v^(-1/2)` and `c_vv = s / d_v`, with d = s + totals of the whole
+        graph and k_v the sampled neighbours: unbiased for `D^(-1/2)(A + sI)D^(-1/2)`, but for edges that are left out
+        after the draw (dngd.models.message_passing.gcn_coefficients). self_weight: s, at least 0; where d is 0, so are
+        the coefficients. weighted: by edge_weight and totals, where the graph has them; else by degrees.
         """
         source, destination = self.edge_index
-        norm = (self.totals + 1.0).rsqrt()
+        totals = self.totals if weighted else self.degrees
+        norm = (totals + self_weight).rsqrt()
+        if not self_weight:
+            norm = norm.masked_fill(norm.isinf(), 0.0)
         sampled = torch.bincount(destination, minlength=self.num_dst).clamp_min(1)
         scale = norm[: self.num_dst] * self.degrees[: self.num_dst] / sampled
         coefficients = norm[source] * scale[destination]
-        if self.edge_weight is not None:
+        if weighted and self.edge_weight is not None:
             coefficients = coefficients * self.edge_weight
-        own = torch.arange(self.num_dst, device=source.device)
-        edges = torch.cat([self.edge_index, own.expand(2, -1)], dim=1)
-        return edges, torch.cat([coefficients, norm[: self.num_dst].square()])
+        return coefficients, self_weight * norm[: self.num_dst].square()
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield all tensors."""

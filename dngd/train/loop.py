@@ -65,7 +65,7 @@ from dngd.train.optimizers import (
     weight_average,
     wrap_optimizer,
 )
-from dngd.train.parts import RunParts, check_outputs, make_module
+from dngd.train.parts import RunParts, check_outputs, make_module, own_part
 from dngd.train.placement import choose_placement, free_gpu_bytes, place_features
 from dngd.train.plan import check_fits, device_of, make_plan, with_samplers
 from dngd.train.progress import Reporter, StepRecord
@@ -168,7 +168,9 @@ class TrainingLoop:
                 config, self.model, communicator, self.objective.kind, training_set=training_set
             )
         else:
-            self.optimizer = wrap_optimizer(self.parts.optimizer(self.model), weight_average(config, self.model))
+            self.optimizer = wrap_optimizer(
+                self.parts.optimizer(own_part(self.model)), weight_average(config, self.model)
+            )
         takes_all = takes_whole_batches(config, self.device)
         self.meter = DivergenceMeter(self.optimizer, self.model, self._outputs, takes_all=takes_all)
         self.statistics = RunningStatistics(self.model, communicator)
@@ -212,7 +214,7 @@ class TrainingLoop:
         self.state = RunState(
             config,
             self.folder.path,
-            self.model,
+            own_part(self.model),
             self.optimizer.torch_optimizer,
             self.metric_name,
             self.plan.total_steps,

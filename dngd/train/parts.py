@@ -15,6 +15,7 @@ from dngd.errors import UserError
 from dngd.graph import GraphStore
 from dngd.models import build_model
 from dngd.models.graph_batch import GraphShape
+from dngd.models.pyg_model import PyGModel, takes_edges
 from dngd.train.callbacks import Callback
 from dngd.train.objective import CustomLoss
 from dngd.train.scoring import CustomMetric, Metric
@@ -90,11 +91,21 @@ class RunParts:
         return complete
 
 
+class WrappedModel(PyGModel):
+    """What make_module makes of a model over (x, edge_index). The program sees the model, not this."""
+
+
+def own_part(module: nn.Module) -> nn.Module:
+    """Return what a program's callbacks and optimizer see: the module that it gave or made."""
+    return module.model if isinstance(module, WrappedModel) else module
+
+
 def make_module(config: TrainConfig, parts: RunParts, shape: GraphShape) -> nn.Module:
     """Return the run's model, its weights from torch's current random stream.
 
-    A module that was given is copied, with the weights that it has. Raises UserError if a factory makes something else
-    than a module, or one without parameters or with parameters that are not there yet.
+    A module that was given is copied, with the weights that it has. One of PyG's kind, forward(x, edge_index), is
+    wrapped (see PyGModel). Raises UserError if a factory makes something else than a module, or one without parameters,
+    with parameters that are not there yet, or whose forward takes no batch.
     """
     if parts.module is None:
         return build_model(
@@ -118,6 +129,10 @@ def make_module(config: TrainConfig, parts: RunParts, shape: GraphShape) -> nn.M
         )
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise UserError("the module has no trainable parameter; return one that has")
+    if takes_edges(module):
+        module = WrappedModel(module)
+    if isinstance(module, PyGModel):
+        module.check_reach(shape.num_features, config.num_layers)
     for name, value in module.state_dict().items():
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             what = f"a tensor of layout {value.layout}" if isinstance(value, torch.Tensor) else type(value).__name__
