@@ -53,8 +53,8 @@ class Trainer:
         PyGStack for PyG's layers), or a function of a GraphShape that returns either; its weights are then drawn from
         the run's seed. A module that is given is copied: `fit` leaves it as it is, `best_model` returns the trained
         one. The configuration's num_layers is the number of its graph layers; hidden and dropout are not used.
-    optimizer: a function of the module that returns a torch optimizer. Its groups' rates are the peaks that
-        lr_schedule and warmup_steps bend; gradients are those of the mean loss, summed over workers.
+    optimizer: a function of the module (a model of PyG itself) that returns a torch optimizer. Its groups' rates are
+        the peaks that lr_schedule and warmup_steps bend; gradients are those of the mean loss, summed over workers.
     loss: a function (outputs [n, C], labels) -> each seed's loss [n], in place of cross-entropy. With optimizer kfac
         the Fisher must then be the empirical one.
     metric: a function (outputs [n, C], labels) -> a number, larger is better, of all validation (or test) nodes at

@@ -29,7 +29,7 @@ class RunState:
     step: number of steps done, of total_steps. loss: mean loss of the last step's seeds. learning_rate: of the last
     step. metric: name of what the evaluations' accuracies are. history: evaluations so far, those before a resumption
     included. model is in training mode between steps; in on_evaluation it holds the weights that were evaluated, which
-    are an average in runs that have one.
+    are an average in runs that have one. A model of PyG is itself, to be called as model(x, edge_index) here.
     """
 
     config: TrainConfig

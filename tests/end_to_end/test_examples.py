@@ -68,6 +68,18 @@ def test_custom_model(
     assert said.count("attention") == 4
 
 
+def test_whole_pyg_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.helpers.graphs import small_store
+
+    graph = small_store(tmp_path / "graph", nodes=2000, edges=20000)
+    run("whole_pyg_model.py", monkeypatch, tmp_path, "--dataset", str(graph.path), "--epochs", "8")
+    said = capsys.readouterr().out
+    accuracy = re.search(r"test accuracy ([\d.]+)", said)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 0.5, "of five classes"
+    assert "GraphSAGE on another graph: [3, 5]" in said
+
+
 def test_cora_like_the_paper(
     store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch_geometric.nn import GATConv, GCNConv, SAGEConv
+from torch_geometric.nn import GAT, GCN, GIN, GATConv, GCNConv, GraphSAGE, SAGEConv, SGConv
 
 import dngd
 from dngd.comm import LocalCommunicator
@@ -159,6 +162,207 @@ def test_a_stack_and_a_batch_of_other_depths(store: GraphStore) -> None:
         stack(batch)
     with pytest.raises(dngd.UserError, match=r"dropout=1.5 is out of range"):
         dngd.PyGStack(convolutions("gcn", dngd.GraphShape(16, 5)), dropout=1.5)
+
+
+class Residual(nn.Module):
+    """A person's own model of PyG: a norm, a skip connection, and what it knows of a run in a buffer."""
+
+    def __init__(self, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(num_features, 16)
+        self.convs = nn.ModuleList([GCNConv(16, 16, cached=True), SAGEConv(16, 16)])
+        self.norm = nn.BatchNorm1d(16)
+        self.out = nn.Linear(16, num_classes)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        x = torch.relu(self.embed(x))
+        for conv in self.convs:
+            x = x + F.dropout(torch.relu(self.norm(conv(x, edge_index))), 0.2, self.training)
+        out: Tensor = self.out(x)
+        return out
+
+
+WHOLE_MODELS: dict[str, Any] = {
+    "gcn": lambda shape: GCN(shape.num_features, 16, 2, shape.num_classes, dropout=0.2),
+    "sage": lambda shape: GraphSAGE(shape.num_features, 16, 2, shape.num_classes, norm="batch_norm"),
+    "gat": lambda shape: GAT(shape.num_features, 16, 2, shape.num_classes, heads=2, jk="cat"),
+    "gin": lambda shape: GIN(shape.num_features, 16, 2, shape.num_classes, norm="batch_norm"),
+    "own": lambda shape: Residual(shape.num_features, shape.num_classes),
+}
+
+
+def whole_graph(store: GraphStore) -> tuple[Tensor, Tensor]:
+    destinations = torch.repeat_interleave(torch.arange(store.num_nodes), store.indptr.diff())
+    return store.features.float(), torch.stack([store.indices, destinations])
+
+
+@pytest.mark.parametrize("kind", WHOLE_MODELS)
+def test_a_model_of_pyg_as_it_is(store: GraphStore, tmp_path: Path, kind: str) -> None:
+    """It learns, and what comes back is its own class, which gives on the whole graph what dngd predicts."""
+    given = WHOLE_MODELS[kind](dngd.GraphShape(store.num_features, store.num_classes))
+    before = copy.deepcopy(given.state_dict())
+    with warnings.catch_warnings():
+        if kind in ("gcn", "sage"):
+            warnings.filterwarnings("error", message=".*(parameter|K-FAC|layer)")  # none is left over
+        made = trainer(store, tmp_path / "run", {"module": given}, epochs=6)
+        result = made.fit()
+    majority = float(torch.bincount(store.labels).max()) / store.num_nodes
+    assert result.best_val_accuracy > majority + 0.1
+    assert made.evaluate()["test"]["accuracy"] == pytest.approx(result.test_accuracy)
+    best = made.best_model()
+    assert type(best) is type(given)
+    assert not best.training
+    normalised = [(conv.normalize, conv.cached) for conv in best.modules() if isinstance(conv, GCNConv)]
+    assert normalised == [(True, kind == "own") for _ in normalised]
+    with torch.no_grad():
+        shares = best(*whole_graph(store)).softmax(dim=1)
+    assert torch.allclose(shares, made.predict(), atol=1e-4)
+    assert all(torch.equal(before[name], tensor) for name, tensor in given.state_dict().items())
+    weights = safetensors.torch.load_file(made.export(tmp_path / "model.safetensors"))
+    assert sorted(weights) == sorted(before)
+    given.load_state_dict(weights)
+    with torch.no_grad():
+        assert torch.allclose(given.eval()(*whole_graph(store)).softmax(dim=1), shares, atol=1e-5)
+
+
+def same_weights(kind: str, shape: dngd.GraphShape, num_layers: int) -> tuple[nn.Module, nn.Module]:
+    """A model of PyG, and a stack of the same layers."""
+    cls, conv, options = {"gcn": (GCN, GCNConv, {"normalize": False}), "sage": (GraphSAGE, SAGEConv, {})}[kind]
+    widths = [shape.num_features, *[16] * (num_layers - 1), shape.num_classes]
+    model = cls(widths[0], 16, num_layers, widths[-1])
+    stack = dngd.PyGStack([conv(*pair, **options) for pair in itertools.pairwise(widths)], dropout=0.0)
+    stack.load_state_dict({name: model.state_dict()[name] for name in stack.state_dict()})
+    return model, stack
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_layers": 1, "fanout": (3,)},
+        {"batch_size": "full", "fanout": None},
+        {"num_layers": 3, "fanout": (-1, -1, -1)},
+        {"num_workers": 2, "batch_size": 20, "fanout": (-1, 300)},
+        {"batch_size": "full", "fanout": None, "semi": "two_means"},
+    ],
+)
+@pytest.mark.parametrize("kind", ["gcn", "sage"])
+def test_kfac_of_a_whole_model_is_that_of_its_layers(
+    store: GraphStore, tmp_path: Path, kind: str, changes: dict[str, Any]
+) -> None:
+    """Where both see the same neighbours: the same curvature, of the same rows, and so the same curve."""
+    fields = {"epochs": 3, "kfac": {"max_rows": None}, **changes}
+    shape = dngd.GraphShape(store.num_features, store.num_classes)
+    model, stack = same_weights(kind, shape, fields.get("num_layers", 2))
+    whole, layers = (
+        trainer(store, tmp_path / name, {"module": module}, **fields).fit()
+        for name, module in (("a", model), ("b", stack))
+    )
+    for one, other in zip(whole.history, layers.history, strict=True):
+        assert one.train_loss == pytest.approx(other.train_loss, rel=1e-3)
+        assert one.val_loss == pytest.approx(other.val_loss, rel=1e-3)
+
+
+def test_resuming_a_whole_model_is_bitwise(store: GraphStore, tmp_path: Path) -> None:
+    """Its running means included; a run begun with another does not go on."""
+    parts = {"module": WHOLE_MODELS["own"]}
+    fields = {"num_workers": 2, "batch_size": 20}
+    whole = trainer(store, tmp_path / "whole", parts, epochs=4, **fields).fit()
+    trainer(store, tmp_path / "run", parts, epochs=4, max_steps=whole.steps // 2, **fields).fit()
+    resumed = trainer(store, tmp_path / "run", parts, epochs=4, resume=True, **fields).fit()
+    assert [record.val_loss for record in resumed.history] == [record.val_loss for record in whole.history]
+    other = {"module": lambda shape: GAT(16, 16, 2, 5)}
+    with pytest.raises(UserError, match=r"another model: convs\.0\.att_dst is nothing there and \[1, 1, 16\]"):
+        trainer(store, tmp_path / "run", other, epochs=5, resume=True, **fields).fit()
+
+
+def test_links_weights_and_narrow_features_of_a_whole_model(store: GraphStore, tmp_path: Path) -> None:
+    """Link prediction on a graph with weights and features in 16 bits."""
+    features, edges = whole_graph(store)
+    weight = torch.rand(edges.shape[1], generator=torch.Generator().manual_seed(0)) + 0.5
+    path = tmp_path / "graph"
+    GraphStore.write(
+        path,
+        features=features,
+        feature_dtype="float16",
+        edge_index=edges,
+        edge_weight=weight,
+        labels=store.labels,
+        duplicates="sum",
+    )
+    weighted = GraphStore.open(path)
+    assert weighted.features.dtype == torch.float16
+    made = trainer(weighted, tmp_path / "nodes", {"module": WHOLE_MODELS["gcn"]}, epochs=3, split="random:.5/.25/.25")
+    made.fit()
+    with torch.no_grad():
+        shares = made.best_model()(*whole_graph(weighted), weighted.edge_weight).softmax(dim=1)
+    assert torch.allclose(shares, made.predict(), atol=1e-3)
+    links = {"task": "link", "batch_size": 128, "hidden": 16, "epochs": 8, "fanout": (10, 10)}
+    made = trainer(weighted, tmp_path / "links", {"module": WHOLE_MODELS["gcn"]}, **links)
+    result = made.fit()
+    assert result.best_val_accuracy > 0.65, "ROC-AUC"
+    assert made.predict().shape == (600, 16)
+
+
+def test_optimizer_and_callbacks_get_the_whole_model_itself(store: GraphStore, tmp_path: Path) -> None:
+    """Layers by their names, and a call on a whole graph, which normalises as PyG does."""
+
+    class Watch(dngd.Callback):
+        def on_evaluation(self, run: dngd.RunState, record: Any) -> None:
+            found.append((type(run.model), run.model.eval()(*whole_graph(store)).softmax(dim=1).detach()))
+            run.model.train()
+
+    found: list[tuple[type, Tensor]] = []
+    parts = {
+        "module": WHOLE_MODELS["own"],
+        "optimizer": lambda model: torch.optim.Adam(
+            [{"params": model.convs.parameters()}, {"params": model.out.parameters(), "lr": 0.1}], lr=0.01
+        ),
+        "callbacks": [Watch()],
+    }
+    made = trainer(store, tmp_path / "run", parts, epochs=1)
+    made.fit()
+    [(kind, shares)] = found
+    assert kind is Residual
+    assert torch.allclose(shares, made.predict(), atol=1e-4)
+
+
+class Wants(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 5)
+
+
+class WantsSizes(Wants):
+    def forward(self, x: Tensor, sizes: Tensor) -> Any:
+        return self.linear(x)
+
+
+class WantsMore(Wants):
+    def forward(self, x: Tensor, edge_index: Tensor, positions: Tensor) -> Any:
+        return self.linear(x)
+
+
+class WantsAnything(Wants):
+    def forward(self, *arguments: Any) -> Any:
+        [batch] = arguments
+        return self.linear(batch.x[: batch.seeds.numel()])
+
+
+def test_modules_that_are_wrapped_and_those_that_are_not(store: GraphStore, tmp_path: Path) -> None:
+    for module, words in (
+        (WantsSizes(), r"WantsSizes.forward wants \(x, sizes\).*forward\(x, edge_index\)"),
+        (WantsMore(), "WantsMore.forward wants positions beside rows and edges"),
+        (GCN(16, 16, 3, 5), "an output of GCN depends on nodes 3 edges away, and num_layers=2.*use num_layers=3"),
+        (SGConv(16, 5, K=2), "SGConv normalises by degrees of the whole graph"),
+    ):
+        with pytest.raises(UserError, match=words):
+            trainer(store, tmp_path / "refused", {"module": module}).fit()
+        assert not (tmp_path / "refused").exists()
+    assert math.isfinite(trainer(store, tmp_path / "run", {"module": WantsAnything()}, epochs=1).fit().test_accuracy)
+    given = dngd.PyGModel(GCN(16, 16, 2, 5))
+    made = trainer(store, tmp_path / "given", {"module": given}, epochs=1)
+    made.fit()
+    assert isinstance(made.best_model(), dngd.PyGModel), "as it was given"
 
 
 class OfDegrees(nn.Module):
