@@ -159,13 +159,17 @@ def on_whole_graph(model: nn.Module, store: GraphStore) -> Tensor:
 def test_whole_neighbourhoods_give_the_whole_graphs_outputs(directed: GraphStore, kind: str) -> None:
     """Seeds without in-edges and outer rows included; and a plain copy gives the same on the whole graph again."""
     model = settled(MODELS[kind]())
-    seeds = torch.randperm(NODES, generator=torch.Generator().manual_seed(1))[:30]
+    seeds = torch.randperm(NODES, generator=torch.Generator().manual_seed(1))[:6]
+    depth = 3 if kind == "gcn of three layers" else 2
     expected = on_whole_graph(copy.deepcopy(model), directed)
     before = {name: (conv.normalize, conv.cached) for name, conv in model.named_modules() if hasattr(conv, "cached")}
     wrapped = dngd.PyGModel(copy.deepcopy(model))
-    for fanouts in ((-1, -1, -1), (400, 300, 200)):
+    for fanouts in ((-1, -1, -1)[:depth], (400, 300, 200)[:depth], (-1, -1, -1, -1)):
+        batch = batch_of(directed, seeds, fanouts)
+        if len(fanouts) == 2:
+            assert batch.layers[0].num_dst < batch.layers[0].num_src, "there are outer rows"
         with torch.no_grad():
-            out = wrapped(batch_of(directed, seeds, fanouts))
+            out = wrapped(batch)
         assert out.shape == expected[seeds].shape
         assert torch.allclose(out, expected[seeds], atol=2e-5)  # the coefficients are float32
     plain = wrapped.plain()
@@ -175,7 +179,7 @@ def test_whole_neighbourhoods_give_the_whole_graphs_outputs(directed: GraphStore
     assert torch.equal(on_whole_graph(plain, directed), expected)
     assert torch.allclose(on_whole_graph(wrapped.model, directed), expected), "outside of a batch it normalises itself"
     with torch.no_grad():
-        again = wrapped(batch_of(directed, seeds.flip(0), (-1, -1, -1)))
+        again = wrapped(batch_of(directed, seeds.flip(0), (-1, -1, -1)[:depth]))
     assert torch.allclose(again, expected[seeds.flip(0)], atol=2e-5), "plain() leaves the model as it is"
 
 
@@ -220,6 +224,17 @@ def test_rows_that_no_output_needs_are_left_out_where_a_model_can(directed: Grap
     assert seen[0] == rows
     assert seen[:layers] == sorted(seen[:layers], reverse=True)
     assert seen[1] < rows
+
+
+def test_rows_stay_where_those_of_all_layers_meet(directed: GraphStore) -> None:
+    """PyG's jumping knowledge fails on rows that were left out."""
+    model = dngd.PyGModel(settled(MODELS["gcn, all options"]()))
+    assert model(batch_of(directed, torch.arange(0, 60, 7), (2, 2))).shape == (9, CLASSES)
+    deeper = dngd.PyGModel(settled(MODELS["gcn of three layers"]()))
+    batch = batch_of(directed, torch.arange(0, 60, 7), (2, 2))
+    out = deeper(batch)
+    deeper._takes.clear()
+    assert torch.allclose(out, deeper(batch)), "its last layer has neighbours, too"
 
 
 def test_one_layer_of_a_sample_is_that_of_a_stack(directed: GraphStore) -> None:
@@ -282,6 +297,8 @@ def test_copies_and_names(directed: GraphStore) -> None:
         assert not torch.equal(copied(batch), expected)
         copied.load_state_dict(model.state_dict())
         assert torch.equal(copied(batch), expected)
+    fresh = dngd.PyGModel(settled(pyg.GCN(WIDTH, 5, 2, CLASSES, norm="batch_norm")))
+    assert len(pickle.dumps(model)) < len(pickle.dumps(fresh)) + 100, "without the last batch"
     outer = nn.Sequential(model)
     assert list(outer.state_dict()) == [f"0.{name}" for name in names]
     outer.load_state_dict({name: tensor + 1 for name, tensor in outer.state_dict().items()})
@@ -337,9 +354,15 @@ def test_what_cannot_be_done_right_is_refused(make: Callable[[], nn.Module], wor
         dngd.PyGModel(make())
 
 
-def test_what_does_not_normalise_by_the_sample_is_taken() -> None:
-    dngd.PyGModel(pyg.EGConv(WIDTH, 8, aggregators=["mean"], cached=True))
+def test_what_does_not_normalise_by_the_sample_is_taken(directed: GraphStore) -> None:
+    """And keeps no batch's edges for the next one."""
     dngd.PyGModel(OwnForward(WIDTH, CLASSES, normalize=False))
+    conv = settled(pyg.EGConv(WIDTH, 8, aggregators=["mean"], cached=True))
+    expected = on_whole_graph(copy.deepcopy(conv), directed)
+    model = dngd.PyGModel(conv)
+    for seeds in (torch.arange(20), torch.arange(50, 60)):
+        assert torch.allclose(model(batch_of(directed, seeds, (-1,))), expected[seeds])
+    assert model.plain().cached is True
 
 
 @pytest.mark.parametrize("kind", [OtherEdges, OtherWeights])
