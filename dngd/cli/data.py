@@ -14,6 +14,8 @@ from dngd.cli.data_import import data_import
 from dngd.cli.data_partition import partition
 from dngd.errors import UserError
 
+_NUM_SHOWN = 8
+
 data_app = typer.Typer(help="Graphs on disk: import, make, describe, check and partition stores.", no_args_is_help=True)
 
 
@@ -114,5 +116,43 @@ def show_store(store: Any, as_json: bool) -> None:
 def _print_store(description: dict[str, Any]) -> None:
     table = Table(title=str(description.get("name", "")), show_header=False)
     for key, value in description.items():
-        table.add_row(key, json.dumps(value) if isinstance(value, dict | list) else str(value))
+        if key == "columns":
+            if value is not None:
+                table.add_row(key, columns_text(value, int(description["num_features"])))
+            continue
+        if key == "provenance":
+            # Two of its options have rows of their own.
+            options = {k: v for k, v in value["options"].items() if k not in ("label_names", "columns")}
+            value = value | {"options": options}
+        is_nested = isinstance(value, dict | list)
+        table.add_row(key, json.dumps(value, ensure_ascii=False) if is_nested else str(value))
     out.print(table)
+
+
+def columns_text(columns: dict[str, Any], num_features: int) -> str:
+    """Return which column of the imported tables is what, a line each. columns: as `graph.describe` tells them."""
+    lines = []
+    if "id" in columns:
+        labels, split, features = columns["label"], columns["split"], columns["features"]
+        lines += [f"id: {columns['id']}", f"label: {_some(labels)}", f"split: {_some(split)}"]
+        is_list = len(features) == 1 < num_features
+        lines.append(
+            f"features: {features[0]}, a list of {num_features}"
+            if is_list
+            else f"features: {num_features}{': ' if features else ''}{_some(features, num_features) if features else ''}"
+        )
+    lines.append(f"edges: {columns['source']} -> {columns['target']}, weight {_some(columns['weight'])}")
+    for what in ("left_out", "edges_left_out"):
+        reasons = columns.get(what) or {}
+        if reasons:
+            shown = [f"{name} ({why})" for name, why in reasons.items()]
+            lines.append(f"{'of edges ' if what == 'edges_left_out' else ''}not used: {_some(shown)}")
+    return "\n".join(lines)
+
+
+def _some(names: list[str] | str | None, count: int = 0) -> str:
+    """Return the first few names; count: how many there are, if more than are given."""
+    if names is None or isinstance(names, str):
+        return names or "none"
+    more = max(count, len(names)) > _NUM_SHOWN
+    return ", ".join(names[:_NUM_SHOWN]) + (", …" if more else "")

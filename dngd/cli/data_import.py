@@ -185,7 +185,8 @@ def _in_order(order: str, build: Callable[[Path, dict[str, Any]], Any], store: s
     overwrite = options["overwrite"]
     # A folder that is removed at the end, and by the next write of the same store if this one is killed.
     with StagedFolder(Path(store), overwrite) as beside:
-        unordered = build(beside.path / "unordered", {**options, "overwrite": False})
+        # In a folder of the same name, after which a graph may be called.
+        unordered = build(beside.path / Path(store).absolute().name, {**options, "overwrite": False})
         return reorder_by(unordered, order, store, overwrite=overwrite, progress=options["progress"])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from dngd.errors import UserError
 from dngd.graph.builder import RowBlocks, StoreBuilder
 from dngd.graph.canonical import as_table, canonical_labels, canonical_masks, check_width
-from dngd.graph.import_options import ImportOptions, check_options, check_training_nodes
+from dngd.graph.import_options import ImportOptions, check_options, check_training_nodes, warn_of_empty_classes
 from dngd.graph.manifest import MASK_NAMES, Provenance
 from dngd.graph.store import GraphStore
 
@@ -69,6 +69,7 @@ def import_arrays(
     features = _features(graph, what)
     values = None if graph.labels is None else _numpy(graph.labels)
     labels, num_classes = canonical_labels(values, graph.num_nodes, None)
+    warn_of_empty_classes(labels, num_classes, what)
     masks = dict(canonical_masks({n: _mask(m, graph.num_nodes) for n, m in graph.masks.items()}, graph.num_nodes))
     check_training_nodes(masks, None if graph.labels is None else labels, what)
     with StoreBuilder(out, num_nodes=graph.num_nodes, weighted=weighted, **options) as builder:

@@ -166,6 +166,13 @@ def canonical_labels(values: Any, num_nodes: int, num_classes: int | None) -> tu
     return array.astype(np.int64, copy=False), classes
 
 
+def classes_met(labels: Int64Array, num_classes: int) -> npt.NDArray[np.bool_]:
+    """Return which classes have a node: bool [num_classes]. labels: [nodes], -1 unlabelled."""
+    met = np.zeros(num_classes + 1, dtype=np.bool_)
+    met[labels] = True  # -1 is the place behind the classes
+    return met[:num_classes]
+
+
 def _whole_labels(labels: Array) -> Int64Array:
     """Return labels of floating point as whole numbers, NaN as -1, or raise UserError."""
     labels = np.where(np.isnan(labels), -1, labels)

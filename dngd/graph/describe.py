@@ -17,6 +17,8 @@ def describe(store: GraphStore) -> dict[str, Any]:
 
     homophily: share of the edges between labelled nodes that join equal labels; None without such edges, and of
     several labels a node. class_counts: labelled nodes of each class, which of several labels a node overlap.
+    class_names: what the user calls them; None if they are numbers from 0. columns: which column of the tables that it
+    was imported from is what, and why others are not used; None for other sources.
     Reads the topology and labels, not the features.
     """
     degrees = store.in_degrees()
@@ -46,6 +48,7 @@ def describe(store: GraphStore) -> dict[str, Any]:
         },
         "homophily": _homophily(store),
         "class_counts": counts.tolist(),
+        "class_names": None if store.label_names is None else list(store.label_names),
         "masks": {
             name: {
                 "splits": 1 if mask.ndim == 1 else len(mask),
@@ -59,6 +62,7 @@ def describe(store: GraphStore) -> dict[str, Any]:
         "bytes": store.nbytes,
         "file_bytes": {name: entry.bytes for name, entry in store.manifest.files.items()},
         "format_version": store.manifest.format_version,
+        "columns": store.manifest.provenance.options.get("columns"),
         "provenance": store.manifest.provenance.model_dump(),
     }
 

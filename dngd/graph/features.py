@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ class RowBlocks:
 
     width: int
     blocks: Iterable[Any]
+    names: Sequence[str] = ()
+    """of the columns, for messages; empty: they have none"""
 
 
 def write_features(
@@ -48,7 +50,7 @@ def write_features(
     Raises UserError if a block is no table of numbers of that width, if there is not one row for each node, or if
     values are NaN, infinite or too large for dtype: with their count over the whole table and the first positions.
     """
-    check = _FiniteCheck(dtype)
+    check = _FiniteCheck(dtype, table.names)
     num_rows = 0
     with ColumnWriter(path, "features", f"{dtype}[{table.width}]", num_nodes) as file:
         for block in _pieces(table):
@@ -99,8 +101,10 @@ def _stored(block: Array, dtype: FeatureType) -> Array:
 class _FiniteCheck:
     """Counts the values that are not finite as stored, over all blocks."""
 
-    def __init__(self, dtype: FeatureType) -> None:
+    def __init__(self, dtype: FeatureType, names: Sequence[str]) -> None:
         self._dtype = dtype
+        self._names = names
+        self._num_missing = 0
         self._num_rows = 0
         self.num_bad = 0
         self._num_overflows = 0
@@ -116,7 +120,10 @@ class _FiniteCheck:
             self.num_bad += len(bad)
             self._num_overflows += int(np.isfinite(block[~finite]).sum())
             room = _NUM_SHOWN - len(self._shown)
-            self._shown += [f"node {self._num_rows + r} column {c}" for r, c in bad[:room]]
+            self._num_missing += int(np.isnan(block[~finite]).sum())
+            self._shown += [
+                f"node {self._num_rows + r} column {repr(self._names[c]) if self._names else c}" for r, c in bad[:room]
+            ]
         self._num_rows += len(block)
 
     def finish(self) -> None:
@@ -124,6 +131,8 @@ class _FiniteCheck:
         if not self.num_bad:
             return
         fix = "replace them by finite numbers"
+        if self._num_missing == self.num_bad and self._names:
+            fix += " (missing ones by the column's mean, say)"
         if self._num_overflows:
             wider = "" if self._dtype == "float32" else ", or store them as float32"
             fix = (

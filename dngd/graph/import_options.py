@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -11,8 +12,10 @@ import numpy.typing as npt
 
 from dngd.errors import UserError
 from dngd.graph.builder import Progress, StoreBuilder
-from dngd.graph.canonical import Duplicates, FeatureType, SelfLoops
+from dngd.graph.canonical import Duplicates, FeatureType, SelfLoops, classes_met
 from dngd.graph.filesystems import address_of, is_remote, shown_address
+
+_NUM_SHOWN = 5
 
 
 class ImportOptions(TypedDict, total=False):
@@ -48,6 +51,24 @@ def recorded(source_format: str, options: ImportOptions) -> dict[str, Any]:
         "self_loops": options.get("self_loops", "drop"),
         "duplicates": options.get("duplicates", "drop"),
     }
+
+
+def warn_of_empty_classes(labels: npt.NDArray[Any], num_classes: int, what: str) -> None:
+    """Warn of classes without a node, which a model has outputs for and default damping counts.
+
+    labels: as `canonical_labels` returns them. what: whose they are.
+    """
+    if labels.ndim != 1:
+        return
+    empty = np.flatnonzero(~classes_met(labels, num_classes))
+    if not len(empty):
+        return
+    shown = ", ".join(map(str, empty[:_NUM_SHOWN])) + (", …" if len(empty) > _NUM_SHOWN else "")
+    warnings.warn(
+        f"{len(empty)} of the {num_classes} classes of {what} have no node ({shown}); the model gets an output for "
+        "each of them all the same: number the classes from 0 without gaps if they are not meant to be there",
+        stacklevel=3,
+    )
 
 
 def check_training_nodes(masks: Mapping[str, Any] | None, labels: npt.NDArray[Any] | None, what: str) -> None:

@@ -39,6 +39,9 @@ FEATURE_TYPES = ("float32", "float16", "bfloat16")
 NODE_ID_TYPES = ("int64", "string", "large_string")
 PARTITION_FORM = re.compile(r"partition\.([1-9][0-9]*)\.arrow")
 
+LabelNames = tuple[str, ...] | tuple[int, ...]
+"""What the user calls the classes, in the order of their numbers."""
+
 PARTITION_TEMPORARY = ".partition.tmp-"
 """How the names begin of files that a killed write of a partition leaves in a store; the next one removes them."""
 
@@ -187,6 +190,11 @@ class Manifest(BaseModel):
         entry = self.files.get(file)
         listed = entry.columns.get(column, "") if entry else ""
         return listed if listed in allowed else allowed[0]
+
+
+def are_numbers(names: Sequence[Any]) -> bool:
+    """Say whether names of classes are whole numbers."""
+    return bool(names) and all(isinstance(name, int) and not isinstance(name, bool) for name in names)
 
 
 def partition_file(parts: int) -> str:

@@ -23,7 +23,13 @@ from dngd.graph.arrays import MASK_FORMS, masks_of
 from dngd.graph.arrow_files import file_sha256
 from dngd.graph.builder import RowBlocks, StoreBuilder
 from dngd.graph.canonical import MAX_NODES, as_table, canonical_labels, canonical_masks, check_width
-from dngd.graph.import_options import ImportOptions, check_options, check_training_nodes, recorded
+from dngd.graph.import_options import (
+    ImportOptions,
+    check_options,
+    check_training_nodes,
+    recorded,
+    warn_of_empty_classes,
+)
 from dngd.graph.manifest import Provenance
 from dngd.graph.npz_members import NpzMembers
 from dngd.graph.store import GraphStore
@@ -58,6 +64,7 @@ def import_npz(path: str | Path, out: str | Path, **options: Unpack[ImportOption
         features = _features(members, num_nodes, expanded(out).absolute().parent)
         labels, num_classes = canonical_labels(members.read("y") if "y" in members.names else None, num_nodes, None)
         found = {key: members.read(key) for forms in MASK_FORMS.values() for key in forms if key in members.names}
+        warn_of_empty_classes(labels, num_classes, str(source))
         masks = dict(canonical_masks(masks_of(found), num_nodes))
         check_training_nodes(masks, labels if "y" in members.names else None, str(source))
         settings = ImportOptions(**{**options, "name": options.get("name") or printable(source.stem)})

@@ -25,7 +25,13 @@ from dngd.errors import UserError
 from dngd.graph.builder import RowBlocks, StoreBuilder
 from dngd.graph.cache import cache_folder
 from dngd.graph.canonical import canonical_labels
-from dngd.graph.import_options import ImportOptions, check_options, check_training_nodes, recorded
+from dngd.graph.import_options import (
+    ImportOptions,
+    check_options,
+    check_training_nodes,
+    recorded,
+    warn_of_empty_classes,
+)
 from dngd.graph.lock import file_lock
 from dngd.graph.manifest import Provenance
 from dngd.graph.npz import check_edge_index, dense_features
@@ -88,6 +94,8 @@ def import_ogb(
         num_nodes, num_edges = files.counts()
         facts = next((known for known in _KNOWN if known.num_nodes == num_nodes), None)
         labels, num_classes = canonical_labels(files.labels(num_nodes), num_nodes, facts.num_classes if facts else None)
+        if facts is None:
+            warn_of_empty_classes(labels, num_classes, str(root))
         masks = _masks(root / "split", facts, num_nodes)
         check_training_nodes(masks, labels, str(root))
         settings = ImportOptions(**options)

@@ -27,7 +27,7 @@ from dngd.graph import manifest as m
 from dngd.graph.arrow_files import file_sha256, read_columns
 from dngd.graph.canonical import Duplicates, FeatureType, SelfLoops
 from dngd.graph.filesystems import is_remote
-from dngd.graph.manifest import Manifest, Provenance, read_manifest
+from dngd.graph.manifest import LabelNames, Manifest, Provenance, are_numbers, read_manifest
 from dngd.graph.splits import Split, make_split
 from dngd.graph.staging import is_temporary
 from dngd.graph.writer import Progress, write_store
@@ -314,20 +314,28 @@ class GraphStore:
         """Return this graph with its classes numbered anew, in memory: all else are views of the same files.
 
         number: int64 [the classes here], what each is called. num_classes: how many there are then, of which some may
-        not occur. For one label a node; it cannot be pickled.
+        not occur; of several labels a node as many as here. It cannot be pickled.
         """
         other = copy.copy(self)
-        other.labels = torch.where(self.labels >= 0, number[self.labels.clamp_min(0)], -1)
+        if self.is_multilabel:
+            assert num_classes == len(number), "a label that is not told is no 0"
+            other.labels = torch.empty_like(self.labels)
+            other.labels[:, number] = self.labels
+        else:
+            other.labels = torch.where(self.labels >= 0, number[self.labels.clamp_min(0)], -1)
         other.manifest = self.manifest.model_copy(update={"num_classes": num_classes})
         other.has_own_labels = True
         return other
 
     @property
-    def label_names(self) -> tuple[str, ...] | None:
-        """The classes' names, where the graph was imported with names; None for numbers, or several labels a node."""
+    def label_names(self) -> LabelNames | None:
+        """What the user calls the classes: text, or of a table the numbers that its labels are, if they are not 0 to
+        num_classes - 1. None: class numbers, or they were not kept."""
         names = self.manifest.provenance.options.get("label_names")
-        if self.is_multilabel or self.has_own_labels or not isinstance(names, list) or len(names) != self.num_classes:
+        if self.has_own_labels or not isinstance(names, list) or len(names) != self.num_classes:
             return None
+        if are_numbers(names):
+            return tuple(names)
         return tuple(str(name) for name in names)
 
     def in_degrees(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -57,6 +58,7 @@ class NodeColumns:
     label_is_name: bool = False
     """it is read as text; of a CSV file its values tell then whether they are numbers or names"""
     label_is_list: bool = False
+    label_is_bool: bool = False
     labels: list[str] = field(default_factory=list)
     """columns of several labels a node; label is None then"""
     split: str | None = None
@@ -65,6 +67,8 @@ class NodeColumns:
     features: list[str] = field(default_factory=list)
     is_list: bool = False
     """the one feature column holds lists"""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """columns that are not used -> why"""
 
     @property
     def small(self) -> list[str]:
@@ -79,6 +83,8 @@ class EdgeColumns:
     source: str
     target: str
     weight: str | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+    """columns that are not used -> why"""
 
     @property
     def all(self) -> list[str]:
@@ -171,16 +177,19 @@ def node_columns(table: Table, names: TableColumns) -> NodeColumns:
     if label is not None and "list" in label_kinds:
         _expect(table, [label], ("list", "empty"), "labels are one list of 0 and 1 in each file, or a number in each")
         _expect_list_of_numbers(table, label, "labels are lists of 0 and 1")
+    used = {names.id, label, *labels, split, *masks.values(), *features}
     return NodeColumns(
         id=names.id,
         label=label,
         label_is_name="string" in label_kinds or (label is not None and table.files[0].format == "csv"),
         label_is_list="list" in label_kinds,
+        label_is_bool=label_kinds == {"bool"},
         labels=labels,
         split=split,
         masks=masks,
         features=features,
         is_list=is_list,
+        left_out={name: _reason(name, names, features, split) for name in _names(table) if name not in used},
     )
 
 
@@ -198,7 +207,20 @@ def edge_columns(table: Table, names: TableColumns) -> EdgeColumns:
         ],
     )
     _expect(table, [weight], _NUMBERS, "a weight is one number for each edge")
-    return EdgeColumns(names.source, names.target, weight)
+    used = {names.source, names.target, weight}
+    reasons = {name: "edges have ends and a weight" for name in _names(table) if name not in used}
+    return EdgeColumns(names.source, names.target, weight, reasons)
+
+
+def _reason(name: str, names: TableColumns, features: list[str], split: str | None) -> str:
+    """Return why a column of a node table is not used."""
+    if name in names.ignore:
+        return "--ignore-column"
+    if any(name in forms for forms in MASK_FORMS.values()):
+        return f"the split is in {split!r}"
+    if names.features:
+        return "the features are given by --feature-column"
+    return f"the features are in {features[0]!r}"
 
 
 def id_kind(columns: Sequence[tuple[Table, str]], id_type: str) -> IdKind:
@@ -321,13 +343,31 @@ def _features(table: Table, names: TableColumns, taken: set[str | None]) -> tupl
                     f"{file.shown} has the column {extra[0]!r} that {table.files[0].shown} lacks; give all files the "
                     "same columns, or choose the features by --feature-column"
                 )
-    _expect(
-        table,
-        chosen,
-        _NUMBERS,
-        "features are numbers; leave the column out by --ignore-column, or choose by --feature-column",
-    )
+    _expect_numbers(table, chosen, is_chosen=bool(names.features))
     return chosen, False
+
+
+def _expect_numbers(table: Table, features: list[str], *, is_chosen: bool) -> None:
+    """Raise UserError if feature columns hold something else. is_chosen: they were given by --feature-column."""
+    for file, schema in _typed(table):
+        types = {name: schema.field(name).type for name in features}
+        for name, arrow_type in types.items():
+            check_encoding(file, name, arrow_type)
+        wrong = [name for name, arrow_type in types.items() if kind_of(arrow_type) not in (*_NUMBERS, "empty")]
+        if not wrong:
+            continue
+        first = f"column {wrong[0]!r} of {file.shown} has type {types[wrong[0]]}; features are numbers"
+        flags = " ".join(f"--ignore-column {shlex.quote(name)}" for name in wrong[:_NUM_LISTED])
+        if is_chosen:
+            raise UserError(f"{first}: cast it, or leave it out of --feature-column")
+        if len(wrong) == 1:
+            raise UserError(f"{first}: leave the column out by {flags}, or choose the features by --feature-column")
+        shown = ", ".join(f"{name!r} ({types[name]})" for name in wrong[:_NUM_LISTED])
+        more = f" and {len(wrong) - _NUM_LISTED} more" if len(wrong) > _NUM_LISTED else ""
+        raise UserError(
+            f"columns {shown}{more} of {file.shown} hold no numbers, as features are: leave them out by {flags}, or "
+            "choose the features by --feature-column"
+        )
 
 
 def _expect_list_of_numbers(table: Table, name: str, rule: str) -> None:
@@ -381,6 +421,11 @@ def _kinds(table: Table, name: str) -> set[Kind]:
     """Return the kinds that a column has in the files that have it, where it is not empty."""
     schemas = [schema for _, schema in _typed(table) if name in schema.names]
     return {kind_of(schema.field(name).type) for schema in schemas} - {"empty"}
+
+
+def _names(table: Table) -> list[str]:
+    """Return the names of all columns, each once, in their order."""
+    return list(dict.fromkeys(name for _, schema in _typed(table) for name in schema.names))
 
 
 def _has(table: Table, name: str) -> bool:

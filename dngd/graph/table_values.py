@@ -20,6 +20,7 @@ Array = npt.NDArray[Any]
 
 SPLIT_VALUES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
+_BOOLEAN_NAMES = ("false", "true")
 _CSV_BOOLEANS = dict.fromkeys(("1", "true", "True", "TRUE"), 1.0) | dict.fromkeys(("0", "false", "False", "FALSE"), 0.0)
 
 
@@ -141,7 +142,8 @@ class NodeValues:
         return pa.concat_arrays(parts) if parts else pa.array([], type=pa.large_string())
 
     def labels(self) -> tuple[Array | None, list[str] | None]:
-        """Return (labels or None, names of the classes if labels were names: sorted, class k is the k-th).
+        """Return (labels or None, names of the classes if labels were names: sorted, class k is the k-th; or true and
+        false).
 
         Several labels a node: int8 [nodes, classes], rows of -1 for unlabelled nodes, and the names of their columns.
         """
@@ -152,10 +154,13 @@ class NodeValues:
         if self._columns.labels:
             return labels, self._columns.labels
         if not self._columns.label_is_name:
-            return labels, None
+            is_bool = self._columns.label_is_bool and bool((labels >= 0).any())
+            return labels, list(_BOOLEAN_NAMES) if is_bool else None
         numbers = self._label_numbers() if self._has_csv_labels else None
         if numbers is not None:
-            return np.append(numbers, -1)[labels], None
+            words = {name.strip().lower() for name in self._label_codes}
+            is_bool = bool(words) and words <= set(_BOOLEAN_NAMES)
+            return np.append(numbers, -1)[labels], list(_BOOLEAN_NAMES) if is_bool else None
         names = sorted(self._label_codes)
         number = np.full(len(names) + 1, -1, dtype=np.int64)
         number[[self._label_codes[name] for name in names]] = np.arange(len(names))
@@ -205,7 +210,7 @@ class NodeValues:
         if len(wrong):
             raise UserError(
                 f"label {values[wrong[0]]:g} in row {first_row + wrong[0]} of {file.shown} is no whole number "
-                f"({len(wrong)} such labels in these rows); labels are class numbers from 0, or names"
+                f"({len(wrong)} such labels in these rows); labels are whole numbers from 0, or names"
             )
         return np.where(missing, -1, values)
 
@@ -253,7 +258,7 @@ class NodeValues:
             first = int(wrong[0])
             raise UserError(
                 f"label {met[first]} in {self._label_places[first]} is no whole number ({len(wrong)} such values); "
-                "labels are class numbers from 0, or names"
+                "labels are whole numbers from 0, or names"
             )
         return values
 
@@ -341,7 +346,7 @@ def _mask_values(column: Any, name: str, file: TableFile, first_row: int) -> npt
 def _int64(values: Array) -> Array:
     if values.dtype == np.uint64 and values.size and int(values.max()) > np.iinfo(np.int64).max:
         raise UserError(
-            f"label {int(values.max())} is beyond 64-bit numbers; labels are class numbers from 0, or names"
+            f"label {int(values.max())} is beyond 64-bit numbers; labels are whole numbers from 0, or names"
         )
     return values.astype(np.int64, copy=False)
 

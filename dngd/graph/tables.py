@@ -9,6 +9,8 @@ node table twice (its ids, labels and split, then its features), the edge table 
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing_extensions import Unpack
 
 from dngd.errors import UserError
 from dngd.graph.builder import RowBlocks, StoreBuilder
-from dngd.graph.canonical import canonical_labels
+from dngd.graph.canonical import canonical_labels, classes_met
 from dngd.graph.filesystems import address_of, list_files, locate, shown_address
 from dngd.graph.id_map import IdKind, IntegerIds, NodeIds, StringIds, distinct_integers, distinct_strings
 from dngd.graph.import_options import ImportOptions, check_options, check_training_nodes, recorded
@@ -48,9 +50,13 @@ from dngd.graph.table_values import (
 )
 from dngd.paths import expanded
 
+_TABLE_WORD = re.compile(r"(?:^|[-_ ])(?:nodes?|edges?)(?=[-_ ]|$)", re.IGNORECASE)
+
 Source = str | Path | Sequence[str | Path]
 
 _NUM_LISTED = 8
+_NUM_KEPT = 100
+"""Names of columns in the provenance."""
 _NUMBER_BYTES, _STRING_BYTES = 8, 64
 """About how much a value takes in a record batch."""
 
@@ -96,8 +102,8 @@ def import_tables(
 class _Tables:
     nodes: Table | None
     edges: Table
-    name: str
-    """what the graph is called if nothing else is said"""
+    name: str | None
+    """what the graph is called if nothing else is said; None: as the store's folder"""
     told: str
     """the source in the provenance: without folders"""
 
@@ -136,7 +142,8 @@ def _open_tables(
         edge_table = open_table(edges, "edge", table_format=table_format, style=style)
         node_table = None if nodes is None else open_table(nodes, "node", table_format=table_format, style=style)
         told = edge_table.name if node_table is None else f"{node_table.name}, {edge_table.name}"
-        return _Tables(node_table, edge_table, _plain_name(edge_table.name), told)
+        names = {_plain_name(table.name) for table in (node_table, edge_table) if table is not None}
+        return _Tables(node_table, edge_table, names.pop() if len(names) == 1 else None, told)
     if nodes is not None or edges is not None:
         raise UserError(
             f"{shown_address(address_of(source))} is given besides --nodes or --edges; leave it out, or "
@@ -168,9 +175,9 @@ def _open_tables(
     return _Tables(made["nodes"], made["edges"], root.name or "graph", root.name)
 
 
-def _plain_name(file: str) -> str:
-    """Return a file's name or pattern without suffixes and wildcards."""
-    return file.partition(".")[0].rstrip("*?-_") or "graph"
+def _plain_name(file: str) -> str | None:
+    """Return what a file's name or pattern says besides suffixes, wildcards and which table it is; None for nothing."""
+    return _TABLE_WORD.sub("", file.partition(".")[0].rstrip("*?-_ ")).strip("-_ ") or None
 
 
 def _plan(tables: _Tables, names: TableColumns) -> _Plan:
@@ -264,6 +271,11 @@ def _build(plan: _Plan, ids: NodeIds, values: NodeValues | None, out: str | Path
         # Checked now, not after the edges are read.
         classes, num_classes = canonical_labels(labels, len(ids), num_classes)
         check_training_nodes(masks, None if labels is None else classes, plan.nodes.shown)
+        if label_names is None and classes.ndim == 1:
+            classes, label_names = _without_gaps(classes, num_classes)
+            num_classes = num_classes if label_names is None else len(label_names)
+        if classes.ndim == 1 and num_classes == 1:
+            _warn_of_one_class(plan, classes, label_names)
     weighted = plan.edge_columns.weight is not None
     settings = ImportOptions(**{**options, "name": options.get("name") or plan.name})
     with StoreBuilder(out, num_nodes=len(ids), weighted=weighted, **settings) as builder:
@@ -276,6 +288,32 @@ def _build(plan: _Plan, ids: NodeIds, values: NodeValues | None, out: str | Path
             node_ids=ids.kept(),
             provenance=_provenance(plan, label_names, options),
         )
+
+
+def _without_gaps(classes: npt.NDArray[Any], num_classes: int) -> tuple[npt.NDArray[Any], list[int] | None]:
+    """Return labels numbered from 0 without gaps, and the numbers that they were, ascending; None if there is no gap.
+
+    classes: [nodes], -1 unlabelled, below num_classes.
+    """
+    numbers = np.flatnonzero(classes_met(classes, num_classes))
+    if len(numbers) == num_classes:
+        return classes, None
+    # The last place is that of the unlabelled.
+    place = np.full(num_classes + 1, -1, dtype=np.int64)
+    place[numbers] = np.arange(len(numbers))
+    return place[classes], [int(number) for number in numbers]
+
+
+def _warn_of_one_class(plan: _Plan, classes: npt.NDArray[Any], names: Sequence[str | int] | None) -> None:
+    num_other = int(np.count_nonzero(classes < 0))
+    rest = f"; the other {num_other} have -1 or nothing, which is no label: number or name their class otherwise, if it "
+    assert plan.nodes is not None
+    warnings.warn(
+        f"column {plan.node_columns.label!r} of {plan.nodes.shown} gives all its {len(classes) - num_other} labelled "
+        f"nodes one label, {(names or [0])[0]!r}, so that there is nothing to learn"
+        + (f"{rest}is one" if num_other else ""),
+        stacklevel=3,
+    )
 
 
 def _add_edges(builder: StoreBuilder, plan: _Plan, ids: NodeIds) -> None:
@@ -306,13 +344,41 @@ def _features(plan: _Plan, scratch: Path) -> RowBlocks | None:
     columns = plan.node_columns
     types = csv_types(plan.nodes, columns)
     batches = plan.nodes.batches(columns.features, _NUMBER_BYTES * plan.num_features, types, scratch)
-    return RowBlocks(plan.num_features, feature_blocks(columns, plan.num_features, batches))
+    names = () if columns.is_list else columns.features
+    return RowBlocks(plan.num_features, feature_blocks(columns, plan.num_features, batches), names)
 
 
-def _provenance(plan: _Plan, label_names: list[str] | None, options: ImportOptions) -> Provenance:
+def _provenance(plan: _Plan, label_names: Sequence[str | int] | None, options: ImportOptions) -> Provenance:
     tables = [table for table in (plan.nodes, plan.edges) if table is not None]
     told = recorded(plan.edges.files[0].format, options)
     told["files"] = sum(len(table.files) for table in tables)
+    told["columns"] = _columns(plan)
     if label_names is not None:
-        told["label_names"] = label_names
+        told["label_names"] = list(label_names)
     return Provenance(source=plan.told, options=told)
+
+
+def _columns(plan: _Plan) -> dict[str, Any]:
+    """Return which column is what, and why others are not used; of very many features and others the first."""
+    nodes, edges = plan.node_columns, plan.edge_columns
+    of_nodes: dict[str, Any] = {}
+    if plan.nodes is not None:
+        of_nodes = {
+            "id": nodes.id,
+            "label": nodes.labels or nodes.label,
+            "split": nodes.split or list(nodes.masks.values()) or None,
+            "features": nodes.features[:_NUM_KEPT],
+            "left_out": _first(nodes.left_out),
+        }
+    of_edges = {
+        "source": edges.source,
+        "target": edges.target,
+        "weight": edges.weight,
+        "edges_left_out": _first(edges.left_out),
+    }
+    return of_nodes | of_edges
+
+
+def _first(reasons: dict[str, str]) -> dict[str, str]:
+    kept = dict(list(reasons.items())[:_NUM_KEPT])
+    return kept | ({"…": f"{len(reasons) - len(kept)} more"} if len(reasons) > len(kept) else {})
