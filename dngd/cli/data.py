@@ -145,8 +145,10 @@ def columns_text(columns: dict[str, Any], num_features: int) -> str:
     for what in ("left_out", "edges_left_out"):
         reasons = columns.get(what) or {}
         if reasons:
-            shown = [f"{name} ({why})" for name, why in reasons.items()]
-            lines.append(f"{'of edges ' if what == 'edges_left_out' else ''}not used: {_some(shown)}")
+            of = "of the edges " if what == "edges_left_out" else ""
+            for why in dict.fromkeys(reasons.values()):
+                names = [name for name, reason in reasons.items() if reason == why]
+                lines.append(f"{of}not used: {_some(names)} ({why})")
     return "\n".join(lines)
 
 

@@ -134,7 +134,7 @@ def _complete_parts(labels: Tensor, graph: str) -> dict[str, Tensor]:
     if num_nodes <= _COMPLETE_HELD_OUT:
         raise UserError(
             f"split complete holds out the last {_COMPLETE_HELD_OUT} nodes but graph {graph} has "
-            f"{num_nodes}; use random:0.5/0.25/0.25"
+            f"{num_nodes}; use --split random:0.5/0.25/0.25"
         )
     first = num_nodes - _COMPLETE_HELD_OUT
     middle = first + _COMPLETE_HELD_OUT // 2
@@ -147,7 +147,9 @@ def _complete_parts(labels: Tensor, graph: str) -> dict[str, Tensor]:
 
 def _mask_parts(parsed: SplitSpec, masks: Mapping[str, Tensor], graph: str) -> tuple[SplitSpec, dict[str, Tensor]]:
     if not masks:
-        raise UserError(f"split {parsed} needs the graph's own masks but {graph} has none; use random:0.5/0.25/0.25")
+        raise UserError(
+            f"split {parsed} needs the graph's own masks but {graph} has none; use --split random:0.5/0.25/0.25"
+        )
     several = {len(mask) for mask in masks.values() if mask.ndim == 2}
     if parsed.kind == "public" and several:
         raise UserError(
@@ -177,7 +179,7 @@ def _check_parts(parts: Mapping[str, Tensor], dropped: Mapping[str, int], parsed
     for name, nodes in parts.items():
         if len(nodes) == 0:
             why = f" (its {dropped[name]} nodes have no label)" if dropped[name] else ""
-            fix = "give larger fractions" if parsed.kind == "random" else "use random:0.5/0.25/0.25"
+            fix = "give larger fractions" if parsed.kind == "random" else "use --split random:0.5/0.25/0.25"
             raise UserError(f"the {name} part of split {parsed} of graph {graph} is empty{why}; {fix}")
     largest = max(int(nodes.max()) for nodes in parts.values())
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
@@ -188,5 +190,5 @@ def _check_parts(parts: Mapping[str, Tensor], dropped: Mapping[str, int], parsed
         if shared:
             raise UserError(
                 f"the {one} and {other} parts of split {parsed} of graph {graph} share {shared} nodes; "
-                "mend the masks, or use random:0.5/0.25/0.25"
+                "mend the masks, or use --split random:0.5/0.25/0.25"
             )

@@ -208,7 +208,7 @@ def edge_columns(table: Table, names: TableColumns) -> EdgeColumns:
     )
     _expect(table, [weight], _NUMBERS, "a weight is one number for each edge")
     used = {names.source, names.target, weight}
-    reasons = {name: "edges have ends and a weight" for name in _names(table) if name not in used}
+    reasons = {name: "only ends and a weight of edges are used" for name in _names(table) if name not in used}
     return EdgeColumns(names.source, names.target, weight, reasons)
 
 

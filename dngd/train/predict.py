@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from dngd.errors import UserError
 from dngd.graph import GraphStore
-from dngd.graph.manifest import dngd_version
+from dngd.graph.manifest import are_numbers, dngd_version
 from dngd.paths import expanded, printable
 from dngd.train.evaluation import EvaluationProgress
 from dngd.train.link_predict import pair_batches, pair_fields, read_pairs
@@ -34,7 +35,12 @@ from dngd.train.trained_model import (
 
 NODES = ("all", "train", "val", "test", "unlabelled")
 
-_FLOATS = pa.list_(pa.field("item", pa.float32(), nullable=False))
+
+def _list_of(kind: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("item", kind, nullable=False))
+
+
+_FLOATS = _list_of(pa.float32())
 
 OTHER_TABLES = (".csv", ".tsv", ".feather", ".arrow", ".xlsx")
 
@@ -78,11 +84,13 @@ def predict_run(
 ) -> Predictions:
     """Write the classes that a run's best model gives nodes, from all their neighbours, to a Parquet file.
 
-    Columns: node_id, as the user gave it (int64 or string); class, int64; class_name where the graph that the run was
-    trained on kept names of its labels; probability, float32, of that class; with probabilities=True, probabilities,
-    the list of all classes'. Of several labels a node: node_id, classes (the list of those with a probability above
-    1/2), and, as before, probabilities. Rows are in the order of the graph's nodes. The file's metadata (dngd.run,
-    dngd.step, dngd.model, dngd.graph, dngd.graph_digest, dngd.nodes, dngd.version) say what made it.
+    Columns: node_id, as the user gave it (int64 or string); class, int64, the label as the user gave it where it was a
+    number; class_name where the graph that the run was trained on kept names of its labels; probability, float32, of
+    that class; with probabilities=True, probabilities, the list of all classes'. Of several labels a node: node_id,
+    classes (the list of those with a probability above 1/2), class_names likewise, and, as before, probabilities. Rows
+    are in the order of the graph's nodes. The file's metadata (dngd.run, dngd.step, dngd.model, dngd.graph,
+    dngd.graph_digest, dngd.nodes, dngd.version) say what made it, and dngd.class_names, in JSON, what the user calls
+    the classes of probabilities, in their order; it is not there for classes 0, 1, 2, ...
 
     Of link prediction, on all edges of the graph: node_id and embedding, a list of float32; with pairs, a table whose
     columns src and dst name nodes: src, dst and probability, float32, of a link.
@@ -113,8 +121,10 @@ def predict_run(
         if warning is not None:
             tell(warning)
         names = _class_names(trained, store, dataset)
-        fields = _fields(trained, store, with_names=names is not None, probabilities=probabilities)
-        schema = pa.schema(fields, _said(trained, store, nodes))
+        with_names = names is not None and pa.types.is_string(names.type)
+        fields = _fields(trained, store, with_names=with_names, probabilities=probabilities)
+        said = {} if names is None else {"dngd.class_names": json.dumps(names.to_pylist())}
+        schema = pa.schema(fields, _said(trained, store, nodes) | said)
         evaluator = evaluator_of(trained, store, chosen, progress)
         batches = _batches(evaluator.predictions(trained.model, chosen), store, schema, names)
         is_wide |= trained.config.task == "link"
@@ -245,7 +255,10 @@ def _chosen(trained: TrainedModel, store: GraphStore, nodes: str) -> Tensor | No
 
 
 def _class_names(trained: TrainedModel, store: GraphStore, dataset: str | None) -> pa.Array | None:
-    """Return the names of the classes that the model learnt, string [num_classes]; None where they are not known."""
+    """Return the names of the classes that the model learnt, string [num_classes], or int64 where labels were numbers;
+    None where they are not known, and for links."""
+    if trained.config.task == "link":
+        return None
     names = trained.label_names
     if names is None:
         # A run of before it kept them. Another graph's names may stand in another order.
@@ -253,7 +266,7 @@ def _class_names(trained: TrainedModel, store: GraphStore, dataset: str | None) 
         names = store.label_names if is_own else None
     if names is None or len(names) != trained.num_classes:
         return None
-    return pa.array(names, pa.string())
+    return pa.array(names, pa.int64() if are_numbers(names) else pa.string())
 
 
 def _run_name(trained: TrainedModel) -> str:
@@ -265,7 +278,9 @@ def _fields(trained: TrainedModel, store: GraphStore, *, with_names: bool, proba
     if trained.config.task == "link":
         fields.append(pa.field("embedding", _FLOATS, nullable=False))
     elif trained.is_multilabel:
-        fields.append(pa.field("classes", pa.list_(pa.field("item", pa.int64(), nullable=False)), nullable=False))
+        fields.append(pa.field("classes", _list_of(pa.int64()), nullable=False))
+        if with_names:
+            fields.append(pa.field("class_names", _list_of(pa.string()), nullable=False))
     else:
         fields.append(pa.field("class", pa.int64(), nullable=False))
         if with_names:
@@ -320,14 +335,20 @@ def _batch(ids: Tensor, logits: Tensor, store: GraphStore, schema: pa.Schema, na
     elif is_multilabel:
         found = logits > 0
         ends = torch.cat([torch.zeros(1, dtype=torch.int64), found.sum(dim=1).cumsum(0)]).to(torch.int32)
-        values = found.nonzero()[:, 1].numpy()
-        columns["classes"] = pa.ListArray.from_arrays(ends.numpy(), values, type=schema.field("classes").type)
+        values = pa.array(found.nonzero()[:, 1].numpy())
+        columns["classes"] = pa.ListArray.from_arrays(ends.numpy(), values, type=_list_of(pa.int64()))
+        if "class_names" in schema.names and names is not None:
+            columns["class_names"] = pa.ListArray.from_arrays(
+                ends.numpy(), names.take(values), type=_list_of(pa.string())
+            )
     else:
         classes = logits.argmax(dim=1)
-        columns["class"] = pa.array(classes.numpy())
+        places = pa.array(classes.numpy())
+        if "class_name" in schema.names and names is not None:
+            columns["class_name"] = names.take(places)
+        is_number = names is not None and pa.types.is_integer(names.type)
+        columns["class"] = names.take(places) if is_number else places
         columns["probability"] = pa.array(shares.gather(1, classes[:, None])[:, 0].numpy())
-    if names is not None:
-        columns["class_name"] = names.take(columns["class"])
     if "probabilities" in schema.names:
         columns["probabilities"] = _lists(shares)
     return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)

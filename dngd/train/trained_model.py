@@ -17,6 +17,7 @@ from dngd.comm import LocalCommunicator
 from dngd.config import TrainConfig, address_of_run
 from dngd.errors import UserError
 from dngd.graph import GraphStore, resolve_dataset
+from dngd.graph.manifest import LabelNames, are_numbers
 from dngd.models import MODELS
 from dngd.models.graph_batch import GraphShape
 from dngd.paths import runs_inside_text
@@ -36,7 +37,7 @@ class TrainedModel:
     """A run's best model. step: when it was evaluated. num_features, num_classes: what it takes and gives, in link
     prediction numbers of an embedding.
     is_multilabel: whether its outputs are of several labels a node. label_names: of its classes, where the graph that
-    it was trained on had names."""
+    it was trained on had names, or numbers other than 0 to num_classes - 1."""
 
     folder: RunFolder
     config: TrainConfig
@@ -45,7 +46,7 @@ class TrainedModel:
     num_features: int
     num_classes: int
     is_multilabel: bool = False
-    label_names: tuple[str, ...] | None = None
+    label_names: LabelNames | None = None
 
 
 def _no_run(folder: RunFolder, *, is_here: bool) -> str:
@@ -125,10 +126,10 @@ def _read_weights(path: Path, shown: str, fix: str) -> tuple[dict[str, Tensor], 
         raise UserError(f"{shown} is damaged, or no safetensors file ({reason}{size}); {fix}") from None
 
 
-def _names(text: str) -> tuple[str, ...]:
-    """Return a JSON list of names. Raises ValueError for other JSON, or none."""
+def _names(text: str) -> LabelNames:
+    """Return a JSON list of names, or of whole numbers. Raises ValueError for other JSON, or none."""
     names = json.loads(text)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not (are_numbers(names) or all(isinstance(name, str) for name in names)):
         raise ValueError(f"label_names is {text[:40]}")
     return tuple(names)
 
@@ -147,8 +148,8 @@ def open_graph(trained: TrainedModel, dataset: str | None = None, data_root: Pat
     """Open the run's graph, or another that its model fits.
 
     dataset, data_root: as for training; None: the run's own, which has to be the very graph. A graph with fewer
-    classes than the model's, or without labels, fits. Where both have names of the classes, the graph's are numbered as
-    the model's are, by name. Raises UserError if there is no such graph, if it is not the run's own where that is
+    classes than the model's, or without labels, fits. Where both have names of the classes, or one has numbers for
+    names and the other class numbers, the graph's are numbered as the model's are, by name. Raises UserError if there is no such graph, if it is not the run's own where that is
     asked for, or if its features or classes are not the model's.
     """
     config = trained.config
@@ -177,8 +178,10 @@ def open_graph(trained: TrainedModel, dataset: str | None = None, data_root: Pat
             f"graph {store.name} has {kinds[store.is_multilabel]} but the model of run {trained.folder.path} was "
             f"trained on {kinds[trained.is_multilabel]}; give a graph with the same labels"
         )
-    if trained.label_names is not None and store.label_names is not None:
-        return _by_name(trained, store, trained.label_names, store.label_names)
+    known = _names_or_numbers(trained.label_names, store.label_names, trained.num_classes)
+    names = _names_or_numbers(store.label_names, trained.label_names, store.num_classes)
+    if known is not None and names is not None and store.num_classes:
+        return _by_name(trained, store, known, names)
     if store.num_classes > trained.num_classes:
         raise UserError(
             f"graph {store.name} has {store.num_classes} classes but the model of run {trained.folder.path} knows "
@@ -189,7 +192,14 @@ def open_graph(trained: TrainedModel, dataset: str | None = None, data_root: Pat
     return store
 
 
-def _by_name(trained: TrainedModel, store: GraphStore, known: Sequence[str], names: Sequence[str]) -> GraphStore:
+def _names_or_numbers(own: LabelNames | None, other: LabelNames | None, num_classes: int) -> list[str] | None:
+    """Return names of classes as text; of classes without, their numbers where the others' names are numbers."""
+    if own is None and (other is None or not are_numbers(other)):
+        return None
+    return [str(name) for name in (range(num_classes) if own is None else own)]
+
+
+def _by_name(trained: TrainedModel, store: GraphStore, known: list[str], names: list[str]) -> GraphStore:
     """Return a graph with its classes numbered as the model's are. known: the model's classes; names: the graph's."""
     if known == names:
         return store
@@ -200,6 +210,13 @@ def _by_name(trained: TrainedModel, store: GraphStore, known: Sequence[str], nam
             f"graph {store.name} has class {unknown[0]!r}{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''} "
             f"which the model of run {trained.folder.path} does not know; its classes are "
             f"{', '.join(known[:10])}{', ...' if len(known) > 10 else ''}: name the graph's alike"
+        )
+    if store.is_multilabel and len(names) < len(known):
+        lacking = next(name for name in known if name not in names)
+        raise UserError(
+            f"graph {store.name} does not tell label {lacking!r} of its nodes, which the model of run "
+            f"{trained.folder.path} knows; give it all of {', '.join(known[:10])}{', ...' if len(known) > 10 else ''}, "
+            "or no labels"
         )
     return store.with_classes(torch.tensor([number[name] for name in names]), len(known))
 
