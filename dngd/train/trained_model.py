@@ -178,6 +178,8 @@ def open_graph(trained: TrainedModel, dataset: str | None = None, data_root: Pat
             f"graph {store.name} has {kinds[store.is_multilabel]} but the model of run {trained.folder.path} was "
             f"trained on {kinds[trained.is_multilabel]}; give a graph with the same labels"
         )
+    if trained.label_names is None and (dataset is None or trained_on(trained) == store.digest):
+        return store
     known = _names_or_numbers(trained.label_names, store.label_names, trained.num_classes)
     names = _names_or_numbers(store.label_names, trained.label_names, store.num_classes)
     if known is not None and names is not None and store.num_classes:

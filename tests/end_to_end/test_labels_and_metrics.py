@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
@@ -15,7 +16,7 @@ from safetensors import safe_open
 import dngd
 from dngd import cli
 from dngd.errors import UserError
-from dngd.graph import GraphStore
+from dngd.graph import GraphStore, TableColumns, import_tables
 from dngd.graph.manifest import Provenance
 from dngd.train.evaluate_run import evaluate_run
 from dngd.train.export import export_run
@@ -136,6 +137,40 @@ def test_a_model_of_several_labels_is_not_used_on_single_ones(
         cli.main(["evaluate", str(tmp_path / "run"), "--dataset", str(store.path)])
     assert exit_.value.code == 2
     assert "has one label a node but the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_several", [False, True])
+def test_labels_of_tables_come_back_as_they_were_written(store: GraphStore, tmp_path: Path, is_several: bool) -> None:
+    """Numbers with gaps, and several labels by the names of their columns."""
+    numbers, names = torch.tensor([3, 7, 8, 40, 41]), ["red", "green", "blue"]
+    split = [part for v in range(store.num_nodes) for part in store.split_masks if store.split_masks[part][v]]
+    columns: dict[str, Any] = {
+        "id": [f"n{v}" for v in range(store.num_nodes)],
+        "features": list(store.features.numpy()),
+    }
+    if is_several:
+        columns |= {name: BITS[store.labels][:, k].numpy() for k, name in enumerate(names)}
+    else:
+        columns["label"] = numbers[store.labels].numpy()
+    pq.write_table(pa.table(columns | {"split": split}), tmp_path / "nodes.parquet")
+    ends = [store.indices, torch.repeat_interleave(torch.arange(store.num_nodes), store.in_degrees())]
+    pq.write_table(
+        pa.table({name: [f"n{v}" for v in end.tolist()] for name, end in zip(("src", "dst"), ends)}),
+        tmp_path / "edges.parquet",
+    )
+    made = import_tables(tmp_path, tmp_path / "store", columns=TableColumns(labels=names if is_several else ()))
+    assert made.num_classes == (3 if is_several else 5)
+    result = fit(config(made, tmp_path / "run", epochs=5))
+    predict_run(tmp_path / "run", tmp_path / "out.parquet", nodes="test")
+    rows = pq.read_table(tmp_path / "out.parquet").to_pydict()
+    test = store.split("masks").test.sort().values
+    if is_several:
+        given = torch.tensor([[name in row for name in names] for row in rows["class_names"]])
+        right = (given == (BITS[store.labels[test]] > 0)).double().mean()
+    else:
+        right = (torch.tensor(rows["class"]) == numbers[store.labels[test]]).double().mean()
+        assert result.test_accuracy == pytest.approx(float(right))
+    assert float(right) > 0.5
 
 
 def test_a_run_keeps_the_names_of_its_classes(store: GraphStore, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from dngd import cli
 from dngd.graph import GraphStore
@@ -84,6 +86,66 @@ def test_paths_are_named_as_they_are(
     assert told in sentence
     assert "tab://" not in sentence
     assert not Path("out").exists()
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, str]:
+    """Return what a command prints on standard output, and on standard error."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["data", *arguments])
+    assert not ended.value.code
+    told = capsys.readouterr()
+    return told.out, told.err
+
+
+def test_which_columns_became_what_is_shown(
+    tables: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the import, in its JSON, and by info later."""
+    monkeypatch.setattr("dngd.cli.data.out", Console(width=200, markup=False, emoji=False))
+    names = [f"x{k}" for k in range(12)]
+    head, rows = ",".join(["id", "topic", "city", "day", *names]), ["1,30,Rome,5", "2,10,Oslo,6"]
+    (tables / "nodes.csv").write_text("\n".join([head, *(f"{row}{',0' * 12}" for row in rows)]))
+    (tables / "edges.csv").write_text("src,dst,since\n1,2,1999\n")
+    flags = ["--label-column", "topic", "--ignore-column", "city", "--ignore-column", "day", "--overwrite"]
+    found = [
+        printed(capsys, "import", "tab", "--out", "out", *flags)[0],
+        printed(capsys, "info", "out")[0],
+    ]
+    for text in found:
+        for line in (
+            "id: id",
+            "label: topic",
+            "split: none",
+            "features: 12: x0, x1, x2, x3, x4, x5, x6, x7, …",
+            "edges: src -> dst, weight none",
+            "not used: city, day (--ignore-column)",
+            "of the edges not used: since (only ends and a weight of edges are used)",
+        ):
+            assert f" {line} " in text
+        assert "[10, 30]" in text
+    for command in (("import", "tab", "--out", "out", *flags), ("info", "out")):
+        told = json.loads(printed(capsys, *command, "--json")[0])
+        assert told["columns"]["features"] == names
+        assert told["columns"]["left_out"] == {"city": "--ignore-column", "day": "--ignore-column"}
+        assert told["class_names"] == [10, 30]
+
+
+@pytest.mark.parametrize("order", ["original", "degree"])
+def test_a_graph_is_named_by_its_folder_or_its_store(
+    tables: Path, capsys: pytest.CaptureFixture[str], order: str
+) -> None:
+    names = []
+    for source in (["tab"], ["--nodes", "tab/nodes.csv", "--edges", "tab/edges.csv"], ["tab/edges.csv"]):
+        printed(capsys, "import", *source, "--out", "web.store", "--overwrite", "--order", order)
+        names.append(GraphStore.open("web.store").name)
+    assert names == ["tab", "web.store", "web.store"]
+
+
+def test_classes_without_a_node_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "g.npz", edge_index=np.array([[0], [1]]), num_nodes=3, x=np.ones((3, 1)), y=np.array([0, 3, 1]))
+    told = printed(capsys, "import", str(tmp_path / "g.npz"), "--out", str(tmp_path / "out"))[1]
+    assert told.startswith(f"dngd: 1 of the 4 classes of {tmp_path / 'g.npz'} have no node (2); ")
+    assert told.count("\n") == 1
 
 
 def test_a_file_address_is_a_path(tables: Path) -> None:

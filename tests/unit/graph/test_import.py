@@ -71,6 +71,18 @@ def test_labels_and_masks_as_floats(npz_arrays: dict[str, Any], tmp_path: Path) 
     assert store.labels.tolist() == labels.tolist()
 
 
+def test_classes_without_a_node_keep_their_numbers_and_are_told(npz_arrays: dict[str, Any], tmp_path: Path) -> None:
+    npz_arrays["y"] = npz_arrays["y"] * 4 + 1
+    with pytest.warns(UserWarning, match="have no node") as told:
+        store = import_npz(save(tmp_path / "gaps.npz", npz_arrays), tmp_path / "store")
+    assert (store.num_classes, store.label_names) == (10, None)
+    assert store.labels.tolist() == npz_arrays["y"].tolist()
+    assert [str(warning.message) for warning in told] == [
+        f"7 of the 10 classes of {tmp_path / 'gaps.npz'} have no node (0, 2, 3, 4, 6, …); the model gets an output for "
+        "each of them all the same: number the classes from 0 without gaps if they are not meant to be there"
+    ]
+
+
 def test_both_names_of_the_validation_mask(npz_arrays: dict[str, Any], tmp_path: Path) -> None:
     masks = {"train_mask": np.arange(20) < 5, "valid_mask": np.arange(20) > 12}
     arrays = without("val_mask", "test_mask")(npz_arrays) | masks

@@ -81,7 +81,7 @@ def expected(graph: dict[str, Any], out: Path) -> GraphStore:
     return GraphStore.write(
         out,
         features=graph["features"],
-        labels=graph["labels"],
+        labels=np.unique(graph["labels"], return_inverse=True)[1],
         edge_index=graph["edges"].T.copy(),
         edge_weight=graph["weights"],
         masks=masks,
@@ -90,6 +90,7 @@ def expected(graph: dict[str, Any], out: Path) -> GraphStore:
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*so that there is nothing to learn")
 @pytest.mark.parametrize("kind", ["parquet", "csv", "arrow"])
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(graph=graphs(), parts=st.integers(1, 3), number=st.integers(0, 10**9))
@@ -193,6 +194,13 @@ def test_ogb_folders(tmp_path: Path, make: Any) -> None:
         masks={"train": [True, False, False], "val": [False, True, False], "test": [False, False, True]},
     )
     assert store.digest == wanted.digest
+
+
+def test_ogb_classes_without_a_node_are_told(tmp_path: Path) -> None:
+    raw_csv(tmp_path / "set")
+    (tmp_path / "set/raw/node-label.csv.gz").write_bytes(gzip.compress(b"3\n0\nnan\n"))
+    with pytest.warns(UserWarning, match=r"^2 of the 4 classes of .*set have no node \(1, 2\); "):
+        assert import_ogb(tmp_path / "set", tmp_path / "store").labels.tolist() == [3, 0, -1]
 
 
 def test_bad_ogb_folders(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ OPTIONS: dict[str, Any] = {"overwrite": True, "duplicates": "keep", "self_loops"
 PROPERTY = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+@pytest.mark.filterwarnings("ignore:.*have no node")
 @PROPERTY
 @given(graph=arrays())
 def test_pyg_round_trip(tmp_path: Path, graph: dict[str, Any]) -> None:
@@ -90,6 +91,7 @@ def test_pyg_round_trip(tmp_path: Path, graph: dict[str, Any]) -> None:
         assert store.manifest.provenance.source_sha256 is not None
 
 
+@pytest.mark.filterwarnings("ignore:.*have no node")
 @PROPERTY
 @given(graph=arrays())
 def test_dgl_round_trip(tmp_path: Path, graph: dict[str, Any]) -> None:
@@ -117,6 +119,16 @@ def test_splits_as_columns_labels_with_gaps_and_ids(tmp_path: Path) -> None:
     assert list(store.node_ids) == [7, 2**40, 5, 9]
     assert store.num_edges == 6
     assert not store.manifest.directed
+
+
+def test_classes_without_a_node_keep_their_numbers_and_are_told(tmp_path: Path) -> None:
+    data = Data(x=torch.ones(3, 1), edge_index=EDGES, y=torch.tensor([3, -1, 1]))
+    graph = dgl_module().graph(([0], [1]), num_nodes=3)
+    graph.ndata["label"] = data.y
+    for made, importer in ((data, import_pyg), (graph, import_dgl)):
+        with pytest.warns(UserWarning, match=r"^2 of the 4 classes of the graph.* have no node \(0, 2\); "):
+            store = importer(made, tmp_path / "store", overwrite=True)
+        assert (store.labels.tolist(), store.num_classes) == ([3, -1, 1], 4)
 
 
 def test_sparse_features(tmp_path: Path) -> None:

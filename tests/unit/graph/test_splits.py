@@ -110,8 +110,12 @@ SEVERAL = {name: torch.stack([m, m]) for name, m in FULL.items()}
 @pytest.mark.parametrize(
     ("spec", "masks", "message"),
     [
-        ("masks", {}, "g has none; use random"),
-        ("masks", {"train": mask(0), "test": mask(2)}, "the val part of split masks of graph g is empty; use random"),
+        ("masks", {}, "g has none; use --split random"),
+        (
+            "masks",
+            {"train": mask(0), "test": mask(2)},
+            "the val part of split masks of graph g is empty; use --split random",
+        ),
         ("masks", {**FULL, "train": mask(10)}, r"train part .* is empty \(its 1 nodes have no label\)"),
         ("masks", {**FULL, "test": mask(0)}, "train and test parts .* share 1 nodes"),
         ("masks:2", SEVERAL, "has masks:0 to masks:1"),

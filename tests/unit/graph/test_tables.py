@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dngd import cli
 from dngd.errors import UserError
-from dngd.graph import CsvStyle, GraphStore, TableColumns, import_tables, table_readers, tables
+from dngd.graph import CsvStyle, GraphStore, TableColumns, describe, import_tables, table_readers, tables
 from dngd.graph.id_map import IntegerIds
 from dngd.train.link_predict import read_pairs
 from tests.helpers.mutants import assert_caught
@@ -57,11 +57,14 @@ def graphs(draw: st.DrawFn) -> dict[str, Any]:
 
 def from_arrays(graph: dict[str, Any], out: Path) -> GraphStore:
     rows = graph["ids"] == list(range(len(graph["ids"])))
+    # Without the gaps between the numbers that occur.
+    known, place = np.unique(np.append(graph["labels"], -1), return_inverse=True)
+    assert known[0] == -1
     return GraphStore.write(
         out,
         overwrite=True,
         features=graph["features"],
-        labels=graph["labels"],
+        labels=place[:-1] - 1,
         edge_index=graph["edges"],
         edge_weight=graph["weight"],
         masks={name: graph["part"] == k for k, name in enumerate(("train", "val", "test"))},
@@ -98,6 +101,7 @@ def from_tables(graph: dict[str, Any], folder: Path, *, as_list: bool) -> GraphS
 PROPERTY = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+@pytest.mark.filterwarnings("ignore:.*so that there is nothing to learn")
 @PROPERTY
 @given(graph=graphs(), as_list=st.booleans())
 def test_tables_give_the_store_of_the_arrays(
@@ -162,6 +166,45 @@ def test_labels_that_are_missing_or_negative_are_unlabelled(tmp_path: Path, suff
         assert import_tables(folder, folder / "out").labels.tolist() == [1, -1, -1, 0]
 
 
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("kind", [pa.int64(), pa.uint8(), pa.float32()])
+def test_whole_numbers_with_gaps_are_classes_without(tmp_path: Path, suffix: str, kind: pa.DataType) -> None:
+    """An empty class would be an output that is never right, and more classes for default damping than there are."""
+    labels = pa.array([30, 10, None, 20, 10], kind)
+    nodes = node_table([1, 2, 3, 4, 5], label=labels, split=["train", "train", "val", "test", "test"])
+    store = import_tables(small_set(tmp_path, nodes, edge_table([1], [2]), suffix), tmp_path / "out")
+    assert store.labels.tolist() == [2, 0, -1, 1, 0]
+    assert (store.num_classes, store.label_names) == (3, (10, 20, 30))
+    assert store.manifest.provenance.options["label_names"] == [10, 20, 30]
+    assert describe(store)["class_names"] == [10, 20, 30]
+    assert store.verify() == []
+    # Numbers from 0 are the class numbers that they were.
+    plain = node_table([1, 2, 3], label=pa.array([2, 0, 1], kind))
+    store = import_tables(
+        small_set(tmp_path / "plain", plain, edge_table([1], [2]), suffix), tmp_path / "plain" / "out"
+    )
+    assert (store.labels.tolist(), store.label_names) == ([2, 0, 1], None)
+    assert "label_names" not in store.manifest.provenance.options
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_booleans_are_classes_by_name(tmp_path: Path, suffix: str) -> None:
+    nodes = node_table([1, 2, 3], label=pa.array([True, None, True]))
+    store = import_tables(small_set(tmp_path, nodes, edge_table([1], [2]), suffix), tmp_path / "out")
+    assert store.labels.tolist() == [1, -1, 1]
+    assert store.label_names == ("false", "true")
+    nodes = node_table([1, 2, 3], label=pa.array([None, None, None], pa.bool_()))
+    store = import_tables(small_set(tmp_path / "none", nodes, edge_table([1], [2]), suffix), tmp_path / "none" / "out")
+    assert (store.num_classes, store.label_names) == (0, None)
+
+
+def test_one_class_and_minus_one_is_told(tmp_path: Path) -> None:
+    """Two classes -1 and 1, say, of which -1 means no label."""
+    folder = small_set(tmp_path, node_table([1, 2, 3], label=[1, -1, -1]), edge_table([1], [2]))
+    with pytest.warns(UserWarning, match=r"gives all its 1 labelled nodes one label, 1, .* the other 2 have -1"):
+        import_tables(folder, tmp_path / "out")
+
+
 LABEL_ROWS = np.random.default_rng(3).integers(0, 2, (50, 4))
 LABEL_ROWS[[7, 30, 31]] = -1
 
@@ -189,7 +232,9 @@ def test_several_labels_by_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     expected = GraphStore.write(tmp_path / "expected", features=features, labels=LABEL_ROWS, edge_index=ends)
     assert store.digest == expected.digest
     assert store.is_multilabel
-    assert store.manifest.provenance.options["label_names"] == list("dbca")
+    assert store.label_names == tuple("dbca")
+    assert describe(store)["class_names"] == list("dbca")
+    assert describe(store)["columns"]["label"] == list("dbca")
     assert store.verify() == []
 
 
@@ -374,18 +419,22 @@ def test_names_that_come_late_in_a_csv_file(tmp_path: Path, begin: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "expected"),
+    ("labels", "expected", "names"),
     [
-        (["10", "9", "", "-1"], [10, 9, -1, -1]),
-        (["1.0", "1", " 2", "0e0"], [1, 1, 2, 0]),
-        (["true", "FALSE", "1", "NA"], [1, 0, 1, -1]),
-        (["", "NA", "nan", "-1.0"], [-1, -1, -1, -1]),
+        (["10", "9", "", "-1"], [1, 0, -1, -1], (9, 10)),
+        (["1.0", "1", " 2", "0e0"], [1, 1, 2, 0], None),
+        (["true", "FALSE", "1", "NA"], [1, 0, 1, -1], None),
+        (["true", "FALSE", " True", "NA"], [1, 0, 1, -1], ("false", "true")),
+        (["", "NA", "nan", "-1.0"], [-1, -1, -1, -1], None),
     ],
 )
-def test_numbers_as_labels_of_csv_files_stay_numbers(tmp_path: Path, labels: list[str], expected: list[int]) -> None:
+def test_numbers_as_labels_of_csv_files_stay_numbers(
+    tmp_path: Path, labels: list[str], expected: list[int], names: tuple[Any, ...] | None
+) -> None:
     store = import_csv(tmp_path, "id,label\n" + "".join(f"{k},{label}\n" for k, label in enumerate(labels)))
     assert store.labels.tolist() == expected
-    assert "label_names" not in store.manifest.provenance.options
+    assert store.label_names == names
+    assert ("label_names" in store.manifest.provenance.options) == (names is not None)
     with pytest.raises(UserError, match=r"label 0\.5 in row 2 of .*nodes.csv is no whole number \(2 such"):
         import_csv(tmp_path, "id,label\n1,0\n2,1\n3,0.5\n4,inf\n")
 
@@ -449,6 +498,76 @@ def test_an_empty_id_is_a_missing_one(tmp_path: Path, nodes: str | None, edges: 
     columns = {"id": ["a", "", "c"], "x": [1.0, 2.0, 3.0]}
     with pytest.raises(UserError, match=r"column 'id' .* row 1; give each row one"):
         import_tables(small_set(tmp_path / "set", pa.table(columns), edge_table(["a"], ["c"])), tmp_path / "out")
+
+
+def test_which_column_is_what_is_kept(tmp_path: Path) -> None:
+    columns = {"emb": np.ones((2, 3)), "label": ["a", "b"], "when": [1, 2], "train_mask": [True, False]}
+    nodes = node_table([1, 2], **columns, features=np.ones((2, 2)), split=["train", "val"])
+    folder = small_set(tmp_path, nodes, edge_table([1], [2], since=[3], weight=[1.0]))
+    chosen = TableColumns(split="split", ignore=["when"])
+    assert describe(import_tables(folder, tmp_path / "out", columns=chosen))["columns"] == {
+        "id": "id",
+        "label": "label",
+        "split": "split",
+        "features": ["features"],
+        "left_out": {
+            "emb": "the features are in 'features'",
+            "when": "--ignore-column",
+            "train_mask": "the split is in 'split'",
+        },
+        "source": "src",
+        "target": "dst",
+        "weight": "weight",
+        "edges_left_out": {"since": "only ends and a weight of edges are used"},
+    }
+    chosen = TableColumns(ignore=["split", "label"], features=["when"])
+    told = describe(import_tables(folder, tmp_path / "chosen", columns=chosen))["columns"]
+    assert (told["label"], told["split"], told["features"]) == (None, ["train_mask"], ["when"])
+
+
+def test_of_very_many_columns_the_first_are_kept(tmp_path: Path) -> None:
+    nodes = node_table([1], **{f"f{k}": [k] for k in range(300)}, **{f"x{k}": [k] for k in range(300)})
+    chosen = TableColumns(features=[f"f{k}" for k in range(300)])
+    folder = small_set(tmp_path, nodes, edge_table([1], [1]))
+    told = describe(import_tables(folder, tmp_path / "out", columns=chosen))["columns"]
+    assert told["features"] == [f"f{k}" for k in range(100)]
+    assert (len(told["left_out"]), told["left_out"]["…"]) == (101, "200 more")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "edges", "name"),
+    [
+        ("nodes.csv", "edges.csv", "store"),
+        ("web-nodes.csv", "web-edges.csv", "web"),
+        ("nodes_web.csv", "web_edges.csv", "web"),
+        ("people.csv", "likes.csv", "store"),
+        (None, "edges.csv", "store"),
+        (None, "likes.csv", "likes"),
+        (None, "knowledges.csv", "knowledges"),
+    ],
+)
+def test_a_graph_of_two_files_is_named_by_both_or_by_its_store(
+    tmp_path: Path, nodes: str | None, edges: str, name: str
+) -> None:
+    given = None if nodes is None else write_table(tmp_path / nodes, node_table([1, 2]))
+    write_table(tmp_path / edges, edge_table([1], [2]))
+    assert import_tables(None, tmp_path / "store", nodes=given, edges=tmp_path / edges).name == name
+    if nodes is None:
+        assert import_tables(tmp_path / edges, tmp_path / "store", overwrite=True).name == name
+
+
+def test_all_columns_that_are_no_numbers_are_named_at_once(tmp_path: Path) -> None:
+    """With the options that leave them out."""
+    nodes = "id,x,city,day,two words\n1,1,Rome,2020-01-02,a\n2,,Oslo,2021-01-02,b\n"
+    with pytest.raises(UserError) as refused:
+        import_csv(tmp_path, nodes)
+    assert str(refused.value) == (
+        f"columns 'city' (string), 'day' (date32[day]), 'two words' (string) of {tmp_path}/nodes.csv hold no numbers, "
+        "as features are: leave them out by --ignore-column city --ignore-column day --ignore-column 'two words', or "
+        "choose the features by --feature-column"
+    )
+    with pytest.raises(UserError, match=r"the first at node 1 column 'x'; replace .* \(missing ones by the column's"):
+        import_csv(tmp_path, nodes, ignore=["city", "day", "two words"])
 
 
 @pytest.mark.parametrize("name", ["", "Unnamed: 0", "__index_level_0__"])
@@ -613,7 +732,7 @@ NAN = float("nan")
             "no list in row 1 but 1 in the first .*a list of 1",
         ),
         (node_table(NODES, features=[["a"], ["b"], ["c"], ["d"]]), None, "features are lists of numbers"),
-        (node_table(NODES, x=[1.0, NAN, None, np.inf]), None, "3 NaN or infinite values.* node 1 column 0, node 2"),
+        (node_table(NODES, x=[1.0, NAN, None, np.inf]), None, "3 NaN or infinite values.* node 1 column 'x', node 2"),
         (node_table(NODES, label=[0.5, 1, 1, 1]), None, "label 0.5 in row 0 .* is no whole number"),
         (node_table(NODES, label=[0, -2, 1, 1]), None, "label -2 of node 1 is out of range"),
         (node_table(NODES, label=[["a"], ["b"], ["a"], ["b"]]), None, "labels are lists of 0 and 1: cast it"),

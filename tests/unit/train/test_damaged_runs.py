@@ -90,7 +90,8 @@ def test_what_is_no_model(run: Path, content: bytes) -> None:
         ({"step": "x"}, "'x'"),
         ({"label_names": "{"}, "cannot be read"),
         ({"label_names": "3"}, "label_names is 3"),
-        ({"label_names": "[1, 2]"}, "label_names is [1, 2]"),
+        ({"label_names": '[1, "b"]'}, 'label_names is [1, "b"]'),
+        ({"label_names": "[true, false]"}, "label_names is [true, false]"),
     ],
 )
 def test_a_model_that_says_other_things_of_itself(run: Path, changes: dict[str, str | None], what: str) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,7 @@ def test_what_is_written(
         "dngd.graph": graph.name,
         "dngd.graph_digest": graph.digest,
         "dngd.nodes": "all",
+        "dngd.class_names": json.dumps(NAMES),
     }
     assert (made.rows, made.step, made.path) == (N, 12, str(out))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["predictions.parquet", "run"]
@@ -199,8 +200,8 @@ def test_evaluating_on_another_graph(graph: GraphStore, model: GNN, tmp_path: Pa
     assert scores["step"] == 12
 
 
-def named(path: Path, labels: Tensor, names: list[str]) -> GraphStore:
-    options = {"label_names": names} if names else {}
+def named(path: Path, labels: Tensor, names: Sequence[str | int]) -> GraphStore:
+    options = {"label_names": list(names)} if names else {}
     return write_store(path, labels=labels, num_classes=None, provenance=Provenance(options=options))
 
 
@@ -229,6 +230,84 @@ def test_classes_of_another_graph_go_by_their_names(model: GNN, tmp_path: Path, 
         assert found["test"]["accuracy"] == float((expected[nodes].argmax(1) == numbered.labels[nodes]).double().mean())
     with pytest.raises(TypeError, match="labels in memory"):
         pickle.dumps(numbered.with_classes(torch.arange(2), 3))
+
+
+NUMBERS = [10, 20, 40]
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_labels_that_were_numbers_are_given_as_they_were(model: GNN, tmp_path: Path, is_kept: bool) -> None:
+    """Numbers with gaps are classes without: what is written is the user's number, not the class's."""
+    options = Provenance(options={"label_names": NUMBERS})
+    graph = write_store(tmp_path / "graph", provenance=options)
+    said = {"label_names": json.dumps(NUMBERS)} if is_kept else None
+    run = write_run(tmp_path / "run", str(graph.path), model, said)
+    predict_run(run, tmp_path / "out.parquet", probabilities=True)
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table.column_names == ["node_id", "class", "probability", "probabilities"]
+    assert table.schema.field("class").type == pa.int64()
+    places = expected_shares(graph, model).argmax(dim=1).tolist()
+    assert table["class"].to_pylist() == [NUMBERS[k] for k in places]
+    assert json.loads(table.schema.metadata[b"dngd.class_names"]) == NUMBERS
+    found = table["probabilities"].to_pylist()
+    assert [NUMBERS[max(range(CLASSES), key=row.__getitem__)] for row in found] == table["class"].to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("known", "here", "number"),
+    [
+        ([10, 20, 40], [20, 40], [1, 2]),
+        ([10, 20, 40], ["10", "40"], [0, 2]),
+        ([0, 2, 3], None, "has class '1' which the model"),
+        ([1, 2, 3], None, "has class '0' which the model"),
+        (None, [0, 2], [0, 2]),
+        (None, [1, 3], "has class '3' which the model"),
+    ],
+)
+def test_numbers_of_another_graph_are_those_that_the_model_learnt(
+    model: GNN, tmp_path: Path, known: list[int] | None, here: list[Any] | None, number: list[int] | str
+) -> None:
+    """None: class numbers from 0. number: the model's class for each of the graph's, or what is refused."""
+    own = named(tmp_path / "own", torch.arange(N) % CLASSES, known or [])
+    other = named(tmp_path / "other", torch.arange(N) % 2, here or [])
+    run = write_run(
+        tmp_path / "run", str(own.path), model, None if known is None else {"label_names": json.dumps(known)}
+    )
+    if isinstance(number, str):
+        with pytest.raises(UserError, match=number):
+            evaluate_run(run, dataset=str(other.path))
+        return
+    nodes = other.split("masks").test
+    labels = torch.tensor(number)[other.labels[nodes]]
+    right = (dense_forward(other, model)[nodes].argmax(dim=1) == labels).double().mean()
+    assert evaluate_run(run, dataset=str(other.path))["test"]["accuracy"] == float(right)
+
+
+def test_several_labels_are_named(model: GNN, tmp_path: Path) -> None:
+    bits = torch.tensor([[0, 0, 1], [1, 1, 0], [1, 0, 1]])
+    graph = named(tmp_path / "graph", bits[torch.arange(N) % 3], NAMES)
+    said = {"labels": "several", "label_names": json.dumps(NAMES)}
+    run = write_run(tmp_path / "run", str(graph.path), model, said)
+    predict_run(run, tmp_path / "out.parquet")
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table.column_names == ["node_id", "classes", "class_names"]
+    found = dense_forward(graph, model) > 0
+    assert table["classes"].to_pylist() == [row.nonzero()[:, 0].tolist() for row in found]
+    assert table["class_names"].to_pylist() == [[NAMES[k] for k in row.nonzero()[:, 0].tolist()] for row in found]
+    assert found.any()
+    assert not found.all()
+    # The same labels in columns of another order, and not all of them.
+    order = [2, 0, 1]
+    turned = named(tmp_path / "turned", graph.labels[:, order], [NAMES[k] for k in order])
+    assert evaluate_run(run, dataset=str(turned.path)) == evaluate_run(run)
+    fewer = named(tmp_path / "fewer", graph.labels[:, :2], NAMES[:2])
+    with pytest.raises(UserError, match=r"does not tell label 'birds' of its nodes.* all of cats, dogs, birds, or no"):
+        evaluate_run(run, dataset=str(fewer.path))
+    # Without names, as before there were any.
+    plain = named(tmp_path / "plain", graph.labels, [])
+    old = write_run(tmp_path / "old", str(plain.path), model, {"labels": "several"})
+    predict_run(old, tmp_path / "old.parquet")
+    assert pq.read_table(tmp_path / "old.parquet").column_names == ["node_id", "classes"]
 
 
 def test_classes_that_the_model_does_not_know_are_refused(model: GNN, tmp_path: Path) -> None:
