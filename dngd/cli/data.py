@@ -134,7 +134,11 @@ def columns_text(columns: dict[str, Any], num_features: int) -> str:
     lines = []
     if "id" in columns:
         labels, split, features = columns["label"], columns["split"], columns["features"]
-        lines += [f"id: {columns['id']}", f"label: {_some(labels)}", f"split: {_some(split)}"]
+        lines += [
+            f"id: {columns['id']}",
+            f"label: {_some(labels) if labels else 'none (--label-column gives one)'}",
+            f"split: {_some(split)}",
+        ]
         is_list = len(features) == 1 < num_features
         lines.append(
             f"features: {features[0]}, a list of {num_features}"

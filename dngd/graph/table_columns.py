@@ -149,7 +149,8 @@ def node_columns(table: Table, names: TableColumns) -> NodeColumns:
             f"{table.shown} tells its split twice, by {split!r} and {', '.join(masks.values())}; choose by "
             f"--split-column {split}, or leave it out by --ignore-column {split}"
         )
-    features, is_list = _features(table, names, {*taken, label, split, *mask_forms})
+    has_label = label is not None or bool(labels)
+    features, is_list = _features(table, names, {*taken, label, split, *mask_forms}, has_label=has_label)
     for usual, used in (("label", label), ("split", split)):
         if usual in features and usual not in names.features and used is not None:
             raise UserError(
@@ -162,7 +163,8 @@ def node_columns(table: Table, names: TableColumns) -> NodeColumns:
         table,
         [label],
         (*_NUMBERS, "string", "list"),
-        "a label is a class number or name, one for each node, or a list of 0 and 1",
+        "a label is a number or name, one for each node, or a list of 0 and 1: cast it, to a string say, or choose "
+        "another by --label-column",
     )
     _expect(table, labels, _NUMBERS, "of several labels a node each column holds 0 and 1")
     _expect(table, [split], ("string",), "a split is train, val or test")
@@ -176,7 +178,8 @@ def node_columns(table: Table, names: TableColumns) -> NodeColumns:
         )
     if label is not None and "list" in label_kinds:
         _expect(table, [label], ("list", "empty"), "labels are one list of 0 and 1 in each file, or a number in each")
-        _expect_list_of_numbers(table, label, "labels are lists of 0 and 1")
+        rule = "labels are lists of 0 and 1, one entry a class: make it so, or a column of 0 and 1 for each class"
+        _expect_list_of_numbers(table, label, rule + " (--label-columns)")
     used = {names.id, label, *labels, split, *masks.values(), *features}
     return NodeColumns(
         id=names.id,
@@ -315,7 +318,7 @@ def _label_columns(table: Table, names: TableColumns, ignored: set[str]) -> list
     return labels
 
 
-def _features(table: Table, names: TableColumns, taken: set[str | None]) -> tuple[list[str], bool]:
+def _features(table: Table, names: TableColumns, taken: set[str | None], *, has_label: bool) -> tuple[list[str], bool]:
     schemas = [schema for _, schema in _typed(table)]
     chosen = list(names.features)
     _refuse_repeated(chosen, "--feature-column")
@@ -325,7 +328,7 @@ def _features(table: Table, names: TableColumns, taken: set[str | None]) -> tupl
         _need(table, name, "--feature-column")
     if len(chosen) == 1 and "list" in _kinds(table, chosen[0]):
         _expect(table, chosen, ("list", "empty"), "features are one list in each file, or numbers in each")
-        _expect_list_of_numbers(table, chosen[0], "features are lists of numbers")
+        _expect_list_of_numbers(table, chosen[0], "features are lists of numbers: cast it")
         return chosen, True
     if not chosen:
         chosen = [name for name in (schemas[0].names if schemas else []) if name not in taken]
@@ -343,12 +346,15 @@ def _features(table: Table, names: TableColumns, taken: set[str | None]) -> tupl
                     f"{file.shown} has the column {extra[0]!r} that {table.files[0].shown} lacks; give all files the "
                     "same columns, or choose the features by --feature-column"
                 )
-    _expect_numbers(table, chosen, is_chosen=bool(names.features))
+    _expect_numbers(table, chosen, is_chosen=bool(names.features), has_label=has_label)
     return chosen, False
 
 
-def _expect_numbers(table: Table, features: list[str], *, is_chosen: bool) -> None:
-    """Raise UserError if feature columns hold something else. is_chosen: they were given by --feature-column."""
+def _expect_numbers(table: Table, features: list[str], *, is_chosen: bool, has_label: bool) -> None:
+    """Raise UserError if feature columns hold something else. is_chosen: they were given by --feature-column.
+
+    has_label: another column is the label, so that none of these is it.
+    """
     for file, schema in _typed(table):
         types = {name: schema.field(name).type for name in features}
         for name, arrow_type in types.items():
@@ -360,13 +366,20 @@ def _expect_numbers(table: Table, features: list[str], *, is_chosen: bool) -> No
         flags = " ".join(f"--ignore-column {shlex.quote(name)}" for name in wrong[:_NUM_LISTED])
         if is_chosen:
             raise UserError(f"{first}: cast it, or leave it out of --feature-column")
+        lists = [name for name in wrong if kind_of(types[name]) == "list"]
+        fix = "choose the features by --feature-column"
+        if lists:
+            fix = f"take a list alone as features by --feature-column {shlex.quote(lists[0])}"
+        if not has_label:
+            fix += ", and the label by --label-column if it is among them"
         if len(wrong) == 1:
-            raise UserError(f"{first}: leave the column out by {flags}, or choose the features by --feature-column")
+            fix = fix.replace("among them", "this one")
+            raise UserError(f"{first}: leave the column out by {flags}, or {fix}")
         shown = ", ".join(f"{name!r} ({types[name]})" for name in wrong[:_NUM_LISTED])
         more = f" and {len(wrong) - _NUM_LISTED} more" if len(wrong) > _NUM_LISTED else ""
         raise UserError(
             f"columns {shown}{more} of {file.shown} hold no numbers, as features are: leave them out by {flags}, or "
-            "choose the features by --feature-column"
+            f"{fix}"
         )
 
 
@@ -377,7 +390,7 @@ def _expect_list_of_numbers(table: Table, name: str, rule: str) -> None:
         if kind_of(arrow_type) == "empty":
             continue
         if kind_of(arrow_type.value_type) not in _NUMBERS:
-            raise UserError(f"column {name!r} of {file.shown} has type {arrow_type}; {rule}: cast it")
+            raise UserError(f"column {name!r} of {file.shown} has type {arrow_type}; {rule}")
         if getattr(arrow_type, "list_size", None) is not None:
             widths.setdefault(arrow_type.list_size, file)
     if len(widths) > 1:

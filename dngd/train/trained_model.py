@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,8 +148,9 @@ def open_graph(trained: TrainedModel, dataset: str | None = None, data_root: Pat
 
     dataset, data_root: as for training; None: the run's own, which has to be the very graph. A graph with fewer
     classes than the model's, or without labels, fits. Where both have names of the classes, or one has numbers for
-    names and the other class numbers, the graph's are numbered as the model's are, by name. Raises UserError if there is no such graph, if it is not the run's own where that is
-    asked for, or if its features or classes are not the model's.
+    names and the other class numbers, the graph's are numbered as the model's are, by name. Raises
+    UserError if there is no such graph, if it is not the run's own where that is asked for, or if its features or
+    classes are not the model's.
     """
     config = trained.config
     name = config.dataset if dataset is None else dataset

@@ -564,8 +564,14 @@ def test_all_columns_that_are_no_numbers_are_named_at_once(tmp_path: Path) -> No
     assert str(refused.value) == (
         f"columns 'city' (string), 'day' (date32[day]), 'two words' (string) of {tmp_path}/nodes.csv hold no numbers, "
         "as features are: leave them out by --ignore-column city --ignore-column day --ignore-column 'two words', or "
-        "choose the features by --feature-column"
+        "choose the features by --feature-column, and the label by --label-column if it is among them"
     )
+    lists = node_table([1, 2], label=[0, 1], city=["Rome", "Oslo"], emb=np.ones((2, 2)))
+    with pytest.raises(UserError, match=r"or take a list alone as features by --feature-column emb$"):
+        import_tables(small_set(tmp_path / "lists", lists), tmp_path / "out")
+    topic = node_table([1, 2], topic=["a", "b"])
+    with pytest.raises(UserError, match=r"--feature-column, and the label by --label-column if it is this one$"):
+        import_tables(small_set(tmp_path / "topic", topic), tmp_path / "out")
     with pytest.raises(UserError, match=r"the first at node 1 column 'x'; replace .* \(missing ones by the column's"):
         import_csv(tmp_path, nodes, ignore=["city", "day", "two words"])
 
@@ -735,11 +741,11 @@ NAN = float("nan")
         (node_table(NODES, x=[1.0, NAN, None, np.inf]), None, "3 NaN or infinite values.* node 1 column 'x', node 2"),
         (node_table(NODES, label=[0.5, 1, 1, 1]), None, "label 0.5 in row 0 .* is no whole number"),
         (node_table(NODES, label=[0, -2, 1, 1]), None, "label -2 of node 1 is out of range"),
-        (node_table(NODES, label=[["a"], ["b"], ["a"], ["b"]]), None, "labels are lists of 0 and 1: cast it"),
+        (node_table(NODES, label=[["a"], ["b"], ["a"], ["b"]]), None, "labels are lists of 0 and 1, one entry a class"),
         (node_table(NODES, label=[[0, 1], [1, 2], [3, 0], None]), None, r"'label' .* has 2 in row 1 \(2 such values"),
         (node_table(NODES, label=[[0, 1], [1], [3, 0, 1], None]), None, r"has 1 labels in row 1 but 2 .*\(2 such rows"),
         (node_table(NODES, label=[[1, 1], None, [None, 0], [0, 0]]), None, "has no label in row 2, where others have"),
-        (node_table(NODES, label=pa.array([0, 1, 0, 1], pa.date32())), None, "a label is a class number or name"),
+        (node_table(NODES, label=pa.array([0, 1, 0, 1], pa.date32())), None, "a label is a number or name.*string say"),
         (node_table(NODES, split=["train", "test", "dev", "val"]), None, "split 'dev' in row 2 .* is not known"),
         (node_table(NODES, split=["val", "test", "", None]), None, "a split without training nodes"),
         (node_table(NODES, split=["train"] + ["val"] * 3, label=[-1, 0, 1, 0]), None, "none of them has a label"),
