@@ -180,7 +180,7 @@ def node_columns(table: Table, names: TableColumns) -> NodeColumns:
         _expect(table, [label], ("list", "empty"), "labels are one list of 0 and 1 in each file, or a number in each")
         rule = "labels are lists of 0 and 1, one entry a class: make it so, or a column of 0 and 1 for each class"
         _expect_list_of_numbers(table, label, rule + " (--label-columns)")
-    used = {names.id, label, *labels, split, *masks.values(), *features}
+    in_use = {names.id, label, *labels, split, *masks.values(), *features}
     return NodeColumns(
         id=names.id,
         label=label,
@@ -192,7 +192,7 @@ def node_columns(table: Table, names: TableColumns) -> NodeColumns:
         masks=masks,
         features=features,
         is_list=is_list,
-        left_out={name: _reason(name, names, features, split) for name in _names(table) if name not in used},
+        left_out={name: _reason(name, names, features, split) for name in _names(table) if name not in in_use},
     )
 
 

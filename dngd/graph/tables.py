@@ -263,6 +263,7 @@ def _edge_batches(plan: _Plan) -> Iterator[tuple[Any, Any, npt.NDArray[Any] | No
 
 
 def _build(plan: _Plan, ids: NodeIds, values: NodeValues | None, out: str | Path, options: ImportOptions) -> GraphStore:
+    label_names: Sequence[str | int] | None
     labels, label_names = (None, None) if values is None else values.labels()
     masks = None if values is None else values.masks()
     classes = num_classes = None

@@ -346,8 +346,9 @@ def _batch(ids: Tensor, logits: Tensor, store: GraphStore, schema: pa.Schema, na
         places = pa.array(classes.numpy())
         if "class_name" in schema.names and names is not None:
             columns["class_name"] = names.take(places)
-        is_number = names is not None and pa.types.is_integer(names.type)
-        columns["class"] = names.take(places) if is_number else places
+        columns["class"] = places
+        if names is not None and pa.types.is_integer(names.type):
+            columns["class"] = names.take(places)
         columns["probability"] = pa.array(shares.gather(1, classes[:, None])[:, 0].numpy())
     if "probabilities" in schema.names:
         columns["probabilities"] = _lists(shares)
