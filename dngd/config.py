@@ -38,6 +38,9 @@ KL_BOUND = 0.1
 KL_CLIP = 3e-2
 """κ where it is left open and steps are not measured."""
 
+BATCH_SIZE = 1024
+"""The default, which stands for fewer where there are fewer to train on."""
+
 MOST_SEEDS_EMPIRICAL = 1024
 """Seeds a shard up to which the empirical Fisher is the default."""
 
@@ -179,7 +182,7 @@ class TrainConfig(_Section):
     num_layers: int = Field(3, ge=1, le=16, description="number of graph layers", json_schema_extra=IDENTITY)
     fanout: tuple[Annotated[int, Field(le=MOST_COUNT)], ...] | None = Field(None, description="neighbours drawn per layer, input side first, -1 for all; null: 15,10,5 cut or repeated to num_layers, or with batch_size full all", json_schema_extra=IDENTITY)
     dropout: float = Field(0.5, ge=0, lt=1, description="between layers", json_schema_extra=IDENTITY)
-    batch_size: Annotated[int, Field(le=MOST_COUNT)] | Literal["full"] = Field(1024, description="seeds a shard and step, training nodes or links; full: all training nodes in one step, all neighbours unless fanout says otherwise", json_schema_extra=IDENTITY)
+    batch_size: Annotated[int, Field(le=MOST_COUNT)] | Literal["full"] = Field(BATCH_SIZE, description=f"seeds a shard and step, training nodes or links ({BATCH_SIZE} stands for all of them, over the shards, where there are fewer); full: all training nodes in one step, all neighbours unless fanout says otherwise", json_schema_extra=IDENTITY)
     semi: Literal["none", "two_means", "pooled"] = Field("none", description="loss of the nodes outside the training set, their own prediction as label, weight λ_u = semi_weight·(epoch/epochs)^semi_gamma; two_means: mean(labelled) + λ_u·mean(others); pooled: one weighted mean", json_schema_extra=IDENTITY)
     semi_gamma: float = Field(1.0, gt=0, le=LARGEST, description="γ of λ_u, a number above 0; larger keeps the others out longer", json_schema_extra=IDENTITY)
     semi_weight: float = Field(1.0, gt=0, le=LARGEST, description="λ_u in the last epoch", json_schema_extra=IDENTITY)

@@ -126,6 +126,11 @@ class TrainingLoop:
         self.shape = shape_of(config, self.store)
         self.model: nn.Module = make_module(config, self.parts, self.shape)
         self.plan = make_plan(config, self.store, self.split, None if isinstance(self.model, GNN) else self.model)
+        if self.plan.takes_fewer_seeds(config):
+            reporter.message(
+                f"there are fewer {config.task}s to train on than the default batch_size, {config.batch_size}: a step "
+                f"takes all of them, {self.plan.labelled} a shard"
+            )
         self.plan, config = with_samplers(self.plan, config, workers_here)
         self.config = config
         check_fits(self.plan, config, workers_here, is_worker=True)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dngd.comm.gradients import TRAILING
-from dngd.config import TrainConfig
+from dngd.config import BATCH_SIZE, TrainConfig
 from dngd.errors import UserError
 from dngd.graph import GraphStore, LinkSplit
 from dngd.models import MODELS
@@ -106,6 +106,12 @@ class RunPlan:
             "total_steps": self.total_steps,
         }
 
+    def takes_fewer_seeds(self, config: TrainConfig) -> bool:
+        """Whether a shard has fewer seeds than the configured number, see batch_size_of."""
+        if config.batch_size == "full":
+            return False
+        return self.labelled < config.batch_size - config.unlabelled_of(config.batch_size)
+
     @property
     def labelled(self) -> int:
         """Most training nodes of a shard and step."""
@@ -139,10 +145,10 @@ class RunPlan:
 
 
 def batch_size_of(config: TrainConfig, num_train: int) -> int:
-    """Return the training nodes a shard and step: the configured number without its unlabelled seeds, or for "full"
-    all of them over the shards.
+    """Return the training nodes a shard and step: the configured number without its unlabelled seeds, or for "full",
+    and for the default number where there are fewer, all of them over the shards.
 
-    Raises UserError for a global batch larger than the training set, or for more shards than it has nodes.
+    Raises UserError for another number that is larger than the training set, or for more shards than it has nodes.
     """
     if config.batch_size == "full":
         if config.shards > num_train:
@@ -154,6 +160,8 @@ def batch_size_of(config: TrainConfig, num_train: int) -> int:
     assert isinstance(config.batch_size, int)
     labelled = config.batch_size - config.unlabelled_of(config.batch_size)
     if labelled * config.shards > num_train:
+        if config.batch_size == BATCH_SIZE and config.shards <= num_train:
+            return math.ceil(num_train / config.shards)
         share = 1.0 if config.semi == "none" else 1 - config.semi_share
         largest = math.floor(num_train // config.shards / share)
         fix = f"use --batch-size {largest} or less" if largest else "use fewer shards"
@@ -171,7 +179,7 @@ def make_plan(config: TrainConfig, store: GraphStore, split: TaskSplit, module: 
     """Return the plan of a run. store: the whole graph. module: of one's own, whose activations are taken for those of
     `hidden` wide layers.
 
-    Raises UserError for a batch larger than the training set, a semi-supervised loss without unlabelled nodes, a
+    Raises UserError for a batch_size larger than the training set, a semi-supervised loss without unlabelled nodes, a
     loss that the graph's labels do not allow, or edge weights beyond 32-bit floats.
     """
     make_objective(config, store, split.train)

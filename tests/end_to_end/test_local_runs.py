@@ -21,6 +21,7 @@ from dngd.optim import KLTrustRegion, NaturalGradient, value_at
 from dngd.train import checkpoint
 from dngd.train.evaluate_run import evaluate_run
 from dngd.train.metrics import read_metrics
+from dngd.train.progress import SilentReporter
 
 RESULT_KEYS = {
     "best_val_accuracy",
@@ -164,6 +165,35 @@ def test_two_runs_of_one_seed_are_bitwise_the_same(store: GraphStore, tmp_path: 
     assert models[0] == models[1] == models[2]
     other = fit(config(store, tmp_path / "other", seed=1, num_workers=2, batch_size=20))
     assert curve(other) != curve(runs[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "seeds_a_shard"), [({}, 240), ({"num_workers": 7}, 35), ({"semi": "two_means"}, 240 + 360)]
+)
+def test_the_default_batch_size_fits_any_graph(
+    store: GraphStore, tmp_path: Path, changes: dict[str, Any], seeds_a_shard: int
+) -> None:
+    """Of 240 training nodes a step takes all, one step an epoch, and says so; of others' numbers that is asked for.
+
+    Seven shards of them hold 34 or 35 nodes; semi-supervised steps take the 360 nodes without a label, too.
+    """
+    fields = config(store, tmp_path / "default").model_dump(exclude_unset=True) | changes
+    del fields["batch_size"]
+    said: list[str] = []
+
+    class Told(SilentReporter):
+        def message(self, text: str) -> None:
+            said.append(text)
+
+    result = dngd.Trainer(dngd.TrainConfig(**fields), reporter=Told()).fit()
+    assert result.resolved["batch_size"] == seeds_a_shard
+    assert result.resolved["steps_per_epoch"] == 1
+    assert any("fewer nodes to train on than the default batch_size, 1024: a step takes all" in text for text in said)
+    if not changes:
+        given = fit(config(store, tmp_path / "given", batch_size=240))
+        assert curve(given) == curve(result)
+    resumed = dngd.Trainer(dngd.TrainConfig(**(fields | {"epochs": 3, "resume": True})), quiet=True).fit()
+    assert curve(resumed) == curve(result)
 
 
 def test_the_callers_random_state_is_kept(store: GraphStore, tmp_path: Path) -> None:
