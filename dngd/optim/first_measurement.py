@@ -53,12 +53,12 @@ def check_first_measurement(
 def rows_instead_of_seeds(
     layers: Mapping[str, CurvatureLayer], most_rows: int, num_samples: float, device: torch.device
 ) -> float:
-    """Return at how many rows the loss has a gradient, of the layer with most, if num_samples is more; else 0.
+    """Return at how many rows the loss has a gradient, of the layer with most, if num_samples is all rows; else 0.
 
     It then counts rows that are no seeds, a sampled batch's nodes, say: each seed has a row of the last layer.
-    most_rows: rows of the call with most, reached or not. More samples than these may be pairs of rows, and are let be.
+    most_rows: rows of the call with most, reached or not. Other numbers above those reached may be of pairs of rows.
     """
-    if not 0 < num_samples <= most_rows:
+    if num_samples == 0 or num_samples != most_rows:
         return 0.0
     counts = [layer.pending.counts[0].to(device) for layer in layers.values() if layer.pending is not None]
     reached = max(read_together(counts), default=0.0)

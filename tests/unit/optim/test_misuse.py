@@ -667,11 +667,11 @@ def first_step_of_a_sampled_loop(
 
 @pytest.mark.parametrize("kind", ["natural_gradient", "preconditioner", "monte_carlo"])
 def test_a_batchs_nodes_instead_of_its_seeds_are_said(kind: str) -> None:
-    """Once, and not where num_samples is that of the seeds, or of pairs of rows."""
+    """Once, and not where num_samples is that of the seeds, or may be that of pairs of rows."""
     with pytest.warns(UserWarning, match=r"num_samples=200\), but the loss has a gradient at \d\d rows") as caught:
         first_step_of_a_sampled_loop(200, kind=kind)
     assert len(caught) == 1
-    for right in (20, 10, 1000):
+    for right in (20, 10, 150, 1000):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             first_step_of_a_sampled_loop(right, kind=kind)
