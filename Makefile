@@ -21,6 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench,ogb]'
 	@touch $(STAMP)
+	@echo 'dngd is installed in $(VENV); in a shell: . $(BIN)/activate'
 
 demo: setup
 	$(BIN)/dngd train --config examples/products_mini.yaml

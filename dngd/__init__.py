@@ -60,6 +60,8 @@ def __getattr__(name: str) -> Any:
     # Lazy: `import dngd.optim` in a user's own loop should not load DGL.
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in ("graph", "optim"):
+        return importlib.import_module(f"dngd.{name}")
     raise AttributeError(f"module 'dngd' has no attribute {name!r}")
 
 

@@ -228,6 +228,8 @@ class TrainConfig(_Section):
     @field_validator("dataset", mode="before")
     @classmethod
     def _dataset_text(cls, value: object) -> object:
+        if hasattr(value, "edge_index"):
+            raise ValueError(f"dataset is a {type(value).__name__} object, and a path or name is wanted; write it as a store: dngd.graph.import_pyg(data, 'my.store'), then dataset='my.store'")
         return str(value) if isinstance(value, Path) else value
 
     @field_validator("dataset", mode="after")

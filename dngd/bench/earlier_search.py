@@ -19,6 +19,8 @@ from dngd.errors import UserError
 
 SAME_GRAPH = ("digest", "num_nodes", "num_edges", "num_features", "num_classes", "split", "split_sizes")
 
+SHARED = ("max_steps", "lr_schedule", "warmup_steps", "lr_half_steps", "average_share", "momentum")
+
 
 class EarlierSearch:
     """What an earlier result found for each graph and model. path: the file.
@@ -46,6 +48,8 @@ class EarlierSearch:
                 "had them"
             )
         wanted = {name: described[name] for name in ALIKE} | {"grid": described["grid"]}
+        # What baselines share with K-FAC, where the file says so: they were tuned with it.
+        wanted |= {name: described[name] for name in SHARED if name in theirs}
         for name, value in wanted.items():
             if theirs.get(name) != value:
                 raise UserError(
@@ -83,7 +87,8 @@ def finalists_of(panel: Mapping[str, Any], protocol: Protocol) -> tuple[list[Set
             continue
         note = label.partition(f"{own['optimizer']} lr={own['lr']:g} ")[2]
         setting = Setting(own["group"], own["optimizer"], own["lr"], own["overrides"], note)
-        assert setting.label == label, "labels are made of these"
+        if setting.label != label:
+            raise UserError(f"a setting is called {label!r}, not {setting.label!r}; search anew")
         settings.append(setting)
         found = []
         if own["lr"] in (min(protocol.rates[own["optimizer"]]), max(protocol.rates[own["optimizer"]])):

@@ -189,5 +189,8 @@ def _not_found(text: str, root: Path | None, candidates: list[Path]) -> str:
     fix = f"give one of them, or the path of a store folder or .npz file, or set --data-root or {DATA_VARIABLE}"
     wrong = candidates[0]
     if wrong.exists() and not _is_graph(wrong):
-        fix = f"{wrong} exists but is no graph store, .npz file or Planetoid folder; {fix}"
+        fix = (
+            f"{wrong} exists but is no graph store, .npz file or Planetoid folder; {fix}, or make a store of it: "
+            "dngd data import --help"
+        )
     return f"dataset {text!r} was not found at {', '.join(places)}; {guess}what exists: {', '.join(ordered)}; {fix}"

@@ -183,7 +183,8 @@ class Trainer:
     def best_model(self) -> nn.Module:
         """Return the module with the weights of the best evaluation, on the CPU and in evaluation mode.
 
-        A model of PyG normalises by itself again: on a whole graph, model(x, edge_index) gives what dngd does. Raises
+        A model of PyG normalises by itself again: on a whole graph, model(x, edge_index) gives what dngd
+        does, but where self loops were kept, which PyG counts as those that it would add. Raises
         UserError if there is no run with a model.
         """
         model = load_trained(self._run_folder(), self._parts).model

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NoReturn, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -94,6 +94,10 @@ class LayerEdges:
             yield self.edge_weight
 
 
+OF_DATA = ("edge_index", "edge_weight", "edge_attr", "adj_t", "y", "batch")
+"""What a module over PyG's Data objects looks for."""
+
+
 @dataclass(frozen=True)
 class GraphBatch:
     """A mini-batch, or a whole graph's batch, for a module.
@@ -107,6 +111,14 @@ class GraphBatch:
     layers: tuple[LayerEdges, ...]
     nodes: Tensor
     seeds: Tensor
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in OF_DATA:
+            raise AttributeError(
+                f"a GraphBatch has no {name}: it has a set of edges for each layer (batch.layers); a model of PyG's "
+                "that takes a Data object is to take forward(x, edge_index)"
+            )
+        raise AttributeError(f"a GraphBatch has no {name}")
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield all tensors that lie on the device."""

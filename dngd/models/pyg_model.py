@@ -19,6 +19,10 @@ EDGE_NAMES = ("edge_index", "adj_t", "adj", "edges")
 """What a model's second argument is called where it takes a graph."""
 
 
+TOLERANCE = 1e-3
+"""Of the largest output, by which rounding may differ."""
+
+
 class PyGModel(nn.Module):
     """A model of PyG, `model(x, edge_index)`, as a module over GraphBatch; Trainer makes one by itself.
 
@@ -89,11 +93,16 @@ class PyGModel(nn.Module):
         return copied.model
 
     @torch.no_grad()
-    def check_reach(self, num_features: int, num_layers: int) -> None:
+    def check(self, num_features: int, num_layers: int) -> None:
+        """Raise UserError, or warn, if what the seeds' outputs depend on is not in a batch; see the two checks."""
+        if not self._check_reach(num_features, num_layers):
+            self._check_alike(num_features, num_layers)
+
+    def _check_reach(self, num_features: int, num_layers: int) -> bool:
         """Raise UserError if an output depends on nodes that are more than num_layers edges away, and warn if it
         depends on nodes that no path leads to: on a path of nodes, those far away are made NaN.
 
-        A model that cannot run on that path is not judged.
+        Returns whether it warned. A model that cannot run on that path is not judged.
         """
         length = num_layers + 17
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
@@ -120,7 +129,7 @@ class PyGModel(nn.Module):
         try:
             self.eval()
             if reaches(slice(0, 0)):
-                return
+                return False
             hops = num_layers
             is_global = reaches(slice(length, None))
             while not is_global and hops + 1 < length and reaches(slice(hops + 1, length)):
@@ -128,7 +137,7 @@ class PyGModel(nn.Module):
         except UserError:
             raise
         except Exception:
-            return
+            return False
         finally:
             for module, mode in modes.items():
                 module.training = mode
@@ -144,6 +153,42 @@ class PyGModel(nn.Module):
             raise UserError(
                 f"an output of {name} depends on nodes {beyond} edges away, and num_layers={num_layers} samples no "
                 f"further than that; use num_layers={hops}, with a fanout for each, or a shallower model"
+            )
+        return is_global
+
+    def _check_alike(self, num_features: int, num_layers: int) -> None:
+        """Warn if the seeds' outputs, from all in-neighbours up to num_layers away, are not those of the model alone on
+        the whole graph: on a small directed one, in evaluation mode.
+
+        So it is with degrees that the model counts by itself, out-edges, and numbers of nodes. A model that cannot
+        run on that graph, or gives something else each time, is not judged.
+        """
+        if any(parameter.device.type != "cpu" for parameter in self.model.parameters()):
+            return
+        batch, x, edge_index = small_batch(num_features, num_layers, weighted=self._wants_weight)
+        weight = {"edge_weight": torch.ones(edge_index.shape[1])} if self._wants_weight else {}
+        modes = {module: module.training for module in self.modules()}
+        try:
+            with torch.random.fork_rng(devices=[]):
+                alone = self.plain().eval()
+                wanted, again = (alone(x, edge_index, **weight)[batch.seeds] for _ in range(2))
+                found = self.eval()(batch)
+            if not torch.equal(wanted, again) or found.shape != wanted.shape or not bool(wanted.isfinite().all()):
+                return
+        except Exception:
+            return
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        scale = float(wanted.abs().max())
+        share = float((found - wanted).abs().max()) / scale if scale else 0.0
+        if share > TOLERANCE:
+            warnings.warn(
+                f"{type(self.model).__name__} gives other outputs on the in-neighbourhoods of some nodes than on the "
+                f"whole graph that they are of (by {share:.1%} on a small one): degrees that it counts by itself, "
+                "out-edges, or numbers of nodes or layers, which a mini-batch does not have. Predictions will not be "
+                "those of best_model() on the whole graph",
+                stacklevel=2,
             )
 
     def _run(self, x: Tensor, edges: LayerEdges, arguments: dict[str, Any]) -> Any:
@@ -240,3 +285,46 @@ def _without_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metad
 def _with_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
     for name in [name for name in state if name.startswith(prefix)]:
         state[prefix + PREFIX + name.removeprefix(prefix)] = state.pop(name)
+
+
+def small_batch(num_features: int, num_layers: int, *, weighted: bool) -> tuple[GraphBatch, Tensor, Tensor]:
+    """Return a few seeds' whole in-neighbourhoods in a directed graph of 60 nodes; that graph's rows and edges."""
+    num_nodes, num_seeds = 60, 4
+    generator = torch.Generator("cpu").manual_seed(0)
+    targets = torch.randint(num_nodes, (2 * num_nodes,), generator=generator)
+    sources = torch.randint(num_nodes, (2 * num_nodes,), generator=generator)
+    edge_index = torch.stack([sources, targets])[:, sources != targets]
+    edge_index = torch.unique(edge_index, dim=1)
+    sources, targets = edge_index
+    degrees = torch.bincount(targets, minlength=num_nodes)
+    nodes, layers = torch.arange(num_seeds), []
+    place = torch.full((num_nodes,), -1)
+    place[nodes] = nodes
+    for _ in range(num_layers):
+        num_dst = nodes.numel()
+        edges = ((place[targets] >= 0) & (place[targets] < num_dst)).nonzero()[:, 0]
+        new = torch.unique(sources[edges])
+        new = new[place[new] < 0]
+        place[new] = torch.arange(num_dst, num_dst + new.numel())
+        nodes = torch.cat([nodes, new])
+        local = torch.stack([place[sources[edges]], place[targets[edges]]])
+        local = local[:, local[1].argsort(stable=True)]
+        layers.append((local, num_dst))
+    made = tuple(
+        LayerEdges(
+            local,
+            num_src,
+            num_dst,
+            degrees[nodes[:num_src]],
+            degrees[nodes[:num_src]].float(),
+            torch.ones(local.shape[1]) if weighted else None,
+        )
+        for (local, num_dst), num_src in zip(reversed(layers), _sources(layers, nodes.numel()))
+    )
+    x = torch.randn(num_nodes, num_features, generator=generator)
+    return GraphBatch(x[nodes], made, nodes, nodes[:num_seeds]), x, edge_index
+
+
+def _sources(layers: list[tuple[Tensor, int]], num_nodes: int) -> list[int]:
+    """Return each layer's number of sources, input side first: the destinations of the one before it."""
+    return [num_nodes, *(num_dst for _, num_dst in reversed(layers[1:]))]

@@ -59,7 +59,8 @@ class WholeGraphNorm:
         given = {name: args[place] for name, place in places.items() if place < len(args)} | kwargs
         edge_index, edge_weight = given["edge_index"], given.get("edge_weight")
         num_rows = given["x"].size(conv.node_dim)
-        if self._edges is not None and _begins(self._edges.edge_index, edge_index, 1):
+        may_be = self._is_inside or bool(getattr(edge_index, "numel", lambda: 1)())  # no edges are the first of any
+        if may_be and self._edges is not None and _begins(self._edges.edge_index, edge_index, 1):
             is_known = edge_weight is None or _begins(self._edges.edge_weight, edge_weight, 0)
         else:
             is_known = False

@@ -73,8 +73,8 @@ class Capture:
         """How many of the records the last `observe` has seen; they stay for the outputs of another head."""
         self._num_lost = 0
         """How many records of forward passes that nobody observed are gone."""
-        self.most_rows = 0
-        """Of all calls of this step that were measured, those of the one with most, reached or not."""
+        self.seen: dict[str, Reach] | None = {}
+        """Rows of each layer in the first measured step; None once it was looked at."""
         self._calls = 0
         self._key = "0/0"
         self._draws: dict[str, int] = {}
@@ -85,7 +85,9 @@ class Capture:
         self.step, self.active = step, active
         self._records.clear()
         self._draws.clear()
-        self._num_observed = self._num_lost = self._calls = self.most_rows = 0
+        self._num_observed = self._num_lost = self._calls = 0
+        if self.seen is not None:
+            self.seen.clear()
         self._key, self._weight, self._row_samples = "0/0", 1.0, None
 
     def forget(self) -> None:
@@ -215,7 +217,8 @@ class Capture:
             samples = self._samples_of(layer, gradient)
             gradients = _merged_gradients(layer.gradients(payload, gradient), samples)
             reached = self._reached(gradients)
-            self.most_rows = max(self.most_rows, reached.numel())
+            if self.seen is not None:
+                self.seen[layer.name] = self.seen.get(layer.name, Reach()).with_call(reached)
             if with_inputs and samples is None and self._is_constant(layer, payload, gradients):
                 layer.add_constant_inputs(lambda positions: _rows(layer, payload, None, positions), reached)
                 with_inputs = False
@@ -280,6 +283,21 @@ class Capture:
                 f"{gradient.shape[0]} rows; give the sample (from 0) of each row of the layers before the pooling"
             )
         return _Samples(self._row_samples.to(gradient.device))
+
+
+class Reach(NamedTuple):
+    """Rows of a layer's calls, those of them that have a gradient, and whether these were a call's first ones each
+    time."""
+
+    num_rows: int = 0
+    num_reached: int = 0
+    are_first: bool = True
+
+    def with_call(self, reached: Tensor) -> Reach:
+        """Return the sums with one more call. reached: bool [r]; one host synchronisation."""
+        count = int(reached.sum())
+        are_first = self.are_first and (count == 0 or bool(reached[:count].all()))
+        return Reach(self.num_rows + reached.numel(), self.num_reached + count, are_first)
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,11 @@ def check_first_measurement(
 ) -> None:
     """Warn of a GradScaler that K-FAC was not told of, and of a num_samples that cannot be the loss's.
 
-    Before the pending rows are committed; one host synchronisation each, on `device`. Nothing can be said of the
-    paper's factors, nor of a scale where the loss is a sum: by now `.grad` may be a mean over other ranks' seeds, too.
+    Before the pending rows are committed; the first takes a host synchronisation, on `device`. Nothing can be said of
+    the paper's factors, nor of a scale where the loss is a sum: by now `.grad` may be a mean over others' seeds, too.
     """
-    if capture.variant != "dngd":
+    if capture.variant != "dngd" or capture.seen is None:
+        capture.seen = None
         return
     may_be_scaled = capture.fisher == "empirical" and capture.loss_scale is None and loss_reduction == "mean"
     if may_be_scaled and was_scaled(layers, device):
@@ -40,29 +41,31 @@ def check_first_measurement(
             "less than a thousandth, and a model at its optimum, look alike)",
             stacklevel=3,
         )
-    reached = rows_instead_of_seeds(layers, capture.most_rows, num_samples, device)
+    reached = rows_instead_of_seeds(capture, num_samples)
+    capture.seen = None
     if reached:
         warnings.warn(
-            f"step(num_samples={num_samples:.10g}), but the loss has a gradient at {reached:.10g} rows of a layer at "
-            "most; give the number of seeds that it averages over (of a batch of PyG's NeighborLoader: "
-            "batch.batch_size), or K-FAC takes its curvature for larger than it is",
+            f"step(num_samples={num_samples:.10g}), but the loss has a gradient at the first {reached} rows alone; "
+            "give the number of seeds that it averages over (of a batch of PyG's NeighborLoader: batch.batch_size), or "
+            "K-FAC takes its curvature for larger than it is",
             stacklevel=3,
         )
 
 
-def rows_instead_of_seeds(
-    layers: Mapping[str, CurvatureLayer], most_rows: int, num_samples: float, device: torch.device
-) -> float:
-    """Return at how many rows the loss has a gradient, of the layer with most, if num_samples is all rows; else 0.
+def rows_instead_of_seeds(capture: Capture, num_samples: float) -> int:
+    """Return at how many rows the loss has a gradient, if num_samples counts others too; else 0.
 
-    It then counts rows that are no seeds, a sampled batch's nodes, say: each seed has a row of the last layer.
-    most_rows: rows of the call with most, reached or not. Other numbers above those reached may be of pairs of rows.
+    As of a sampled batch, whose seeds are its first rows and a minority: the layer with fewest of them, which is the
+    last one, has a gradient at its first rows alone, and num_samples is all that it has. Zeros among the rows may be
+    those of a loss that is satisfied, and other numbers of samples those of pairs of rows: nothing is said of these.
     """
-    if num_samples == 0 or num_samples != most_rows:
-        return 0.0
-    counts = [layer.pending.counts[0].to(device) for layer in layers.values() if layer.pending is not None]
-    reached = max(read_together(counts), default=0.0)
-    return reached if reached < num_samples else 0.0
+    assert capture.seen is not None
+    layers = [reach for reach in capture.seen.values() if reach.num_reached]
+    if not layers:
+        return 0
+    last = min(layers, key=lambda reach: reach.num_reached)
+    is_doubtful = last.are_first and num_samples == last.num_rows and 2 * last.num_reached < num_samples
+    return last.num_reached if is_doubtful else 0
 
 
 def was_scaled(layers: Mapping[str, CurvatureLayer], device: torch.device) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -117,7 +118,7 @@ def make_module(config: TrainConfig, parts: RunParts, shape: GraphShape) -> nn.M
             dropout=config.dropout,
         )
     given = parts.module
-    module = copy.deepcopy(given) if isinstance(given, nn.Module) else given(shape)
+    module = copy.deepcopy(given) if isinstance(given, nn.Module) else _made(given, shape)
     if not isinstance(module, nn.Module):
         raise UserError(f"the module's factory returned a {type(module).__name__}; return a torch.nn.Module")
     parameters = dict(module.named_parameters())
@@ -132,7 +133,7 @@ def make_module(config: TrainConfig, parts: RunParts, shape: GraphShape) -> nn.M
     if takes_edges(module):
         module = WrappedModel(module)
     if isinstance(module, PyGModel):
-        module.check_reach(shape.num_features, config.num_layers)
+        module.check(shape.num_features, config.num_layers)
     for name, value in module.state_dict().items():
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             what = f"a tensor of layout {value.layout}" if isinstance(value, torch.Tensor) else type(value).__name__
@@ -141,6 +142,21 @@ def make_module(config: TrainConfig, parts: RunParts, shape: GraphShape) -> nn.M
                 "of the state (register_buffer(..., persistent=False)), or as dense tensors"
             )
     return module
+
+
+def _made(factory: ModuleFactory, shape: GraphShape) -> object:
+    """Return what a factory makes. Raises UserError for one, a class say, that is not called with a shape alone."""
+    try:
+        inspect.signature(factory).bind(shape)
+    except TypeError as error:
+        name = getattr(factory, "__name__", "factory")
+        raise UserError(
+            f"module={name} is called with the graph's shape alone: {error}; give a module, or a function such as "
+            f"lambda shape: {name}(shape.num_features, shape.num_classes)"
+        ) from None
+    except ValueError:
+        pass  # no signature can be told
+    return factory(shape)
 
 
 def check_outputs(outputs: object, num_seeds: int, width: int) -> None:

@@ -696,3 +696,21 @@ def test_a_state_that_no_checkpoint_can_hold_is_refused_at_once(store: GraphStor
     for module, words in ((Sparse, "adjacency in the module's .* layout torch.sparse_coo"), (Extra, "is dict")):
         with pytest.raises(UserError, match=words):
             trainer(store, tmp_path / "run", {"module": module}).fit()
+
+
+def test_a_class_in_place_of_a_module_is_told_what_is_wanted(store: GraphStore, tmp_path: Path) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self, width: int, classes: int) -> None:
+            super().__init__()
+
+    with pytest.raises(dngd.UserError, match=r"module=Net is called with the graph's shape alone.*lambda shape: Net\("):
+        dngd.Trainer(config(store, tmp_path / "run"), module=Net, quiet=True).fit()
+
+
+def test_a_data_object_in_place_of_a_dataset_is_told_what_is_wanted(tmp_path: Path) -> None:
+    from torch_geometric.data import Data
+
+    data = Data(x=torch.ones(3, 2), edge_index=torch.tensor([[0, 1], [1, 2]]), y=torch.tensor([0, 1, 0]))
+    with pytest.raises(dngd.UserError, match=r"dataset is a Data object.*dngd\.graph\.import_pyg"):
+        dngd.TrainConfig(dataset=data)
+    assert dngd.graph.import_pyg(data, tmp_path / "my.store").num_nodes == 3

@@ -18,6 +18,7 @@ import dngd
 from dngd.errors import UserError
 from dngd.graph import GraphStore
 from dngd.models.joined_layers import join_layers
+from dngd.models.pyg_model import small_batch
 from dngd.sampling.minibatch import BatchCoordinates, MiniBatch
 from dngd.sampling.sampler import NeighborSampler
 from dngd.train.module_batches import ModuleBatchBuilder
@@ -389,18 +390,86 @@ def test_a_model_must_not_reach_beyond_the_sample(kind: str) -> None:
     depth = 1 if kind == "cluster" else 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model.check_reach(WIDTH, depth)
-        model.check_reach(WIDTH, depth + 1)
+        model.check(WIDTH, depth)
+        model.check(WIDTH, depth + 1)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     if depth == 2:
         with pytest.raises(UserError, match="depends on nodes 2 edges away, and num_layers=1 samples no further"):
-            model.check_reach(WIDTH, 1)
+            model.check(WIDTH, 1)
 
 
 def test_nodes_of_the_whole_batch_are_warned_of() -> None:
     with pytest.raises(UserError, match="nodes 17 or more edges away"):
-        dngd.PyGModel(pyg.APPNP(40, 0.1)).check_reach(WIDTH, 1)
+        dngd.PyGModel(pyg.APPNP(40, 0.1)).check(WIDTH, 1)
     for norm in (pyg.GraphNorm(CLASSES), pyg.PairNorm(), nn.BatchNorm1d(CLASSES, track_running_stats=False)):
         with pytest.warns(UserWarning, match="depends on all nodes that it is run with"):
-            dngd.PyGModel(Global(norm)).check_reach(WIDTH, 1)
+            dngd.PyGModel(Global(norm)).check(WIDTH, 1)
+
+
+class CountsDegrees(nn.Module):
+    """GCN as tutorials write it: degrees of the edges that it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        source, target = edge_index
+        degree = torch.bincount(target, minlength=x.shape[0]).clamp_min(1).float()
+        weight = (degree[source] * degree[target]).rsqrt()
+        return self.lin(x + torch.zeros_like(x).index_add(0, target, x[source] * weight[:, None]))
+
+
+class OutEdges(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = pyg.SAGEConv(WIDTH, 2)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        out: Tensor = self.conv(x, edge_index.flip(0))
+        return out
+
+
+class HidesDepth(nn.Module):
+    """Two convolutions, of which a NaN far away is not to be seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([pyg.SAGEConv(WIDTH, WIDTH), pyg.SAGEConv(WIDTH, 2)])
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        x = self.convs[0](x.nan_to_num(), edge_index).relu()
+        out: Tensor = self.convs[1](x, edge_index)
+        return out
+
+
+@pytest.mark.parametrize("model", [CountsDegrees, OutEdges, HidesDepth])
+def test_what_no_batch_has_is_warned_of(model: type[nn.Module]) -> None:
+    """Its outputs differ from those on the whole graph, of which a batch has the seeds' in-neighbourhoods."""
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=f"{model.__name__} gives other outputs on the in-neighbourhoods") as caught:
+        dngd.PyGModel(model()).check(WIDTH, 1)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["GCN", "GraphSAGE", "GAT", "GIN", "PNA"])
+def test_ordinary_models_are_not_warned_of(kind: str, depth: int) -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"aggregators": ["mean", "max"], "scalers": ["identity"], "deg": torch.ones(4).long()}
+    made = getattr(pyg, kind)(WIDTH, 8, depth, 2, **(options if kind == "PNA" else {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for num_layers in (depth, depth + 1):
+            model = dngd.PyGModel(made)
+            model.check(WIDTH, num_layers)
+            made = model.plain()
+
+
+def test_a_data_object_is_asked_of_a_batch_with_the_fix() -> None:
+    batch, _, _ = small_batch(WIDTH, 1, weighted=False)
+    with pytest.raises(AttributeError, match=r"forward\(x, edge_index\)"):
+        _ = batch.edge_index
+    assert not hasattr(batch, "edge_index")
+    assert copy.deepcopy(batch).x.shape == batch.x.shape

@@ -668,7 +668,9 @@ def first_step_of_a_sampled_loop(
 @pytest.mark.parametrize("kind", ["natural_gradient", "preconditioner", "monte_carlo"])
 def test_a_batchs_nodes_instead_of_its_seeds_are_said(kind: str) -> None:
     """Once, and not where num_samples is that of the seeds, or may be that of pairs of rows."""
-    with pytest.warns(UserWarning, match=r"num_samples=200\), but the loss has a gradient at \d\d rows") as caught:
+    with pytest.warns(
+        UserWarning, match=r"num_samples=200\), but the loss has a gradient at the first 20 rows"
+    ) as caught:
         first_step_of_a_sampled_loop(200, kind=kind)
     assert len(caught) == 1
     for right in (20, 10, 150, 1000):
@@ -682,3 +684,26 @@ def test_rows_that_are_not_drawn_count_as_reached() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         first_step_of_a_sampled_loop(20, max_rows=5)
+
+
+def test_a_batch_norm_does_not_hide_that() -> None:
+    """It gives every row before it a gradient; the last layer has one at the seeds' rows."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double()
+    x, y = make_data(200)
+    pre = KFACPreconditioner(net)
+    F.cross_entropy(net(x)[:20], y[:20]).backward()
+    with pytest.warns(UserWarning, match="gradient at the first 20 rows"):
+        pre.step(num_samples=200)
+
+
+def test_rows_without_a_gradient_are_no_mistake() -> None:
+    """Of a loss that is satisfied at most rows, all of which it averages over."""
+    net = make_net()
+    x, _ = make_data(200)
+    wanted = torch.where(torch.arange(200) % 5 == 0, 100.0, -100.0).double()
+    pre = KFACPreconditioner(net)
+    F.relu(wanted - net(x)[:, 0]).mean().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pre.step(num_samples=200)
