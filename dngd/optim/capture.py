@@ -74,7 +74,7 @@ class Capture:
         self._num_lost = 0
         """How many records of forward passes that nobody observed are gone."""
         self.seen: dict[str, Reach] | None = {}
-        """Rows of each layer in the first measured step; None once it was looked at."""
+        """Rows of each layer in the first measured step; None after it."""
         self._calls = 0
         self._key = "0/0"
         self._draws: dict[str, int] = {}

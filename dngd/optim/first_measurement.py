@@ -30,8 +30,7 @@ def check_first_measurement(
     Before the pending rows are committed; the first takes a host synchronisation, on `device`. Nothing can be said of
     the paper's factors, nor of a scale where the loss is a sum: by now `.grad` may be a mean over others' seeds, too.
     """
-    if capture.variant != "dngd" or capture.seen is None:
-        capture.seen = None
+    if capture.variant != "dngd":
         return
     may_be_scaled = capture.fisher == "empirical" and capture.loss_scale is None and loss_reduction == "mean"
     if may_be_scaled and was_scaled(layers, device):
@@ -42,7 +41,6 @@ def check_first_measurement(
             stacklevel=3,
         )
     reached = rows_instead_of_seeds(capture, num_samples)
-    capture.seen = None
     if reached:
         warnings.warn(
             f"step(num_samples={num_samples:.10g}), but the loss has a gradient at the first {reached} rows alone; "
@@ -59,8 +57,7 @@ def rows_instead_of_seeds(capture: Capture, num_samples: float) -> int:
     last one, has a gradient at its first rows alone, and num_samples is all that it has. Zeros among the rows may be
     those of a loss that is satisfied, and other numbers of samples those of pairs of rows: nothing is said of these.
     """
-    assert capture.seen is not None
-    layers = [reach for reach in capture.seen.values() if reach.num_reached]
+    layers = [reach for reach in (capture.seen or {}).values() if reach.num_reached]
     if not layers:
         return 0
     last = min(layers, key=lambda reach: reach.num_reached)

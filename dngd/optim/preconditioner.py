@@ -437,6 +437,7 @@ class KFACPreconditioner:
             scale = 1.0 / max(num_samples, 1.0) if paper else float(num_samples)
         if not self.factor_steps:
             check_first_measurement(self.layers, self.capture, num_samples, self.loss_reduction, self.device)
+        self.capture.seen = None  # also of a state that was loaded, whose first step was looked at
         sound = sound_layers(self.layers, self.device)
         self.non_finite_statistics += list(sound.values()).count(False)
         shared_count = (num_samples if factor_samples is None else factor_samples) if paper else None
