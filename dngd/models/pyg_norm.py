@@ -70,8 +70,8 @@ class WholeGraphNorm:
         elif self._is_inside:
             raise UserError(
                 f"{type(conv).__name__} got other edges or edge weights than the batch's, of whose degrees in the "
-                "whole graph nothing is known; pass edge_index and edge_weight on as they are, or make it with "
-                "normalize=False"
+                "whole graph nothing is known; pass edge_index and edge_weight on as they are (in place of dropping "
+                "edges: fanout draws some), or make it with normalize=False"
             )
         else:
             made = _as_pyg_does(conv, given["x"], edge_index, edge_weight)

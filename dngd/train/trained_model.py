@@ -207,6 +207,10 @@ def _by_name(trained: TrainedModel, store: GraphStore, known: list[str], names: 
         return store
     number = {name: place for place, name in enumerate(known)}
     unknown = [name for name in names if name not in number]
+    if unknown and not store.is_multilabel:
+        # Classes between numbers with gaps that no node has, of a store that is not numbered without.
+        met = set(torch.unique(store.labels).tolist())
+        unknown = [name for place, name in enumerate(names) if name not in number and place in met]
     if unknown:
         raise UserError(
             f"graph {store.name} has class {unknown[0]!r}{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''} "
@@ -220,7 +224,7 @@ def _by_name(trained: TrainedModel, store: GraphStore, known: list[str], names: 
             f"{trained.folder.path} knows; give it all of {', '.join(known[:10])}{', ...' if len(known) > 10 else ''}, "
             "or no labels"
         )
-    return store.with_classes(torch.tensor([number[name] for name in names]), len(known))
+    return store.with_classes(torch.tensor([number.get(name, 0) for name in names]), len(known))  # 0: no node has it
 
 
 def split_warning(trained: TrainedModel, store: GraphStore) -> str | None:

@@ -283,6 +283,21 @@ def test_numbers_of_another_graph_are_those_that_the_model_learnt(
     assert evaluate_run(run, dataset=str(other.path))["test"]["accuracy"] == float(right)
 
 
+def test_classes_between_numbers_that_no_node_has_are_not_unknown(model: GNN, tmp_path: Path) -> None:
+    """A store whose labels 10 and 40 are class numbers, as those of before have them, for a model of 10, 20 and 40."""
+    own = named(tmp_path / "own", torch.arange(N) % CLASSES, [10, 20, 40])
+    run = write_run(tmp_path / "run", str(own.path), model, {"label_names": "[10, 20, 40]"})
+    places = torch.arange(N) % 2
+    dense = named(tmp_path / "dense", places, [10, 40])
+    gapped = named(tmp_path / "gapped", torch.tensor([10, 40])[places], [])
+    assert gapped.num_classes == 41
+    assert evaluate_run(run, dataset=str(gapped.path)) == evaluate_run(run, dataset=str(dense.path))
+    predict_run(run, tmp_path / "out.parquet", dataset=str(gapped.path))
+    other = named(tmp_path / "other", torch.tensor([10, 30])[places], [])
+    with pytest.raises(UserError, match="has class '30' which the model"):
+        evaluate_run(run, dataset=str(other.path))
+
+
 def test_several_labels_are_named(model: GNN, tmp_path: Path) -> None:
     bits = torch.tensor([[0, 0, 1], [1, 1, 0], [1, 0, 1]])
     graph = named(tmp_path / "graph", bits[torch.arange(N) % 3], NAMES)
