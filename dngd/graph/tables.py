@@ -307,14 +307,11 @@ def _without_gaps(classes: npt.NDArray[Any], num_classes: int) -> tuple[npt.NDAr
 
 def _warn_of_one_class(plan: _Plan, classes: npt.NDArray[Any], names: Sequence[str | int] | None) -> None:
     num_other = int(np.count_nonzero(classes < 0))
-    rest = (
-        f"; the other {num_other} have -1 or nothing, which is no label: number or name their class otherwise, if it "
-    )
+    rest = f"; the other {num_other} have -1 or nothing, which is no label: number their class otherwise, if it is one"
     assert plan.nodes is not None
     warnings.warn(
         f"column {plan.node_columns.label!r} of {plan.nodes.shown} gives all its {len(classes) - num_other} labelled "
-        f"nodes one label, {(names or [0])[0]!r}, so that there is nothing to learn"
-        + (f"{rest}is one" if num_other else ""),
+        f"nodes one label, {(names or [0])[0]!r}, so that there is nothing to learn" + (rest if num_other else ""),
         stacklevel=3,
     )
 

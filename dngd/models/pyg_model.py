@@ -102,7 +102,7 @@ class PyGModel(nn.Module):
         """Raise UserError if an output depends on nodes that are more than num_layers edges away, and warn if it
         depends on nodes that no path leads to: on a path of nodes, those far away are made NaN.
 
-        Returns whether it warned. A model that cannot run on that path is not judged.
+        Returns whether it warned. A model that cannot run on that path is left to the other check.
         """
         length = num_layers + 17
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
@@ -160,8 +160,8 @@ class PyGModel(nn.Module):
         """Warn if the seeds' outputs, from all in-neighbours up to num_layers away, are not those of the model alone on
         the whole graph: on a small directed one, in evaluation mode.
 
-        So it is with degrees that the model counts by itself, out-edges, and numbers of nodes. A model that cannot
-        run on that graph, or gives something else each time, is not judged.
+        So it is with degrees that the model counts by itself, out-edges, and numbers of nodes. Of a model that
+        cannot run on that graph this is said; one that gives something else each time is not judged.
         """
         if any(parameter.device.type != "cpu" for parameter in self.model.parameters()):
             return
@@ -175,7 +175,15 @@ class PyGModel(nn.Module):
                 found = self.eval()(batch)
             if not torch.equal(wanted, again) or found.shape != wanted.shape or not bool(wanted.isfinite().all()):
                 return
-        except Exception:
+        except UserError:
+            raise
+        except Exception as error:
+            warnings.warn(
+                f"{type(self.model).__name__} could not be run on a small graph of random rows "
+                f"({type(error).__name__}: {error}), so that it is not known whether a mini-batch has what its outputs "
+                "depend on",
+                stacklevel=2,
+            )
             return
         finally:
             for module, mode in modes.items():

@@ -294,7 +294,7 @@ class Reach(NamedTuple):
     are_first: bool = True
 
     def with_call(self, reached: Tensor) -> Reach:
-        """Return the sums with one more call. reached: bool [r]; one host synchronisation."""
+        """Return the sums with one more call. reached: bool [r]; two host synchronisations."""
         count = int(reached.sum())
         are_first = self.are_first and (count == 0 or bool(reached[:count].all()))
         return Reach(self.num_rows + reached.numel(), self.num_reached + count, are_first)

@@ -473,3 +473,18 @@ def test_a_data_object_is_asked_of_a_batch_with_the_fix() -> None:
         _ = batch.edge_index
     assert not hasattr(batch, "edge_index")
     assert copy.deepcopy(batch).x.shape == batch.x.shape
+
+
+class ReadsIds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 2)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        out: Tensor = self.embed(x[:, 0].long() + 100)
+        return out
+
+
+def test_a_model_that_cannot_be_judged_is_said() -> None:
+    with pytest.warns(UserWarning, match="ReadsIds could not be run on a small graph of random rows \\(IndexError"):
+        dngd.PyGModel(ReadsIds()).check(WIDTH, 1)
