@@ -35,12 +35,15 @@ def holds_run(folder: Path) -> bool:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """Return the sub-folders that hold runs, by name; none of a folder that is not there or may not be read."""
+    """Return the sub-folders that hold runs, by name; none of a folder that is not there or may not be read.
+
+    A result.json alone, which other programs write too, and dngd bench, makes no run here.
+    """
     try:
         below = sorted(path for path in folder.iterdir() if path.is_dir())
     except OSError:
         return []
-    return [path for path in below if holds_run(path)]
+    return [path for path in below if any(os.path.isfile(path / name) for name in RUN_FILES[:2])]
 
 
 def runs_inside_text(folder: Path) -> str:

@@ -15,6 +15,9 @@ from dngd.paths import expanded
 
 _TABLES = "Node and edge tables (parquet, csv, arrow)"
 
+_FEW_REVERSED = 0.5
+"""Share of edges with their reverse below which it is asked whether they are meant one way."""
+
 
 @told_as_flags("name", "self_loops", "duplicates", "feature_dtype", "add_reverse")
 def data_import(
@@ -171,7 +174,22 @@ def data_import(
         made = build(store, options) if order == "original" else _in_order(order, build, store, options)
     for sentence in dict.fromkeys(str(one.message) for one in caught if one.category is UserWarning):
         typer.echo(f"dngd: {sentence}", err=True)
+    if add_reverse is None and kind != "ogb":
+        _tell_of_one_way(made)
     show_store(made, as_json)
+
+
+def _tell_of_one_way(store: Any) -> None:
+    """Say of a graph with few reverse edges that messages go one way, which in a table of links is seldom meant."""
+    from dngd.graph.describe import reversed_share
+
+    share = reversed_share(store)
+    if share is not None and share < _FEW_REVERSED:
+        typer.echo(
+            f"dngd: {share:.0%} of the edges have their reverse, so that nodes hear of their sources and not of their "
+            "destinations; where an edge means both ways, import with --add-reverse (--no-add-reverse: not this note)",
+            err=True,
+        )
 
 
 def _in_order(order: str, build: Callable[[Path, dict[str, Any]], Any], store: str, options: dict[str, Any]) -> Any:

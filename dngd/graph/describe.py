@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 
+from dngd.graph.links import find_entries
 from dngd.graph.manifest import PartitionInfo
 from dngd.graph.store import GraphStore
 
 _BLOCK_EDGES = 1 << 24
+_NUM_LOOKED_AT = 1 << 16
+"""Edges of which it is looked whether their reverse is there."""
 
 
 def describe(store: GraphStore) -> dict[str, Any]:
@@ -17,6 +20,7 @@ def describe(store: GraphStore) -> dict[str, Any]:
 
     homophily: share of the edges between labelled nodes that join equal labels; None without such edges, and of
     several labels a node. class_counts: labelled nodes of each class, which of several labels a node overlap.
+    reversed_share: see the function.
     class_names: what the user calls them; None if they are numbers from 0. columns: which column of the tables that it
     was imported from is what, and why others are not used; None for other sources.
     Reads the topology and labels, not the features.
@@ -38,6 +42,7 @@ def describe(store: GraphStore) -> dict[str, Any]:
         "num_labelled": store.manifest.num_labelled,
         "multilabel": store.is_multilabel,
         "directed": store.manifest.directed,
+        "reversed_share": reversed_share(store),
         "edge_weights": store.edge_weight is not None,
         "node_ids": store.manifest.node_id_type,
         "in_degree": {
@@ -76,6 +81,21 @@ def _partition(info: PartitionInfo) -> dict[str, Any]:
         "nodes_a_part": [min(nodes), max(nodes)],
         "train_nodes_a_part": None if train is None else [min(train), max(train)],
     }
+
+
+def reversed_share(store: GraphStore) -> float | None:
+    """Return the share of the edges between two nodes whose reverse is there too, of at most 65,536 spread evenly over
+    the edges; None without such edges."""
+    if not store.manifest.directed:
+        return 1.0 if store.num_edges > store.manifest.self_loops.kept else None
+    entries = torch.arange(0, store.num_edges, max(1, -(-store.num_edges // _NUM_LOOKED_AT)))
+    source = store.indices[entries]
+    destination = torch.searchsorted(store.indptr, entries, right=True) - 1
+    apart = source != destination
+    if not apart.any():
+        return None
+    first, last = find_entries(store, destination[apart], source[apart])
+    return float((first < last).double().mean())
 
 
 def _homophily(store: GraphStore) -> float | None:

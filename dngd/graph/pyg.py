@@ -217,6 +217,10 @@ def _arrays(values: dict[str, Any], what: str) -> GraphArrays:
     if values.get("x") is not None and values["x"].dim() == 0:
         raise UserError(f"x of {what} is a single number; give a table of numbers [nodes, width]")
     masks = {part: _mask(mask, f"the {part} mask of {what}") for part, mask in masks_of(values).items()}
+    if values.get("edge_attr") is not None:
+        one_each = getattr(values["edge_attr"], "shape", (0, 2))[1:] in ((), (1,))
+        fix = "; if it is a weight for each edge, give it as edge_weight" if one_each else ""
+        warnings.warn(f"edge_attr of {what} is left out: models here use no edge features{fix}", stacklevel=3)
     return GraphArrays(
         num_nodes=_num_nodes(values, edges, masks, what),
         source=edges[0],

@@ -22,7 +22,7 @@ from typing_extensions import Unpack
 
 from dngd.errors import UserError
 from dngd.graph.builder import RowBlocks, StoreBuilder
-from dngd.graph.canonical import canonical_labels, classes_met
+from dngd.graph.canonical import MAX_CLASSES, canonical_labels, classes_met
 from dngd.graph.filesystems import address_of, list_files, locate, shown_address
 from dngd.graph.id_map import IdKind, IntegerIds, NodeIds, StringIds, distinct_integers, distinct_strings
 from dngd.graph.import_options import ImportOptions, check_options, check_training_nodes, recorded
@@ -153,6 +153,11 @@ def _open_tables(
     files = list_files(source)
     if not all(file.path.startswith(root.path.rstrip("/") + "/") for file in files):
         # No folder: one file, or a pattern.
+        if root.name.lower().startswith("node"):
+            raise UserError(
+                f"{root.shown} alone would be the edges, and is by its name a node table; give --nodes and --edges, or "
+                "the folder with both"
+            )
         return _Tables(
             None, make_table(files, "edge", root.shown, table_format, style), _plain_name(root.name), root.name
         )
@@ -268,6 +273,8 @@ def _build(plan: _Plan, ids: NodeIds, values: NodeValues | None, out: str | Path
     masks = None if values is None else values.masks()
     classes = num_classes = None
     if plan.nodes is not None:
+        if label_names is None and labels is not None:
+            labels, label_names = _renumbered_if_large(labels)
         num_classes = None if label_names is None else len(label_names)
         # Checked now, not after the edges are read.
         classes, num_classes = canonical_labels(labels, len(ids), num_classes)
@@ -289,6 +296,27 @@ def _build(plan: _Plan, ids: NodeIds, values: NodeValues | None, out: str | Path
             node_ids=ids.kept(),
             provenance=_provenance(plan, label_names, options),
         )
+
+
+def _renumbered_if_large(labels: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], list[int] | None]:
+    """Return labels that are beyond class numbers numbered from 0, and the numbers that they were, ascending, where
+    these are a category's codes: few enough, and met twice on average. Else labels as they are, and None.
+
+    labels: [nodes], whole numbers, below 0 or NaN unlabelled; of several labels a node as they are.
+    """
+    if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iuf":
+        return labels, None
+    known = np.flatnonzero(labels >= 0)
+    found = labels[known]
+    if not len(known) or found.max() < MAX_CLASSES or (labels < -1).any():
+        return labels, None
+    numbers, places = np.unique(found, return_inverse=True)
+    is_category = len(numbers) <= MAX_CLASSES and 2 * len(numbers) <= len(known)
+    if not is_category or numbers[-1] >= 2**63 or (numbers != np.trunc(numbers)).any():
+        return labels, None
+    classes = np.full(len(labels), -1, dtype=np.int64)
+    classes[known] = places
+    return classes, [int(number) for number in numbers]
 
 
 def _without_gaps(classes: npt.NDArray[Any], num_classes: int) -> tuple[npt.NDArray[Any], list[int] | None]:

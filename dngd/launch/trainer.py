@@ -80,6 +80,8 @@ class Trainer:
         reporter: Reporter | None = None,
         quiet: bool = False,
     ) -> None:
+        if isinstance(callbacks, Callback):
+            raise UserError("callbacks is one callback; give a list of them, [callback]")
         self._parts = RunParts(module, optimizer, loss, metric, tuple(callbacks))
         self.config = self._parts.complete(config)
         self._reporter = SilentReporter() if quiet and reporter is None else reporter

@@ -40,6 +40,13 @@ def check_first_measurement(
             "less than a thousandth, and a model at its optimum, look alike)",
             stacklevel=3,
         )
+    if num_samples == 0 and any(reach.num_reached for reach in (capture.seen or {}).values()):
+        warnings.warn(
+            "step(num_samples=0), but the loss has a gradient; give the number of seeds that it averages over, or the "
+            "layers keep their plain gradient (0 is of a rank without seeds)",
+            stacklevel=3,
+        )
+        return
     reached = rows_instead_of_seeds(capture, num_samples)
     if reached:
         warnings.warn(

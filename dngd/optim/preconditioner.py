@@ -411,7 +411,14 @@ class KFACPreconditioner:
 
         finite: whether the step's gradients are; otherwise it is dropped, and needs no outputs.
         """
-        if num_samples < 0 or not math.isfinite(num_samples):
+        try:
+            count = math.fsum([num_samples])  # which takes no text, as float() does
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(
+                f"num_samples is a {type(num_samples).__name__}, no number; give the number of seeds of the step, such "
+                "as len(seeds)"
+            ) from None
+        if count < 0 or not math.isfinite(count):
             raise UserError(f"num_samples={num_samples} is out of range; give the number of seeds of the step")
         if finite and self.capture.active and self.capture.is_waiting_for_outputs:
             raise UserError(

@@ -7,6 +7,8 @@ from then on: a run is worth more than what watches it. A UserError ends the run
 from __future__ import annotations
 
 import contextlib
+import difflib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +67,29 @@ class Callback:
 
     def on_end(self, run: RunState, result: RunResult | None) -> None:
         """The run has ended with a result, or with None: interrupted, or by an error. Not called without a start."""
+
+
+HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> None:
+    """Raise UserError for what is no callback, and warn of a method that is named like a hook and is none."""
+    for callback in callbacks:
+        if isinstance(callback, type):
+            raise UserError(f"the callback {callback.__name__} is a class; give one made of it, {callback.__name__}()")
+        kind = type(callback)
+        if not isinstance(callback, Callback):
+            raise UserError(f"a callback is a {kind.__name__}; derive its class from dngd.Callback")
+        known = dir(Callback)
+        for name in dir(kind):
+            if name.startswith("on_") and name not in known and callable(getattr(kind, name)):
+                near = difflib.get_close_matches(name, HOOKS, n=1)
+                warnings.warn(
+                    f"{kind.__name__}.{name} is never called"
+                    + (f" (is it {near[0]}?)" if near else "")
+                    + f"; a callback's hooks are {', '.join(HOOKS)}",
+                    stacklevel=4,
+                )
 
 
 class Callbacks:

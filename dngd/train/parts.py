@@ -17,7 +17,7 @@ from dngd.graph import GraphStore
 from dngd.models import build_model
 from dngd.models.graph_batch import GraphShape
 from dngd.models.pyg_model import PyGModel, takes_edges
-from dngd.train.callbacks import Callback
+from dngd.train.callbacks import Callback, check_callbacks
 from dngd.train.objective import CustomLoss
 from dngd.train.scoring import CustomMetric, Metric
 from dngd.train.task import shape_of
@@ -58,6 +58,7 @@ class RunParts:
 
         Raises UserError for a configuration that wants a part which is not there, or the other way round.
         """
+        check_callbacks(self.callbacks)
         changes = {}
         if self.module is not None:
             changes["model"] = "custom"

@@ -150,8 +150,8 @@ def run_config(folder: RunFolder) -> TrainConfig:
 def check_run_folder(config: TrainConfig) -> Path:
     """Return the path of the run folder, which may not exist yet, or its address.
 
-    Raises UserError if the folder holds a run and `resume` is off, a run that differs in a field that defines it, or
-    something else, and if nothing can be written to an address.
+    Raises UserError if the folder holds a run that came to an evaluation or a checkpoint and `resume` is off, a run
+    that differs in a field that defines it, or something else, and if nothing can be written to an address.
     """
     if config.resume and config.run_dir is None:
         raise UserError("--resume needs --run-dir: say which run to go on with")
@@ -160,6 +160,8 @@ def check_run_folder(config: TrainConfig) -> Path:
     path = path if remote is not None else expanded(path).absolute()
     shown = path if remote is None else remote.shown
     saved = saved_fields(path)
+    if saved is not None and not config.resume and remote is None and _has_only_begun(path):
+        return path  # as after a mistake in the model: there is nothing to go on with, and nothing to lose
     if saved is not None and not config.resume:
         raise UserError(f"run folder {shown} already holds a run; go on with --resume, or give another --run-dir")
     if saved is not None:
@@ -191,6 +193,13 @@ def check_run_folder(config: TrainConfig) -> Path:
     if remote is not None:
         remote.check_writable()
     return path
+
+
+def _has_only_begun(path: Path) -> bool:
+    """Whether the run in a folder left nothing but its configuration: no evaluation, checkpoint, model or result."""
+    run = RunFolder(path)
+    lines = run.metrics.exists() and run.metrics.stat().st_size > 0
+    return not (lines or run.result.exists() or run.best_model.exists() or complete_checkpoints(run.checkpoints))
 
 
 def _check_not_lost(path: Path, remote: RemoteFiles | None, shown: Path | str) -> None:
@@ -322,6 +331,8 @@ def prepare_run_folder(config: TrainConfig) -> TrainConfig:
         RemoteFiles(prepared.run_address).write(CONFIG_NAME, kept.to_yaml().encode())
         return prepared
     _make_folder(path)
+    if not config.resume:
+        RunFolder(path).health.unlink(missing_ok=True)  # of a run that had only begun
     replace_file(RunFolder(path).config, kept.to_yaml().encode())
     return prepared
 

@@ -547,6 +547,31 @@ def test_a_callback_that_fails_is_left_out(store: GraphStore, tmp_path: Path) ->
         dngd.Trainer(config(store, tmp_path / "quiet", epochs=1), callbacks=[Broken()], quiet=True).fit()
 
 
+def test_what_is_no_callback_is_said_before_the_run(store: GraphStore, tmp_path: Path) -> None:
+    class Misspelt(dngd.Callback):
+        def on_evaluate(self, run: dngd.RunState, record: Any) -> None: ...
+
+        def once(self) -> None: ...
+
+    class NoCallback:
+        def on_step(self, run: dngd.RunState) -> None: ...
+
+    settings = config(store, tmp_path / "run", epochs=1)
+    with pytest.warns(
+        UserWarning, match=r"Misspelt.on_evaluate is never called \(is it on_evaluation\?\); a callback"
+    ) as told:
+        dngd.Trainer(settings, callbacks=[Misspelt()], quiet=True)
+    assert len(told) == 1
+    assert told[0].filename == __file__
+    for wrong, said in (
+        ([Recorder], r"callback Recorder is a class; give one made of it, Recorder\(\)"),
+        ([NoCallback()], "a callback is a NoCallback; derive its class from dngd.Callback"),
+        (Recorder(), "callbacks is one callback; give a list"),
+    ):
+        with pytest.raises(UserError, match=said):
+            dngd.Trainer(settings, callbacks=wrong, quiet=True)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("parts", "changes", "message"),
     [

@@ -69,7 +69,7 @@ def test_options_are_named_as_flags(
         ("tab --format parquet", "tab/nodes.csv is a csv file by its name; leave --format out, or"),
         ("two --format parquet", "dngd: two/nodes* has no parquet files; check --format, or the path of"),
         ("--edges tab/edges.csv --format parquet", "tab/edges.csv is a csv file by its name; leave --format out, or"),
-        ("tab/nodes.csv", "has no column 'src'"),
+        ("tab/nodes.csv", "tab/nodes.csv alone would be the edges, and is by its name a node table; give --nodes"),
         ("x=1/duplicates=sum/tab", "x=1/duplicates=sum/tab does not exist"),
         ("", "SOURCE is empty; give a file"),
         ("none", "none does not exist; give a file"),
@@ -142,7 +142,9 @@ def test_a_graph_is_named_by_its_folder_or_its_store(
 
 
 def test_classes_without_a_node_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    np.savez(tmp_path / "g.npz", edge_index=np.array([[0], [1]]), num_nodes=3, x=np.ones((3, 1)), y=np.array([0, 3, 1]))
+    np.savez(
+        tmp_path / "g.npz", edge_index=np.array([[0, 1], [1, 0]]), num_nodes=3, x=np.ones((3, 1)), y=np.array([0, 3, 1])
+    )
     told = printed(capsys, "import", str(tmp_path / "g.npz"), "--out", str(tmp_path / "out"))[1]
     assert told.startswith(f"dngd: 1 of the 4 classes of {tmp_path / 'g.npz'} have no node (2); ")
     assert told.count("\n") == 1
@@ -177,3 +179,26 @@ def test_the_fix_for_features_of_another_shape_works(
         cli.main(["data", "import", str(tmp_path / "g.npz"), "--out", str(tmp_path / "out")])
     assert not ended.value.code
     assert GraphStore.open(tmp_path / "out").num_features == features.size // 3
+
+
+@pytest.mark.parametrize(
+    ("edges", "flags", "said"),
+    [
+        ("1,2\n2,3\n3,1\n1,1\n", [], "0% of the edges have their reverse"),
+        ("1,2\n2,3\n3,1\n2,1\n3,2\n", [], None),  # four of five have it
+        ("1,2\n2,3\n3,1\n", ["--add-reverse"], None),
+        ("1,2\n2,3\n3,1\n", ["--no-add-reverse"], None),
+        ("1,1\n", ["--self-loops", "keep"], None),
+    ],
+)
+def test_edges_of_one_way_are_said(
+    tables: Path, capsys: pytest.CaptureFixture[str], edges: str, flags: list[str], said: str | None
+) -> None:
+    (tables / "nodes.csv").write_text("id,x\n1,1\n2,3\n3,2\n")
+    (tables / "edges.csv").write_text("src,dst\n" + edges)
+    shown, told = printed(capsys, "import", "tab", "--out", "s", "--json", *flags)
+    assert (told == "") if said is None else (said in told and "--add-reverse" in told)
+    described = json.loads(shown)["reversed_share"]
+    assert described == (
+        0.8 if "3,2" in edges else 1.0 if "--add-reverse" in flags else None if "keep" in flags else 0.0
+    )

@@ -140,7 +140,7 @@ def test_an_error_goes_through(terminal: bool) -> None:
 
 
 def test_arrays_that_nothing_reads_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arrays = {"edge_index": np.array([[0, 1], [1, 2]]), "num_nodes": np.array(3)}
+    arrays = {"edge_index": np.array([[0, 1], [1, 0]]), "num_nodes": np.array(3)}
     np.savez(tmp_path / "other.npz", **arrays, features=np.ones((3, 2)), labels=np.zeros(3))
     assert run("import", str(tmp_path / "other.npz"), "--out", str(tmp_path / "g")) == 0
     assert capsys.readouterr().err.splitlines()[-1] == (

@@ -79,6 +79,8 @@ def test_a_folder_without_runs_is_refused(runs: Path, capsys: pytest.CaptureFixt
     for given in ("runs/data", "."):
         assert f"folder {given} holds no run" in refused(capsys, "report", given)
     assert "does not exist" in refused(capsys, "report", "rnus")
+    (runs / "bench").mkdir()
+    (runs / "bench" / "result.json").write_text('{"benchmark": "step"}')  # as dngd bench writes it
     assert not Path("report.html").exists()
     os.symlink("nowhere", runs / "broken")
     assert printed(capsys, "report", "runs").startswith("runs: 3 runs, ")

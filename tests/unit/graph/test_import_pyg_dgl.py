@@ -253,6 +253,13 @@ def test_bad_pyg_graphs(tmp_path: Path, graph: Any, words: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("width", "fix"), [(1, "give it as edge_weight"), (3, "use no edge features$")])
+def test_edge_features_are_said_to_be_left_out(tmp_path: Path, width: int, fix: str) -> None:
+    graph = Data(x=torch.ones(2, 1), edge_index=EDGES, edge_attr=torch.ones(2, width))
+    with pytest.warns(UserWarning, match=rf"edge_attr of the graph is left out: .*{fix}"):
+        import_pyg(graph, tmp_path / "store")
+
+
 class OwnTypes(HeteroData):
     """A class of one's own."""
 

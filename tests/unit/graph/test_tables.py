@@ -188,6 +188,34 @@ def test_whole_numbers_with_gaps_are_classes_without(tmp_path: Path, suffix: str
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("kind", [pa.int64(), pa.uint64(), pa.float64()])
+def test_codes_beyond_class_numbers_are_classes_where_nodes_share_them(
+    tmp_path: Path, suffix: str, kind: pa.DataType
+) -> None:
+    """Half as many numbers as labelled nodes at most; more are ids or amounts, which are refused as they were."""
+    labels = pa.array([8_010_000, 99, None, 8_010_000, 99, -1], kind if kind != pa.uint64() else pa.int64())
+    if kind == pa.uint64():
+        labels = pa.array([8_010_000, 99, None, 8_010_000, 99, None], kind)
+    split = ["train", "train", "val", "test", "test", "test"]
+    nodes = node_table([1, 2, 3, 4, 5, 6], label=labels, split=split)
+    store = import_tables(small_set(tmp_path, nodes, edge_table([1], [2]), suffix), tmp_path / "out")
+    assert store.labels.tolist() == [1, 0, -1, 1, 0, -1]
+    assert store.label_names == (99, 8_010_000)
+    assert store.verify() == []
+    amounts = node_table([1, 2, 3, 4], label=pa.array([8_010_000, 99, 99, 7], kind))
+    with pytest.raises(UserError, match=r"label 8010000 of node 0 is beyond 65535.*ids, times or amounts"):
+        import_tables(small_set(tmp_path / "amounts", amounts, edge_table([1], [2]), suffix), tmp_path / "no")
+
+
+def test_a_node_table_alone_is_not_taken_for_edges(tmp_path: Path) -> None:
+    folder = small_set(tmp_path, node_table([1, 2]), edge_table([1], [2]), "csv")
+    with pytest.raises(
+        UserError, match=r"nodes.csv alone would be the edges, .* a node table; give --nodes and --edges"
+    ):
+        import_tables(folder / "nodes.csv", tmp_path / "out")
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
 def test_booleans_are_classes_by_name(tmp_path: Path, suffix: str) -> None:
     nodes = node_table([1, 2, 3], label=pa.array([True, None, True]))
     store = import_tables(small_set(tmp_path, nodes, edge_table([1], [2]), suffix), tmp_path / "out")

@@ -707,3 +707,33 @@ def test_rows_without_a_gradient_are_no_mistake() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pre.step(num_samples=200)
+
+
+@pytest.mark.parametrize("wrong", ["8", [8], torch.ones(8)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_number_of_seeds_that_is_none_is_refused(wrong: Any, reduction: Any) -> None:
+    net = make_net()
+    x, y = make_data(8)
+    optimizer = NaturalGradient(net, loss_reduction=reduction)
+    F.cross_entropy(net(x), y, reduction=reduction).backward()
+    with pytest.raises(UserError, match=r"num_samples is a \w+, no number; give the number of seeds"):
+        optimizer.step(num_samples=wrong)
+    optimizer.step(num_samples=torch.tensor(8))  # type: ignore[arg-type]  # a mask's sum, say
+
+
+def test_no_seeds_and_a_gradient_is_doubted() -> None:
+    """Rightly 0 is on a rank without seeds, whose loss has no gradient."""
+    net = make_net()
+    x, y = make_data(8)
+    optimizer = NaturalGradient(net)
+    F.cross_entropy(net(x), y).backward()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step(num_samples=0)
+    assert "step(num_samples=0), but the loss has a gradient" in str(caught[0].message)
+    net = make_net()
+    optimizer = NaturalGradient(net)
+    (0.0 * net(x).sum()).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(num_samples=0)

@@ -125,8 +125,42 @@ def test_a_new_run_does_not_take_the_folder_of_one_that_began_meanwhile(
         other.start()
         assert waits.wait(10)
         (run / "config.yaml").write_text(config(str(store.path), run).to_yaml())
+        (run / "metrics.jsonl").write_text("{}\n")
     other.join(20)
     assert "already holds a run" in str(raised[0])
+
+
+def test_a_run_that_failed_before_anything_was_kept_leaves_its_folder_free(store: GraphStore, tmp_path: Path) -> None:
+    """Mend the model, and give the same command again."""
+
+    class Fails(Callback):
+        def on_step(self, run: RunState) -> None:
+            raise UserError("not yet")
+
+    run = tmp_path / "run"
+    settings = config(str(store.path), run)
+    with pytest.raises(UserError, match="not yet"):
+        dngd.Trainer(settings, quiet=True, callbacks=[Fails()]).fit()
+    left = {path.name for path in run.iterdir()}
+    assert "config.yaml" in left
+    assert "metrics.jsonl" not in left
+    (run / "health.jsonl").write_text('{"step": 1, "layers": {"left": 1}}\n')
+    assert fit(settings).steps > 0
+    health = run / "health.jsonl"
+    assert not health.exists() or "left" not in health.read_text()
+    with pytest.raises(UserError, match="already holds a run"):
+        fit(settings)
+
+
+@pytest.mark.parametrize("kept", ["metrics.jsonl", "result.json", "model.safetensors"])
+def test_what_a_run_kept_is_not_replaced(store: GraphStore, tmp_path: Path, kept: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(config(str(store.path), run).to_yaml())
+    (run / kept).write_text("{}\n")
+    with pytest.raises(UserError, match="already holds a run"):
+        fit(config(str(store.path), run))
+    assert (run / kept).read_text() == "{}\n"
 
 
 def test_a_run_killed_before_its_result_gets_one(store: GraphStore, tmp_path: Path) -> None:
