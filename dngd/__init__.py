@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dngd.graph import GraphStore
     from dngd.launch import Trainer
     from dngd.models import GraphBatch, GraphShape, LayerEdges, PyGModel, PyGStack
+    from dngd.sampling import NeighborLoader
     from dngd.train import Callback, RunResult, RunState
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "GraphShape",
     "GraphStore",
     "LayerEdges",
+    "NeighborLoader",
     "PyGModel",
     "PyGStack",
     "RunInterrupted",
@@ -40,6 +42,7 @@ _HOMES = {
     "GraphShape": "dngd.models",
     "GraphStore": "dngd.graph",
     "LayerEdges": "dngd.models",
+    "NeighborLoader": "dngd.sampling",
     "PyGModel": "dngd.models",
     "PyGStack": "dngd.models",
     "RunInterrupted": "dngd.errors",

@@ -66,6 +66,10 @@ def import_pyg(source: Any, out: str | Path, **options: Unpack[ImportOptions]) -
     else:
         data = source
     values = _mapping(data, what)
+    if values.get("edge_attr") is not None:
+        one_each = getattr(values["edge_attr"], "shape", (0, 2))[1:] in ((), (1,))
+        fix = "; if it is a weight for each edge, give it as edge_weight" if one_each else ""
+        warnings.warn(f"edge_attr of {what} is left out: models here use no edge features{fix}", stacklevel=2)
     settings = ImportOptions(**{**options, "name": options.get("name") or name})
     provenance = Provenance(
         source=Path(source).name if sha256 else type(source).__name__,
@@ -73,6 +77,11 @@ def import_pyg(source: Any, out: str | Path, **options: Unpack[ImportOptions]) -
         options=recorded("pyg", options),
     )
     return import_arrays(_arrays(values, what), what, out, provenance, settings)
+
+
+def arrays_of(data: Any, what: str) -> GraphArrays:
+    """Return what a `Data` object holds, as it is. Raises UserError if it is no single homogeneous graph."""
+    return _arrays(_mapping(data, what), what)
 
 
 def _load(path: Path) -> Any:
@@ -217,10 +226,6 @@ def _arrays(values: dict[str, Any], what: str) -> GraphArrays:
     if values.get("x") is not None and values["x"].dim() == 0:
         raise UserError(f"x of {what} is a single number; give a table of numbers [nodes, width]")
     masks = {part: _mask(mask, f"the {part} mask of {what}") for part, mask in masks_of(values).items()}
-    if values.get("edge_attr") is not None:
-        one_each = getattr(values["edge_attr"], "shape", (0, 2))[1:] in ((), (1,))
-        fix = "; if it is a weight for each edge, give it as edge_weight" if one_each else ""
-        warnings.warn(f"edge_attr of {what} is left out: models here use no edge features{fix}", stacklevel=3)
     return GraphArrays(
         num_nodes=_num_nodes(values, edges, masks, what),
         source=edges[0],

@@ -13,6 +13,7 @@ from dngd.sampling.dgl_import import PartStatus, dgl_parts, import_dgl, install_
 if TYPE_CHECKING:
     from dngd.sampling.link_seeds import LinkSeeds
     from dngd.sampling.minibatch import BatchCoordinates, LayerGraph, MiniBatch, SeedPairs
+    from dngd.sampling.neighbor_loader import NeighborLoader
     from dngd.sampling.partitioning import parse_order, partition_nodes, reorder_by
     from dngd.sampling.pipeline import SamplerPipeline
     from dngd.sampling.sampler import NeighborSampler
@@ -32,6 +33,7 @@ _HOME = {
     "SamplerPipeline": "pipeline",
     "SeedPairs": "minibatch",
     "UnlabelledSeeds": "schedule",
+    "NeighborLoader": "neighbor_loader",
     "NeighborSampler": "sampler",
     "derive_seed": "schedule",
     "epoch_permutation": "schedule",
@@ -47,6 +49,7 @@ __all__ = [
     "LayerGraph",
     "LinkSeeds",
     "MiniBatch",
+    "NeighborLoader",
     "NeighborSampler",
     "PartStatus",
     "SamplerPipeline",

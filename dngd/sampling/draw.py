@@ -15,6 +15,7 @@ from dngd.allocator import keep_freed_memory
 from dngd.graph.advice import read_randomly
 from dngd.models.message_passing import Aggregation, Propagation
 from dngd.sampling import wire
+from dngd.sampling.hops import HopSampler
 from dngd.sampling.minibatch import Drawn
 from dngd.sampling.operators import FirstRows, first_rows_of
 from dngd.sampling.sampler import NeighborSampler
@@ -41,7 +42,8 @@ class BatchDrawer:
         torch.set_num_threads(1)
         keep_freed_memory()
         graph, extra = open_shared(setup["graph"], files)
-        sampler = NeighborSampler(graph.indptr, graph.indices, graph.edge_weight, setup["fanouts"])
+        sampler_type = HopSampler if setup["each_once"] else NeighborSampler
+        sampler = sampler_type(graph.indptr, graph.indices, graph.edge_weight, setup["fanouts"])
         first_rows = first_rows_of(graph, setup["aggregation"], extra.get("norm"), extra.get("on_host"))
         features: Tensor | None = getattr(graph, "features", None)
         if setup["random_reads"] and features is not None:
@@ -52,8 +54,11 @@ class BatchDrawer:
         self, seeds: Tensor, rng_seed: int, slot: int, excluded: Tensor | None = None
     ) -> tuple[dict[str, Any], list[Tensor]]:
         """Return the header and the arrays of an answer; arrays is empty where they were laid out in the slot."""
-        layers = self._sampler.sample(seeds, rng_seed, excluded)
+        drawn = self._sampler.draw(seeds, rng_seed, excluded)
+        layers = drawn.layers
         sizes, arrays = wire.pack_layers(layers)
+        if drawn.nodes is not None:
+            arrays.append(drawn.nodes)
         first = self._first_rows
         operator = None if first is None else first.operator(layers[0])
         parts = _coefficients(operator)
@@ -67,7 +72,7 @@ class BatchDrawer:
             place.copy_(array)
         if first is not None:
             first.of(layers[0], out=places[-1], operator=operator)
-        header: dict[str, Any] = {"layers": sizes, "has_rows": first is not None}
+        header: dict[str, Any] = {"layers": sizes, "has_rows": first is not None, "has_nodes": drawn.nodes is not None}
         if operator is not None:
             header["operator"] = {name: part is not None for name, part in parts.items()}
         return (header | {"slot": slot, "specs": specs}, []) if in_slot else (header, places)
@@ -80,6 +85,7 @@ def setup_message(
     slots: SlotPool,
     *,
     random_reads: bool,
+    each_once: bool,
 ) -> dict[str, Any]:
     """Return the first message to a sampler process, which has the graph's and the slots' files."""
     return {
@@ -88,6 +94,7 @@ def setup_message(
         "aggregation": aggregation,
         "slots": list(slots.fds),
         "random_reads": random_reads,
+        "each_once": each_once,
     }
 
 
@@ -97,12 +104,13 @@ def unpack_answer(header: dict[str, Any], arrays: Sequence[Tensor], slots: SlotP
         arrays = slots.read(header["slot"], [(dtype, shape) for dtype, shape in header["specs"]])
     remaining = iter(arrays)
     layers = wire.unpack_layers(header["layers"], remaining)
+    nodes = next(remaining) if header["has_nodes"] else None
     operator: Propagation | None = None
     if "operator" in header:
         parts = {name: next(remaining) if there else None for name, there in header["operator"].items()}
         first = layers[0]
         operator = Propagation(first.indptr, first.indices, **parts, destinations=first.dst_nodes)
-    return Drawn(layers, next(remaining) if header["has_rows"] else None, operator)
+    return Drawn(layers, next(remaining) if header["has_rows"] else None, operator, nodes)
 
 
 def _coefficients(operator: Propagation | None) -> dict[str, Tensor | None]:

@@ -69,6 +69,7 @@ class Drawn(NamedTuple):
     layers: tuple[LayerGraph, ...]
     first_rows: Tensor | None = None
     first_operator: Propagation | None = None
+    nodes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,9 @@ class MiniBatch:
     pipeline was asked for them (SamplerPipeline's aggregation). first_operator: the input layer's, from the table of
     all nodes, where first_rows lacks the part of the nodes whose features a device keeps (SamplerPipeline's on_host):
     what CachedRows.part adds it with. pairs: of link prediction, where seeds are the pairs' end nodes. excluded: int64,
-    ascending, entries of the graph's indices that no layer graph has. Arrays that a sampler process sent lie in memory
-    that is used again once nothing refers to them; clone what is to outlive the batch for long.
+    ascending, entries of the graph's indices that no layer graph has. nodes: int64, where each node's neighbours are
+    drawn once (HopSampler): the global ids of the rows that layer graphs name. Arrays that a sampler process sent lie
+    in memory that is used again once nothing refers to them; clone what is to outlive the batch for long.
     """
 
     seeds: Tensor
@@ -102,6 +104,7 @@ class MiniBatch:
     num_labelled: int | None = None
     pairs: SeedPairs | None = None
     excluded: Tensor | None = None
+    nodes: Tensor | None = None
 
     @property
     def num_edges(self) -> int:

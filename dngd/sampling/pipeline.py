@@ -23,10 +23,11 @@ from dngd.errors import TrainingError, UserError
 from dngd.graph.advice import read_randomly
 from dngd.models.message_passing import Aggregation
 from dngd.sampling.forked import STOP_SECONDS
+from dngd.sampling.hops import HopSampler
 from dngd.sampling.inline import inline_sampling_is_canonical, submit_to_sampling_thread
 from dngd.sampling.left_out import left_out_by
 from dngd.sampling.link_seeds import LinkSeeds
-from dngd.sampling.minibatch import BatchCoordinates, Drawn, LayerGraph, MiniBatch
+from dngd.sampling.minibatch import BatchCoordinates, Drawn, MiniBatch
 from dngd.sampling.operators import FirstRows, first_rows_of, node_norm
 from dngd.sampling.process import SamplerProcess
 from dngd.sampling.sampler import NeighborSampler, check_fanouts
@@ -65,11 +66,13 @@ class SamplerPipeline:
     unlabelled: further seeds of each shard, behind those of train_nodes; distinct from them.
     links: of link prediction: train_nodes are entries of the graph's indices then, one a training link, and the seeds
         are the end nodes of a shard's links and negatives.
+    shuffle: whether each epoch has train_nodes in an order of its own; else in theirs.
+    each_once: whether a node's neighbours are drawn once a batch, see HopSampler, without first rows.
 
     Raises UserError for arguments that cannot be; iterating raises TrainingError, which names the batch, when
     a child fails, dies or is silent. After an error and after close() the pipeline is finished.
 
-        with SamplerPipeline(store, store.train_nodes, (15, 10), run_seed=0, num_shards=1,
+        with SamplerPipeline(store, split.train, (15, 10), run_seed=0, num_shards=1,
                              batch_size=1024, shards=[0], num_samplers=1) as batches:
             for batch in batches: ...
     """
@@ -94,6 +97,8 @@ class SamplerPipeline:
         random_reads: bool = False,
         unlabelled: UnlabelledSeeds | None = None,
         links: LinkSeeds | None = None,
+        shuffle: bool = True,
+        each_once: bool = False,
     ) -> None:
         graph = open_store(store) if isinstance(store, str | Path) else store
         fanouts = check_fanouts(fanouts)
@@ -118,6 +123,7 @@ class SamplerPipeline:
         self._run_seed = run_seed
         self._unlabelled = unlabelled
         self._links = links
+        self._shuffle = shuffle
         self._num_shards = num_shards
         self._batch_size = batch_size
         self._shards = tuple(shards)
@@ -131,7 +137,8 @@ class SamplerPipeline:
         self._inline: _InlineSampler | None = None
         if num_samplers == 0:
             if inline_sampling_is_canonical():
-                sampler = NeighborSampler(graph.indptr, graph.indices, graph.edge_weight, fanouts)
+                sampler_type = HopSampler if each_once else NeighborSampler
+                sampler = sampler_type(graph.indptr, graph.indices, graph.edge_weight, fanouts)
                 first_rows = first_rows_of(graph, aggregation, on_host=on_host)
                 features: Tensor | None = getattr(graph, "features", None)
                 if random_reads and features is not None:
@@ -160,6 +167,7 @@ class SamplerPipeline:
                         num_slots=slots_of_sampler(prefetch),
                         on_mapped=on_mapped,
                         random_reads=random_reads,
+                        each_once=each_once,
                     )
                 )
             for _ in range(num_samplers * prefetch):
@@ -174,6 +182,11 @@ class SamplerPipeline:
     def pids(self) -> tuple[int, ...]:
         """The sampler processes' ids; empty when batches are drawn in this process."""
         return tuple(process.pid for process in self._processes)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has not failed, and was not closed."""
+        return self._failure is None
 
     @property
     def has_next(self) -> bool:
@@ -243,7 +256,8 @@ class SamplerPipeline:
         """Return the next batch to be drawn, still without layers."""
         at = next(self._ahead)
         if self._order is None or self._order[0] != at.epoch:
-            self._order = (at.epoch, epoch_permutation(self._train_nodes, self._run_seed, at.epoch))
+            nodes = self._train_nodes
+            self._order = (at.epoch, epoch_permutation(nodes, self._run_seed, at.epoch) if self._shuffle else nodes)
         bounds = shard_bounds(self._train_nodes.shape[0], at.step, self._num_shards, self._batch_size)
         seeds = self._order[1][bounds[at.shard] : bounds[at.shard + 1]]
         if self._links is not None:
@@ -302,12 +316,12 @@ class _InlineSampler:
         self.ahead = ahead
         self._sampler = sampler
         self._first_rows = first_rows
-        self._drawn: deque[Future[tuple[LayerGraph, ...]]] = deque()
+        self._drawn: deque[Future[Drawn]] = deque()
 
     def request(self, batch: MiniBatch, rng_seed: int) -> None:
         """Queue a draw."""
         sampler = self._sampler
-        drawn = submit_to_sampling_thread(lambda: sampler.sample(batch.seeds, rng_seed, batch.excluded))
+        drawn = submit_to_sampling_thread(lambda: sampler.draw(batch.seeds, rng_seed, batch.excluded))
         self._drawn.append(drawn)
 
     @property
@@ -322,11 +336,12 @@ class _InlineSampler:
 
     def answer(self, timeout_seconds: float) -> Drawn:
         """Return the oldest queued draw with its first rows. Raises TimeoutError, and what the draw raised."""
-        layers = self._drawn.popleft().result(timeout_seconds)
+        drawn = self._drawn.popleft().result(timeout_seconds)
         if self._first_rows is None:
-            return Drawn(layers)
-        operator = self._first_rows.operator(layers[0])
-        return Drawn(layers, self._first_rows.of(layers[0], operator=operator), operator)
+            return drawn
+        first = drawn.layers[0]
+        operator = self._first_rows.operator(first)
+        return drawn._replace(first_rows=self._first_rows.of(first, operator=operator), first_operator=operator)
 
     def close(self) -> None:
         """Give up what is queued."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from dngd.errors import UserError
 from dngd.sampling.dgl_import import import_dgl
 from dngd.sampling.left_out import LeftOut, left_out_by
-from dngd.sampling.minibatch import LayerGraph
+from dngd.sampling.minibatch import Drawn, LayerGraph
 
 MAX_SEED = 2**31 - 1
 _CHECK_SEED = 7
@@ -86,6 +86,10 @@ class NeighborSampler:
         self._edge_weight = edge_weight
         no_edge_ids = torch.empty(0, dtype=torch.int64)
         self._graph = self._dgl.graph(("csc", (indptr, indices, no_edge_ids)), num_nodes=self.num_nodes)
+
+    def draw(self, seeds: Tensor, rng_seed: int, excluded: Tensor | None = None) -> Drawn:
+        """Return what is drawn for a batch's seeds; see sample."""
+        return Drawn(self.sample(seeds, rng_seed, excluded))
 
     def sample(self, seeds: Tensor, rng_seed: int, excluded: Tensor | None = None) -> tuple[LayerGraph, ...]:
         """Return one layer graph a fanout, input side first, drawn for seeds: int64 [n], distinct, n >= 0.
