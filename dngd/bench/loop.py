@@ -1,18 +1,19 @@
-"""`dngd bench loop`: a plain full-batch loop over PyG's own layers, with Adam and with NaturalGradient.
+"""`dngd bench loop`: a plain loop over PyG's own layers, full-batch or sampled, with Adam and with NaturalGradient.
 
 What a person has who adds dngd's three lines to a script of their own: none of `dngd train`'s sampling, schedules,
 operators or averages. All settings train the same model on the same graph, in turns, the clock running while one has
 its turn; Adam at several rates, of which the best counts, NaturalGradient as it is made without an argument, with the
 damping of `default_damping` for the graph, and with that for full batches and the rate it asks for. Dropout's draws go
 with the setting's own steps, not with the turns. On a GPU the graph and all models lie there, and a turn ends when it
-has done what it was given.
+has done what it was given. Sampled batches are a NeighborLoader's, the same for all settings, drawn when they are
+wanted: a step's time has all of it.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.graph import GraphStore, Split
 from dngd.optim import NaturalGradient, default_damping
+from dngd.sampling import NeighborLoader
+from dngd.sampling.neighbor_loader import check_neighbors
 from dngd.train.optimizers import fused
 from dngd.train.plan import device_of
 
@@ -55,7 +58,10 @@ DROPOUT = 0.5
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """What to train. datasets: (name or path, split). models: (gcn or sage, number of layers). rates: Adam's."""
+    """What to train. datasets: (name or path, split). models: (gcn or sage, number of layers). rates: Adam's.
+
+    num_neighbors: of sampled batches of batch_size seeds, nearest hop first; None: all training nodes each step.
+    """
 
     datasets: Sequence[tuple[str, str]]
     models: Sequence[tuple[str, int]] = (("gcn", 2),)
@@ -63,6 +69,8 @@ class LoopOptions:
     steps: int = 200
     rates: Sequence[float] = (1e-2, 3e-2, 1e-1)
     seeds: Sequence[int] = (0, 1, 2)
+    num_neighbors: Sequence[int] | None = None
+    batch_size: int = 512
     threads: int | None = None
     use_gpu: bool = False
     data_root: Path | None = None
@@ -72,12 +80,12 @@ class LoopOptions:
 class Stack(nn.Module):
     """PyG's GCNConv or SAGEConv layers with ReLU and dropout between them, as in PyG's own first examples."""
 
-    def __init__(self, kind: str, widths: Sequence[int]) -> None:
+    def __init__(self, kind: str, widths: Sequence[int], *, cached: bool = True) -> None:
         super().__init__()
         from torch_geometric.nn import GCNConv, SAGEConv
 
         pairs = list(zip(widths, widths[1:]))
-        made = [GCNConv(a, b, cached=True) if kind == "gcn" else SAGEConv(a, b) for a, b in pairs]
+        made = [GCNConv(a, b, cached=cached) if kind == "gcn" else SAGEConv(a, b) for a, b in pairs]
         self.layers = nn.ModuleList(made)
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
@@ -109,9 +117,51 @@ class _Graph:
         return nodes.to(self.device)
 
 
+_Batch = tuple[Tensor, Tensor, Tensor, "Tensor | slice"]
+"""Rows, edges, the seeds' labels, and which rows the seeds are."""
+
+
+def _full_batches(graph: _Graph) -> Iterator[_Batch]:
+    nodes = graph.nodes("train")
+    batch = graph.x, graph.edge_index, graph.y[nodes], nodes
+    while True:
+        yield batch
+
+
+def _sampled_batches(options: LoopOptions, graph: _Graph, seed: int) -> Iterator[_Batch]:
+    """Draw each batch when it is asked for, in this process, whatever the settings that have a turn between."""
+    assert options.num_neighbors is not None
+    loader = NeighborLoader(
+        graph.store,
+        options.num_neighbors,
+        graph.split.train,
+        options.batch_size,
+        seed=seed,
+        num_workers=0,
+        prefetch=0,
+    )
+    with loader:
+        while True:
+            for batch in loader:
+                seeds = slice(batch.batch_size)
+                yield (
+                    batch.x.to(graph.device),
+                    batch.edge_index.to(graph.device),
+                    batch.y[seeds].to(graph.device),
+                    seeds,
+                )
+
+
+def _batches(options: LoopOptions, graph: _Graph, seed: int) -> Iterator[_Batch]:
+    return _full_batches(graph) if options.num_neighbors is None else _sampled_batches(options, graph, seed)
+
+
 @dataclass
 class _Run:
-    """A setting's run with one seed; seconds: of training so far, idle_seconds: of them, those on no processor."""
+    """A setting's run with one seed; seconds: of training so far, idle_seconds: of them, those on no processor.
+
+    batches: rows, edges, labels and number of seeds of each step, without end.
+    """
 
     setting: Setting
     seed: int
@@ -119,6 +169,7 @@ class _Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     random_state: Tensor
+    batches: Iterator[_Batch]
     step: int = 0
     seconds: float = 0.0
     idle_seconds: float = 0.0
@@ -127,18 +178,17 @@ class _Run:
     def advance(self, last_step: int) -> None:
         """Take the steps up to last_step, on the clock."""
         graph = self.graph
-        nodes = graph.nodes("train")
-        labels = graph.y[nodes]
         _set_random_state(graph.device, self.random_state)
         wait_for(graph.device)
         started, on_cpu = time.perf_counter(), time.process_time()
         self.model.train()
         while self.step < last_step:
+            x, edge_index, labels, seeds = next(self.batches)
             self.optimizer.zero_grad()
-            out = self.model(graph.x, graph.edge_index)
-            F.cross_entropy(out[nodes], labels).backward()  # type: ignore[no-untyped-call]
+            out = self.model(x, edge_index)
+            F.cross_entropy(out[seeds], labels).backward()  # type: ignore[no-untyped-call]
             if isinstance(self.optimizer, NaturalGradient):
-                self.optimizer.step(num_samples=len(nodes))
+                self.optimizer.step(num_samples=len(labels))
             else:
                 self.optimizer.step()
             self.step += 1
@@ -177,6 +227,7 @@ class _Run:
         """Take hooks off the model."""
         if isinstance(self.optimizer, NaturalGradient):
             self.optimizer.preconditioner.close()
+        self.batches.close()  # type: ignore[attr-defined]  # a generator
 
 
 def run_loop_bench(options: LoopOptions, progress: BenchProgress | None = None) -> dict[str, Any]:
@@ -205,9 +256,11 @@ def run_loop_bench(options: LoopOptions, progress: BenchProgress | None = None) 
             "steps": options.steps,
             "rates": list(options.rates),
             "seeds": list(options.seeds),
+            "num_neighbors": None if options.num_neighbors is None else list(options.num_neighbors),
+            "batch_size": None if options.num_neighbors is None else options.batch_size,
         },
         "panels": panels,
-        "summary": {group: aggregate(panels, group) for group in GROUPS},
+        "summary": {group: aggregate(panels, group) for group in _groups(options)},
     }
 
 
@@ -231,14 +284,29 @@ def _check(options: LoopOptions) -> None:
         raise UserError(
             "a loop needs a data set, a learning rate of Adam's and a seed; give --datasets, --lrs, --seeds"
         )
+    if options.num_neighbors is not None:
+        check_neighbors(options.num_neighbors)
+        if options.batch_size < 1:
+            raise UserError(f"batch-size={options.batch_size} is below 1; give at least 1")
+        wrong = [f"{kind}:{n}" for kind, n in options.models if n != len(options.num_neighbors)]
+        if wrong:
+            raise UserError(
+                f"model {wrong[0]} has another number of layers than --num-neighbors has hops, "
+                f"{len(options.num_neighbors)}; give a number for each"
+            )
     for kind, num_layers in options.models:
         if kind not in LAYERS or num_layers < 1:
             raise UserError(f"model {kind}:{num_layers} is unknown; give gcn or sage with at least one layer, as gcn:2")
 
 
+def _groups(options: LoopOptions) -> tuple[str, ...]:
+    """Return the settings besides Adam's: those for full batches are left out of sampled ones."""
+    return GROUPS if options.num_neighbors is None else GROUPS[:2]
+
+
 def _settings(options: LoopOptions) -> list[Setting]:
     adam = [Setting(BASELINE, BASELINE, rate) for rate in options.rates]
-    return [*adam, Setting(DEFAULT, SUBJECT, 0.1), Setting(TOLD, SUBJECT, 0.1), Setting(FULL, SUBJECT, 0.2)]
+    return [*adam, *(Setting(group, SUBJECT, 0.2 if group == FULL else 0.1) for group in _groups(options))]
 
 
 def _open(options: LoopOptions, dataset: str, split_name: str, seed: int) -> _Graph:
@@ -280,7 +348,7 @@ def _run_panel(
         **judged,
     }
     # What concerns no group alone is said by each.
-    said = dict.fromkeys(remark for group in GROUPS for remark in remarks(panel, group))
+    said = dict.fromkeys(remark for group in _groups(options) for remark in remarks(panel, group))
     return panel | {"remarks": list(said)}
 
 
@@ -297,15 +365,16 @@ def _run_seed(
     """Train all settings with one seed, in turns."""
     torch.manual_seed(seed)
     widths = [graph.store.num_features, *[options.hidden] * (num_layers - 1), graph.store.num_classes]
-    initial = Stack(kind, widths).to(graph.device)
+    initial = Stack(kind, widths, cached=options.num_neighbors is None).to(graph.device)
     settings = _settings(options)
     points = evaluation_steps(options.steps)
-    _warm_up(graph, initial)
+    _warm_up(options, graph, initial)
     runs = []
     for setting in settings:
         model = copy.deepcopy(initial)
         torch.manual_seed(seed)
-        runs.append(_Run(setting, seed, graph, model, _optimizer(setting, model, graph), _random_state(graph.device)))
+        optimizer, batches = _optimizer(setting, model, graph), _batches(options, graph, seed)
+        runs.append(_Run(setting, seed, graph, model, optimizer, _random_state(graph.device), batches))
     for run in runs:
         run.evaluate()
     evaluated = set(points)
@@ -331,10 +400,11 @@ def _optimizer(setting: Setting, model: nn.Module, graph: _Graph) -> torch.optim
     return NaturalGradient(model, lr=setting.lr, **damping)
 
 
-def _warm_up(graph: _Graph, initial: nn.Module) -> None:
+def _warm_up(options: LoopOptions, graph: _Graph, initial: nn.Module) -> None:
     """Take a few steps of each kind on throw-away copies: the first ones pay for what is set up but once."""
     for setting in (Setting(BASELINE, BASELINE, 1e-3), Setting(DEFAULT, SUBJECT, 0.1)):
         model = copy.deepcopy(initial)
-        run = _Run(setting, 0, graph, model, _optimizer(setting, model, graph), _random_state(graph.device))
+        optimizer, batches = _optimizer(setting, model, graph), _batches(options, graph, 0)
+        run = _Run(setting, 0, graph, model, optimizer, _random_state(graph.device), batches)
         run.advance(WARMUP_STEPS)
         run.close()

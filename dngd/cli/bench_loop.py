@@ -26,7 +26,12 @@ def bench_loop(
         "gcn:2"
     ),
     hidden: Annotated[int, typer.Option(help=field_help("hidden"))] = 64,
-    steps: Annotated[int, typer.Option(help="Of every setting, all training nodes each")] = 200,
+    steps: Annotated[int, typer.Option(help="Of every setting")] = 200,
+    num_neighbors: Annotated[
+        str | None,
+        typer.Option(help="Sampled batches: neighbours at each hop, nearest first, as 10,10 [default: full batches]"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Seeds of a sampled batch")] = 512,
     rates: Annotated[str, typer.Option("--lrs", help="Adam's learning rates, separated by commas")] = "1e-2,3e-2,1e-1",
     seeds: Annotated[str, typer.Option(help="Run seeds, separated by commas; curves are averaged over them")] = "0,1,2",
     threads: Annotated[int | None, typer.Option(help="torch threads [default: torch's own choice]")] = None,
@@ -34,7 +39,7 @@ def bench_loop(
     output: Annotated[Path | None, typer.Option("--out", help="File that gets the JSON too")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train PyG's layers in a plain full-batch loop: Adam at several rates, and NaturalGradient as it comes."""
+    """Train PyG's layers in a plain loop, full-batch or sampled: Adam at several rates, and NaturalGradient as it comes."""
     from dngd.bench import LoopOptions, progress_for, run_loop_bench
     from dngd.bench.accuracy_tables import print_loop
     from dngd.bench.competitors import parse_datasets, parse_models, parse_rates, parse_seeds
@@ -49,6 +54,8 @@ def bench_loop(
         steps=steps,
         rates=parse_rates(f"adam={rates}")["adam"],
         seeds=parse_seeds(seeds),
+        num_neighbors=None if num_neighbors is None else _numbers(num_neighbors),
+        batch_size=batch_size,
         threads=threads,
         use_gpu=use_gpu,
         data_root=TrainConfig(dataset="cora", data_root=data_root).data_root_in_use,
@@ -59,3 +66,10 @@ def bench_loop(
     if output is not None:
         output.write_text(json.dumps(result) + "\n")
     print_json(result) if as_json else print_loop(result, out)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"--num-neighbors {text!r} is not valid; give whole numbers with commas, as 10,10") from None

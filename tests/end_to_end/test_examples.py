@@ -80,6 +80,24 @@ def test_whole_pyg_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert "GraphSAGE on another graph: [3, 5]" in said
 
 
+@pytest.mark.parametrize(("flags", "least"), [([], 0.5), (["--adam"], 0.2)])
+def test_neighbor_loader(
+    flags: list[str],
+    least: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from tests.helpers.graphs import small_store
+
+    graph = small_store(tmp_path / "graph", nodes=2000, edges=20000)
+    sizes = ["--dataset", str(graph.path), "--epochs", "4", "--batch-size", "256"]
+    run("neighbor_loader.py", monkeypatch, tmp_path, *sizes, *flags)
+    said = re.findall(r"val accuracy ([\d.]+)", capsys.readouterr().out)
+    assert len(said) == 4
+    assert float(said[-1]) > least, "of five classes"
+
+
 def test_cora_like_the_paper(
     store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import dngd
 from dngd.bench import LoopOptions, run_loop_bench
 from dngd.bench.loop import DEFAULT, FULL, TOLD, Stack
 from dngd.errors import UserError
@@ -75,6 +77,43 @@ def test_a_setting_trains_as_if_it_were_alone(store: GraphStore, kind: str) -> N
     assert len({tuple(curve) for curve in curves}) == 4, "the settings cannot be told apart on this graph"
 
 
+@pytest.mark.parametrize("kind", ["gcn", "sage"])
+def test_a_sampled_setting_trains_as_if_it_were_alone(store: GraphStore, kind: str) -> None:
+    """Over the batches of a loader of its own, evaluated on the whole graph."""
+    changes = {"models": [(kind, 2)], "num_neighbors": (4, 3), "batch_size": 50}
+    (panel,) = run_loop_bench(options(store, **changes))["panels"]
+    assert set(panel["settings"]) == {"adam lr=0.01", f"{DEFAULT} lr=0.1", f"{TOLD} lr=0.1"}
+    split = store.split("masks", 0)
+    targets = torch.repeat_interleave(torch.arange(store.num_nodes), store.indptr.diff())
+    whole = store.features.float(), torch.stack([store.indices.long(), targets])
+    for name in ("adam", TOLD):
+        torch.manual_seed(0)
+        model = Stack(kind, [store.num_features, 8, store.num_classes], cached=False)
+        torch.manual_seed(0)
+        damping = default_damping(len(split.train), store.num_classes)
+        adam = torch.optim.Adam(model.parameters(), lr=0.01)
+        optimizer = adam if name == "adam" else NaturalGradient(model, **damping)
+        found = []
+        with dngd.NeighborLoader(store, (4, 3), split.train, 50) as loader:
+            batches = itertools.chain.from_iterable(itertools.repeat(loader))
+            for step in range(7):
+                model.eval()
+                with torch.no_grad():
+                    right = model(*whole)[split.val].argmax(dim=1) == store.labels[split.val]
+                found.append(float(right.double().mean()))
+                if step == 6:
+                    break
+                model.train()
+                optimizer.zero_grad()
+                batch = next(batches)
+                n = batch.batch_size
+                F.cross_entropy(model(batch.x, batch.edge_index)[:n], batch.y[:n]).backward()  # type: ignore[no-untyped-call]
+                optimizer.step(num_samples=n) if isinstance(optimizer, NaturalGradient) else optimizer.step()
+        label = "adam lr=0.01" if name == "adam" else f"{TOLD} lr=0.1"
+        assert panel["settings"][label]["runs"][0]["val_score"] == found, name
+        assert len(set(found)) > 2
+
+
 def test_the_command_writes_what_it_prints(
     store: GraphStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,6 +154,10 @@ def test_it_is_told_where_adams_best_lies_at_the_border_of_what_was_tried(store:
         ("--hidden 0", "hidden=0 is below 1"),
         ("--datasets nowhere", "nowhere"),
         ("--threads 0", "threads=0 is below 1"),
+        ("--num-neighbors 5", "gcn:2 has another number of layers than --num-neighbors has hops, 1"),
+        ("--num-neighbors 5,x", "--num-neighbors '5,x' is not valid"),
+        ("--num-neighbors 5,0", "num_neighbors=[5, 0] is not valid"),
+        ("--num-neighbors 5,5 --batch-size 0", "batch-size=0 is below 1"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(
