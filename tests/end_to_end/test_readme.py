@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,6 +96,11 @@ def test_snippets(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
         assert '"products-mini"' in block
         exec(block.replace('"products-mini"', repr(str(larger.path))), {})
         assert list((tmp_path / "runs").iterdir())
+        return
+    if "NeighborLoader" in block:
+        names: dict[str, Any] = {}
+        exec(block, names)
+        assert names["optimizer"].preconditioner.steps == 2 * len(names["loader"]) > 2
         return
     import torch
     from torch import nn
