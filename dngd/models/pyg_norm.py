@@ -60,13 +60,14 @@ class WholeGraphNorm:
         edge_index, edge_weight = given["edge_index"], given.get("edge_weight")
         num_rows = given["x"].size(conv.node_dim)
         may_be = self._is_inside or bool(getattr(edge_index, "numel", lambda: 1)())  # no edges are the first of any
-        if may_be and self._edges is not None and _begins(self._edges.edge_index, edge_index, 1):
-            is_known = edge_weight is None or _begins(self._edges.edge_weight, edge_weight, 0)
-        else:
-            is_known = False
+        is_known = is_weighted = False
+        if may_be and self._edges is not None and _is_of(self._edges.edge_index, edge_index, 1):
+            is_weighted = edge_weight is not None and _is_of(self._edges.edge_weight, edge_weight, 0)
+            is_known = edge_weight is None or is_weighted or _are_ones(edge_weight, edge_index.shape[1])
         made: tuple[Any, Tensor | None]
         if is_known:
-            made = self._coefficients(conv, edge_index, edge_weight is not None, num_rows)
+            loops = _self_weight(conv, edge_weight is not None)
+            made = self._coefficients(edge_index, num_rows, loops, weighted=is_weighted)
         elif self._is_inside:
             raise UserError(
                 f"{type(conv).__name__} got other edges or edge weights than the batch's, of whose degrees in the "
@@ -83,11 +84,13 @@ class WholeGraphNorm:
                 kwargs = kwargs | {name: value}
         return tuple(new), kwargs
 
-    def _coefficients(self, conv: Any, edge_index: Tensor, weighted: bool, num_rows: int) -> tuple[Tensor, Tensor]:
-        """Return edges and coefficients. edge_index: the batch's, or the first ones of them; num_rows: of x."""
+    def _coefficients(
+        self, edge_index: Tensor, num_rows: int, loops: float, *, weighted: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return edges and coefficients. edge_index: the batch's, or the first ones of them; num_rows: of x. loops: the
+        self loops' weight. weighted: by the batch's edge weights."""
         edges = self._edges
         assert edges is not None
-        loops = _self_weight(conv, weighted)
         if (loops, weighted) not in self._made:
             self._made[loops, weighted] = edges.gcn_coefficients(loops, weighted=weighted)
         coefficients, selves = self._made[loops, weighted]
@@ -97,6 +100,19 @@ class WholeGraphNorm:
         own = torch.cat([torch.arange(num_loops, device=edge_index.device), outer])
         values = [coefficients[: edge_index.shape[1]], selves[:num_loops], selves.new_ones(outer.numel())]
         return torch.cat([edge_index, own.expand(2, -1)], dim=1), torch.cat(values)
+
+
+def _is_of(whole: Tensor | None, part: Any, dim: int) -> bool:
+    """Whether a tensor is another one, a copy of it, or the beginning of it along a dimension."""
+    if _begins(whole, part, dim):
+        return True
+    if whole is None or not isinstance(part, Tensor) or part.layout != torch.strided:
+        return False
+    return whole.dtype == part.dtype and whole.device == part.device and torch.equal(whole, part)
+
+
+def _are_ones(weight: Any, count: int) -> bool:
+    return isinstance(weight, Tensor) and weight.shape == (count,) and bool((weight == 1).all())
 
 
 def _begins(whole: Tensor | None, part: Any, dim: int) -> bool:

@@ -372,6 +372,30 @@ def test_edges_of_unknown_degrees_are_refused(directed: GraphStore, kind: type[n
         dngd.PyGModel(kind().double())(batch_of(directed, torch.arange(20), (-1,)))
 
 
+class CopiedEdges(OtherEdges):
+    def forward(self, x: Tensor, edge_index: Tensor) -> Any:
+        return self.conv(x, edge_index.clone())
+
+
+class WeightsOfOne(OtherEdges):
+    def __init__(self, *, improved: bool = False) -> None:
+        super().__init__()
+        self.conv = pyg.GCNConv(WIDTH, CLASSES, improved=improved)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Any:
+        return self.conv(x, edge_index, torch.ones(edge_index.shape[1], dtype=x.dtype))
+
+
+@pytest.mark.parametrize("make", [CopiedEdges, WeightsOfOne, lambda: WeightsOfOne(improved=True)])
+def test_copies_of_the_edges_and_weights_of_one_are_the_batchs(
+    directed: GraphStore, make: Callable[[], nn.Module]
+) -> None:
+    model = make().double()
+    expected = on_whole_graph(copy.deepcopy(model), directed)
+    seeds = torch.arange(20)
+    assert torch.allclose(dngd.PyGModel(model)(batch_of(directed, seeds, (-1,))), expected[seeds])
+
+
 class Global(nn.Module):
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
