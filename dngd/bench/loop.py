@@ -106,6 +106,9 @@ class _Graph:
     x: Tensor
     edge_index: Tensor
     y: Tensor
+    adjacency: Any = None
+    """edge_index as a sparse matrix, [targets, sources], which PyG's layers multiply with: quicker, and of less memory;
+    where nothing is trained on it."""
 
     @property
     def device(self) -> torch.device:
@@ -202,7 +205,8 @@ class _Run:
     def evaluate(self) -> None:
         """Add a point to the curve, off the clock."""
         self.model.eval()
-        logits = self.model(self.graph.x, self.graph.edge_index)
+        graph = self.graph
+        logits = self.model(graph.x, graph.edge_index if graph.adjacency is None else graph.adjacency)
         found: dict[str, Scored] = {}
         for name in ("val", "test"):
             nodes = self.graph.nodes(name)
@@ -315,6 +319,10 @@ def _open(options: LoopOptions, dataset: str, split_name: str, seed: int) -> _Gr
         raise UserError(f"graph {store.name} has no features, which the layers take; give --datasets with some")
     targets = torch.repeat_interleave(torch.arange(store.num_nodes), store.indptr.diff())
     device = _device_of(options)
+    adjacency = None
+    if options.num_neighbors is not None:
+        ones, size = torch.ones(store.num_edges), (store.num_nodes, store.num_nodes)
+        adjacency = torch.sparse_csr_tensor(store.indptr, store.indices.long(), ones, size).to(device)
     return _Graph(
         store,
         store.split(split_name, seed),
@@ -322,6 +330,7 @@ def _open(options: LoopOptions, dataset: str, split_name: str, seed: int) -> _Gr
         features_on(device, store).float().clone(),
         torch.stack([store.indices.long(), targets]).to(device),
         store.labels.long().clone().to(device),
+        adjacency,
     )
 
 
