@@ -340,6 +340,9 @@ def _run_panel(
     settings = _settings(options)
     graph = _open(options, dataset, split, options.seeds[0])
     name = f"{graph.store.name} {kind} {num_layers} layers"
+    if options.num_neighbors is not None:
+        neighbours = ",".join(map(str, options.num_neighbors))
+        name += f", batches of {options.batch_size} seeds and {neighbours} neighbours"
     progress.begin(options.steps * len(settings) * len(options.seeds), name)
     runs: list[RunRecord] = []
     for seed in options.seeds:

@@ -218,6 +218,7 @@ def _arrays(values: dict[str, Any], what: str) -> GraphArrays:
         fix = "convert its adj_t by torch_geometric.utils" if values.get("adj_t") is not None else "give it one"
         raise UserError(f"{what} has no edge_index (it has: {', '.join(map(str, values)) or 'nothing'}); {fix}")
     edges = values["edge_index"]
+    edges = edges.as_tensor() if hasattr(edges, "as_tensor") else edges  # PyG's EdgeIndex has no memory of its own
     if not isinstance(edges, Tensor) or edges.dim() != 2 or edges.shape[0] != 2:
         raise UserError(f"edge_index of {what} must be a tensor of shape [2, edges], sources in row 0")
     for key in ("x", "y", "edge_weight", "n_id"):

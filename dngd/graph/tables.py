@@ -153,11 +153,6 @@ def _open_tables(
     files = list_files(source)
     if not all(file.path.startswith(root.path.rstrip("/") + "/") for file in files):
         # No folder: one file, or a pattern.
-        if root.name.lower().startswith("node"):
-            raise UserError(
-                f"{root.shown} alone would be the edges, and is by its name a node table; give --nodes and --edges, or "
-                "the folder with both"
-            )
         return _Tables(
             None, make_table(files, "edge", root.shown, table_format, style), _plain_name(root.name), root.name
         )
@@ -190,7 +185,15 @@ def _plan(tables: _Tables, names: TableColumns) -> _Plan:
         raise UserError(
             f"{tables.edges.shown} is empty; give edges, or a header line alone for a graph of nodes without any"
         )
-    edges = edge_columns(tables.edges, names)
+    try:
+        edges = edge_columns(tables.edges, names)
+    except UserError:
+        if tables.nodes is not None or not tables.told.lower().startswith("node"):
+            raise
+        raise UserError(
+            f"{tables.edges.shown} alone would be the edges, and is by its name and columns a node table; give --nodes "
+            "and --edges, or the folder with both"
+        ) from None
     ids = [(tables.edges, edges.source), (tables.edges, edges.target)]
     nodes = NodeColumns(names.id)
     if tables.nodes is not None:
@@ -275,6 +278,13 @@ def _build(plan: _Plan, ids: NodeIds, values: NodeValues | None, out: str | Path
     if plan.nodes is not None:
         if label_names is None and labels is not None:
             labels, label_names = _renumbered_if_large(labels)
+            if label_names is not None:
+                warnings.warn(
+                    f"column {plan.node_columns.label!r} of {plan.nodes.shown} has {len(label_names)} different "
+                    f"numbers, up to {label_names[-1]}, which are taken for classes; if they are amounts or times, choose other "
+                    "labels",
+                    stacklevel=3,
+                )
         num_classes = None if label_names is None else len(label_names)
         # Checked now, not after the edges are read.
         classes, num_classes = canonical_labels(labels, len(ids), num_classes)
@@ -308,7 +318,7 @@ def _renumbered_if_large(labels: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], li
         return labels, None
     known = np.flatnonzero(labels >= 0)
     found = labels[known]
-    if not len(known) or found.max() < MAX_CLASSES or (labels < -1).any():
+    if not len(known) or found.max() < MAX_CLASSES or ((labels < 0) & (labels != -1)).any():
         return labels, None
     numbers, places = np.unique(found, return_inverse=True)
     is_category = len(numbers) <= MAX_CLASSES and 2 * len(numbers) <= len(known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,8 @@ class Trainer:
         reporter: Reporter | None = None,
         quiet: bool = False,
     ) -> None:
-        if isinstance(callbacks, Callback):
-            raise UserError("callbacks is one callback; give a list of them, [callback]")
+        if not isinstance(callbacks, Iterable):
+            raise UserError(f"callbacks is a {type(callbacks).__name__}; give a list of them, [callback]")
         self._parts = RunParts(module, optimizer, loss, metric, tuple(callbacks))
         self.config = self._parts.complete(config)
         self._reporter = SilentReporter() if quiet and reporter is None else reporter

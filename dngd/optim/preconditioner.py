@@ -336,7 +336,7 @@ class KFACPreconditioner:
             )
         if finite is None:
             finite = self.gradients_are_finite()
-        self.check_call(num_samples, finite=finite)
+        num_samples = self.check_call(num_samples, finite=finite)
         self._check_not_moved()
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             with self._phase("commit"):
@@ -406,8 +406,9 @@ class KFACPreconditioner:
             raise UserError("step() found no gradient; call loss.backward() before it")
         return all_finite([g.coalesce().values() if g.is_sparse else g for g in gradients], self.device)
 
-    def check_call(self, num_samples: float, *, finite: bool = True) -> None:
-        """Raise UserError for a step that cannot be taken as it is asked for, before anything is changed.
+    def check_call(self, num_samples: float, *, finite: bool = True) -> float:
+        """Return the number of samples, and raise UserError for a step that cannot be taken as it is asked for, before
+        anything is changed.
 
         finite: whether the step's gradients are; otherwise it is dropped, and needs no outputs.
         """
@@ -425,6 +426,7 @@ class KFACPreconditioner:
                 f"fisher={self.capture.fisher!r} samples from the model's outputs; call observe(outputs) between the "
                 "forward and the backward pass, for each forward pass of the step (and evaluate under torch.no_grad())"
             )
+        return count
 
     def commit(self, num_samples: float, factor_samples: float | None = None) -> None:
         """Fold this step's captured rows into this rank's running sums: `S ← ρS + ΔS`, `c ← ρc + Δc`.
@@ -432,7 +434,7 @@ class KFACPreconditioner:
         All ranks commit the same steps; a rank that captured no rows for a layer still decays. Rows whose
         sums overflow count as no rows (`non_finite_statistics`).
         """
-        self.check_call(num_samples)
+        num_samples = self.check_call(num_samples)
         if not self.capture.active:
             return
         rho = value_at(self.factor_decay, self.steps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -9,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,12 +60,13 @@ class NeighborLoader:
     graph), batch_size: the seeds are the first rows, and then those hop by hop (num_sampled_nodes and
     num_sampled_edges, for `trim_to_layer`). A row has the in-edges that were drawn for it, the outermost none. It has
     edge_weight where the graph has, and of a Data object all that has a row a node (masks, say) and what belongs to the
-    graph; other attributes of edges are left out, which is said. 16-bit features of a store come as float32.
+    graph (as it is: the same object in all batches); other attributes of edges are left out, which is said. Of a store
+    16-bit features and labels of 0 and 1 come as float32; -1 is no label.
 
     GCNConv normalises by the degrees that it sees, those of the sample, as with PyG's loader.
 
-    A loop that is left in the middle of an epoch begins the next one with the next loop. Workers end with the loader:
-    `close()`, a with statement, or nothing that refers to it any more. Raises UserError for arguments that cannot be;
+    A loop that is left in the middle of an epoch begins the next one with the next loop; two loops at once want a
+    loader each. Workers end with the loader: `close()`, a with statement, or nothing that refers to it any more. Raises UserError for arguments that cannot be;
     TrainingError, with the batch's place, if a worker fails, dies or is silent.
     """
 
@@ -82,38 +86,61 @@ class NeighborLoader:
         timeout_seconds: float = 120.0,
     ) -> None:
         self._pipeline: SamplerPipeline | None = None
+        self._owner = 0
         self._topology, self._of_nodes, self._of_graph = _opened(graph)
-        self._num_nodes = self._topology.indptr.shape[0] - 1
         self._fanouts = check_neighbors(num_neighbors)
-        self._seeds = _seeds(input_nodes, self._num_nodes)
-        if not 0 <= rank < world_size:
-            raise UserError(f"rank={rank} is not one of world_size={world_size}; give 0 to {max(world_size - 1, 0)}")
-        if batch_size < 1:
-            raise UserError(f"batch_size={batch_size} is too small; give at least 1")
+        self._seeds = _seeds(input_nodes, self._topology.indptr.shape[0] - 1)
         if num_workers is None:
             num_workers = int(len(os.sched_getaffinity(0)) > 1)
-        if num_workers < 0 or prefetch < min(1, num_workers):
-            name, value = ("num_workers", num_workers) if num_workers < 0 else ("prefetch", prefetch)
-            raise UserError(f"{name}={value} is too small; give at least {min(1, num_workers) if value >= 0 else 0}")
-        self.batch_size = batch_size
-        self.epoch = 0
-        self._shuffle, self._seed, self._prefetch = shuffle, seed, prefetch
-        self._num_workers, self._timeout_seconds = num_workers, timeout_seconds
-        self._rank, self._world_size = rank, world_size
-        self._length = steps_per_epoch(self._seeds.shape[0], world_size, batch_size)
+        self._num_workers = _whole("num_workers", num_workers, 0)
+        self._prefetch = _whole("prefetch", prefetch, min(1, self._num_workers))
+        self._batch_size = _whole("batch_size", batch_size, 1)
+        self._world_size = _whole("world_size", world_size, 1)
+        self._rank = _whole("rank", rank, 0)
+        if self._rank >= self._world_size:
+            raise UserError(f"rank={rank} is not one of world_size={world_size}; give 0 to {world_size - 1}")
+        if not timeout_seconds > 0:
+            raise UserError(f"timeout_seconds={timeout_seconds} is too small; give a time above 0")
+        self._seed = _whole("seed", seed, None)
+        self._shuffle, self._timeout_seconds = shuffle, timeout_seconds
+        self._length = steps_per_epoch(self._seeds.shape[0], self._world_size, self._batch_size)
+        self._epoch = 0
         self._at = (0, 0)
+
+    @property
+    def batch_size(self) -> int:
+        """Seeds a batch."""
+        return self._batch_size
+
+    @property
+    def epoch(self) -> int:
+        """Number of the next epoch."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self._epoch = _whole("epoch", value, 0)
 
     def __len__(self) -> int:
         """Return the number of an epoch's batches."""
         return self._length
 
     def __iter__(self) -> Iterator[Data]:
-        epoch, self.epoch = self.epoch, self.epoch + 1
+        epoch = self._epoch
         pipeline = self._opened_at(epoch)
+        self._epoch = epoch + 1
         for step in range(self._length):
+            if self._pipeline is not pipeline:
+                raise UserError(
+                    "another loop over this NeighborLoader was begun, or it was closed; give each loop that goes on "
+                    "beside others a loader of its own"
+                )
             mini_batch = next(pipeline)
             self._at = divmod(epoch * self._length + step + 1, self._length)
             yield self._data(mini_batch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pipeline": None}  # copies begin with workers of their own
 
     def __enter__(self) -> NeighborLoader:
         return self
@@ -135,9 +162,11 @@ class NeighborLoader:
 
     def _opened_at(self, epoch: int) -> SamplerPipeline:
         """Return the pipeline with an epoch's first batch as its next one."""
-        if self._pipeline is not None and self._at == (epoch, 0) and self._pipeline.is_open:
+        is_own = self._owner == os.getpid()  # a fork has its parent's, whose batches it would take
+        if self._pipeline is not None and self._at == (epoch, 0) and self._pipeline.is_open and is_own:
             return self._pipeline
         self.close()
+        self._owner = os.getpid()
         self._at = (epoch, 0)
         self._pipeline = SamplerPipeline(
             self._topology,
@@ -145,7 +174,7 @@ class NeighborLoader:
             self._fanouts,
             self._seed,
             self._world_size,
-            self.batch_size,
+            self._batch_size,
             [self._rank],
             num_samplers=self._num_workers,
             prefetch=self._prefetch,
@@ -164,16 +193,21 @@ class NeighborLoader:
         edge_index, edge_weight, num_nodes, num_edges = _edges(mini_batch)
         values: dict[str, Any] = dict(self._of_graph)
         for name, table in self._of_nodes.items():
-            rows = table.index_select(0, nodes)
-            values[name] = rows.float() if name == "x" and rows.is_floating_point() and self._widens(rows) else rows
+            values[name] = _rows(table, nodes, widens=isinstance(self._topology, GraphStore))
         values |= {"edge_index": edge_index, "n_id": nodes, "batch_size": mini_batch.seeds.shape[0]}
         values |= {"num_sampled_nodes": num_nodes, "num_sampled_edges": num_edges}
         if edge_weight is not None:
             values["edge_weight"] = edge_weight
         return Data(num_nodes=nodes.shape[0], **values)
 
-    def _widens(self, rows: Tensor) -> bool:
-        return rows.element_size() < 4 and isinstance(self._topology, GraphStore)
+
+def _rows(table: Tensor | list[Any], nodes: Tensor, *, widens: bool) -> Tensor | list[Any]:
+    """Return rows of what a graph has of its nodes. widens: 16-bit features, and labels of 0 and 1, to float32."""
+    if isinstance(table, list):
+        return [table[node] for node in nodes.tolist()]
+    rows = table.index_select(0, nodes)
+    is_narrow = rows.dtype in (torch.float16, torch.bfloat16, torch.int8)
+    return rows.float() if widens and is_narrow else rows
 
 
 def _edges(mini_batch: MiniBatch) -> tuple[Tensor, Tensor | None, list[int], list[int]]:
@@ -198,25 +232,36 @@ def _edges(mini_batch: MiniBatch) -> tuple[Tensor, Tensor | None, list[int], lis
 def check_neighbors(num_neighbors: Sequence[int]) -> tuple[int, ...]:
     """Return fanouts of layers, input side first, of numbers of neighbours, nearest hop first. Raises UserError."""
     try:
-        return check_fanouts(list(num_neighbors)[::-1])
-    except (TypeError, ValueError, UserError):
+        return check_fanouts([operator.index(number) for number in num_neighbors][::-1])
+    except (TypeError, ValueError, OverflowError, UserError):
         raise UserError(
             f"num_neighbors={num_neighbors!r} is not valid; give a number for each hop, nearest to the seeds first, "
             "each at least 1, or -1 for all neighbours"
         ) from None
 
 
-def _opened(graph: Any) -> tuple[HasTopology, dict[str, Tensor], dict[str, Any]]:
+def _whole(name: str, value: Any, least: int | None) -> int:
+    """Return an argument as an int. Raises UserError if it is none, or below the least."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise UserError(f"{name}={value!r} is no whole number; give one") from None
+    if least is not None and number < least:
+        raise UserError(f"{name}={number} is too small; give at least {least}")
+    return number
+
+
+def _opened(graph: Any) -> tuple[HasTopology, dict[str, Tensor | list[Any]], dict[str, Any]]:
     """Return a graph's edges, what it has of each node by name, and of the graph as a whole."""
     if isinstance(graph, str | Path):
         graph = resolve_dataset(graph)
     if isinstance(graph, GraphStore):
-        tables = {"x": graph.features} if graph.num_features else {}
-        return graph, {**tables, "y": graph.labels}, {}
+        tables: dict[str, Tensor | list[Any]] = {"x": graph.features} if graph.num_features else {}
+        return graph, tables | {"y": graph.labels}, {}
     return _in_memory(graph)
 
 
-def _in_memory(data: Any) -> tuple[Topology, dict[str, Tensor], dict[str, Any]]:
+def _in_memory(data: Any) -> tuple[Topology, dict[str, Tensor | list[Any]], dict[str, Any]]:
     if not hasattr(data, "is_node_attr") or not hasattr(data, "to_dict"):
         raise UserError(
             f"the graph is a {type(data).__name__}; give a torch_geometric.data.Data (of a dataset dataset[0]), a "
@@ -233,22 +278,44 @@ def _in_memory(data: Any) -> tuple[Topology, dict[str, Tensor], dict[str, Any]]:
         raise UserError(
             f"edge_weight of the graph has {weight.numel()} entries for {order.numel()} edges; give one each"
         )
-    of_nodes, of_graph, left_out = {}, {}, []
+    counted = copy.copy(data)
+    counted.num_nodes = num_nodes  # PyG's own count, where there is no x, is what edges name
+    of_nodes: dict[str, Tensor | list[Any]] = {}
+    of_graph: dict[str, Any] = {}
+    left_out = []
     for name, value in data.to_dict().items():
         if name in _OF_BATCH or value is None:
             continue
-        if data.is_edge_attr(name):
+        if counted.is_edge_attr(name) or "index" in name:
             left_out.append(name)
-        elif isinstance(value, Tensor) and data.is_node_attr(name):
-            of_nodes[name] = value.to_dense().cpu() if value.layout != torch.strided else value.cpu()
+        elif counted.is_node_attr(name) or (isinstance(value, np.ndarray) and value.shape[:1] == (num_nodes,)):
+            of_nodes[name] = _table(value)
         else:
             of_graph[name] = value
     if left_out:
-        warnings.warn(
-            f"batches are without {', '.join(left_out)} of the edges: they have edge_weight alone", stacklevel=4
-        )
-    edge_weight = None if weight is None else weight.reshape(-1).float().cpu()[order].contiguous()
+        what = "which are of the edges, or numbers of nodes in the graph"
+        warnings.warn(f"batches are without {', '.join(left_out)}, {what}", stacklevel=4)
+    if data.to_dict().get("n_id") is not None:
+        warnings.warn("the graph has an n_id: that of batches is the rows' numbers in this graph", stacklevel=4)
+    edge_weight = None if weight is None else weight.detach().reshape(-1).float().cpu()[order].contiguous()
     return Topology(indptr, source[order].contiguous(), edge_weight), of_nodes, of_graph
+
+
+def _table(value: Any) -> Tensor | list[Any]:
+    """Return what a graph has of its nodes as a tensor on the CPU, or a list of what no tensor holds."""
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            return list(value)
+    if value.requires_grad:
+        warnings.warn(
+            "a table of the graph's nodes requires a gradient, which batches do not pass on; look rows of an embedding "
+            "up by batch.n_id",
+            stacklevel=5,
+        )
+    table: Tensor = value.detach().cpu()
+    return table if table.layout == torch.strided else table.to_dense()
 
 
 def _ends(nodes: Tensor, num_nodes: int) -> Tensor:
@@ -268,7 +335,14 @@ def _seeds(input_nodes: Any, num_nodes: int) -> Tensor:
     """Return the seeds' numbers, int64 [n]. Raises UserError for what names none, or others than the graph has."""
     if input_nodes is None:
         return torch.arange(num_nodes)
-    nodes = torch.as_tensor(input_nodes).cpu()
+    try:
+        nodes = torch.as_tensor(input_nodes).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(
+            f"input_nodes is a {type(input_nodes).__name__}; give numbers of nodes, or a mask, as a tensor"
+        ) from None
+    if nodes.dtype == torch.uint8 and nodes.shape == (num_nodes,):
+        raise UserError("input_nodes is uint8; give a mask as mask.bool(), or numbers of nodes as int64")
     if nodes.dtype == torch.bool:
         if nodes.shape != (num_nodes,):
             raise UserError(

@@ -156,7 +156,8 @@ class SamplerProcess:
         if self._process.is_ours:
             with contextlib.suppress(OSError):  # one that has not started yet has the other end
                 self._replies.shutdown(socket.SHUT_RDWR)
-        self._reader.join(STOP_SECONDS)
+        if self._reader is not threading.current_thread():  # where a collection of garbage happened to come
+            self._reader.join(STOP_SECONDS)
         self._slots.close()
 
     def _send(self, header: dict[str, Any], arrays: Sequence[Tensor], what: str) -> None:

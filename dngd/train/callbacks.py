@@ -73,7 +73,7 @@ HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 
 
 def check_callbacks(callbacks: Sequence[Callback]) -> None:
-    """Raise UserError for what is no callback, and warn of a method that is named like a hook and is none."""
+    """Raise UserError for what is no callback, and warn of a method that is nearly named like a hook."""
     for callback in callbacks:
         if isinstance(callback, type):
             raise UserError(f"the callback {callback.__name__} is a class; give one made of it, {callback.__name__}()")
@@ -83,13 +83,13 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
         known = dir(Callback)
         for name in dir(kind):
             if name.startswith("on_") and name not in known and callable(getattr(kind, name)):
-                near = difflib.get_close_matches(name, HOOKS, n=1)
-                warnings.warn(
-                    f"{kind.__name__}.{name} is never called"
-                    + (f" (is it {near[0]}?)" if near else "")
-                    + f"; a callback's hooks are {', '.join(HOOKS)}",
-                    stacklevel=4,
-                )
+                near = difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.75)
+                if near:
+                    warnings.warn(
+                        f"dngd does not call {kind.__name__}.{name} (is it {near[0]}?); a callback's hooks are "
+                        f"{', '.join(HOOKS)}",
+                        stacklevel=4,
+                    )
 
 
 class Callbacks:

@@ -7,7 +7,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from dngd.train.remote_files import CHECKPOINTS, RemoteFiles
 CONFIG_NAME = "config.yaml"
 CONFIG_FIX = "put back a copy of the run's own"
 RESULT_NAME = "result.json"
+FREE_MARK = ".failed-at-the-start"
+"""Of a run that ended by an error before anything of it was kept: a new run may take its folder."""
 LAST_FIELD = "resume"
 """A whole configuration ends with it, whichever dngd wrote it: fields that come later stand before it."""
 BEFORE_THEY_CAME = {"output_rank": 0}
@@ -150,8 +152,8 @@ def run_config(folder: RunFolder) -> TrainConfig:
 def check_run_folder(config: TrainConfig) -> Path:
     """Return the path of the run folder, which may not exist yet, or its address.
 
-    Raises UserError if the folder holds a run that came to an evaluation or a checkpoint and `resume` is off, a run
-    that differs in a field that defines it, or something else, and if nothing can be written to an address.
+    Raises UserError if the folder holds a run and `resume` is off (but for one that failed before anything was kept), a
+    run that differs in a field that defines it, or something else, and if nothing can be written to an address.
     """
     if config.resume and config.run_dir is None:
         raise UserError("--resume needs --run-dir: say which run to go on with")
@@ -160,7 +162,8 @@ def check_run_folder(config: TrainConfig) -> Path:
     path = path if remote is not None else expanded(path).absolute()
     shown = path if remote is None else remote.shown
     saved = saved_fields(path)
-    if saved is not None and not config.resume and remote is None and _has_only_begun(path):
+    is_free = remote is None and not config.resume and (path / FREE_MARK).exists()
+    if saved is not None and is_free and _kept_nothing(path):
         return path  # as after a mistake in the model: there is nothing to go on with, and nothing to lose
     if saved is not None and not config.resume:
         raise UserError(f"run folder {shown} already holds a run; go on with --resume, or give another --run-dir")
@@ -195,11 +198,25 @@ def check_run_folder(config: TrainConfig) -> Path:
     return path
 
 
-def _has_only_begun(path: Path) -> bool:
-    """Whether the run in a folder left nothing but its configuration: no evaluation, checkpoint, model or result."""
+def _kept_nothing(path: Path) -> bool:
+    """Whether a run in a folder has no evaluation, checkpoint, model or result."""
     run = RunFolder(path)
     lines = run.metrics.exists() and run.metrics.stat().st_size > 0
     return not (lines or run.result.exists() or run.best_model.exists() or complete_checkpoints(run.checkpoints))
+
+
+def _leave_free(path: Path) -> None:
+    """Mark the folder of a run that ended by an error with nothing kept, so that a new one may take its place."""
+    with suppress(OSError):
+        if RunFolder(path).holds_a_run and _kept_nothing(path):
+            (path / FREE_MARK).touch()
+
+
+def _remove_begun(path: Path) -> None:
+    """Remove what such a run left, and its loggers' names of it, which the new one would be added to."""
+    names = ("health.jsonl", "metrics.csv", "mlflow-run", "wandb-run", FREE_MARK)
+    for file in (*(path / name for name in names), *(path / "tensorboard").glob(f"{_EVENT_FILES}*")):
+        file.unlink(missing_ok=True)
 
 
 def _check_not_lost(path: Path, remote: RemoteFiles | None, shown: Path | str) -> None:
@@ -313,7 +330,12 @@ def hold_run_folder(config: TrainConfig, tell: Callable[[str], None]) -> Iterato
         told = True
 
     with folder_lock(path, purpose=f"the run in {path}", wait_seconds=OTHER_RUN_SECONDS, on_wait=tell_once):
-        yield prepare_run_folder(config.model_copy(update={"run_dir": path}))
+        prepared = prepare_run_folder(config.model_copy(update={"run_dir": path}))
+        try:
+            yield prepared
+        except BaseException:
+            _leave_free(path)
+            raise
 
 
 def prepare_run_folder(config: TrainConfig) -> TrainConfig:
@@ -331,8 +353,10 @@ def prepare_run_folder(config: TrainConfig) -> TrainConfig:
         RemoteFiles(prepared.run_address).write(CONFIG_NAME, kept.to_yaml().encode())
         return prepared
     _make_folder(path)
-    if not config.resume:
-        RunFolder(path).health.unlink(missing_ok=True)  # of a run that had only begun
+    if config.resume:
+        (path / FREE_MARK).unlink(missing_ok=True)
+    else:
+        _remove_begun(path)
     replace_file(RunFolder(path).config, kept.to_yaml().encode())
     return prepared
 

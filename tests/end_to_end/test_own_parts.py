@@ -551,14 +551,14 @@ def test_what_is_no_callback_is_said_before_the_run(store: GraphStore, tmp_path:
     class Misspelt(dngd.Callback):
         def on_evaluate(self, run: dngd.RunState, record: Any) -> None: ...
 
-        def once(self) -> None: ...
+        def on_first_save(self) -> None: ...  # the program's own
 
     class NoCallback:
         def on_step(self, run: dngd.RunState) -> None: ...
 
     settings = config(store, tmp_path / "run", epochs=1)
     with pytest.warns(
-        UserWarning, match=r"Misspelt.on_evaluate is never called \(is it on_evaluation\?\); a callback"
+        UserWarning, match=r"dngd does not call Misspelt.on_evaluate \(is it on_evaluation\?\); a callback"
     ) as told:
         dngd.Trainer(settings, callbacks=[Misspelt()], quiet=True)
     assert len(told) == 1
@@ -566,7 +566,9 @@ def test_what_is_no_callback_is_said_before_the_run(store: GraphStore, tmp_path:
     for wrong, said in (
         ([Recorder], r"callback Recorder is a class; give one made of it, Recorder\(\)"),
         ([NoCallback()], "a callback is a NoCallback; derive its class from dngd.Callback"),
-        (Recorder(), "callbacks is one callback; give a list"),
+        (Recorder(), "callbacks is a Recorder; give a list"),
+        (Recorder, "callbacks is a type; give a list"),
+        (None, "callbacks is a NoneType; give a list"),
     ):
         with pytest.raises(UserError, match=said):
             dngd.Trainer(settings, callbacks=wrong, quiet=True)  # type: ignore[arg-type]

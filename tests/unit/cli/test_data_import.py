@@ -69,7 +69,7 @@ def test_options_are_named_as_flags(
         ("tab --format parquet", "tab/nodes.csv is a csv file by its name; leave --format out, or"),
         ("two --format parquet", "dngd: two/nodes* has no parquet files; check --format, or the path of"),
         ("--edges tab/edges.csv --format parquet", "tab/edges.csv is a csv file by its name; leave --format out, or"),
-        ("tab/nodes.csv", "tab/nodes.csv alone would be the edges, and is by its name a node table; give --nodes"),
+        ("tab/nodes.csv", "tab/nodes.csv alone would be the edges, and is by its name and columns a node"),
         ("x=1/duplicates=sum/tab", "x=1/duplicates=sum/tab does not exist"),
         ("", "SOURCE is empty; give a file"),
         ("none", "none does not exist; give a file"),

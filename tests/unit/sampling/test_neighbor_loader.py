@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import signal
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch_geometric import EdgeIndex
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.nn import GCN, GraphSAGE
 
@@ -132,7 +136,7 @@ def test_a_batch_has_what_the_graph_has_of_its_nodes() -> None:
             assert torch.equal(batch[name], data[name][batch.n_id]), name
         assert batch.name == "made up"
     data.edge_attr = torch.ones(700, 3)
-    with pytest.warns(UserWarning, match="batches are without edge_attr of the edges") as told:
+    with pytest.warns(UserWarning, match="batches are without edge_attr, which are of the edges") as told:
         [batch, *_] = batches(data)
     assert "edge_attr" not in batch
     assert len(told) == 1
@@ -195,12 +199,124 @@ def test_a_store_is_read_where_it_is(tmp_path: Path) -> None:
     store = GraphStore.write(tmp_path / "g", **written, duplicates="keep", self_loops="keep", feature_dtype="float16")
     wanted = [content(batch) for batch in batches(data, num_workers=1)]
     for given in (store, str(tmp_path / "g")):
-        for batch, of_data in zip(batches(given, num_workers=1), wanted):
+        for batch, of_data in zip(batches(given, num_workers=1), wanted, strict=True):
             assert batch.x.dtype == torch.float32
             assert torch.equal(batch.x, data.x[batch.n_id].half().float())
-            assert {k: v for k, v in content(batch) if k != "x"}.items() <= {
-                k: v for k, v in of_data if k not in ("x", "train_mask", "name")
-            }.items()
+            others = [pair for pair in of_data if pair[0] not in ("x", "train_mask", "name")]
+            assert [pair for pair in content(batch) if pair[0] != "x"] == others
+    rows = (np.arange(NUM_NODES)[:, None] % [2, 3] == 0).astype(np.int8)
+    several = GraphStore.write(tmp_path / "m", **(written | {"labels": rows}))
+    for batch in batches(several):
+        assert torch.equal(batch.y, torch.from_numpy(rows)[batch.n_id].float())
+
+
+def test_nodes_without_features_or_edges_are_counted() -> None:
+    """PyG's own count is of what edges name: labels and masks would be taken for the graph's as a whole."""
+    whole = graph()
+    data = Data(edge_index=whole.edge_index % (NUM_NODES - 3), y=whole.y, train_mask=whole.train_mask)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = batches(data)
+    for batch in found:
+        assert torch.equal(batch.y, whole.y[batch.n_id])
+        assert torch.equal(batch.train_mask, whole.train_mask[batch.n_id])
+        assert "x" not in batch
+    assert sum(batch.batch_size for batch in found) == NUM_NODES
+
+
+def test_arrays_and_lists_of_the_nodes_are_theirs() -> None:
+    data = graph()
+    data.test_mask = data.train_mask.numpy()
+    data.titles = [f"node {k}" for k in range(NUM_NODES)]
+    data.neg_edge_index = torch.zeros(2, NUM_NODES, dtype=torch.int64)
+    with pytest.warns(UserWarning, match="batches are without neg_edge_index, which are of the edges, or numbers of"):
+        found = batches(data)
+    for batch in found:
+        assert torch.equal(batch.test_mask, data.train_mask[batch.n_id])
+        assert batch.titles == [f"node {k}" for k in batch.n_id.tolist()]
+
+
+def test_an_edge_index_of_pygs_own_class(tmp_path: Path) -> None:
+    """It has no memory at the address that it tells."""
+    data = graph()
+    wanted = [content(batch) for batch in batches(data)]
+    data.edge_index = EdgeIndex(data.edge_index, sparse_size=(NUM_NODES, NUM_NODES))
+    assert [content(batch) for batch in batches(data)] == wanted
+    assert dngd.graph.import_pyg(data, tmp_path / "g").num_edges > 0
+
+
+def test_gradients_are_not_passed_on_and_that_is_said() -> None:
+    data = graph(weighted=True)
+    data.x = data.x.clone().requires_grad_() * 2
+    data.edge_weight = data.edge_weight.requires_grad_()
+    data.n_id = torch.arange(NUM_NODES)
+    with pytest.warns(UserWarning, match="requires a gradient") as told:
+        found = batches(data)
+    said = " ".join(str(one.message) for one in told)
+    assert "look rows of an embedding up by batch.n_id" in said
+    assert "the graph has an n_id" in said
+    assert not any(batch.x.requires_grad or batch.edge_weight.requires_grad for batch in found)
+
+
+def test_a_batch_that_is_kept_does_not_change() -> None:
+    with dngd.NeighborLoader(graph(weighted=True), [3, 2], batch_size=8, num_workers=1) as loader:
+        kept = [(batch, content(batch)) for _ in range(3) for batch in loader]
+    assert all(content(batch) == before for batch, before in kept)
+
+
+def test_neighbours_are_drawn_alike_often() -> None:
+    """One node with ten in-neighbours, of which three are drawn: each pair of them as often as another."""
+    data = Data(x=torch.ones(11, 1), edge_index=torch.stack([torch.arange(1, 11), torch.zeros(10, dtype=torch.int64)]))
+    found: Counter[frozenset[int]] = Counter()
+    with dngd.NeighborLoader(data, [2], torch.tensor([0]), num_workers=0) as loader:
+        for _ in range(4500):
+            [batch] = loader
+            found[frozenset(batch.n_id[1:].tolist())] += 1
+    assert len(found) == 45
+    chi = sum((count - 100) ** 2 / 100 for count in found.values())
+    assert chi < 85, "of 44 degrees of freedom, above which one of 5,000 is"
+
+
+def test_two_loops_at_once_are_refused() -> None:
+    with dngd.NeighborLoader(graph(), [3, 2], batch_size=16, num_workers=0) as loader:
+        with pytest.raises(UserError, match="another loop over this NeighborLoader was begun"):
+            list(zip(loader, loader))
+        assert len(list(loader)) == len(loader)
+
+
+def test_a_copy_has_workers_of_its_own() -> None:
+    loader = dngd.NeighborLoader(graph(), [3, 2], batch_size=16, num_workers=1)
+    first = [content(batch) for batch in loader]
+    for made in (copy.deepcopy(loader), copy.copy(loader), pickle.loads(pickle.dumps(loader))):  # noqa: S301  # the test's own
+        assert made.epoch == 1
+        made.epoch = 0
+        assert [content(batch) for batch in made] == first
+        made.close()
+    assert len(list(loader)) == len(loader)
+    loader.close()
+
+
+def test_a_forked_process_has_workers_of_its_own() -> None:
+    """And leaves its parent's alone."""
+    wanted = [content(batch) for batch in batches(graph(), epochs=2, num_workers=1)]
+    loader = dngd.NeighborLoader(graph(), [3, 2], batch_size=16, num_workers=1)
+    assert [content(batch) for batch in loader] == wanted[: len(loader)]
+    child = os.fork()
+    if not child:
+        os._exit(0 if [content(batch) for batch in loader] == wanted[len(loader) :] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    pipeline = loader._pipeline
+    assert [content(batch) for batch in loader] == wanted[len(loader) :]
+    assert loader._pipeline is pipeline
+    loader.close()
+
+
+def test_what_follows_from_the_batch_size_cannot_be_changed() -> None:
+    loader = dngd.NeighborLoader(graph(), [3, 2], batch_size=16, num_workers=0)
+    with pytest.raises(AttributeError):
+        loader.batch_size = 5  # type: ignore[misc]
+    with pytest.raises(UserError, match="epoch=-1 is too small"):
+        loader.epoch = -1
 
 
 def test_a_worker_that_dies_is_said_and_the_next_loop_has_another() -> None:
@@ -239,6 +355,14 @@ def test_workers_end_with_the_loader() -> None:
         ),
         ({"num_neighbors": [3, 0]}, "num_neighbors=[3, 0] is not valid"),
         ({"num_neighbors": 3}, "num_neighbors=3 is not valid"),
+        ({"num_neighbors": "15"}, "num_neighbors='15' is not valid"),
+        ({"num_neighbors": [1.5, 2]}, "num_neighbors=[1.5, 2] is not valid"),
+        ({"batch_size": 2.0}, "batch_size=2.0 is no whole number"),
+        ({"seed": None}, "seed=None is no whole number"),
+        ({"timeout_seconds": 0}, "timeout_seconds=0 is too small"),
+        ({"world_size": 0}, "world_size=0 is too small"),
+        ({"input_nodes": ("paper", torch.arange(3))}, "input_nodes is a tuple; give numbers of nodes"),
+        ({"input_nodes": torch.ones(NUM_NODES, dtype=torch.uint8)}, "input_nodes is uint8; give a mask as mask.bool()"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"num_workers": -1}, "num_workers=-1 is too small; give at least 0"),
         ({"num_workers": 1, "prefetch": 0}, "prefetch=0 is too small; give at least 1"),

@@ -125,7 +125,6 @@ def test_a_new_run_does_not_take_the_folder_of_one_that_began_meanwhile(
         other.start()
         assert waits.wait(10)
         (run / "config.yaml").write_text(config(str(store.path), run).to_yaml())
-        (run / "metrics.jsonl").write_text("{}\n")
     other.join(20)
     assert "already holds a run" in str(raised[0])
 
@@ -144,8 +143,13 @@ def test_a_run_that_failed_before_anything_was_kept_leaves_its_folder_free(store
     left = {path.name for path in run.iterdir()}
     assert "config.yaml" in left
     assert "metrics.jsonl" not in left
-    (run / "health.jsonl").write_text('{"step": 1, "layers": {"left": 1}}\n')
+    (run / "tensorboard").mkdir()
+    for name in ("health.jsonl", "mlflow-run", "wandb-run", "tensorboard/events.out.tfevents.1.here"):
+        (run / name).write_text('{"step": 1, "layers": {"left": 1}}\n')
     assert fit(settings).steps > 0
+    assert {path.name for path in run.rglob("*")}.isdisjoint(
+        {"mlflow-run", "wandb-run", "events.out.tfevents.1.here", run_folder.FREE_MARK}
+    )
     health = run / "health.jsonl"
     assert not health.exists() or "left" not in health.read_text()
     with pytest.raises(UserError, match="already holds a run"):
@@ -157,6 +161,7 @@ def test_what_a_run_kept_is_not_replaced(store: GraphStore, tmp_path: Path, kept
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(config(str(store.path), run).to_yaml())
+    (run / run_folder.FREE_MARK).touch()
     (run / kept).write_text("{}\n")
     with pytest.raises(UserError, match="already holds a run"):
         fit(config(str(store.path), run))
