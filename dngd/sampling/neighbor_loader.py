@@ -66,8 +66,8 @@ class NeighborLoader:
     GCNConv normalises by the degrees that it sees, those of the sample, as with PyG's loader.
 
     A loop that is left in the middle of an epoch begins the next one with the next loop; two loops at once want a
-    loader each. Workers end with the loader: `close()`, a with statement, or nothing that refers to it any more. Raises UserError for arguments that cannot be;
-    TrainingError, with the batch's place, if a worker fails, dies or is silent.
+    loader each. Workers end with the loader: `close()`, a with statement, or nothing that refers to it any more. Raises
+    UserError for arguments that cannot be; TrainingError, with the batch's place, if a worker fails, dies or is silent.
     """
 
     def __init__(
