@@ -280,7 +280,7 @@ def _build(plan: _Plan, ids: NodeIds, values: NodeValues | None, out: str | Path
             labels, label_names = _renumbered_if_large(labels)
             if label_names is not None:
                 warnings.warn(
-                    f"column {plan.node_columns.label!r} of {plan.nodes.shown} has {len(label_names)} different numbers "
+                    f"column {plan.node_columns.label!r} of {plan.nodes.shown} has {len(label_names)} numbers "
                     f"up to {label_names[-1]}, taken for classes; if they are amounts or times, choose another column",
                     stacklevel=3,
                 )

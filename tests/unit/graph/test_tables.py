@@ -198,7 +198,7 @@ def test_codes_beyond_class_numbers_are_classes_where_nodes_share_them(
         labels = pa.array([8_010_000, 99, None, 8_010_000, 99, None], kind)
     split = ["train", "train", "val", "test", "test", "test"]
     nodes = node_table([1, 2, 3, 4, 5, 6], label=labels, split=split)
-    with pytest.warns(UserWarning, match="has 2 different numbers up to 8010000, taken for classes"):
+    with pytest.warns(UserWarning, match="has 2 numbers up to 8010000, taken for classes"):
         store = import_tables(small_set(tmp_path, nodes, edge_table([1], [2]), suffix), tmp_path / "out")
     assert store.labels.tolist() == [1, 0, -1, 1, 0, -1]
     assert store.label_names == (99, 8_010_000)
