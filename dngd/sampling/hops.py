@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dngd.sampling.minibatch import Drawn, LayerGraph
@@ -29,9 +28,7 @@ class HopSampler(NeighborSampler):
             self._dgl.seed(rng_seed)
             for fanout in reversed(self.fanouts):
                 reached = nodes[known:]
-                degrees = self._indptr[reached + 1] - self._indptr[reached]
-                indptr = torch.zeros(reached.shape[0] + 1, dtype=torch.int64)
-                torch.cumsum(degrees if fanout == -1 else degrees.clamp(max=fanout), 0, out=indptr[1:])
+                degrees, indptr = self._bounds(reached, fanout)
                 frontier, edge_ids = self._draw(reached, fanout, indptr)
                 block = self._dgl.to_block(frontier, nodes)
                 indices, _ = block.edges()

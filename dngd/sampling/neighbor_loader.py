@@ -278,6 +278,8 @@ def _in_memory(data: Any) -> tuple[Topology, dict[str, Tensor | list[Any]], dict
         raise UserError(
             f"edge_weight of the graph has {weight.numel()} entries for {order.numel()} edges; give one each"
         )
+    if weight is not None and weight.requires_grad:
+        warnings.warn("edge_weight requires a gradient, which batches do not pass on", stacklevel=4)
     counted = copy.copy(data)
     counted.num_nodes = num_nodes  # PyG's own count, where there is no x, is what edges name
     of_nodes: dict[str, Tensor | list[Any]] = {}

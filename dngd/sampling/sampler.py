@@ -118,10 +118,7 @@ class NeighborSampler:
         self, dst_nodes: Tensor, fanout: int, excluded: Tensor | None, left_out: LeftOut | None, is_input: bool
     ) -> tuple[LayerGraph, Tensor]:
         """Return the layer graph into dst_nodes, and the global ids of its sources (none for the input)."""
-        degrees = self._indptr[dst_nodes + 1] - self._indptr[dst_nodes]
-        counts = degrees if fanout == -1 else degrees.clamp(max=fanout)
-        indptr = torch.zeros(dst_nodes.shape[0] + 1, dtype=torch.int64)
-        torch.cumsum(counts, 0, out=indptr[1:])
+        degrees, indptr = self._bounds(dst_nodes, fanout)
         frontier, edge_ids = self._draw(dst_nodes, fanout, indptr)
         if excluded is not None and left_out is not None:
             degrees = degrees - left_out.counts_of(dst_nodes)
@@ -146,6 +143,13 @@ class NeighborSampler:
             left_out=left_out,
         )
         return graph, src_nodes
+
+    def _bounds(self, dst_nodes: Tensor, fanout: int) -> tuple[Tensor, Tensor]:
+        """Return the nodes' in-degrees, int64 [n], and where each one's drawn edges begin and end, int64 [n + 1]."""
+        degrees = self._indptr[dst_nodes + 1] - self._indptr[dst_nodes]
+        indptr = torch.zeros(dst_nodes.shape[0] + 1, dtype=torch.int64)
+        torch.cumsum(degrees if fanout == -1 else degrees.clamp(max=fanout), 0, out=indptr[1:])
+        return degrees, indptr
 
     def _without(self, excluded: Tensor, frontier: Any, edge_ids: Tensor, indptr: Tensor) -> tuple[Any, Tensor, Tensor]:
         """Return the sampled edges, their ids and rows without the excluded ones."""

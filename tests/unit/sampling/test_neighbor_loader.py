@@ -258,6 +258,7 @@ def test_gradients_are_not_passed_on_and_that_is_said() -> None:
     said = " ".join(str(one.message) for one in told)
     assert "look rows of an embedding up by batch.n_id" in said
     assert "the graph has an n_id" in said
+    assert "edge_weight requires a gradient" in said
     assert not any(batch.x.requires_grad or batch.edge_weight.requires_grad for batch in found)
 
 
