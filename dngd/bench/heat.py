@@ -24,12 +24,13 @@ from dngd.bench.scoring import Metric, Scorer, choose_metric
 from dngd.comm import LocalCommunicator
 from dngd.config import TrainConfig
 from dngd.graph import GraphStore, Split
-from dngd.models import GNN
+from dngd.models import GNN, SparseRows
 from dngd.sampling import BatchCoordinates, SamplerPipeline, steps_per_epoch
 from dngd.train.batch import PropagationBuilder
 from dngd.train.evaluation import ExactEvaluator
 from dngd.train.full_batch import FullBatches
 from dngd.train.optimizers import TrainingSet
+from dngd.train.placement import PlacedFeatures, with_sparse
 from dngd.train.plan import batch_size_of, device_of
 
 LONGEST_TURN = 50
@@ -53,6 +54,8 @@ class Track:
     scorer: Scorer
     features: Tensor
     """Where it is trained: on the machine, or on the GPU."""
+    sparse: SparseRows | None = None
+    """The table's entries, where the first layer works on these alone, as in a run."""
     warm: set[tuple[str, int]] = field(default_factory=set)
     """Optimizers and batch sizes that have taken steps before: the first ones pay for what is set up but once."""
 
@@ -91,11 +94,13 @@ def open_track(config: TrainConfig, metric: str = "auto", scale: float = 1.0) ->
     device = device_of(config)
     features = features_on(device, store)
     builder = PropagationBuilder(store, model.aggregation, device)
+    sparse = with_sparse(PlacedFeatures("memory_map", features), config, store, model).sparse
     evaluator = ExactEvaluator(
-        store, builder, LocalCommunicator(), rows=config.eval_rows, device=device, features=features
+        store, builder, LocalCommunicator(), rows=config.eval_rows, device=device, features=features, sparse=sparse
     )
     chosen = choose_metric(metric, store)
-    return Track(config, store, split, chosen, model, builder, Scorer(evaluator, store, split, chosen), features)
+    scorer = Scorer(evaluator, store, split, chosen)
+    return Track(config, store, split, chosen, model, builder, scorer, features, sparse)
 
 
 def run_heat(
@@ -149,6 +154,7 @@ def _pipeline(
         # On a GPU that holds the table, the first rows are taken there.
         aggregation=track.model.aggregation if track.features.device.type == "cpu" else None,
         on_mapped=on_mapped,
+        sparse=track.sparse,
     )
 
 
@@ -177,6 +183,7 @@ def _full_batch(track: Track) -> FullFeed:
         num_shards=1,
         rows=track.config.eval_rows,
         device=track.features.device,
+        sparse=track.sparse,
     )
     return FullFeed(batches.batch(0, 0, 0))
 

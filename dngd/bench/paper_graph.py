@@ -58,7 +58,7 @@ class PaperGraph:
             num_shards=1,
             rows=_ROWS_AT_A_TIME,
         ).batch(0, 0, 0)
-        assert batch.first_aggregation is not None
+        assert isinstance(batch.first_aggregation, Tensor)
         operator = _matrix(batch.propagations[0])
         row_of = torch.empty_like(batch.seeds)
         row_of[batch.seeds] = torch.arange(batch.seeds.numel())

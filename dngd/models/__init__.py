@@ -12,6 +12,7 @@ from dngd.models.message_passing import (
 )
 from dngd.models.pyg_model import PyGModel
 from dngd.models.pyg_stack import PyGStack
+from dngd.models.sparse_rows import RowsLinear, SparseRows
 
 __all__ = [
     "Aggregation",
@@ -26,7 +27,9 @@ __all__ = [
     "Propagation",
     "PyGModel",
     "PyGStack",
+    "RowsLinear",
     "SAGELayer",
+    "SparseRows",
     "build_model",
     "gcn_coefficients",
     "inverse_sqrt_degrees",

@@ -10,6 +10,7 @@ from dngd.errors import UserError
 from dngd.models.activation import relu_dropout
 from dngd.models.layers import GCNLayer, GraphLayer, SAGELayer
 from dngd.models.message_passing import Aggregation, Propagation
+from dngd.models.sparse_rows import SparseRows
 
 MODELS: dict[str, type[GCNLayer] | type[SAGELayer]] = {"gcn": GCNLayer, "sage": SAGELayer}
 
@@ -43,7 +44,7 @@ class GNN(nn.Module):
         self,
         features: Tensor,
         propagations: Sequence[Propagation],
-        first_aggregation: Tensor | None = None,
+        first_aggregation: Tensor | SparseRows | None = None,
         first_output: Tensor | None = None,
     ) -> Tensor:
         """Return the seeds' logits, [num_seeds, num_classes].

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from dngd.models.message_passing import Aggregation, Propagation, aggregate_rows
+from dngd.models.sparse_rows import RowsLinear
 
 
 class GraphLayer(nn.Module):
@@ -17,7 +18,7 @@ class GraphLayer(nn.Module):
 
     def __init__(self, in_rows: int, out_features: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(in_rows, out_features)
+        self.linear = RowsLinear(in_rows, out_features)
         # Glorot, as in Kipf & Welling 2017; the bias starts at zero.
         bound = math.sqrt(6.0 / (in_rows + out_features))
         nn.init.uniform_(self.linear.weight, -bound, bound)

@@ -14,12 +14,14 @@ from torch import Tensor
 from dngd.allocator import keep_freed_memory
 from dngd.graph.advice import read_randomly
 from dngd.models.message_passing import Aggregation, Propagation
+from dngd.models.sparse_rows import SparseRows
 from dngd.sampling import wire
 from dngd.sampling.hops import HopSampler
 from dngd.sampling.minibatch import Drawn
-from dngd.sampling.operators import FirstRows, first_rows_of
+from dngd.sampling.operators import FirstRows, LayerOperators, first_rows_of
 from dngd.sampling.sampler import NeighborSampler
 from dngd.sampling.slots import DTYPES, SlotPool, SlotWriter, dtype_name, spec_of
+from dngd.sampling.sparse_features import SparseFirstRows, from_arrays
 from dngd.sampling.topology import SharedTopology, open_shared
 
 NO_SLOT = -1
@@ -28,7 +30,9 @@ NO_SLOT = -1
 class BatchDrawer:
     """Draws batches. first_rows: given where they are wanted. slots: of the trainer."""
 
-    def __init__(self, sampler: NeighborSampler, first_rows: FirstRows | None, slots: SlotWriter) -> None:
+    def __init__(
+        self, sampler: NeighborSampler, first_rows: FirstRows | SparseFirstRows | None, slots: SlotWriter
+    ) -> None:
         self._sampler = sampler
         self._first_rows = first_rows
         self._slots = slots
@@ -44,7 +48,12 @@ class BatchDrawer:
         graph, extra = open_shared(setup["graph"], files)
         sampler_type = HopSampler if setup["each_once"] else NeighborSampler
         sampler = sampler_type(graph.indptr, graph.indices, graph.edge_weight, setup["fanouts"])
-        first_rows = first_rows_of(graph, setup["aggregation"], extra.get("norm"), extra.get("on_host"))
+        first_rows: FirstRows | SparseFirstRows | None
+        if setup["sparse_width"] is None:
+            first_rows = first_rows_of(graph, setup["aggregation"], extra.get("norm"), extra.get("on_host"))
+        else:
+            operators = LayerOperators(graph, setup["aggregation"], extra.get("norm"))
+            first_rows = SparseFirstRows(operators, from_arrays(extra, setup["sparse_width"]))
         features: Tensor | None = getattr(graph, "features", None)
         if setup["random_reads"] and features is not None:
             read_randomly(features)
@@ -59,7 +68,10 @@ class BatchDrawer:
         sizes, arrays = wire.pack_layers(layers)
         if drawn.nodes is not None:
             arrays.append(drawn.nodes)
-        first = self._first_rows
+        first, sparse = self._first_rows, None
+        if isinstance(first, SparseFirstRows):
+            sparse, first = first.of(layers[0]), None
+            arrays += [sparse.indptr, sparse.columns, sparse.values]
         operator = None if first is None else first.operator(layers[0])
         parts = _coefficients(operator)
         arrays += [part for part in parts.values() if part is not None]
@@ -73,6 +85,8 @@ class BatchDrawer:
         if first is not None:
             first.of(layers[0], out=places[-1], operator=operator)
         header: dict[str, Any] = {"layers": sizes, "has_rows": first is not None, "has_nodes": drawn.nodes is not None}
+        if sparse is not None:
+            header["sparse_width"] = sparse.width
         if operator is not None:
             header["operator"] = {name: part is not None for name, part in parts.items()}
         return (header | {"slot": slot, "specs": specs}, []) if in_slot else (header, places)
@@ -86,8 +100,12 @@ def setup_message(
     *,
     random_reads: bool,
     each_once: bool,
+    sparse_width: int | None = None,
 ) -> dict[str, Any]:
-    """Return the first message to a sampler process, which has the graph's and the slots' files."""
+    """Return the first message to a sampler process, which has the graph's and the slots' files.
+
+    sparse_width: of the feature table, where it is among the graph's files as entries.
+    """
     return {
         "graph": graph.description,
         "fanouts": list(fanouts),
@@ -95,6 +113,7 @@ def setup_message(
         "slots": list(slots.fds),
         "random_reads": random_reads,
         "each_once": each_once,
+        "sparse_width": sparse_width,
     }
 
 
@@ -105,6 +124,9 @@ def unpack_answer(header: dict[str, Any], arrays: Sequence[Tensor], slots: SlotP
     remaining = iter(arrays)
     layers = wire.unpack_layers(header["layers"], remaining)
     nodes = next(remaining) if header["has_nodes"] else None
+    if "sparse_width" in header:
+        rows = SparseRows(next(remaining), next(remaining), next(remaining), header["sparse_width"])
+        return Drawn(layers, rows, None, nodes)
     operator: Propagation | None = None
     if "operator" in header:
         parts = {name: next(remaining) if there else None for name, there in header["operator"].items()}

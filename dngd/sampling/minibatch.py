@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dngd.models.message_passing import Propagation
+from dngd.models.sparse_rows import SparseRows
 from dngd.sampling.left_out import LeftOut
 
 
@@ -67,7 +68,7 @@ class Drawn(NamedTuple):
     """What is drawn for a batch's seeds; see MiniBatch."""
 
     layers: tuple[LayerGraph, ...]
-    first_rows: Tensor | None = None
+    first_rows: Tensor | SparseRows | None = None
     first_operator: Propagation | None = None
     nodes: Tensor | None = None
 
@@ -88,18 +89,19 @@ class MiniBatch:
     seeds: int64 [n], global ids, distinct; n may be 0. layers[-1].dst_nodes are the seeds, in this order.
     num_labelled: how many of them, the first ones, are training nodes; None: all.
     first_rows: float32 [layers[0].num_dst, width], the rows that enter the first layer's `nn.Linear`, where the
-    pipeline was asked for them (SamplerPipeline's aggregation). first_operator: the input layer's, from the table of
-    all nodes, where first_rows lacks the part of the nodes whose features a device keeps (SamplerPipeline's on_host):
-    what CachedRows.part adds it with. pairs: of link prediction, where seeds are the pairs' end nodes. excluded: int64,
-    ascending, entries of the graph's indices that no layer graph has. nodes: int64, where each node's neighbours are
-    drawn once (HopSampler): the global ids of the rows that layer graphs name. Arrays that a sampler process sent lie
-    in memory that is used again once nothing refers to them; clone what is to outlive the batch for long.
+    pipeline was asked for them (SamplerPipeline's aggregation); SparseRows of a table that it has as these.
+    first_operator: the input layer's, from the table of all nodes, where first_rows lacks the part of the nodes whose
+    features a device keeps (SamplerPipeline's on_host): what CachedRows.part adds it with. pairs: of link prediction,
+    where seeds are the pairs' end nodes. excluded: int64, ascending, entries of the graph's indices that no layer graph
+    has. nodes: int64, where each node's neighbours are drawn once (HopSampler): the global ids of the rows that layer
+    graphs name. Arrays that a sampler process sent lie in memory that is used again once nothing refers to them; clone
+    what is to outlive the batch for long.
     """
 
     seeds: Tensor
     layers: tuple[LayerGraph, ...]
     coordinates: BatchCoordinates
-    first_rows: Tensor | None = None
+    first_rows: Tensor | SparseRows | None = None
     first_operator: Propagation | None = None
     num_labelled: int | None = None
     pairs: SeedPairs | None = None

@@ -22,16 +22,18 @@ from torch import Tensor
 from dngd.errors import TrainingError, UserError
 from dngd.graph.advice import read_randomly
 from dngd.models.message_passing import Aggregation
+from dngd.models.sparse_rows import SparseRows
 from dngd.sampling.forked import STOP_SECONDS
 from dngd.sampling.hops import HopSampler
 from dngd.sampling.inline import inline_sampling_is_canonical, submit_to_sampling_thread
 from dngd.sampling.left_out import left_out_by
 from dngd.sampling.link_seeds import LinkSeeds
 from dngd.sampling.minibatch import BatchCoordinates, Drawn, MiniBatch
-from dngd.sampling.operators import FirstRows, first_rows_of, node_norm
+from dngd.sampling.operators import FirstRows, LayerOperators, first_rows_of, node_norm
 from dngd.sampling.process import SamplerProcess
 from dngd.sampling.sampler import NeighborSampler, check_fanouts
 from dngd.sampling.schedule import UnlabelledSeeds, epoch_permutation, sampling_seed, shard_bounds, steps_per_epoch
+from dngd.sampling.sparse_features import SparseFirstRows, arrays_of
 from dngd.sampling.topology import HasTopology, SharedTopology, open_store
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ class SamplerPipeline:
         are the end nodes of a shard's links and negatives.
     shuffle: whether each epoch has train_nodes in an order of its own; else in theirs.
     each_once: whether a node's neighbours are drawn once a batch, see HopSampler, without first rows.
+    sparse: the graph's features as entries, from which first rows are taken then, as SparseRows; without on_host.
 
     Raises UserError for arguments that cannot be; iterating raises TrainingError, which names the batch, when
     a child fails, dies or is silent. After an error and after close() the pipeline is finished.
@@ -99,6 +102,7 @@ class SamplerPipeline:
         links: LinkSeeds | None = None,
         shuffle: bool = True,
         each_once: bool = False,
+        sparse: SparseRows | None = None,
     ) -> None:
         graph = open_store(store) if isinstance(store, str | Path) else store
         fanouts = check_fanouts(fanouts)
@@ -139,7 +143,11 @@ class SamplerPipeline:
             if inline_sampling_is_canonical():
                 sampler_type = HopSampler if each_once else NeighborSampler
                 sampler = sampler_type(graph.indptr, graph.indices, graph.edge_weight, fanouts)
-                first_rows = first_rows_of(graph, aggregation, on_host=on_host)
+                first_rows: FirstRows | SparseFirstRows | None
+                if sparse is not None and aggregation is not None:
+                    first_rows = SparseFirstRows(LayerOperators(graph, aggregation), sparse)
+                else:
+                    first_rows = first_rows_of(graph, aggregation, on_host=on_host)
                 features: Tensor | None = getattr(graph, "features", None)
                 if random_reads and features is not None:
                     read_randomly(features)
@@ -154,6 +162,10 @@ class SamplerPipeline:
         extra = {"norm": node_norm(graph)} if aggregation == "gcn" else {}
         if on_host is not None:
             extra["on_host"] = on_host
+        if aggregation is None:
+            sparse = None
+        if sparse is not None:
+            extra |= arrays_of(sparse)
         shared = SharedTopology(graph, extra)
         try:
             for number in range(num_samplers):
@@ -168,6 +180,7 @@ class SamplerPipeline:
                         on_mapped=on_mapped,
                         random_reads=random_reads,
                         each_once=each_once,
+                        sparse_width=None if sparse is None else sparse.width,
                     )
                 )
             for _ in range(num_samplers * prefetch):
@@ -312,7 +325,7 @@ class SamplerPipeline:
 class _InlineSampler:
     """Draws on this process's sampling thread, ahead of use, and takes the first rows in the caller's."""
 
-    def __init__(self, sampler: NeighborSampler, first_rows: FirstRows | None, ahead: int) -> None:
+    def __init__(self, sampler: NeighborSampler, first_rows: FirstRows | SparseFirstRows | None, ahead: int) -> None:
         self.ahead = ahead
         self._sampler = sampler
         self._first_rows = first_rows

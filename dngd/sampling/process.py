@@ -40,7 +40,7 @@ class SamplerProcess:
 
     aggregation: of the first layer's rows, None where they are not wanted. num_slots: of shared memory for answers;
     further answers, as long as none is free, come over the socket. on_mapped: see SlotPool. random_reads: see
-    dngd.graph.advice. each_once: see SamplerPipeline.
+    dngd.graph.advice. each_once: see SamplerPipeline. sparse_width: see setup_message.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class SamplerProcess:
         on_mapped: Callable[[Tensor], None] | None = None,
         random_reads: bool = False,
         each_once: bool = False,
+        sparse_width: int | None = None,
     ) -> None:
         self.name = name
         self._timeout_seconds = timeout_seconds
@@ -82,7 +83,15 @@ class SamplerProcess:
             target=_read, args=(self._replies, self._answers), name=f"dngd {name}", daemon=True
         )
         self._reader.start()
-        setup = setup_message(graph, fanouts, aggregation, self._slots, random_reads=random_reads, each_once=each_once)
+        setup = setup_message(
+            graph,
+            fanouts,
+            aggregation,
+            self._slots,
+            random_reads=random_reads,
+            each_once=each_once,
+            sparse_width=sparse_width,
+        )
         self._send(setup, [], "starting")
 
     @property

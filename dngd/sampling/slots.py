@@ -24,7 +24,7 @@ Spec = tuple[str, list[int]]
 _ALIGNMENT = 64
 _HEADROOM = 1.25
 """A slot that is too small grows to this many times what is needed, so that batches of like size fit from then on."""
-DTYPES = {str(d).removeprefix("torch."): d for d in (torch.int64, torch.float32, torch.float64)}
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.int32, torch.int64, torch.float32, torch.float64)}
 
 
 class SlotPool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dngd.graph import GraphStore
-from dngd.models import Aggregation, Propagation
+from dngd.models import Aggregation, Propagation, SparseRows
 from dngd.models.graph_batch import GraphBatch
 from dngd.models.message_passing import LayerGraphLike
 from dngd.sampling import BatchCoordinates, MiniBatch
@@ -37,7 +37,7 @@ class DeviceBatch:
     seeds: Tensor
     labels: Tensor
     propagations: tuple[Propagation, ...]
-    first_aggregation: Tensor | None = None
+    first_aggregation: Tensor | SparseRows | None = None
     first_output: Tensor | None = None
     graph: GraphBatch | None = None
     pairs: Tensor | None = None
@@ -50,7 +50,7 @@ class DeviceBatch:
         for p in self.propagations:
             yield from (p.indptr, p.indices)
             yield from (t for t in (p.edge_coefficients, p.self_coefficients, p.destinations) if t is not None)
-        if self.first_aggregation is not None:
+        if isinstance(self.first_aggregation, Tensor):
             yield self.first_aggregation
         if self.first_output is not None:
             yield self.first_output
@@ -109,7 +109,7 @@ class PropagationBuilder:
             mini_batch.seeds,
             labels,
             tuple(_moved(p, move) for p in propagations),
-            None if rows is None else self._whole_rows(move(rows), mini_batch.first_operator, move),
+            self._whole_rows(move(rows), mini_batch.first_operator, move) if isinstance(rows, Tensor) else rows,
             pairs=pairs,
         )
 

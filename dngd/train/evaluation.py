@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dngd.comm import Communicator
 from dngd.errors import UserError
 from dngd.graph import GraphStore, Split
-from dngd.models import GNN
+from dngd.models import GNN, SparseRows
 from dngd.train.batch import PropagationBuilder
 from dngd.train.evaluation_plan import (
     EvaluationWork,
@@ -78,7 +78,8 @@ class ExactEvaluator:
     """Full-neighbour predictions of a GNN for any nodes of the graph.
 
     rows: most destination rows worked on at a time. features: the table [N, F], on the machine or on the device; of
-    16-bit floats it is widened before anything is added. folders: where tables may lie on disk. memory_bytes: most
+    16-bit floats it is widened before anything is added. sparse: its entries that are not zero, which are then read in
+    its place. folders: where tables may lie on disk. memory_bytes: most
     bytes of tables that the ranks of this machine hold in memory, None for half of what is available.
     keeps_first: keep the first layer's aggregated rows, which never change, for the next call, in a table as well.
     objective, metric: of scores.
@@ -94,6 +95,7 @@ class ExactEvaluator:
         rows: int,
         device: torch.device,
         features: Tensor,
+        sparse: SparseRows | None = None,
         folders: Sequence[Path] = (),
         memory_bytes: int | None = None,
         keeps_first: bool = True,
@@ -105,6 +107,7 @@ class ExactEvaluator:
         self._comm = communicator
         self._device = device
         self._features = features
+        self._sparse = sparse
         self._keeps_first = keeps_first
         self._objective = objective or Objective()
         self._metric = metric
@@ -118,7 +121,8 @@ class ExactEvaluator:
     def check(self, model: GNN, nodes: Tensor | None, room_for: int = 0) -> None:
         """Raise UserError if the tables for the logits of some nodes, and `room_for` bytes of others, fit neither in
         memory nor on a disk. All ranks enter. nodes: int64 [n], or None for all."""
-        self.space.check(evaluation_bytes(self._store, shapes_of(model), nodes, self._block).tables + room_for)
+        sizes = evaluation_bytes(self._store, shapes_of(model), nodes, self._block, is_sparse=self._sparse is not None)
+        self.space.check(sizes.tables + room_for)
 
     @torch.no_grad()
     def logits(self, model: GNN) -> Tensor:
@@ -165,7 +169,7 @@ class ExactEvaluator:
         if plan is not None and plan.shapes == shapes and _are_same(plan.nodes, nodes):
             return plan
         store, world = self._store, self._comm.world_size
-        work = plan_work(store, shapes, nodes, keeps_first=self._keeps_first)
+        work = plan_work(store, shapes, nodes, keeps_first=self._keeps_first, is_sparse=self._sparse is not None)
         bounds = tuple(bounds_of(store, layer.rows, self._block, world) for layer in work.layers)
         inputs = bounds_of(store, work.inputs, self._block, world)
         total = 0
@@ -214,7 +218,8 @@ class ExactEvaluator:
         made = self._tables(layer, stack)
         for first, last in blocks_between(plan.inputs, self._comm.rank, self._block):
             where = plan.work.inputs.piece(first, last)
-            made.write(where, layer.prepare(layer.rows(features, where), where))
+            rows = layer.rows(features, where) if self._sparse is None else self._sparse[where]
+            made.write(where, layer.prepare(rows, where))
         made.publish(self.space, plan.work.inputs, plan.inputs)
         return made.source(), made
 

@@ -87,12 +87,13 @@ def block_rows(num_nodes: int, most: int, *, on_gpu: bool) -> int:
 
 
 def plan_work(
-    store: GraphStore, shapes: Sequence[LayerShape], nodes: Tensor | None, *, keeps_first: bool
+    store: GraphStore, shapes: Sequence[LayerShape], nodes: Tensor | None, *, keeps_first: bool, is_sparse: bool = False
 ) -> EvaluationWork:
     """Return the work that gives the logits of some nodes.
 
     nodes: int64 [n], ascending and distinct, or None for all. keeps_first: whether the first layer's aggregated rows
-    are kept for later evaluations.
+    are kept for later evaluations. is_sparse: whether the features are SparseRows, which the first layer transforms
+    first: that costs a product of their entries alone.
     """
     rows = Rows(None if nodes is None or nodes.numel() == store.num_nodes else nodes, store.num_nodes)
     if nodes is not None:
@@ -100,7 +101,9 @@ def plan_work(
     layers: list[LayerWork] = []
     for i in reversed(range(len(shapes))):
         sources = _sources(store, rows)
-        transforms = _transforms_first(i, shapes[i], store.num_nodes, _edges(store, rows), rows, sources, keeps_first)
+        transforms = (is_sparse and i == 0) or _transforms_first(
+            i, shapes[i], store.num_nodes, _edges(store, rows), rows, sources, keeps_first
+        )
         layers.insert(0, LayerWork(rows, transforms))
         rows = sources
     return EvaluationWork(tuple(layers), rows)
@@ -134,11 +137,11 @@ def blocks_between(bounds: Sequence[int], rank: int, block: int) -> list[tuple[i
 
 
 def evaluation_bytes(
-    store: GraphStore, shapes: Sequence[LayerShape], nodes: Tensor | None, rows: int
+    store: GraphStore, shapes: Sequence[LayerShape], nodes: Tensor | None, rows: int, *, is_sparse: bool = False
 ) -> EvaluationBytes:
     """Return what an evaluation in float32 holds at most, without looking at the graph's edges.
 
-    nodes: those whose logits are wanted, int64 [n], or None for all. rows: of a block.
+    nodes: those whose logits are wanted, int64 [n], or None for all. rows: of a block. is_sparse: see plan_work.
     """
     n, everything = store.num_nodes, Rows(None, store.num_nodes)
     targets = everything if nodes is None else Rows(nodes, nodes.numel())
@@ -150,14 +153,17 @@ def evaluation_bytes(
         # More sources than these, or fewer rows behind pruned ones, could make it aggregate first.
         may_aggregate = not _transforms_first(i, shape, n, edges, wanted, everything, keeps_first=True)
         may_aggregate |= not is_last and not _is_most(store, targets.count, num_target_edges)
-        may_transform = _transforms_first(i, shape, n, store.num_edges, everything, everything, keeps_first=False)
+        may_transform = (is_sparse and i == 0) or _transforms_first(
+            i, shape, n, store.num_edges, everything, everything, keeps_first=False
+        )
         aggregated = shape.d_in if i > 0 and may_aggregate else 0  # the first layer's is the feature table
         widths.append(max(aggregated, shape.parts * shape.d_out if may_transform else 0))
     most = max(a + b for a, b in pairwise([*widths, 0]))
-    widest = max(shape.parts * shape.d_in + 2 * shape.d_out for shape in shapes)
+    dense = shapes[1:] if is_sparse else shapes  # of sparse features a block is its entries
+    widest = max(shape.parts * shape.d_in + 2 * shape.d_out for shape in dense or shapes)
     return EvaluationBytes(
         tables=most * n * FLOAT_BYTES,
-        kept=n * shapes[0].d_in * FLOAT_BYTES,
+        kept=0 if is_sparse else n * shapes[0].d_in * FLOAT_BYTES,
         block=min(rows, n) * widest * FLOAT_BYTES,
     )
 

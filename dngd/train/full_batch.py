@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from dngd.graph import GraphStore
-from dngd.models import GNN, GraphLayer, Propagation
+from dngd.models import GNN, GraphLayer, Propagation, SparseRows
 from dngd.sampling.minibatch import LayerGraph
+from dngd.sampling.sparse_features import MOST_OF_ROWS, SparseFirstRows
 from dngd.train.batch import DeviceBatch, PropagationBuilder
 
 
@@ -25,7 +26,7 @@ class FullBatches:
     train_nodes: int64 [n_l], of all shards. with_unlabelled: whether all other nodes of the graph are seeds too,
     behind the labelled ones of their shard. shards: those that this rank executes, of num_shards.
     features: the table; M is computed where it lies. rows: most rows of M computed at a time. device: where the batches
-    are wanted; by default beside the features.
+    are wanted; by default beside the features. sparse: the table's entries; M is kept as its own, where it has few.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class FullBatches:
         num_shards: int,
         rows: int,
         device: torch.device | None = None,
+        sparse: SparseRows | None = None,
     ) -> None:
         self._store = store
         self._builder = builder
@@ -48,6 +50,7 @@ class FullBatches:
         self._features = features
         self._rows = rows
         self._device = features.device if device is None else device
+        self._sparse = None if sparse is None else SparseFirstRows(builder.operators, sparse)
         others = outside(train_nodes, store.num_nodes) if with_unlabelled else train_nodes.new_empty(0)
         self._batches = {
             shard: self._build(part(train_nodes, shard, num_shards), part(others, shard, num_shards))
@@ -75,8 +78,13 @@ class FullBatches:
                 closed = sources.numel() == nodes.numel()
                 nodes = sources
             propagations.insert(0, operator)
+        labels = self._store.labels[labelled].to(device)
+        if self._sparse is not None:
+            entries = self._sparse.of(in_edges(self._store, nodes))
+            if entries.share <= MOST_OF_ROWS:
+                return DeviceBatch(seeds, labels, tuple(propagations), entries)
         first = first_aggregation(self._layers[0], self._builder, self._store, self._features, nodes, self._rows)
-        return DeviceBatch(seeds, self._store.labels[labelled].to(device), tuple(propagations), first.to(device))
+        return DeviceBatch(seeds, labels, tuple(propagations), first.to(device))
 
 
 def part(nodes: Tensor, shard: int, num_shards: int) -> Tensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dngd.models import GraphLayer
+from dngd.models import GraphLayer, SparseRows
 from dngd.train.evaluation_plan import LayerShape
 from dngd.train.neighbour_sums import NeighbourSums
 from dngd.train.tables import pick
@@ -64,8 +64,16 @@ class LayerArithmetic:
             return [self.shape.d_in]
         return [self.shape.d_out] * (2 if self._is_mean else 1)
 
-    def prepare(self, hidden: Tensor, where: slice | Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return what goes into this layer's tables for nodes with inputs hidden [n, d_in]: (gathered, own)."""
+    def prepare(self, hidden: Tensor | SparseRows, where: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what goes into this layer's tables for nodes with inputs hidden [n, d_in]: (gathered, own).
+
+        SparseRows are multiplied before they are scaled; they are of a layer that transforms first.
+        """
+        if isinstance(hidden, SparseRows):
+            gathered = hidden.times(self._weight)
+            if self._is_mean:
+                return gathered, hidden.times(self._own_weight).add_(self._bias)
+            return gathered.mul_(self._neighbours.norm(where, gathered)), None
         if not self._is_mean:
             hidden = hidden * self._neighbours.norm(where, hidden)
         if not self.transforms_first:

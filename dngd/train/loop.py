@@ -66,7 +66,7 @@ from dngd.train.optimizers import (
     wrap_optimizer,
 )
 from dngd.train.parts import RunParts, check_outputs, make_module, own_part
-from dngd.train.placement import choose_placement, free_gpu_bytes, place_features
+from dngd.train.placement import choose_placement, free_gpu_bytes, place_features, with_sparse
 from dngd.train.plan import check_fits, device_of, make_plan, with_samplers
 from dngd.train.progress import Reporter, StepRecord
 from dngd.train.run_folder import RunFolder, check_same_graph, resume_command, spill_folders
@@ -140,6 +140,7 @@ class TrainingLoop:
 
         self.model.to(self.device)
         self.placed = place_features(self.graph, placement, self.device, sampled=not config.constant_full_batch)
+        self.placed = with_sparse(self.placed, config, self.graph, self.model)
         if self.placed.note:
             reporter.message(self.placed.note)
         self.features = self.placed.table
@@ -151,6 +152,7 @@ class TrainingLoop:
             device=self.device,
             features=self.features,
             cache=self.placed.cache,
+            sparse=self.placed.sparse,
             folders=spill_folders(config, self.folder),
             objective=self.objective,
             metric=self.parts.metric_of(config),

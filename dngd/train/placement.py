@@ -8,16 +8,18 @@ the hottest rows on the GPU (dngd.train.hot_rows).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.graph import GraphStore
+from dngd.models import GNN, SparseRows
 from dngd.sampling.cached_rows import CachedRows
+from dngd.sampling.sparse_features import share_of_first_rows, sparse_table
 from dngd.train.hot_rows import hottest_nodes, keep_rows, least_edge_share, rows_within
 
 Where = Literal["memory_map", "device", "pinned", "disk"]
@@ -36,13 +38,15 @@ class Placement:
 class PlacedFeatures:
     """The table, placed. table: [N, F], on the device or the store's map. cache: rows that the device keeps of it.
 
-    note: what a person may want to know of it; empty for a run on a CPU.
+    sparse: its entries that are not zero, where the first layer works on these alone.
+    note: what a person may want to know of it; empty for a run on a CPU that works on the table as it is.
     """
 
     where: Where
     table: Tensor
     cache: CachedRows | None = None
     note: str = ""
+    sparse: SparseRows | None = None
 
     @property
     def on_host(self) -> bool:
@@ -94,6 +98,31 @@ def place_features(store: GraphStore, placement: Placement, device: torch.device
     on_gpu = device.type != "cpu" or kept
     note = f"features: {place} ({size}){kept}" if place and on_gpu else ""
     return PlacedFeatures(where, store.features, cache, note)
+
+
+def first_rows_share(config: TrainConfig, store: GraphStore, model: nn.Module | None) -> float | None:
+    """Return the likely share of the first layer's rows that is not zero, where a run works on sparse features; else
+    None. model: None for the built-in ones.
+
+    That is on a CPU with the store's map, for a built-in model, where the configuration allows it and the graph's
+    features are such (dngd.sampling.sparse_features).
+    """
+    if not config.sparse_features or config.use_gpu or config.feature_placement == "disk":
+        return None
+    if model is not None and not isinstance(model, GNN):
+        return None
+    return share_of_first_rows(store.features, config.fanouts[0], store.num_edges / max(1, store.num_nodes))
+
+
+def with_sparse(
+    placed: PlacedFeatures, config: TrainConfig, store: GraphStore, model: nn.Module | None
+) -> PlacedFeatures:
+    """Return placed features with the table's entries, where a run works on these."""
+    if first_rows_share(config, store, model) is None:
+        return placed
+    sparse = sparse_table(store.features)
+    note = f"features: {100 * sparse.share:.2g} % of the table is not zero, and only that is worked on"
+    return replace(placed, sparse=sparse, note=note)
 
 
 def table_bytes(features: Tensor) -> int:

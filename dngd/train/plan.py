@@ -23,7 +23,7 @@ from dngd.train.memory import available_memory, private_memory
 from dngd.train.metrics import usable_cpus
 from dngd.train.objective import make_objective
 from dngd.train.optimizers import TrainingSet, damping_in_use, factor_layout, training_set_of
-from dngd.train.placement import choose_placement, free_gpu_bytes, table_bytes
+from dngd.train.placement import choose_placement, first_rows_share, free_gpu_bytes, table_bytes
 from dngd.train.resolved import settings_in_use
 from dngd.train.task import TaskSplit, evaluated_nodes, graph_of, shape_of
 
@@ -209,7 +209,9 @@ def make_plan(config: TrainConfig, store: GraphStore, split: TaskSplit, module: 
         _layer_plan(config, i, a, b, fan_in, training_set) for i, (a, b) in enumerate(zip(widths, widths[1:]))
     )
     num_pairs = (1 + config.negatives) * batch_size if config.task == "link" else 0
-    batch = _batch_bytes(config, graph, layers, min(2 * num_pairs or batch_size, store.num_nodes))
+    sparse_share = first_rows_share(config, graph, module)
+    num_seeds = min(2 * num_pairs or batch_size, store.num_nodes)
+    batch = _batch_bytes(config, graph, layers, num_seeds, sparse_share)
     pair_bytes = num_pairs * 2 * (NODE_BYTES + outputs * FLOAT_BYTES)  # the ends' numbers, and rows to multiply
     if module is not None:
         layers = _module_layers(config, module, training_set)
@@ -221,7 +223,7 @@ def make_plan(config: TrainConfig, store: GraphStore, split: TaskSplit, module: 
     ranks = config.num_workers if config.engine == "ray" else 1
     shapes = [LayerShape(a, b, fan_in) for a, b in zip(widths, widths[1:])]
     block = block_rows(store.num_nodes, config.eval_rows, on_gpu=config.use_gpu)
-    evaluation = evaluation_bytes(graph, shapes, evaluated_nodes(split), block)
+    evaluation = evaluation_bytes(graph, shapes, evaluated_nodes(split), block, is_sparse=sparse_share is not None)
     embeddings = store.num_nodes * outputs * FLOAT_BYTES if config.task == "link" else 0
     return RunPlan(
         mode="constant full batch" if config.constant_full_batch else "sampled",
@@ -340,12 +342,21 @@ class _BatchBytes:
     first_rows: int
 
 
-def _batch_bytes(config: TrainConfig, store: GraphStore, layers: tuple[LayerPlan, ...], num_seeds: int) -> _BatchBytes:
+def _batch_bytes(
+    config: TrainConfig,
+    store: GraphStore,
+    layers: tuple[LayerPlan, ...],
+    num_seeds: int,
+    sparse_share: float | None,
+) -> _BatchBytes:
+    """sparse_share: of the first layer's rows that is kept, each entry with its column; None of dense rows."""
     num_rows, rows, edges, kept, aggregated = num_seeds, 0, 0, 0, 0
     for i, (layer, fanout) in reversed(list(enumerate(zip(layers, config.fanouts)))):
         drawn = store.num_edges if fanout == -1 else min(store.num_edges, num_rows * fanout)
         # Forward, gradient, and the aggregated rows that the weight's gradient needs.
         aggregated = num_rows * layer.d_a * FLOAT_BYTES
+        if i == 0 and sparse_share is not None:
+            aggregated = int(aggregated * 2 * sparse_share)
         rows += 2 * num_rows * layer.d_out * FLOAT_BYTES
         if config.constant_full_batch and i == 0:
             kept += aggregated

@@ -135,6 +135,7 @@ def _fields_in(content: bytes, shown: str) -> dict[str, Any]:
     fields = parse_yaml(content, shown, CONFIG_FIX)
     if LAST_FIELD not in fields:  # at the end of a line YAML does not show that it was cut short
         raise UserError(f"configuration file {shown} is cut short: it has no {LAST_FIELD!r}; {CONFIG_FIX}")
+    fields = {"sparse_features": False} | fields  # of a run from before there was the field: its curve goes on
     if isinstance(fields.get("kfac"), dict):
         fields["kfac"] = BEFORE_THEY_CAME | fields["kfac"]
     try:

@@ -83,6 +83,7 @@ class BatchSources:
             num_shards=config.shards,
             rows=config.eval_rows,
             device=self.device,
+            sparse=self.placed.sparse,
         )
 
     def _pipeline(self, shards: Sequence[int], step: int, locked: PageLockedMemory | None) -> SamplerPipeline:
@@ -106,6 +107,7 @@ class BatchSources:
             on_host=None if placed.cache is None or not own else placed.cache.on_host,
             unlabelled=None if config.semi == "none" else self._unlabelled_seeds(),
             links=LinkSeeds(self.store, config.negatives, config.seed) if config.task == "link" else None,
+            sparse=placed.sparse,
         )
 
     def _unlabelled_seeds(self) -> UnlabelledSeeds:

@@ -12,7 +12,7 @@ from dngd.comm import Communicator
 from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.graph import GraphStore
-from dngd.models import GNN
+from dngd.models import GNN, SparseRows
 from dngd.sampling.cached_rows import CachedRows
 from dngd.sampling.operators import check_weights
 from dngd.train.batch import PropagationBuilder
@@ -36,6 +36,7 @@ def make_surroundings(
     objective: Objective | None,
     metric: Metric | CustomMetric,
     cache: CachedRows | None = None,
+    sparse: SparseRows | None = None,
     keeps_first: bool = True,
     progress: EvaluationProgress | None = None,
 ) -> tuple[PropagationBuilder | ModuleBatchBuilder, Evaluator]:
@@ -55,6 +56,7 @@ def make_surroundings(
             rows=config.eval_rows,
             device=device,
             features=features,
+            sparse=sparse,
             folders=folders,
             memory_bytes=config.eval_memory_bytes,
             keeps_first=keeps_first,

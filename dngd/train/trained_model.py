@@ -24,7 +24,7 @@ from dngd.train.checkpoint import PREFIX, said_in
 from dngd.train.evaluation import EvaluationProgress, Evaluator
 from dngd.train.objective import Objective
 from dngd.train.parts import RunParts, make_module
-from dngd.train.placement import free_gpu_bytes, table_bytes
+from dngd.train.placement import PlacedFeatures, free_gpu_bytes, table_bytes, with_sparse
 from dngd.train.remote_run import readable_folder
 from dngd.train.run_folder import RunFolder, run_config, spill_folders
 from dngd.train.scoring import CustomMetric, Metric
@@ -259,13 +259,15 @@ def evaluator_of(
     config, model = trained.config, trained.model
     device = torch.device("cuda" if config.use_gpu and torch.cuda.is_available() else "cpu")
     model.to(device)
+    placed = with_sparse(PlacedFeatures("memory_map", _placed(store.features, device)), config, store, model)
     _, evaluator = make_surroundings(
         config,
         store,
         model,
         LocalCommunicator(),
         device=device,
-        features=_placed(store.features, device),
+        features=placed.table,
+        sparse=placed.sparse,
         folders=spill_folders(config, trained.folder),
         keeps_first=False,
         progress=progress,

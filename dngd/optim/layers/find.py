@@ -18,10 +18,13 @@ from dngd.optim.layers.normalization import adapt_normalization
 from dngd.optim.layers.pyg import adapt_pyg
 from dngd.optim.layers.pyg_relational import adapt_relational
 
+LINEAR_MAPS = ("torch_geometric.nn.dense.linear.Linear", "dngd.models.sparse_rows.RowsLinear")
+"""Classes of others that compute what nn.Linear does."""
+
 
 def adapt_linear(name: str, module: nn.Module, capture: Capture, layout: FactorLayout) -> Adapted | None:
-    """torch's nn.Linear (not its subclasses, which may compute something else) and PyG's Linear."""
-    if type(module) is not nn.Linear and class_path(module) != "torch_geometric.nn.dense.linear.Linear":
+    """torch's nn.Linear (not its subclasses, which may compute something else), PyG's and this package's own."""
+    if type(module) is not nn.Linear and class_path(module) not in LINEAR_MAPS:
         return None
     if trainable(name, module, "weight") is None:
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,20 @@ from torch import Tensor, nn
 from dngd.curvature import FactorLayout
 from dngd.optim.capture import Capture
 from dngd.optim.layers.base import CurvatureLayer, InertHook
+
+
+class SparseInput(Protocol):
+    """An input that is kept as its entries that are not zero, and has no gradient: dngd.models.SparseRows."""
+
+    @property
+    def indptr(self) -> Tensor: ...
+    @property
+    def columns(self) -> Tensor: ...
+    @property
+    def values(self) -> Tensor: ...
+
+    def dense(self, positions: Tensor | None = None) -> Tensor:
+        """Return the rows, or those at some positions, [k, d_in]."""
 
 
 class LinearLayer(CurvatureLayer):
@@ -46,10 +60,15 @@ class LinearLayer(CurvatureLayer):
         rows = inputs[0] if inputs else next(iter(named.values()))
         self.capture.record(self, rows, output)
 
-    def rows(self, payload: Tensor) -> Tensor:
-        return payload.detach()
+    def rows(self, payload: Tensor | SparseInput) -> Tensor:
+        return payload.detach() if isinstance(payload, Tensor) else payload.dense()
 
-    def sources(self, payload: Tensor) -> tuple[Tensor, ...]:
+    def rows_at(self, payload: Tensor | SparseInput, positions: Tensor) -> Tensor:
+        return super().rows_at(payload, positions) if isinstance(payload, Tensor) else payload.dense(positions)
+
+    def sources(self, payload: Tensor | SparseInput) -> tuple[Tensor, ...]:
+        if not isinstance(payload, Tensor):
+            return payload.values, payload.columns, payload.indptr
         return () if payload.requires_grad else (payload,)
 
     def gradient(self) -> Tensor | None:

@@ -1,0 +1,140 @@
+"""Rows of which few entries are not zero, kept as these alone, and the affine map that takes them as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+import scipy.sparse
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class SparseRows:
+    """A matrix [r, d] on the CPU as compressed sparse rows, in place of a tensor of the first layer's rows.
+
+    indptr: [r + 1]. columns, values: [nnz]; row i has the entries indptr[i] to indptr[i + 1], a column once at most.
+    indptr and columns are int32 or int64, alike; values are float32. width: d.
+    """
+
+    indptr: Tensor
+    columns: Tensor
+    values: Tensor
+    width: int
+
+    requires_grad = False
+
+    @classmethod
+    def of(cls, matrix: scipy.sparse.csr_matrix) -> SparseRows:
+        """Return scipy's compressed rows as these; nothing is copied."""
+        return cls.of_arrays(matrix.indptr, matrix.indices, matrix.data, int(matrix.shape[1]))
+
+    @classmethod
+    def of_arrays(cls, indptr: Array, columns: Array, values: Array, width: int) -> SparseRows:
+        """Return numpy's arrays as these; nothing is copied."""
+        return cls(torch.from_numpy(indptr), torch.from_numpy(columns), torch.from_numpy(values), width)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[r, d]."""
+        return torch.Size((self.indptr.numel() - 1, self.width))
+
+    @property
+    def share(self) -> float:
+        """Entries that are kept, of all that the matrix has."""
+        return self.values.numel() / max(1, self.shape.numel())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return self.indptr.nbytes + self.columns.nbytes + self.values.nbytes
+
+    def scipy(self) -> scipy.sparse.csr_matrix:
+        """Return these rows as scipy's; nothing is copied."""
+        parts = (self.values.numpy(), self.columns.numpy(), self.indptr.numpy())
+        return scipy.sparse.csr_matrix(parts, shape=tuple(self.shape), copy=False)
+
+    def __getitem__(self, rows: Tensor | slice) -> SparseRows:
+        """Return some rows, by int64 positions [k] or by a slice of step 1."""
+        if isinstance(rows, slice):
+            first, last, step = rows.indices(self.shape[0])
+            assert step == 1, rows
+            last = max(first, last)
+            indptr = self.indptr[first : last + 1]
+            begin, end = int(indptr[0]), int(indptr[-1])
+            return SparseRows(indptr - begin, self.columns[begin:end], self.values[begin:end], self.width)
+        indptr, entries, _ = self._entries(rows)
+        return SparseRows(indptr.to(self.indptr.dtype), self.columns[entries], self.values[entries], self.width)
+
+    def dense(self, positions: Tensor | None = None) -> Tensor:
+        """Return the rows, or those at some positions (int64 [k]), with their zeros: [r, d] or [k, d]."""
+        if positions is None:
+            positions = torch.arange(self.shape[0])
+        _, entries, owners = self._entries(positions)
+        out = self.values.new_zeros(positions.numel(), self.width)
+        out[owners, self.columns[entries].long()] = self.values[entries]
+        return out
+
+    def detach(self) -> SparseRows:
+        """Return itself, which has no gradient."""
+        return self
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """Return the product with a matrix [d, k]: [r, k], in the matrix's type; without gradients."""
+        if self.values.numel() == 0:
+            return matrix.new_zeros(self.shape[0], matrix.shape[1])
+        return F.embedding_bag(
+            self.columns,
+            matrix.contiguous(),
+            self.indptr,
+            mode="sum",
+            per_sample_weights=self.values.to(matrix.dtype),
+            include_last_offset=True,
+        )
+
+    def transposed(self) -> SparseRows:
+        """Return the transpose, [d, r], its entries in the order of the rows."""
+        columns = self.scipy().tocsc()
+        return SparseRows.of_arrays(columns.indptr, columns.indices, columns.data, self.shape[0])
+
+    def _entries(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return of some rows, one after another: offsets int64 [k + 1], places of their entries, and whose they are
+        (0 to k - 1)."""
+        begins = self.indptr[positions].long()
+        lengths = self.indptr[positions + 1].long() - begins
+        indptr = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        owners = torch.repeat_interleave(lengths)
+        entries = torch.arange(owners.numel()) + (begins - indptr[:-1])[owners]
+        return indptr, entries, owners
+
+
+class RowsLinear(nn.Linear):
+    """`Z = M Wᵀ + b`; M is a tensor, or SparseRows, whose products with W, and for its gradient, skip the zeros."""
+
+    def forward(self, input: Tensor | SparseRows) -> Tensor:
+        """Return Z, [r, d_out], of M [r, d_in]."""
+        if isinstance(input, Tensor):
+            return super().forward(input)
+        out: Tensor = _SparseAffine.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _SparseAffine(torch.autograd.Function):
+    """`∇W = gᵀ M`, `∇b = Σ g`; M is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: SparseRows, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.rows = rows
+        return rows.times(weight.t()).add_(bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        _, of_weight, of_bias = ctx.needs_input_grad
+        weight = ctx.rows.transposed().times(gradient).t() if of_weight else None
+        return None, weight, gradient.sum(0) if of_bias else None
