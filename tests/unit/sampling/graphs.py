@@ -61,8 +61,11 @@ def digest(batches: Iterable[MiniBatch]) -> str:
         total.update(repr((batch.coordinates, len(batch.layers))).encode())
         total.update(batch.seeds.numpy().tobytes())
         if batch.first_rows is not None:
-            total.update(repr((batch.first_rows.dtype, tuple(batch.first_rows.shape))).encode())
-            total.update(batch.first_rows.numpy().tobytes())
+            rows = batch.first_rows
+            arrays = [rows] if isinstance(rows, torch.Tensor) else [rows.indptr, rows.columns, rows.values]
+            for array in arrays:
+                total.update(repr((array.dtype, tuple(rows.shape))).encode())
+                total.update(array.numpy().tobytes())
         for layer in batch.layers:
             total.update(repr((layer.num_src, layer.num_dst, layer.global_indices)).encode())
             for array in layer_arrays(layer):
