@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 Array = npt.NDArray[Any]
 
+BLOCK_COLUMNS = 64
+"""Columns that are multiplied at a time: their rows, read here and there, stay nearer to the processor. Of a batch of
+Coauthor Physics, 256 columns at once take twice the time, 32 a third more (one core)."""
+
 
 @dataclass(frozen=True, eq=False)
 class SparseRows:
@@ -86,6 +90,26 @@ class SparseRows:
 
     def times(self, matrix: Tensor) -> Tensor:
         """Return the product with a matrix [d, k]: [r, k], in the matrix's type; without gradients."""
+        out = matrix.new_empty(self.shape[0], matrix.shape[1])
+        for some in _column_blocks(matrix):
+            out[:, some] = self._sums(matrix[:, some])
+        return out
+
+    def transposed_times(self, matrix: Tensor) -> Tensor:
+        """Return the transpose's product with a matrix [r, k], transposed: [k, d], as a weight's gradient is laid out;
+        without gradients."""
+        out, transposed = matrix.new_empty(matrix.shape[1], self.width), self.transposed()
+        for some in _column_blocks(matrix):
+            out[some] = transposed._sums(matrix[:, some]).t()
+        return out
+
+    def transposed(self) -> SparseRows:
+        """Return the transpose, [d, r], its entries in the order of the rows."""
+        columns = self.scipy().tocsc()
+        return SparseRows.of_arrays(columns.indptr, columns.indices, columns.data, self.shape[0])
+
+    def _sums(self, matrix: Tensor) -> Tensor:
+        """Return the product with a few columns."""
         if self.values.numel() == 0:
             return matrix.new_zeros(self.shape[0], matrix.shape[1])
         return F.embedding_bag(
@@ -97,11 +121,6 @@ class SparseRows:
             include_last_offset=True,
         )
 
-    def transposed(self) -> SparseRows:
-        """Return the transpose, [d, r], its entries in the order of the rows."""
-        columns = self.scipy().tocsc()
-        return SparseRows.of_arrays(columns.indptr, columns.indices, columns.data, self.shape[0])
-
     def _entries(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return of some rows, one after another: offsets int64 [k + 1], places of their entries, and whose they are
         (0 to k - 1)."""
@@ -111,6 +130,11 @@ class SparseRows:
         owners = torch.repeat_interleave(lengths)
         entries = torch.arange(owners.numel()) + (begins - indptr[:-1])[owners]
         return indptr, entries, owners
+
+
+def _column_blocks(matrix: Tensor) -> list[slice]:
+    width = matrix.shape[1]
+    return [slice(first, min(first + BLOCK_COLUMNS, width)) for first in range(0, width, BLOCK_COLUMNS)]
 
 
 class RowsLinear(nn.Linear):
@@ -136,5 +160,5 @@ class _SparseAffine(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
         _, of_weight, of_bias = ctx.needs_input_grad
-        weight = ctx.rows.transposed().times(gradient).t() if of_weight else None
+        weight = ctx.rows.transposed_times(gradient) if of_weight else None
         return None, weight, gradient.sum(0) if of_bias else None

@@ -323,7 +323,7 @@ class SamplerPipeline:
 
 
 class _InlineSampler:
-    """Draws on this process's sampling thread, ahead of use, and takes the first rows in the caller's."""
+    """Draws on this process's sampling thread, ahead of use, and takes dense first rows in the caller's."""
 
     def __init__(self, sampler: NeighborSampler, first_rows: FirstRows | SparseFirstRows | None, ahead: int) -> None:
         self.ahead = ahead
@@ -333,9 +333,14 @@ class _InlineSampler:
 
     def request(self, batch: MiniBatch, rng_seed: int) -> None:
         """Queue a draw."""
-        sampler = self._sampler
-        drawn = submit_to_sampling_thread(lambda: sampler.draw(batch.seeds, rng_seed, batch.excluded))
-        self._drawn.append(drawn)
+        sampler, rows = self._sampler, self._first_rows
+
+        def draw() -> Drawn:
+            drawn = sampler.draw(batch.seeds, rng_seed, batch.excluded)
+            # Sparse rows are one thread's work, beside the caller's; dense ones are that of all cores.
+            return drawn._replace(first_rows=rows.of(drawn.layers[0])) if isinstance(rows, SparseFirstRows) else drawn
+
+        self._drawn.append(submit_to_sampling_thread(draw))
 
     @property
     def has_answer(self) -> bool:
@@ -350,7 +355,7 @@ class _InlineSampler:
     def answer(self, timeout_seconds: float) -> Drawn:
         """Return the oldest queued draw with its first rows. Raises TimeoutError, and what the draw raised."""
         drawn = self._drawn.popleft().result(timeout_seconds)
-        if self._first_rows is None:
+        if self._first_rows is None or isinstance(self._first_rows, SparseFirstRows):
             return drawn
         first = drawn.layers[0]
         operator = self._first_rows.operator(first)

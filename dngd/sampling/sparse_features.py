@@ -13,7 +13,7 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from dngd.models import Propagation, SparseRows
+from dngd.models import SparseRows
 from dngd.sampling.minibatch import LayerGraph
 from dngd.sampling.operators import LayerOperators
 
@@ -88,13 +88,9 @@ class SparseFirstRows:
         self._is_mean = operators.aggregation == "mean"
         self._table = scipy.sparse.block_diag([own, own], format="csr") if self._is_mean else own
 
-    def operator(self, layer: LayerGraph) -> None:
-        """Return None: M is whole."""
-        return None
-
-    def of(self, layer: LayerGraph, operator: Propagation | None = None) -> SparseRows:
-        """Return M of an input layer graph, [num_dst, F], twice the width for the mean. operator: see FirstRows."""
-        propagation = self._operators.first(layer) if operator is None else operator
+    def of(self, layer: LayerGraph) -> SparseRows:
+        """Return M of an input layer graph, [num_dst, F], twice the width for the mean."""
+        propagation = self._operators.first(layer)
         starts, sources = propagation.indptr.numpy(), propagation.indices.numpy()
         own, destinations = propagation.self_coefficients, layer.dst_nodes.numpy()
         edges = propagation.edge_coefficients

@@ -44,6 +44,8 @@ def test_entries_stand_for_the_whole(rows: int, width: int, seed: int, share: fl
     matrix = torch.randn(width, 3, generator=generator, dtype=torch.float64)
     assert torch.allclose(kept.times(matrix), dense.double() @ matrix, rtol=1e-12, atol=1e-12)
     assert torch.allclose(kept[1:4].times(matrix.t().contiguous().t()), dense[1:4].double() @ matrix, atol=1e-12)
+    wide = torch.randn(rows, 150, generator=generator, dtype=torch.float64)
+    assert torch.allclose(kept.transposed_times(wide), wide.t() @ dense.double(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("frozen", ["", "weight", "bias"])
