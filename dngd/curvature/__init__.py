@@ -24,7 +24,7 @@ from dngd.curvature.precondition import (
 )
 from dngd.curvature.reads import entries_are_finite, extremes, read_together, vectors_on_host
 from dngd.curvature.statistics import FactorStatistics, KroneckerFactors
-from dngd.curvature.structure import BlockDiagonal, Dense, Diagonal, FactorStructure, Tensors, gram
+from dngd.curvature.structure import BlockDiagonal, Dense, Diagonal, FactorStructure, SparseInput, Tensors, gram
 from dngd.curvature.symmetric import pack_symmetric, packed_diagonal, packed_size, unpack_symmetric
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "KroneckerFactors",
     "LossKind",
     "LowRank",
+    "SparseInput",
     "Tensors",
     "cholesky_inverse",
     "damping_split",

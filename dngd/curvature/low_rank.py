@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dngd.curvature.inverse import InverseResult
 from dngd.curvature.reads import entries_are_finite
-from dngd.curvature.structure import Operator, Tensors, probe_vector
+from dngd.curvature.structure import Operator, SparseInput, Tensors, probe_vector
 
 SKETCH_SEED = 20_080_962
 """Of the fixed test matrices of low-rank sketches: every rank and every run draws the same."""
@@ -77,6 +77,19 @@ class LowRank:
             diagonal[width].add_(weight * rows.shape[0])
         sketch[:width].addmm_(rows.T, projected, alpha=weight)
         diagonal[:width].add_(squares, alpha=weight)
+
+    def accumulate_sparse_(self, sums: Tensors, rows: SparseInput, *, ones: bool = False, weight: float = 1.0) -> None:
+        """Add `weight · Σ m mᵀ` of rows, as accumulate_ does, without a look at their zeros."""
+        sketch, diagonal = sums
+        omega = self.test_matrix(sketch.dtype, sketch.device)
+        count, width = rows.shape
+        projected = rows.times(omega[:width])
+        if ones:
+            projected = projected + omega[width]
+            sketch[width].add_(projected.sum(dim=0), alpha=weight)
+            diagonal[width].add_(weight * count)
+        sketch[:width].add_(rows.transposed_times(projected).t(), alpha=weight)
+        diagonal[:width].index_add_(0, rows.columns, rows.values.to(sketch.dtype).square(), alpha=weight)
 
     def diagonal(self, sums: Tensors) -> Tensor:
         return sums[1]

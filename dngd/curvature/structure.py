@@ -23,6 +23,32 @@ Tensors = tuple[Tensor, ...]
 Operator = Callable[[Tensor], Tensor]
 
 
+class SparseInput(Protocol):
+    """Input rows [r, d] that are kept as their entries that are not zero, and have no gradient, such as
+    dngd.models.SparseRows."""
+
+    @property
+    def indptr(self) -> Tensor: ...
+    @property
+    def columns(self) -> Tensor: ...
+    @property
+    def values(self) -> Tensor: ...
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def dense(self, positions: Tensor | None = None) -> Tensor:
+        """Return the rows, or those at some positions, with their zeros."""
+
+    def __getitem__(self, rows: Tensor) -> SparseInput:
+        """Return the rows at some positions."""
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """Return `M X`, [r, k], of X [d, k]."""
+
+    def transposed_times(self, matrix: Tensor) -> Tensor:
+        """Return `(Mᵀ Y)ᵀ`, [k, d], of Y [r, k]."""
+
+
 class FactorStructure(Protocol):
     """What statistics, inverses and communication need to know of a [d, d] factor."""
 

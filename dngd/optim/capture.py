@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dngd.curvature import FisherKind, LossKind, hessian_columns, random_signs, sampled_gradient
+from dngd.curvature import FisherKind, LossKind, SparseInput, hessian_columns, random_signs, sampled_gradient
 from dngd.errors import UserError
 
 if TYPE_CHECKING:
@@ -307,7 +307,9 @@ class _Samples:
     index: Tensor | None
 
 
-def _rows(layer: CurvatureLayer, payload: Any, samples: _Samples | None, positions: Tensor | None) -> Tensor:
+def _rows(
+    layer: CurvatureLayer, payload: Any, samples: _Samples | None, positions: Tensor | None
+) -> Tensor | SparseInput:
     """Return a call's rows as [r, d], or those at some positions (int64 [k]) alone; of samples, their mean rows."""
     if samples is None and positions is not None:
         return layer.rows_at(payload, positions)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dngd.curvature import FactorStatistics, FactorStructure, Tensors, row_scales
+from dngd.curvature import FactorStatistics, FactorStructure, LowRank, SparseInput, Tensors, row_scales
 from dngd.optim.capture import Capture, flat_rows, version_of
 
 
@@ -82,10 +82,10 @@ class CurvatureLayer:
         """Return the rows [..., d_in] (without the 1) of one call; asked for only when something reads them."""
         raise AssertionError(f"{type(self).__name__} must say what its rows are")
 
-    def rows_at(self, payload: Any, positions: Tensor) -> Tensor:
+    def rows_at(self, payload: Any, positions: Tensor) -> Tensor | SparseInput:
         """Return the rows [k, d_in] at some positions among all of one call (int64 [k]).
 
-        For layers that can make them without the others.
+        For layers that can make them without the others. SparseInput where A is LowRank and there is no basis.
         """
         return flat_rows(self.rows(payload))[positions]
 
@@ -110,19 +110,20 @@ class CurvatureLayer:
         """Return zero statistics of this layer's structures."""
         return FactorStatistics.zeros(self.a, self.g, dtype=self.dtype, device=self.device)
 
-    def add(self, rows: Tensor, gradients: Tensor, weight: float, *, with_inputs: bool) -> None:
+    def add(self, rows: Tensor | SparseInput, gradients: Tensor, weight: float, *, with_inputs: bool) -> None:
         """Add rows and gradients, each standing for `weight` rows, to the pending sums."""
         pending = self._pending()
         if with_inputs:
             self.only_constant = False
-            self.a.accumulate_(pending.a, rows.to(self.dtype), ones=self.has_ones, weight=weight)
+            self._accumulate_inputs(pending.a, rows, weight)
             pending.counts[0] += weight * rows.shape[0]
         self.g.accumulate_(pending.g, gradients, weight=weight)
         if self.basis is not None:
+            assert isinstance(rows, Tensor)
             scales = row_scales(rows.to(self.dtype), gradients, self.has_ones, *self.basis)
             self._add_scales(scales * weight)
 
-    def add_constant_inputs(self, make_rows: Callable[[Tensor | None], Tensor], reached: Tensor) -> None:
+    def add_constant_inputs(self, make_rows: Callable[[Tensor | None], Tensor | SparseInput], reached: Tensor) -> None:
         """Add the rows [r, d_in] of an input that may never change: their product is taken once and kept.
 
         make_rows: returns all rows, or those at some positions. Rows that any step so far reached count in all: a
@@ -135,12 +136,19 @@ class CurvatureLayer:
         if self.constant.product is None:
             rows = make_rows(None if bool(reach.all()) else reach.nonzero()[:, 0])
             sums = self.a.zeros(self.dtype, self.device)
-            self.a.accumulate_(sums, rows.to(self.dtype), ones=self.has_ones)
+            self._accumulate_inputs(sums, rows, 1.0)
             self.constant.product = (sums, float(rows.shape[0]))
         sums, count = self.constant.product
         for mine, theirs in zip(pending.a, sums):
             mine.add_(theirs)
         pending.counts[0] += count
+
+    def _accumulate_inputs(self, sums: Tensors, rows: Tensor | SparseInput, weight: float) -> None:
+        if isinstance(rows, Tensor):
+            self.a.accumulate_(sums, rows.to(self.dtype), ones=self.has_ones, weight=weight)
+        else:
+            assert isinstance(self.a, LowRank)
+            self.a.accumulate_sparse_(sums, rows, ones=self.has_ones, weight=weight)
 
     def forget(self) -> None:
         """Drop what was captured since the last commit."""

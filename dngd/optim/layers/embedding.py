@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dngd.curvature import Diagonal, FactorLayout
+from dngd.curvature import Diagonal, FactorLayout, SparseInput
 from dngd.optim.capture import Capture
 from dngd.optim.layers.adapter import Adapted, trainable
 from dngd.optim.layers.base import CurvatureLayer, InertHook
@@ -57,8 +57,9 @@ class EmbeddingLayer(CurvatureLayer):
             return gradient
         return gradient.masked_fill((payload == self.padding_idx)[..., None], 0.0)
 
-    def add(self, rows: Tensor, gradients: Tensor, weight: float, *, with_inputs: bool) -> None:
+    def add(self, rows: Tensor | SparseInput, gradients: Tensor, weight: float, *, with_inputs: bool) -> None:
         """Add indices [r, 1] and gradients: `Σ m mᵀ` of one-hot rows counts how often each index came."""
+        assert isinstance(rows, Tensor)
         pending = self._pending()
         if with_inputs:
             counts = torch.bincount(rows[:, 0], minlength=self.a.dimension)

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dngd.curvature import FactorLayout
+from dngd.curvature import FactorLayout, LowRank, SparseInput
 from dngd.optim.capture import Capture
 from dngd.optim.layers.base import CurvatureLayer, InertHook
-
-
-class SparseInput(Protocol):
-    """An input that is kept as its entries that are not zero, and has no gradient: dngd.models.SparseRows."""
-
-    @property
-    def indptr(self) -> Tensor: ...
-    @property
-    def columns(self) -> Tensor: ...
-    @property
-    def values(self) -> Tensor: ...
-
-    def dense(self, positions: Tensor | None = None) -> Tensor:
-        """Return the rows, or those at some positions, [k, d_in]."""
 
 
 class LinearLayer(CurvatureLayer):
@@ -63,8 +49,11 @@ class LinearLayer(CurvatureLayer):
     def rows(self, payload: Tensor | SparseInput) -> Tensor:
         return payload.detach() if isinstance(payload, Tensor) else payload.dense()
 
-    def rows_at(self, payload: Tensor | SparseInput, positions: Tensor) -> Tensor:
-        return super().rows_at(payload, positions) if isinstance(payload, Tensor) else payload.dense(positions)
+    def rows_at(self, payload: Tensor | SparseInput, positions: Tensor) -> Tensor | SparseInput:
+        if isinstance(payload, Tensor):
+            return super().rows_at(payload, positions)
+        # A low-rank A is measured without the zeros.
+        return payload[positions] if isinstance(self.a, LowRank) and self.basis is None else payload.dense(positions)
 
     def sources(self, payload: Tensor | SparseInput) -> tuple[Tensor, ...]:
         if not isinstance(payload, Tensor):
