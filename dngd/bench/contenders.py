@@ -24,10 +24,11 @@ from dngd.bench.learner import Batch, Learner, initial_model
 from dngd.bench.optimizers import base_rate
 from dngd.config import TrainConfig
 from dngd.graph import GraphStore
-from dngd.models import Aggregation
+from dngd.models import Aggregation, SparseRows
 from dngd.sampling import MiniBatch, SamplerPipeline
 from dngd.sampling.pipeline import INLINE_AHEAD
 from dngd.train.batch import PropagationBuilder
+from dngd.train.placement import PlacedFeatures, with_sparse
 from dngd.train.plan import batch_size_of
 
 Work = Literal["input", "sampling", "training"]
@@ -220,7 +221,8 @@ class OwnTraining:
         builder = PropagationBuilder(store, model.aggregation, torch.device("cpu"))
         self._lr = base_rate("adam", config)
         self._learner = Learner("adam", config, self._lr, model, store.features, builder)
-        self._batches = whole_batches(store, config, num_samplers, model.aggregation)
+        sparse = with_sparse(PlacedFeatures("memory_map", store.features), config, store, model).sparse
+        self._batches = whole_batches(store, config, num_samplers, model.aggregation, sparse)
         self.seconds = {"wait": 0.0, "train": 0.0}
         self.loss: float | None = None
 
@@ -236,9 +238,14 @@ class OwnTraining:
 
 
 def whole_batches(
-    store: GraphStore, config: TrainConfig, num_samplers: int, aggregation: Aggregation | None
+    store: GraphStore,
+    config: TrainConfig,
+    num_samplers: int,
+    aggregation: Aggregation | None,
+    sparse: SparseRows | None = None,
 ) -> Iterator[MiniBatch]:
-    """Return dngd's mini-batches without each epoch's smaller last one. aggregation: of the rows they bring."""
+    """Return dngd's mini-batches without each epoch's smaller last one. aggregation: of the rows they bring, from the
+    table's entries where sparse has them."""
     train_nodes = store.split(config.split, config.seed).train
     batch_size = batch_size_of(config, int(train_nodes.numel()))
     pipeline = SamplerPipeline(
@@ -253,6 +260,7 @@ def whole_batches(
         prefetch=config.prefetch,
         timeout_seconds=config.collective_timeout_seconds,
         aggregation=aggregation,
+        sparse=sparse,
     )
     return (batch for batch in pipeline if batch.seeds.numel() == batch_size)
 

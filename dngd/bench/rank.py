@@ -26,6 +26,7 @@ from dngd.graph import GraphStore
 from dngd.sampling import MiniBatch, SamplerPipeline
 from dngd.train.batch import PropagationBuilder
 from dngd.train.optimizers import TrainingSet
+from dngd.train.placement import PlacedFeatures, with_sparse
 from dngd.train.plan import batch_size_of
 
 
@@ -96,6 +97,7 @@ class Rank:
             prefetch=config.prefetch if config.samplers else 0,
             timeout_seconds=config.collective_timeout_seconds,
             aggregation=model.aggregation,
+            sparse=with_sparse(PlacedFeatures("memory_map", self._store.features), config, self._store, model).sparse,
         )
         # An epoch's last step may hold a few seeds only, on every rank: its time is not that of a step.
         self._batches = (batch for batch in self._pipeline if batch.seeds.numel() == batch_size)

@@ -377,6 +377,8 @@ def _print_plan(plan: dict[str, Any], config: TrainConfig) -> None:
         "worker": " (sum of the below)",
         "evaluation_table": " (one copy a machine; on its disk where memory is short)",
     }
+    if plan["resolved"]["sparse_features"]:
+        notes["feature"] += ", of which only what is not zero is worked on"
     for name in ("store", "feature", "evaluation_table", "worker", *(name for name in parts if name not in unused)):
         note = notes.get(name, "")
         table.add_row(f"memory: {name.replace('_', ' ')}", size_text(plan[f"{name}_bytes"]) + note)

@@ -707,7 +707,6 @@ class TrainingLoop:
     def _resolved(self) -> dict[str, Any]:
         """Return the values in use, of the rules and of what this machine and the ranks' measurements settled."""
         found = self.plan.resolved | {"metric": self.metric_name, "feature_placement": self.placed.where}
-        found["sparse_features"] = self.placed.sparse is not None
         if self.placed.cache is not None:
             found["feature_cache_bytes"] = self.placed.cache.table.nbytes
         found["checkpoint.period_steps"] = _checkpoint_period(self.config) or self.plan.steps_per_epoch

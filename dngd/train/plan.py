@@ -68,7 +68,7 @@ class RunPlan:
     constant full batch keeps from step to step, its shards' layer graphs and first aggregations. feature_bytes: the
     feature table, part of store_bytes. evaluation_table_bytes: exact evaluation's tables, one copy a machine; they go
     to disk where memory is short. samplers: processes a worker, on a machine with this one's CPUs; 0: a thread.
-    settings: see settings_in_use.
+    settings: see settings_in_use; and sparse_features, whether the run works on the features that are not zero alone.
     """
 
     mode: str
@@ -262,7 +262,7 @@ def make_plan(config: TrainConfig, store: GraphStore, split: TaskSplit, module: 
         preconditioned_bytes_per_step=parameters * FLOAT_BYTES
         if kfac and config.kfac.strategy == "share_gradient"
         else 0,
-        settings=settings_in_use(config, training_set),
+        settings=settings_in_use(config, training_set) | {"sparse_features": sparse_share is not None},
     )
 
 
