@@ -109,6 +109,7 @@ class KFACConfig(_Section):
     wide_inputs: Literal["low_rank", "block_diagonal", "diagonal", "dense"] = Field("low_rank", description="what a wider A becomes", json_schema_extra=IDENTITY)
     rank: int | None = Field(None, ge=1, le=MOST_COUNT, description="of low_rank; null: 64, and 128 for factors wider than 4096", json_schema_extra=IDENTITY)
     output_rank: int | None = Field(None, ge=0, le=MOST_COUNT, description="columns of a low-rank G, for layers at least four times as wide, with damped inverses; 0: none is; null: 1/(G's share), by default 2·classes, rounded up to 16s, but 0 unless damping is relative, wide_inputs low_rank and variant dngd", json_schema_extra=IDENTITY)
+    inverse_rank: int | None = Field(None, ge=0, le=MOST_COUNT, description="columns of the inverse of a low-rank A wider than 4096, its largest directions; 0: all of rank; null: 64 where A's damping is at least 5e-4 of its trace, else all", json_schema_extra=IDENTITY)
     split_inputs: bool = Field(True, description="GraphSAGE: a block of A each for self and neighbour rows", json_schema_extra=IDENTITY)
     inverse_precision: Literal["float16", "bfloat16", "full"] = Field("float16", description="in which inverses are kept and sent", json_schema_extra=IDENTITY)
 
@@ -499,12 +500,13 @@ class TrainConfig(_Section):
         flat |= {"fanout": list(self.fanouts), "num_shards": self.shards, "lr": self.learning_rate, "lr_schedule": self.schedule}
         flat |= {"kfac.fisher": self.fisher, "kfac.damping_mode": self.damping_mode}
         flat |= {"kfac.output_rank": "by damping" if self.output_rank is None else self.output_rank}
+        flat |= {"kfac.inverse_rank": "by damping" if self.kfac.inverse_rank is None else self.kfac.inverse_rank}
         flat |= {"kfac.kl_bound": self.kl_bound, "kfac.kl_clip": self.kl_clip}
         flat |= {"embedding": self.embedding_width, "metric": self.metric_in_use}
         idle = [use for use in self._uses() if use.defines and not use.holds]
         flat = {key: value for key, value in flat.items() if not any(use.is_of(key) for use in idle)}
         # Fields that came later: a run that leaves them alone is the run that it was before.
-        for name, usual in (("metric", "accuracy"), ("class_weights", None), ("task", "node"), ("average_share", 0.0), ("kfac.kl_clip_power", 1.0), ("kfac.output_rank", 0)):
+        for name, usual in (("metric", "accuracy"), ("class_weights", None), ("task", "node"), ("average_share", 0.0), ("kfac.kl_clip_power", 1.0), ("kfac.output_rank", 0), ("kfac.inverse_rank", 0)):
             if flat.get(name) == usual:
                 flat.pop(name, None)
         if self.optimizer != "kfac":
@@ -564,6 +566,12 @@ class TrainConfig(_Section):
                 ("kfac.output_rank",),
                 self._keeps_inverses or not self.kfac.output_rank,
                 "with kfac.method=ekfac or kfac.update=adam_eigenbasis, which keep G whole; leave it out",
+            ),
+            Use(
+                ("kfac.inverse_rank",),
+                (self._keeps_inverses and self.kfac.wide_inputs == "low_rank") or not self.kfac.inverse_rank,
+                "without a low-rank A that is inverted (kfac.wide_inputs=low_rank, not kfac.method=ekfac nor "
+                "kfac.update=adam_eigenbasis); leave it out",
             ),
             Use(("kfac.kl_clip_power",), has_steps, "without kfac.kl_clip and kfac.kl_clip_steps; leave it out"),
             Use(("kfac.kl_bound_*",), kl_bound is not None, "where kfac.kl_bound is not in use; leave it out"),

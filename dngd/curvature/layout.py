@@ -34,7 +34,8 @@ class FactorLayout:
     dense where wide says so. rank: columns of "low_rank" (an A no wider than that becomes blocks); None: 64, and 128
     for a factor wider than 4,096. split_inputs: whether an input that a layer puts together from several parts (self
     and neighbour rows of GraphSAGE) gets one block a part. output_rank: columns of a G at least four times as wide,
-    which then is low rank, too, see output_rank_for; None: none is.
+    which then is low rank, too, see output_rank_for; None: none is. inverse_rank: columns of the inverse of an A that
+    is low rank and wider than 4,096 (LowRank.inverse_rank); None: as many as its sketch has.
     """
 
     max_dimension: int | None = 2048
@@ -42,11 +43,12 @@ class FactorLayout:
     rank: int | None = 256
     split_inputs: bool = True
     output_rank: int | None = None
+    inverse_rank: int | None = None
 
     def __post_init__(self) -> None:
         if self.wide not in ("low_rank", "block_diagonal", "diagonal", "dense"):
             raise UserError(f"wide={self.wide!r} is unknown; use one of: low_rank, block_diagonal, diagonal, dense")
-        for name in ("max_dimension", "rank", "output_rank"):
+        for name in ("max_dimension", "rank", "output_rank", "inverse_rank"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} is out of range; give a whole number, at least 1")
@@ -63,7 +65,8 @@ class FactorLayout:
         rank = (RANK if dimension <= WIDEST else RANK_OF_WIDEST) if self.rank is None else self.rank
         limit = DENSE_INPUT if self.max_dimension is None else self.max_dimension
         if max(sizes) > limit and self.wide == "low_rank" and rank < dimension:
-            return LowRank(dimension, rank)
+            fewer = self.inverse_rank is not None and self.inverse_rank < rank and dimension > WIDEST
+            return LowRank(dimension, rank, self.inverse_rank if fewer else None)
         if max(sizes) > self._limit and self.wide == "diagonal":
             return Diagonal(dimension)
         if self.wide != "dense":

@@ -34,15 +34,26 @@ class LowRank:
     most 1/c eigenvalues exceed λ, so that k of that size loses little; in float32, directions below about
     1e-4·tr M are rounding, so damp above that. The inverse is exact (Woodbury):
     `(E + F Fᵀ)⁻¹ = E⁻¹ - K Kᵀ`, E = D + λ, K = E⁻¹ F L⁻ᵀ, L Lᵀ = I + Fᵀ E⁻¹ F.
+
+    inverse_rank: r <= k columns of F that the inverse is made of, those of F's r largest singular values; what the
+    others hold of the diagonal goes to D. A sketch is best in its largest directions (the others are its oversampling),
+    and a product with the inverse costs 4·d·r a row. None: all k.
     """
 
     dimension: int
     rank: int
+    inverse_rank: int | None = None
     _omega: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def label(self) -> str:
-        return f"rank {self.rank} of {self.dimension}"
+        kept = "" if self.inverse_rank is None else f" ({self.inverse_rank} in the inverse)"
+        return f"rank {self.rank}{kept} of {self.dimension}"
+
+    @property
+    def inverse_columns(self) -> int:
+        """Columns of F in the inverse."""
+        return self.rank if self.inverse_rank is None else min(self.inverse_rank, self.rank)
 
     @property
     def inversion_cost(self) -> float:
@@ -143,6 +154,11 @@ class LowRank:
     def _woodbury(self, averages: Tensors, lam: float, working: torch.dtype) -> InverseResult:
         dtype = averages[1].dtype
         low, rest = self._parts(averages, working)
+        if self.inverse_columns < self.rank:
+            gram = self._where_small((low.T @ low).double())
+            largest = torch.linalg.eigh((gram + gram.T) / 2)[1][:, -self.inverse_columns :]
+            low = low @ largest.to(low)
+            rest = (averages[1].to(low.dtype) - low.square().sum(dim=1)).clamp_min(0)
         inverse_diagonal = (rest + lam).reciprocal()
         scaled = inverse_diagonal[:, None] * low
         core = self._where_small((low.T @ scaled).double())  # only what is [k, k] is worth double precision
@@ -150,13 +166,13 @@ class LowRank:
         factor, info = torch.linalg.cholesky_ex(core)
         if int(info) != 0:
             return InverseResult(None, lam, 1)
-        identity = torch.eye(self.rank, dtype=core.dtype, device=core.device)
+        identity = torch.eye(self.inverse_columns, dtype=core.dtype, device=core.device)
         inverse_factor = torch.linalg.solve_triangular(factor, identity, upper=False)
         correction = scaled @ inverse_factor.T.to(scaled)
         return InverseResult((inverse_diagonal.to(dtype), correction.to(dtype)), lam, 0)
 
     def inverse_shapes(self) -> list[tuple[tuple[int, ...], bool]]:
-        return [((self.dimension,), False), ((self.dimension, self.rank), False)]
+        return [((self.dimension,), False), ((self.dimension, self.inverse_columns), False)]
 
     def multiply(self, matrix: Tensor, inverse: Tensors) -> Tensor:
         diagonal, correction = inverse

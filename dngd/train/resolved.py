@@ -7,7 +7,7 @@ from typing import Any
 from dngd.config import TrainConfig
 from dngd.optim import output_rank_for
 from dngd.optim.natural_gradient import MOMENTA
-from dngd.train.optimizers import TrainingSet, damping_in_use
+from dngd.train.optimizers import TrainingSet, damping_in_use, inverse_rank_in_use
 
 
 def settings_in_use(config: TrainConfig, training_set: TrainingSet) -> dict[str, Any]:
@@ -36,6 +36,7 @@ def _kfac(config: TrainConfig, training_set: TrainingSet) -> dict[str, Any]:
         "damping_mode": config.damping_mode,
         "momentum": MOMENTA[kfac.update] if kfac.momentum is None else kfac.momentum,
         "output_rank": output_rank_for(damping * g_ratio) if config.output_rank is None else config.output_rank,
+        "inverse_rank": inverse_rank_in_use(config, training_set),
         "kl_bound": config.kl_bound,
         # Adam in the eigenbasis has no clip, whatever is asked for.
         "kl_clip": None if kfac.update == "adam_eigenbasis" else config.kl_clip,

@@ -33,7 +33,7 @@ FREE_MARK = ".failed-at-the-start"
 """Of a run that ended by an error before anything of it was kept: a new run may take its folder."""
 LAST_FIELD = "resume"
 """A whole configuration ends with it, whichever dngd wrote it: fields that come later stand before it."""
-BEFORE_THEY_CAME = {"output_rank": 0}
+BEFORE_THEY_CAME = {"output_rank": 0, "inverse_rank": 0}
 """What fields of kfac that came later were in runs whose files have none of them."""
 OTHER_RUN_SECONDS = 120.0
 

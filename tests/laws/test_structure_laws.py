@@ -24,7 +24,7 @@ from dngd.curvature import (
 )
 from dngd.curvature.structure import probe_vector
 from dngd.errors import UserError
-from tests.helpers.mutants import assert_caught
+from tests.helpers.mutants import assert_caught, mutant
 
 F64 = torch.float64
 CPU = torch.device("cpu")
@@ -455,3 +455,75 @@ def test_weak_damping(share: float) -> None:
 
 def test_single_precision_under_weak_damping_is_caught() -> None:
     assert_caught(lambda: law_weak_damping(1e-6), LowRank, "_bears_float32", lambda *_: True)
+
+
+def law_fewer_columns_in_the_inverse(r: int, share: float) -> None:
+    """The inverse of F_r F_rᵀ + D_r, F_r the r largest singular directions of F, D_r what they leave."""
+    d, k = 60, 20
+    rows = make_rows(0, 100, d, 40, 3.0)
+    whole, kind = LowRank(d, k), LowRank(d, k, r)
+    sums = tuple(t / len(rows) for t in sums_of(kind, [(rows, 1.0)], False))
+    lam = share * float(sums[1].sum())
+    inverse = kind.invert(sums, lam).inverse
+    assert inverse is not None
+    assert [tuple(part.shape) for part in inverse] == [shape for shape, _ in kind.inverse_shapes()] == [(d,), (d, r)]
+    low, _ = whole._parts(sums, F64)
+    left, values, _ = torch.linalg.svd(low, full_matrices=False)
+    kept = left[:, :r] * values[:r]
+    expected = torch.linalg.inv(kept @ kept.T + torch.diag(sums[1] - kept.square().sum(1) + lam))
+    assert close(kind.multiply(torch.eye(d, dtype=F64), inverse), expected, 1e-8)
+    assert close(kind.multiply_from_left(torch.eye(d, dtype=F64), inverse), expected, 1e-8)
+    full = whole.invert(sums, lam).inverse
+    assert full is not None
+    assert not close(whole.multiply(torch.eye(d, dtype=F64), full), expected, 1e-8)
+
+
+@pytest.mark.parametrize("share", [1e-3, 1e-1])
+@pytest.mark.parametrize("r", [1, 8, 19])
+def test_fewer_columns_in_the_inverse(r: int, share: float) -> None:
+    law_fewer_columns_in_the_inverse(r, share)
+
+
+def test_other_columns_than_the_largest_are_caught() -> None:
+    plain = torch.linalg.eigh
+
+    def smallest_first(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = plain(matrix)
+        return values, vectors.flip(1)
+
+    # The core's own decomposition does not mind: its values and vectors are flipped alike where it matters.
+    def law() -> None:
+        law_fewer_columns_in_the_inverse(8, 1e-3)
+
+    parts = LowRank._parts
+
+    def untouched(self: LowRank, sums: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        with mutant(torch.linalg, "eigh", plain):
+            return parts(self, sums, dtype)
+
+    law()
+    with mutant(LowRank, "_parts", untouched):
+        law()
+        assert_caught(law, torch.linalg, "eigh", smallest_first)
+
+
+@pytest.mark.parametrize("columns", [20, 21, None])
+def test_as_many_columns_as_the_sketch_has(columns: int | None) -> None:
+    rows = make_rows(0, 100, 60, 40, 3.0)
+    sums = sums_of(LowRank(60, 20), [(rows, 1.0)], False)
+    found, expected = (LowRank(60, 20, c).invert(sums, 1.0).inverse for c in (columns, None))
+    assert found is not None
+    assert expected is not None
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def test_which_factors_get_fewer_columns_in_the_inverse() -> None:
+    layout = FactorLayout(None, "low_rank", None, output_rank=16, inverse_rank=32)
+    assert layout.input_structure(4096) == LowRank(4096, 64)
+    assert layout.input_structure(4097) == LowRank(4097, 128, 32)
+    assert layout.output_structure(5000) == LowRank(5000, 16)
+    assert FactorLayout(rank=32, inverse_rank=32).input_structure(5000) == LowRank(5000, 32)
+    assert FactorLayout(rank=None).input_structure(5000) == LowRank(5000, 128)
+    assert LowRank(4097, 128, 32).label == "rank 128 (32 in the inverse) of 4097"
+    with pytest.raises(UserError, match="inverse_rank=0"):
+        FactorLayout(inverse_rank=0)

@@ -225,6 +225,23 @@ def test_what_becomes_of_a_wide_g_is_seen_in_the_optimizer() -> None:
         pre.close()
 
 
+@pytest.mark.parametrize(
+    ("fields", "num_train", "columns"),
+    [
+        ({}, 40_000, 64),
+        ({}, 40_001, None),  # the damping is below 5e-4 of the trace
+        ({"kfac": {"damping": 4e-4}}, 100, None),
+        ({"kfac": {"inverse_rank": 0}}, 100, None),
+        ({"kfac": {"inverse_rank": 50}}, 10**7, 50),
+        ({"kfac": {"damping_mode": "tikhonov", "damping": 0.1}}, 100, None),
+        ({"task": "link"}, 100, None),
+    ],
+)
+def test_columns_of_a_wide_as_inverse(fields: dict[str, object], num_train: int, columns: int | None) -> None:
+    layout = factor_layout(TrainConfig(dataset="any", **fields), TrainingSet(num_train, 4))  # type: ignore[arg-type]
+    assert layout.inverse_rank == columns
+
+
 @pytest.mark.parametrize("model", ["gcn", "sage"])
 def test_the_plan_has_the_structures_of_the_run(store: GraphStore, model: str) -> None:
     """What a dry run counts the bytes of is what the optimizer keeps."""
