@@ -368,9 +368,10 @@ def _print_plan(plan: dict[str, Any], config: TrainConfig) -> None:
         table.add_row("mode", "constant full batch: all neighbours, the same layer graphs in each step, no sampler")
     else:
         table.add_row("samplers a worker", str(plan["samplers"]) if plan["samplers"] else "a thread")
-    parts = ("model", "optimizer", "curvature", "link", "full_batch", "activation", "evaluation", "sampler")
+    parts = ("model", "optimizer", "curvature", "link", "sparse", "full_batch", "activation", "evaluation", "sampler")
     unused = {"sampler"} if config.constant_full_batch else {"full_batch"}
     unused |= {"link"} if config.task == "node" else set()
+    unused |= set() if plan["sparse_bytes"] else {"sparse"}
     notes = {
         "store": " (one shared mapping)",
         "feature": f" (of the store; {_FEATURE_PLACES[config.feature_placement, config.use_gpu]})",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ Tensors = tuple[Tensor, ...]
 Operator = Callable[[Tensor], Tensor]
 
 
+@runtime_checkable
 class SparseInput(Protocol):
     """Input rows [r, d] that are kept as their entries that are not zero, and have no gradient, such as
     dngd.models.SparseRows."""
@@ -39,8 +40,8 @@ class SparseInput(Protocol):
     def dense(self, positions: Tensor | None = None) -> Tensor:
         """Return the rows, or those at some positions, with their zeros."""
 
-    def __getitem__(self, rows: Tensor) -> SparseInput:
-        """Return the rows at some positions."""
+    def __getitem__(self, rows: Tensor | slice) -> SparseInput:
+        """Return the rows at some positions, or those of a slice."""
 
     def times(self, matrix: Tensor) -> Tensor:
         """Return `M X`, [r, k], of X [d, k]."""

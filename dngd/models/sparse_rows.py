@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy.typing as npt
@@ -30,6 +30,7 @@ class SparseRows:
     columns: Tensor
     values: Tensor
     width: int
+    _kept: dict[str, SparseRows | None] = field(default_factory=dict, repr=False)
 
     requires_grad = False
 
@@ -104,7 +105,16 @@ class SparseRows:
         return out
 
     def transposed(self) -> SparseRows:
-        """Return the transpose, [d, r], its entries in the order of the rows."""
+        """Return the transpose, [d, r], its entries in the order of the rows; kept from the second time on."""
+        kept = self._kept.get("transposed")
+        if kept is not None:
+            return kept
+        made = self._transposed()
+        # A batch's rows are asked for it once; those of a full batch at each step.
+        self._kept["transposed"] = made if "transposed" in self._kept else None
+        return made
+
+    def _transposed(self) -> SparseRows:
         columns = self.scipy().tocsc()
         return SparseRows.of_arrays(columns.indptr, columns.indices, columns.data, self.shape[0])
 
@@ -138,27 +148,32 @@ def _column_blocks(matrix: Tensor) -> list[slice]:
 
 
 class RowsLinear(nn.Linear):
-    """`Z = M Wᵀ + b`; M is a tensor, or SparseRows, whose products with W, and for its gradient, skip the zeros."""
+    """`Z = M Wᵀ + b`; M is a tensor, or SparseRows, whose products with W, and for its gradient, skip the zeros.
+
+    Forward hooks see what it was called with. Of SparseRows Z is of W's type, also under autocast, columns without an
+    entry do not count, be W infinite there, and there are no second derivatives, batched or forward-mode ones.
+    """
 
     def forward(self, input: Tensor | SparseRows) -> Tensor:
         """Return Z, [r, d_out], of M [r, d_in]."""
         if isinstance(input, Tensor):
             return super().forward(input)
-        out: Tensor = _SparseAffine.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
-        return out
+        parts = input.indptr, input.columns, input.values
+        out: Tensor = _SparseProduct.apply(self.weight, input, *parts)  # type: ignore[no-untyped-call]
+        return out if self.bias is None else out + self.bias
 
 
-class _SparseAffine(torch.autograd.Function):
-    """`∇W = gᵀ M`, `∇b = Σ g`; M is a constant."""
+class _SparseProduct(torch.autograd.Function):
+    """`Z = M Wᵀ`, `∇W = gᵀ M`; M is a constant, whose arrays are given too, so that autograd watches them."""
 
     @staticmethod
-    def forward(ctx: Any, rows: SparseRows, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, rows: SparseRows, *parts: Tensor) -> Tensor:
         ctx.rows = rows
-        return rows.times(weight.t()).add_(bias)
+        ctx.save_for_backward(*parts)
+        return rows.times(weight.t())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
-        _, of_weight, of_bias = ctx.needs_input_grad
-        weight = ctx.rows.transposed_times(gradient) if of_weight else None
-        return None, weight, gradient.sum(0) if of_bias else None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        _ = ctx.saved_tensors  # an error, where they were written to since
+        return ctx.rows.transposed_times(gradient), None, None, None, None

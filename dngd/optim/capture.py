@@ -311,8 +311,8 @@ def _rows(
     layer: CurvatureLayer, payload: Any, samples: _Samples | None, positions: Tensor | None
 ) -> Tensor | SparseInput:
     """Return a call's rows as [r, d], or those at some positions (int64 [k]) alone; of samples, their mean rows."""
-    if samples is None and positions is not None:
-        return layer.rows_at(payload, positions)
+    if samples is None:
+        return layer.all_rows(payload) if positions is None else layer.rows_at(payload, positions)
     rows = _merged_rows(layer.rows(payload), samples)
     return rows if positions is None else rows[positions]
 
@@ -392,13 +392,15 @@ def _writes_to(layer: CurvatureLayer) -> int:
 
 
 def _tensors_of(payload: Any) -> Iterator[Tensor]:
-    """Yield the dense tensors; of a sparse one, some reads count as writes (PyG's normalisation)."""
+    """Yield the dense tensors; of torch's sparse ones, some reads count as writes (PyG's normalisation)."""
     if isinstance(payload, Tensor):
         if payload.layout == torch.strided:
             yield payload
     elif isinstance(payload, tuple):
         for part in payload:
             yield from _tensors_of(part)
+    elif isinstance(payload, SparseInput):
+        yield from (payload.values, payload.columns, payload.indptr)
 
 
 def version_of(tensor: Tensor) -> int:

@@ -7,6 +7,7 @@ take a fraction of the time and memory of dense rows, from the sampler's sums to
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -16,6 +17,7 @@ from torch import Tensor
 from dngd.models import SparseRows
 from dngd.sampling.minibatch import LayerGraph
 from dngd.sampling.operators import LayerOperators
+from dngd.sampling.topology import HasTopology
 
 LEAST_WIDTH = 256
 """Columns below which a dense product takes no time worth sparing."""
@@ -23,25 +25,37 @@ MOST_OF_ROWS = 0.2
 """Share of the first layer's rows that is not zero, at most: above it dense products are as fast on one core (PubMed's
 are .35)."""
 LOOKED_AT = 1024
-"""Rows by which a table is judged, evenly spaced."""
+"""Edges by whose sources a table is judged."""
+MOST_INT32 = 2**31 - 1
 _BLOCK = 1 << 19
 """Entries looked through at a time: a block and its mask stay in the processor's cache."""
 
 
-def share_of_first_rows(features: Tensor, fanout: int, mean_degree: float) -> float | None:
-    """Return which share of the first layer's rows is likely not to be zero, where it is small enough for SparseRows
-    to pay; else None.
+class SparseShares(NamedTuple):
+    """Which share of a feature table, and of the first layer's rows, is likely not to be zero."""
 
-    features: [N, F], on the CPU. fanout: of the input layer, -1 for all neighbours. mean_degree: edges a node. Alike
-    on all ranks: told by LOOKED_AT rows of the table, and by how many rows are summed.
+    table: float
+    rows: float
+
+
+def shares_of(features: Tensor, graph: HasTopology, fanout: int) -> SparseShares | None:
+    """Return the shares where that of the first layer's rows is small enough for SparseRows to pay; else None.
+
+    features: [N, F], on the CPU. fanout: of the input layer, -1 for all neighbours. Alike on all ranks: told by
+    LOOKED_AT edges, evenly spaced, whose sources are what first rows are made of and for.
     """
     num_nodes, width = features.shape
+    num_edges = graph.indices.numel()
     if width < LEAST_WIDTH or num_nodes == 0:
         return None
-    rows = torch.arange(min(LOOKED_AT, num_nodes)) * num_nodes // min(LOOKED_AT, num_nodes)
-    share = float((features[rows] != 0).float().mean())
-    share *= 1 + (mean_degree if fanout == -1 else min(fanout, mean_degree))
-    return share if share <= MOST_OF_ROWS else None
+    count = min(LOOKED_AT, num_edges)
+    nodes = graph.indices[torch.arange(count) * num_edges // max(1, count)].long()
+    if count == 0:
+        nodes = torch.arange(min(LOOKED_AT, num_nodes)) * num_nodes // min(LOOKED_AT, num_nodes)
+    table = float((features[nodes] != 0).float().mean())
+    degrees = graph.indptr[nodes + 1] - graph.indptr[nodes]
+    summed = 1.0 + float((degrees if fanout == -1 else degrees.clamp_max(fanout)).float().mean())
+    return SparseShares(table, table * summed) if table * summed <= MOST_OF_ROWS else None
 
 
 def sparse_table(features: Tensor) -> SparseRows:
@@ -59,7 +73,7 @@ def sparse_table(features: Tensor) -> SparseRows:
         columns.append(here.astype(np.int32))
         values.append(table.reshape(-1)[places].astype(np.float32))
     indptr = np.concatenate(counts).cumsum()
-    index_type = np.int32 if indptr[-1] <= np.iinfo(np.int32).max else np.int64
+    index_type = np.int32 if indptr[-1] <= MOST_INT32 else np.int64
     joined = np.concatenate(columns).astype(index_type, copy=False)
     return SparseRows.of_arrays(indptr.astype(index_type), joined, np.concatenate(values), width)
 
@@ -77,37 +91,45 @@ def from_arrays(arrays: Mapping[str, Tensor], width: int) -> SparseRows:
 class SparseFirstRows:
     """Takes the input layer's rows M from a table's entries, as SparseRows; what FirstRows does for a dense table.
 
-    table: [N, F]. With T = table for gcn, and for the mean T = [table, 0; 0, table], which keeps a node's own row
-    apart, `M = C T`, where C has a row of coefficients a destination: its own, and those of its edges.
+    table: X, [N, F]. gcn: `M = C X`, where C has a row of coefficients a destination: its own, and those of its edges.
+    mean: `M = [X_v, C X]`, C with those of the edges.
     """
 
     def __init__(self, operators: LayerOperators, table: SparseRows) -> None:
         self._operators = operators
-        own = table.scipy()
-        self._num_nodes = own.shape[0]
-        self._is_mean = operators.aggregation == "mean"
-        self._table = scipy.sparse.block_diag([own, own], format="csr") if self._is_mean else own
+        self._table = table
+        self._matrix = table.scipy()
 
     def of(self, layer: LayerGraph) -> SparseRows:
         """Return M of an input layer graph, [num_dst, F], twice the width for the mean."""
         propagation = self._operators.first(layer)
         starts, sources = propagation.indptr.numpy(), propagation.indices.numpy()
-        own, destinations = propagation.self_coefficients, layer.dst_nodes.numpy()
-        edges = propagation.edge_coefficients
+        edges, selves = propagation.edge_coefficients, propagation.self_coefficients
         if edges is None:  # the plain mean
             counts = np.diff(starts)
             shares = np.repeat((1.0 / np.maximum(counts, 1)).astype(np.float32), counts)
         else:
             shares = edges.numpy()
-        selves = np.ones(layer.num_dst, dtype=np.float32) if own is None else own.numpy()
-        if self._is_mean:
-            sources = sources + self._num_nodes
-        matrix = scipy.sparse.csr_matrix(
-            (
-                np.insert(shares, starts[:-1], selves),
-                np.insert(sources, starts[:-1], destinations),
-                starts + np.arange(layer.num_dst + 1),
-            ),
-            shape=(layer.num_dst, self._table.shape[0]),
-        )
-        return SparseRows.of(matrix @ self._table)
+        if selves is not None:
+            shares = np.insert(shares, starts[:-1], selves.numpy())
+            sources = np.insert(sources, starts[:-1], layer.dst_nodes.numpy())
+            starts = starts + np.arange(layer.num_dst + 1)
+        matrix = scipy.sparse.csr_matrix((shares, sources, starts), shape=(layer.num_dst, self._matrix.shape[0]))
+        summed = SparseRows.of(matrix @ self._matrix)
+        return summed if selves is not None else beside(self._table[layer.dst_nodes], summed)
+
+
+def beside(left: SparseRows, right: SparseRows) -> SparseRows:
+    """Return the matrix [left, right], of matrices with as many rows."""
+    starts = [part.indptr.numpy().astype(np.int64) for part in (left, right)]
+    indptr = starts[0] + starts[1]
+    columns = np.empty(int(indptr[-1]), dtype=np.int64 if indptr[-1] > MOST_INT32 else np.int32)
+    values = np.empty(int(indptr[-1]), dtype=np.float32)
+    # Where each row's entries begin, less where they began in their own matrix.
+    for part, own, first, shift in ((left, starts[0], indptr[:-1], 0), (right, starts[1], indptr[1:], left.width)):
+        lengths = np.diff(own)
+        offsets = (first if shift == 0 else first - lengths) - own[:-1]
+        places = np.arange(int(own[-1])) + np.repeat(offsets, lengths)
+        columns[places] = part.columns.numpy() + shift
+        values[places] = part.values.numpy()
+    return SparseRows.of_arrays(indptr.astype(columns.dtype), columns, values, left.width + right.width)

@@ -2,8 +2,8 @@
 
 The layer graphs of a shard never change, so that they are read from the store's CSC once, with their operators. Nor do
 the first layer's aggregated rows `M = Â·X`: aggregation has no parameters and there is no dropout on the input. M is
-computed once, and the same tensor object is every step's input of the first `nn.Linear`, which is how the curvature
-knows that its factor A is constant.
+computed once, and the same object (a tensor, or SparseRows) is every step's input of the first linear map, which is how
+the curvature knows that its factor A is constant.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class FullBatches:
             entries = self._sparse.of(in_edges(self._store, nodes))
             if entries.share <= MOST_OF_ROWS:
                 return DeviceBatch(seeds, labels, tuple(propagations), entries)
+            del entries
         first = first_aggregation(self._layers[0], self._builder, self._store, self._features, nodes, self._rows)
         return DeviceBatch(seeds, labels, tuple(propagations), first.to(device))
 

@@ -19,7 +19,7 @@ from dngd.errors import UserError
 from dngd.graph import GraphStore
 from dngd.models import GNN, SparseRows
 from dngd.sampling.cached_rows import CachedRows
-from dngd.sampling.sparse_features import share_of_first_rows, sparse_table
+from dngd.sampling.sparse_features import SparseShares, shares_of, sparse_table
 from dngd.train.hot_rows import hottest_nodes, keep_rows, least_edge_share, rows_within
 
 Where = Literal["memory_map", "device", "pinned", "disk"]
@@ -100,9 +100,9 @@ def place_features(store: GraphStore, placement: Placement, device: torch.device
     return PlacedFeatures(where, store.features, cache, note)
 
 
-def first_rows_share(config: TrainConfig, store: GraphStore, model: nn.Module | None) -> float | None:
-    """Return the likely share of the first layer's rows that is not zero, where a run works on sparse features; else
-    None. model: None for the built-in ones.
+def sparse_shares(config: TrainConfig, store: GraphStore, model: nn.Module | None) -> SparseShares | None:
+    """Return the likely shares of the features, and of the first layer's rows, that are not zero, where a run works on
+    sparse features; else None. model: None for the built-in ones.
 
     That is on a CPU with the store's map, for a built-in model, where the configuration allows it and the graph's
     features are such (dngd.sampling.sparse_features).
@@ -111,14 +111,14 @@ def first_rows_share(config: TrainConfig, store: GraphStore, model: nn.Module | 
         return None
     if model is not None and not isinstance(model, GNN):
         return None
-    return share_of_first_rows(store.features, config.fanouts[0], store.num_edges / max(1, store.num_nodes))
+    return shares_of(store.features, store, config.fanouts[0])
 
 
 def with_sparse(
     placed: PlacedFeatures, config: TrainConfig, store: GraphStore, model: nn.Module | None
 ) -> PlacedFeatures:
     """Return placed features with the table's entries, where a run works on these."""
-    if first_rows_share(config, store, model) is None:
+    if sparse_shares(config, store, model) is None:
         return placed
     sparse = sparse_table(store.features)
     note = f"features: {100 * sparse.share:.2g} % of the table is not zero, and only that is worked on"

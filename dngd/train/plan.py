@@ -18,12 +18,13 @@ from dngd.optim import Footprint, inverse_bytes_held, layer_footprint
 from dngd.sampling import steps_per_epoch
 from dngd.sampling.operators import check_weights
 from dngd.sampling.pipeline import slots_of_sampler
+from dngd.sampling.sparse_features import SparseShares
 from dngd.train.evaluation_plan import LayerShape, block_rows, evaluation_bytes
 from dngd.train.memory import available_memory, private_memory
 from dngd.train.metrics import usable_cpus
 from dngd.train.objective import make_objective
 from dngd.train.optimizers import TrainingSet, damping_in_use, factor_layout, training_set_of
-from dngd.train.placement import choose_placement, first_rows_share, free_gpu_bytes, table_bytes
+from dngd.train.placement import choose_placement, free_gpu_bytes, sparse_shares, table_bytes
 from dngd.train.resolved import settings_in_use
 from dngd.train.task import TaskSplit, evaluated_nodes, graph_of, shape_of
 
@@ -66,8 +67,9 @@ class RunPlan:
     prediction, of which each brings negatives), of which at most unlabelled are outside the training set (of a
     semi-supervised loss). link_bytes: the training links, and the graph without the others. full_batch_bytes: what a
     constant full batch keeps from step to step, its shards' layer graphs and first aggregations. feature_bytes: the
-    feature table, part of store_bytes. evaluation_table_bytes: exact evaluation's tables, one copy a machine; they go
-    to disk where memory is short. samplers: processes a worker, on a machine with this one's CPUs; 0: a thread.
+    feature table, part of store_bytes. sparse_bytes: its entries, where these alone are worked on.
+    evaluation_table_bytes: exact evaluation's tables, one copy a machine; they go to disk where memory is short.
+    samplers: processes a worker, on a machine with this one's CPUs; 0: a thread.
     settings: see settings_in_use; and sparse_features, whether the run works on the features that are not zero alone.
     """
 
@@ -84,6 +86,7 @@ class RunPlan:
     curvature_bytes: int
     link_bytes: int
     full_batch_bytes: int
+    sparse_bytes: int
     activation_bytes: int
     evaluation_bytes: int
     evaluation_table_bytes: int
@@ -127,6 +130,7 @@ class RunPlan:
             + self.curvature_bytes
             + self.link_bytes
             + self.full_batch_bytes
+            + self.sparse_bytes
             + max(self.activation_bytes, self.evaluation_bytes)
             + self.sampler_bytes
         )
@@ -209,9 +213,9 @@ def make_plan(config: TrainConfig, store: GraphStore, split: TaskSplit, module: 
         _layer_plan(config, i, a, b, fan_in, training_set) for i, (a, b) in enumerate(zip(widths, widths[1:]))
     )
     num_pairs = (1 + config.negatives) * batch_size if config.task == "link" else 0
-    sparse_share = first_rows_share(config, graph, module)
+    sparse = sparse_shares(config, graph, module)
     num_seeds = min(2 * num_pairs or batch_size, store.num_nodes)
-    batch = _batch_bytes(config, graph, layers, num_seeds, sparse_share)
+    batch = _batch_bytes(config, graph, layers, num_seeds, None if sparse is None else sparse.rows)
     pair_bytes = num_pairs * 2 * (NODE_BYTES + outputs * FLOAT_BYTES)  # the ends' numbers, and rows to multiply
     if module is not None:
         layers = _module_layers(config, module, training_set)
@@ -223,7 +227,7 @@ def make_plan(config: TrainConfig, store: GraphStore, split: TaskSplit, module: 
     ranks = config.num_workers if config.engine == "ray" else 1
     shapes = [LayerShape(a, b, fan_in) for a, b in zip(widths, widths[1:])]
     block = block_rows(store.num_nodes, config.eval_rows, on_gpu=config.use_gpu)
-    evaluation = evaluation_bytes(graph, shapes, evaluated_nodes(split), block, is_sparse=sparse_share is not None)
+    evaluation = evaluation_bytes(graph, shapes, evaluated_nodes(split), block, is_sparse=sparse is not None)
     embeddings = store.num_nodes * outputs * FLOAT_BYTES if config.task == "link" else 0
     return RunPlan(
         mode="constant full batch" if config.constant_full_batch else "sampled",
@@ -245,6 +249,7 @@ def make_plan(config: TrainConfig, store: GraphStore, split: TaskSplit, module: 
         ),
         link_bytes=_link_bytes(config, split),
         full_batch_bytes=math.ceil(config.shards / ranks) * batch.kept,
+        sparse_bytes=_sparse_bytes(sparse, store, samplers),
         activation_bytes=batch.activation + pair_bytes,
         evaluation_bytes=evaluation.block,
         evaluation_table_bytes=evaluation.tables + evaluation.kept + embeddings,
@@ -262,7 +267,7 @@ def make_plan(config: TrainConfig, store: GraphStore, split: TaskSplit, module: 
         preconditioned_bytes_per_step=parameters * FLOAT_BYTES
         if kfac and config.kfac.strategy == "share_gradient"
         else 0,
-        settings=settings_in_use(config, training_set) | {"sparse_features": sparse_share is not None},
+        settings=settings_in_use(config, training_set) | {"sparse_features": sparse is not None},
     )
 
 
@@ -340,6 +345,13 @@ class _BatchBytes:
     edges: int
     kept: int
     first_rows: int
+
+
+def _sparse_bytes(sparse: SparseShares | None, store: GraphStore, samplers: int) -> int:
+    """Return the bytes of a table's entries, each with its column, in the trainer, and in a copy for its samplers."""
+    if sparse is None:
+        return 0
+    return int((2 if samplers else 1) * 2 * FLOAT_BYTES * sparse.table * store.num_nodes * store.num_features)
 
 
 def _batch_bytes(
@@ -433,6 +445,7 @@ def check_fits(plan: RunPlan, config: TrainConfig, workers_here: int, *, is_work
             "curvature": plan.curvature_bytes,
             "links": plan.link_bytes,
             "full batch": plan.full_batch_bytes,
+            "sparse features": plan.sparse_bytes,
             "activations": plan.activation_bytes,
             "evaluation": max(plan.evaluation_bytes, tables),
             "samplers": plan.sampler_bytes,
@@ -442,6 +455,7 @@ def check_fits(plan: RunPlan, config: TrainConfig, workers_here: int, *, is_work
         fix = {
             "weights": "use a smaller --hidden",
             "curvature": "use a first-order --optimizer or a graph with fewer features",
+            "sparse features": "use --set sparse_features=false, or a machine with more memory",
             "links": "use a machine with more memory, or fewer workers a machine",
             "full batch": "use a number as --batch-size with a --fanout, which samples",
             "activations": "use more --num-shards, or a number as --batch-size with a --fanout"

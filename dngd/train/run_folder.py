@@ -346,7 +346,10 @@ def prepare_run_folder(config: TrainConfig) -> TrainConfig:
     Raises UserError, before anything is overwritten, if `check_run_folder` does or it cannot be written.
     """
     path = check_run_folder(config)
-    prepared = TrainConfig(**(config.model_dump() | _absolute(config) | {"run_dir": path}))
+    saved = saved_fields(path) if config.resume and "sparse_features" not in config.model_fields_set else None
+    # As the run began: its curve rounds by it.
+    begun = {} if saved is None else {"sparse_features": saved["sparse_features"]}
+    prepared = TrainConfig(**(config.model_dump() | _absolute(config) | begun | {"run_dir": path}))
     # On resuming too: workers, epochs and the like may have changed, and the file says what is run.
     # S is written out: it stays what it was when the run goes on with other workers.
     kept = TrainConfig(**(prepared.model_dump() | {"resume": False, "num_shards": config.shards}))

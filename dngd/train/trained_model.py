@@ -243,6 +243,10 @@ def split_warning(trained: TrainedModel, store: GraphStore) -> str | None:
     )
 
 
+MANY = 10
+"""A tenth of the nodes is many: what they need is most of the feature table."""
+
+
 def evaluator_of(
     trained: TrainedModel,
     store: GraphStore,
@@ -259,7 +263,9 @@ def evaluator_of(
     config, model = trained.config, trained.model
     device = torch.device("cuda" if config.use_gpu and torch.cuda.is_available() else "cpu")
     model.to(device)
-    placed = with_sparse(PlacedFeatures("memory_map", _placed(store.features, device)), config, store, model)
+    placed = PlacedFeatures("memory_map", _placed(store.features, device))
+    if nodes is None or nodes.numel() * MANY >= store.num_nodes:
+        placed = with_sparse(placed, config, store, model)  # for a few nodes the whole table need not be read
     _, evaluator = make_surroundings(
         config,
         store,

@@ -14,6 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from dngd.curvature import FactorStatistics, FactorStructure, LowRank, SparseInput, Tensors, row_scales
 from dngd.optim.capture import Capture, flat_rows, version_of
 
+DENSE_ROWS = 4096
+"""Rows of a sparse input that are made dense at a time, where A is not low rank."""
+
 
 class CurvatureLayer:
     """One block `F ≈ A ⊗ G` of the Fisher: which parameters it covers and how their statistics are taken.
@@ -85,9 +88,13 @@ class CurvatureLayer:
     def rows_at(self, payload: Any, positions: Tensor) -> Tensor | SparseInput:
         """Return the rows [k, d_in] at some positions among all of one call (int64 [k]).
 
-        For layers that can make them without the others. SparseInput where A is LowRank and there is no basis.
+        For layers that can make them without the others. SparseInput only where there is no basis.
         """
         return flat_rows(self.rows(payload))[positions]
+
+    def all_rows(self, payload: Any) -> Tensor | SparseInput:
+        """Return all rows of one call, [r, d_in]; as rows_at."""
+        return flat_rows(self.rows(payload))
 
     def gradients(self, payload: Any, gradient: Tensor) -> Tensor:
         """Return the rows' gradients [..., d_g] of one call, linear in the gradient of the recorded output."""
@@ -146,9 +153,12 @@ class CurvatureLayer:
     def _accumulate_inputs(self, sums: Tensors, rows: Tensor | SparseInput, weight: float) -> None:
         if isinstance(rows, Tensor):
             self.a.accumulate_(sums, rows.to(self.dtype), ones=self.has_ones, weight=weight)
-        else:
-            assert isinstance(self.a, LowRank)
+        elif isinstance(self.a, LowRank):
             self.a.accumulate_sparse_(sums, rows, ones=self.has_ones, weight=weight)
+        else:  # few at a time: with their zeros all of them may be more than there is memory
+            for first in range(0, rows.shape[0], DENSE_ROWS):
+                block = rows[first : first + DENSE_ROWS].dense()
+                self.a.accumulate_(sums, block.to(self.dtype), ones=self.has_ones, weight=weight)
 
     def forget(self) -> None:
         """Drop what was captured since the last commit."""

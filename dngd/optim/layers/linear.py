@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dngd.curvature import FactorLayout, LowRank, SparseInput
+from dngd.curvature import FactorLayout, SparseInput
 from dngd.optim.capture import Capture
 from dngd.optim.layers.base import CurvatureLayer, InertHook
 
@@ -47,13 +47,15 @@ class LinearLayer(CurvatureLayer):
         self.capture.record(self, rows, output)
 
     def rows(self, payload: Tensor | SparseInput) -> Tensor:
-        return payload.detach() if isinstance(payload, Tensor) else payload.dense()
+        return payload.detach() if isinstance(payload, Tensor) else payload.dense().to(self.dtype)
 
     def rows_at(self, payload: Tensor | SparseInput, positions: Tensor) -> Tensor | SparseInput:
         if isinstance(payload, Tensor):
             return super().rows_at(payload, positions)
-        # A low-rank A is measured without the zeros.
-        return payload[positions] if isinstance(self.a, LowRank) and self.basis is None else payload.dense(positions)
+        return payload[positions] if self.basis is None else payload.dense(positions)
+
+    def all_rows(self, payload: Tensor | SparseInput) -> Tensor | SparseInput:
+        return super().all_rows(payload) if isinstance(payload, Tensor) or self.basis is not None else payload
 
     def sources(self, payload: Tensor | SparseInput) -> tuple[Tensor, ...]:
         if not isinstance(payload, Tensor):

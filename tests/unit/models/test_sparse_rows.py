@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dngd.curvature import FactorLayout
+from dngd.curvature import FactorLayout, LowRank
+from dngd.errors import UserError
 from dngd.models import RowsLinear, SparseRows
 from dngd.optim import NaturalGradient
+from dngd.optim.layers import base
 from dngd.sampling.sparse_features import sparse_table
 
 
@@ -40,7 +42,9 @@ def test_entries_stand_for_the_whole(rows: int, width: int, seed: int, share: fl
     assert torch.equal(kept[places].dense(), dense[places])
     assert torch.equal(kept[1:4].dense(), dense[1:4])
     assert torch.equal(kept[4:1].dense(), dense[4:1])
-    assert torch.equal(kept.transposed().dense(), dense.t())
+    for _ in range(3):  # kept from the second time on
+        assert torch.equal(kept.transposed().dense(), dense.t())
+    assert kept.transposed() is kept.transposed()
     matrix = torch.randn(width, 3, generator=generator, dtype=torch.float64)
     assert torch.allclose(kept.times(matrix), dense.double() @ matrix, rtol=1e-12, atol=1e-12)
     assert torch.allclose(kept[1:4].times(matrix.t().contiguous().t()), dense[1:4].double() @ matrix, atol=1e-12)
@@ -48,11 +52,72 @@ def test_entries_stand_for_the_whole(rows: int, width: int, seed: int, share: fl
     assert torch.allclose(kept.transposed_times(wide), wide.t() @ dense.double(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("frozen", ["", "weight", "bias"])
+@pytest.mark.parametrize("ones", [False, True])
+@pytest.mark.parametrize("weight", [1.0, 2.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_low_rank_factor_is_measured_from_the_entries(ones: bool, weight: float, dtype: torch.dtype) -> None:
+    dense = few_entries(50, 30)
+    kind = LowRank(30 + ones, 7)
+    found, expected = (kind.zeros(dtype, torch.device("cpu")) for _ in range(2))
+    for _ in range(2):  # added to what is there
+        kind.accumulate_sparse_(found, sparse_table(dense), ones=ones, weight=weight)
+        kind.accumulate_(expected, dense.to(dtype), ones=ones, weight=weight)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-12
+    assert all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(found, expected))
+    assert float(expected[0].abs().max()) > 1
+
+
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("max_rows", [12, None])
+def test_a_low_rank_layer_never_has_its_rows_dense(
+    monkeypatch: pytest.MonkeyPatch, constant: bool, max_rows: int | None
+) -> None:
+    """Nor do others have all of them dense at once."""
+    shapes: list[int] = []
+    plain = SparseRows.dense
+
+    def seen(self: SparseRows, positions: Tensor | None = None) -> Tensor:
+        rows = plain(self, positions)
+        shapes.append(len(rows))
+        return rows
+
+    monkeypatch.setattr(SparseRows, "dense", seen)
+    monkeypatch.setattr(base, "DENSE_ROWS", 16)
+    for layout in (FactorLayout(max_dimension=8, rank=5), FactorLayout()):
+        net = nn.Sequential(RowsLinear(16, 6), nn.ReLU(), nn.Linear(6, 3))
+        optimizer = NaturalGradient(net, layout=layout, max_rows=max_rows, factor_update_period=1)
+        rows = sparse_table(few_entries(40, 16))
+        for step in range(3):
+            optimizer.zero_grad()
+            logits = net(rows if constant else sparse_table(few_entries(40, 16, seed=step)))
+            nn.functional.cross_entropy(logits, torch.arange(40) % 3).backward()
+            optimizer.step(num_samples=40)
+        if layout.max_dimension == 8:
+            assert shapes == []
+    assert shapes
+    assert max(shapes) <= 16
+
+
+def test_rows_that_are_overwritten_are_refused() -> None:
+    net = nn.Sequential(RowsLinear(16, 6), nn.Linear(6, 3))
+    rows = sparse_table(few_entries(40, 16))
+    loss = nn.functional.cross_entropy(net(rows), torch.arange(40) % 3)
+    rows.values.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    optimizer = NaturalGradient(net)
+    loss = nn.functional.cross_entropy(net(rows), torch.arange(40) % 3)
+    rows.values.mul_(2)
+    with pytest.raises((UserError, RuntimeError), match=r"overwritten|modified"):
+        loss.backward()
+    optimizer.preconditioner.close()
+
+
+@pytest.mark.parametrize("frozen", ["", "weight", "bias", "none"])
 def test_the_affine_map_and_its_gradients(frozen: str) -> None:
     dense = few_entries(30, 11)
-    linear = RowsLinear(11, 4).double()
-    other = nn.Linear(11, 4).double()
+    linear = RowsLinear(11, 4, bias=frozen != "none").double()
+    other = nn.Linear(11, 4, bias=frozen != "none").double()
     other.load_state_dict(linear.state_dict())
     for layer in (linear, other):
         for name, parameter in layer.named_parameters():
@@ -88,7 +153,12 @@ def test_it_is_a_linear_map_for_others() -> None:
     [
         (None, {}),
         (FactorLayout(max_dimension=8, rank=5), {}),
+        (FactorLayout(max_dimension=8, rank=5), {"max_rows": 12}),
+        (FactorLayout(max_dimension=8, rank=5), {"max_rows": None}),
+        (FactorLayout(max_dimension=8, wide="block_diagonal"), {"max_rows": 12}),
+        (FactorLayout(max_dimension=8, wide="diagonal"), {}),
         (None, {"max_rows": 12}),
+        (None, {"weight_sharing": "reduce"}),
         (None, {"fisher": "monte_carlo"}),
         (None, {"fisher": "ggn"}),
         (None, {"method": "ekfac"}),
@@ -107,6 +177,7 @@ def test_curvature_is_that_of_the_dense_rows(
     made = [
         NaturalGradient(net, layout=layout, factor_update_period=2, inverse_update_period=2, **options) for net in nets
     ]  # type: ignore[arg-type]
+    reduces = options.get("weight_sharing") == "reduce"
     labels = torch.arange(40) % 3
     first = few_entries(40, 16)
     inputs = [(sparse_table(first), first.double())]
@@ -117,7 +188,7 @@ def test_curvature_is_that_of_the_dense_rows(
         for net, optimizer, rows in zip(nets, made, inputs[-1]):
             optimizer.zero_grad()
             logits = net(rows)
-            optimizer.observe(logits)
+            optimizer.observe(logits, row_samples=torch.arange(40) // 2 if reduces else None)
             nn.functional.cross_entropy(logits, labels).backward()
             optimizer.step(num_samples=40)
     for own, other in zip(nets[0].parameters(), nets[1].parameters()):

@@ -15,7 +15,7 @@ from dngd.sampling import pipeline as pipeline_module
 from dngd.sampling import sparse_features
 from dngd.sampling.operators import FirstRows, LayerOperators
 from dngd.sampling.sampler import NeighborSampler
-from dngd.sampling.sparse_features import SparseFirstRows, arrays_of, from_arrays, share_of_first_rows, sparse_table
+from dngd.sampling.sparse_features import SparseFirstRows, arrays_of, beside, from_arrays, shares_of, sparse_table
 from dngd.sampling.topology import Topology
 from tests.unit.models.test_sparse_rows import few_entries
 from tests.unit.sampling.graphs import digest, graphs, make_pipeline, skewed_graph, take
@@ -41,20 +41,47 @@ def test_a_table_of_any_type_in_blocks_of_any_size(
     assert torch.equal(again.dense(), table.float())
 
 
+def ring(num_nodes: int, degree: int) -> Topology:
+    """Each node has the `degree` nodes before it as in-neighbours."""
+    sources = (torch.arange(num_nodes)[:, None] - torch.arange(1, degree + 1)) % num_nodes
+    return Topology(torch.arange(num_nodes + 1) * degree, sources.reshape(-1))
+
+
 def test_which_tables_are_such() -> None:
     table = torch.zeros(3000, 400)
     table[:, :4] = 1  # a hundredth
-    assert share_of_first_rows(table, 10, 50.0) == pytest.approx(0.11)
-    assert share_of_first_rows(table, 19, 50.0) == pytest.approx(0.2)
-    assert share_of_first_rows(table, 20, 50.0) is None
-    assert share_of_first_rows(table, 20, 3.0) == pytest.approx(0.04)
-    assert share_of_first_rows(table, -1, 18.0) == pytest.approx(0.19)
-    assert share_of_first_rows(table, -1, 50.0) is None
-    assert share_of_first_rows(table[:, :255], 1, 1.0) is None
-    assert share_of_first_rows(table[:0], 1, 1.0) is None
-    assert share_of_first_rows(table[:5], 10, 50.0) == pytest.approx(0.11)
-    table[1500:] = 1  # the rows that it is told by are spread over the table
-    assert share_of_first_rows(table, 1, 1.0) is None
+
+    def rows(table: Tensor, fanout: int, degree: int) -> float | None:
+        shares = shares_of(table, ring(len(table), degree), fanout)
+        if shares is not None:
+            assert shares.table == pytest.approx(0.01)
+        return None if shares is None else shares.rows
+
+    assert rows(table, 10, 50) == pytest.approx(0.11)
+    assert rows(table, 18, 50) == pytest.approx(0.19)
+    assert rows(table, 20, 50) is None
+    assert rows(table, 20, 3) == pytest.approx(0.04)
+    assert rows(table, -1, 18) == pytest.approx(0.19)
+    assert rows(table, -1, 50) is None
+    assert rows(table, 20, 0) == pytest.approx(0.01)
+    assert rows(table[:, :255], 1, 1) is None
+    assert rows(table[:5], 3, 2) == pytest.approx(0.03)
+    assert (
+        shares_of(table[:0], Topology(torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)), 1) is None
+    )
+    table[1500:] = 1  # what it is told by is spread over the graph
+    assert rows(table, 1, 1) is None
+
+
+def test_nodes_without_edges_do_not_make_a_graph_seem_sparse() -> None:
+    """A hundredth of each row, 30 neighbours in one node of ten: what is summed is a third full."""
+    table = torch.zeros(3000, 400)
+    table[:, :4] = 1
+    inner = ring(300, 30)
+    graph = Topology(torch.cat([inner.indptr, torch.full((2700,), 9000)]), inner.indices)
+    assert shares_of(table, graph, -1) is None
+    table[300:] = 0  # nor do nodes that nothing reads
+    assert shares_of(table, graph, -1) is None
 
 
 def law_first_rows_are_those_of_the_dense_table(
@@ -73,6 +100,13 @@ def law_first_rows_are_those_of_the_dense_table(
         begin, end = int(found.indptr[row]), int(found.indptr[row + 1])
         assert len(set(found.columns[begin:end].tolist())) == end - begin
     assert torch.allclose(found.dense(), expected, rtol=1e-5, atol=1e-6)
+
+
+@given(st.integers(0, 8), st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_matrices_beside_each_other(rows: int, left: int, right: int, seed: int) -> None:
+    parts = [few_entries(rows, width, seed + i, share=0.5) for i, width in enumerate((left, right))]
+    assert torch.equal(beside(*map(sparse_table, parts)).dense(), torch.cat(parts, 1))
 
 
 @given(graphs(), st.sampled_from(["gcn", "mean"]), st.sampled_from([-1, 1, 3]))

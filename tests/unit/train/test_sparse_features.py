@@ -17,7 +17,7 @@ from dngd.graph import GraphStore
 from dngd.models import SparseRows
 from dngd.sampling import sparse_features
 from dngd.train import TrainingLoop, make_plan, prepare_run_folder
-from dngd.train.placement import first_rows_share
+from dngd.train.placement import sparse_shares
 from dngd.train.progress import SilentReporter
 from dngd.train.run_folder import RunFolder, run_config
 from tests.helpers.exact_evaluation import CLASSES, dense_forward, evaluator, made_model
@@ -161,9 +161,10 @@ def test_a_run_from_before_goes_on_with_the_dense_table(store: GraphStore, tmp_p
     assert fields.pop("sparse_features") is False
     path.write_text(yaml.safe_dump(fields, sort_keys=False))
     assert run_config(RunFolder(folder)).sparse_features is False
-    fields["sparse_features"] = True
-    path.write_text(yaml.safe_dump(fields | {"resume": fields.pop("resume")}, sort_keys=False))
-    assert run_config(RunFolder(folder)).sparse_features is True
+    again = run(config(store, resume=True), folder)
+    assert again.placed.sparse is None
+    assert run_config(RunFolder(folder)).sparse_features is False
+    assert run(config(store, resume=True, sparse_features=True, epochs=4), folder).placed.sparse is not None
 
 
 @pytest.mark.parametrize("kind", ["gcn", "sage"])
@@ -182,11 +183,11 @@ def test_exact_logits_are_those_of_the_dense_forward_pass(store: GraphStore, kin
 
 def test_where_the_dense_table_is_worked_on(store: GraphStore) -> None:
     own = config(store)
-    assert first_rows_share(own, store, None) is not None
+    assert sparse_shares(own, store, None) is not None
     for changes in ({"sparse_features": False}, {"feature_placement": "disk"}):
-        assert first_rows_share(config(store, **changes), store, None) is None
-    assert first_rows_share(own.model_copy(update={"use_gpu": True}), store, None) is None
-    assert first_rows_share(own, store, torch.nn.Linear(1, 1)) is None
+        assert sparse_shares(config(store, **changes), store, None) is None
+    assert sparse_shares(own.model_copy(update={"use_gpu": True}), store, None) is None
+    assert sparse_shares(own, store, torch.nn.Linear(1, 1)) is None
 
 
 def test_a_full_batch_whose_sums_are_full_stays_dense(
@@ -211,6 +212,28 @@ def test_the_plan_counts_entries(store: GraphStore) -> None:
     assert plans[0].activation_bytes < plans[1].activation_bytes
     assert plans[0].evaluation_table_bytes < plans[1].evaluation_table_bytes
     assert plans[0].sampler_bytes < plans[1].sampler_bytes
+    entries = sparse_features.sparse_table(store.features)
+    assert plans[1].sparse_bytes == 0
+    # Of the trainer, and a copy for its sampler; the share is told by the sources of edges.
+    assert plans[0].sparse_bytes == pytest.approx(2 * 8 * entries.values.numel(), rel=0.15)
+
+
+def test_a_few_nodes_are_predicted_without_reading_the_table(
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dngd.train import placement
+
+    trainer = dngd.Trainer(config(store, run_dir=tmp_path / "run", epochs=1))
+    trainer.fit()
+    many = trainer.predict()
+    read = []
+    plain = placement.sparse_table
+    monkeypatch.setattr(placement, "sparse_table", lambda table: read.append(1) or plain(table))
+    few = trainer.predict(nodes=torch.tensor([3, 200, 7]))
+    assert not read
+    assert torch.allclose(few.float(), many[torch.tensor([3, 200, 7])].float(), atol=1e-5)
+    trainer.predict()
+    assert read
 
 
 def test_what_is_told(store: GraphStore, tmp_path: Path) -> None:
