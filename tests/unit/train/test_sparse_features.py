@@ -28,10 +28,14 @@ N, WIDTH = 300, 320
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> GraphStore:
+    return words_store(tmp_path_factory.mktemp("words") / request.param, request.param)
+
+
+def words_store(path: Path, dtype: Any = "float32", width: int = WIDTH) -> GraphStore:
     """Labels that words and neighbours tell; weighted edges; nodes without in-edges."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(CLASSES, (N,), generator=generator)
-    features = few_entries(N, WIDTH, seed=1, share=0.01).abs()
+    features = few_entries(N, width, seed=1, share=0.01).abs()
     features[torch.arange(N), labels * 7 + torch.randint(7, (N,), generator=generator)] = 1.0
     edge_index = torch.randint(N - 20, (2, 1500), generator=generator)
     order = torch.randperm(N, generator=generator)
@@ -39,12 +43,12 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     for name, nodes in zip(masks, order.split([160, 70, 70])):
         masks[name][nodes] = True
     return GraphStore.write(
-        tmp_path_factory.mktemp("words") / request.param,
+        path,
         name="words",
         edge_index=edge_index,
         edge_weight=torch.rand(edge_index.shape[1], generator=generator) + 0.1,
         features=features,
-        feature_dtype=request.param,
+        feature_dtype=dtype,
         labels=labels,
         num_classes=CLASSES,
         masks=masks,
