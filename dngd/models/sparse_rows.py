@@ -54,11 +54,6 @@ class SparseRows:
         """Entries that are kept, of all that the matrix has."""
         return self.values.numel() / max(1, self.shape.numel())
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays."""
-        return self.indptr.nbytes + self.columns.nbytes + self.values.nbytes
-
     def scipy(self) -> scipy.sparse.csr_matrix:
         """Return these rows as scipy's; nothing is copied."""
         parts = (self.values.numpy(), self.columns.numpy(), self.indptr.numpy())

@@ -125,11 +125,9 @@ def beside(left: SparseRows, right: SparseRows) -> SparseRows:
     indptr = starts[0] + starts[1]
     columns = np.empty(int(indptr[-1]), dtype=np.int64 if indptr[-1] > MOST_INT32 else np.int32)
     values = np.empty(int(indptr[-1]), dtype=np.float32)
-    # Where each row's entries begin, less where they began in their own matrix.
-    for part, own, first, shift in ((left, starts[0], indptr[:-1], 0), (right, starts[1], indptr[1:], left.width)):
-        lengths = np.diff(own)
-        offsets = (first if shift == 0 else first - lengths) - own[:-1]
-        places = np.arange(int(own[-1])) + np.repeat(offsets, lengths)
+    firsts = indptr[:-1], indptr[:-1] + np.diff(starts[0])  # where each part's entries of each row begin
+    for part, own, first, shift in zip((left, right), starts, firsts, (0, left.width)):
+        places = np.arange(int(own[-1])) + np.repeat(first - own[:-1], np.diff(own))
         columns[places] = part.columns.numpy() + shift
         values[places] = part.values.numpy()
     return SparseRows.of_arrays(indptr.astype(columns.dtype), columns, values, left.width + right.width)
