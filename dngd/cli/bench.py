@@ -12,7 +12,7 @@ from dngd.cli.bench_accuracy import bench_accuracy, bench_accuracy_overview
 from dngd.cli.bench_loop import bench_loop
 from dngd.cli.bench_network import bench_comm, bench_scale
 from dngd.cli.bench_paper import bench_paper
-from dngd.cli.common import Json, bench_fields, error_console, field_help, out, output_file, print_json
+from dngd.cli.common import Json, bench_fields, error_console, field_help, flag_help, out, output_file, print_json
 from dngd.config import TrainConfig
 from dngd.config_text import merge, parse_assignment
 
@@ -47,14 +47,14 @@ def bench_step(
     ] = "adam,kfac",
     steps: Annotated[int, typer.Option(help="Measured steps, rounded up to whole K-FAC inverse_update_periods")] = 200,
     warmup: Annotated[
-        int | None, typer.Option(help="Steps before them [default: 60, more where K-FAC's start takes longer]")
+        int | None, typer.Option(help="Steps before them (default: 60, more where K-FAC's start takes longer)")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights, splits, batches, sampling, dropout")] = 0,
     assignments: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="kfac.* (K-FAC's settings), dropout, weight_decay, momentum"),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="torch threads [default: torch's own choice]")] = None,
+    threads: Annotated[int | None, typer.Option(help="torch threads (default: torch's own choice)")] = None,
     use_gpu: Annotated[bool, typer.Option("--use-gpu", help="Train on a GPU, which holds the features")] = False,
     as_json: Json = False,
 ) -> None:
@@ -91,7 +91,7 @@ def bench_pipeline(
         str | None,
         typer.Option(
             help="Some of input, gcn, float16, training, memory, open, disk, roofline, separated by commas "
-            "[default: all]"
+            "(default: all)"
         ),
     ] = None,
     processes: Annotated[
@@ -104,10 +104,10 @@ def bench_pipeline(
     batches: Annotated[int, typer.Option(help="Batches of a contender's turn")] = 6,
     rounds: Annotated[int, typer.Option(help="Turns of each contender, after one of warm-up")] = 5,
     steps: Annotated[int, typer.Option(help="Training steps of the rows memory and disk")] = 5,
-    prefetch: Annotated[int | None, typer.Option(help=field_help("prefetch"))] = None,
+    prefetch: Annotated[int | None, typer.Option(help=flag_help("prefetch"))] = None,
     seed: Annotated[int, typer.Option(help="Of weights, splits, batches, sampling, dropout")] = 0,
     threads: Annotated[
-        int | None, typer.Option(help="torch threads of a training process [default: torch's own choice]")
+        int | None, typer.Option(help="torch threads of a training process (default: torch's own choice)")
     ] = None,
     output: Annotated[Path | None, typer.Option("--out", help="File that gets the JSON too")] = None,
     as_json: Json = False,

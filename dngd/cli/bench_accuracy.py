@@ -35,7 +35,7 @@ def bench_accuracy(
             "validation stops improving, 5 seeds; quick: over 3 learning rates, 3 seeds; given: what the flags say, no search"
         ),
     ] = "full",
-    models: Annotated[str | None, typer.Option(help=f"KIND:LAYERS, separated by commas [default: {MODELS}]")] = None,
+    models: Annotated[str | None, typer.Option(help=f"KIND:LAYERS, separated by commas (default: {MODELS})")] = None,
     model: Annotated[str | None, typer.Option(help="One model instead: its layer kind (gcn or sage)")] = None,
     num_layers: Annotated[int, typer.Option(help="Of --model")] = 2,
     hidden: Annotated[int, typer.Option(help=field_help("hidden"))] = 256,
@@ -44,19 +44,19 @@ def bench_accuracy(
     epochs: Annotated[
         int | None,
         typer.Option(
-            help="K-FAC's epochs [default: dngd train's]; with --protocol given of all settings [default: 30]"
+            help="K-FAC's epochs (default: dngd train's); with --protocol given of all settings (default: 30)"
         ),
     ] = None,
-    first_epochs: Annotated[int | None, typer.Option(help="Baselines' shortest length, doubled [default: 5]")] = None,
+    first_epochs: Annotated[int | None, typer.Option(help="Baselines' shortest length, doubled (default: 5)")] = None,
     max_epochs: Annotated[
-        int | None, typer.Option(help="Baselines' longest length [default: 160, with --protocol quick 40]")
+        int | None, typer.Option(help="Baselines' longest length (default: 160, with --protocol quick 40)")
     ] = None,
     optimizers: Annotated[
         str, typer.Option(help="Some of kfac, adam, adamw, sgd, soap, muon, shampoo, separated by commas")
     ] = "kfac,adam,adamw,sgd",
     seeds: Annotated[
         str | None,
-        typer.Option(help="Run seeds, separated by commas; curves are averaged over them [default: 0,1,2,3,4]"),
+        typer.Option(help="Run seeds, separated by commas; curves are averaged over them (default: 0,1,2,3,4)"),
     ] = None,
     rates: Annotated[
         str | None, typer.Option("--lrs", help="Learning rates instead of the protocol's, 'adam=3e-3,1e-2;kfac=0.1'")
@@ -69,10 +69,10 @@ def bench_accuracy(
     ] = None,
     eval_steps: Annotated[
         int | None,
-        typer.Option(help="Steps between evaluations [default: 1 up to step 20, then a twentieth of the steps so far]"),
+        typer.Option(help="Steps between evaluations (default: 1 up to step 20, then a twentieth of the steps so far)"),
     ] = None,
     targets: Annotated[
-        str | None, typer.Option(help="Validation scores [default: Adam's best less 0.005, and its best]")
+        str | None, typer.Option(help="Validation scores (default: Adam's best less 0.005, and its best)")
     ] = None,
     metric: Annotated[
         str,
@@ -82,7 +82,7 @@ def bench_accuracy(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="For all: kfac.*, dropout, weight_decay, lr_schedule, ..."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="torch threads [default: torch's own choice]")] = None,
+    threads: Annotated[int | None, typer.Option(help="torch threads (default: torch's own choice)")] = None,
     use_gpu: Annotated[bool, typer.Option("--use-gpu", help="Train on a GPU, which holds the features")] = False,
     output: Annotated[
         Path | None,

@@ -29,12 +29,14 @@ def bench_loop(
     steps: Annotated[int, typer.Option(help="Of every setting")] = 200,
     num_neighbors: Annotated[
         str | None,
-        typer.Option(help="Sampled batches: neighbours at each hop, nearest first, as 10,10 [default: full batches]"),
+        typer.Option(help="Sampled batches: neighbours at each hop, nearest first, as 10,10 (default: full batches)"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Seeds of a sampled batch")] = 512,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Seeds of a sampled batch, with --num-neighbors (default: 512)")
+    ] = None,
     rates: Annotated[str, typer.Option("--lrs", help="Adam's learning rates, separated by commas")] = "1e-2,3e-2,1e-1",
     seeds: Annotated[str, typer.Option(help="Run seeds, separated by commas; curves are averaged over them")] = "0,1,2",
-    threads: Annotated[int | None, typer.Option(help="torch threads [default: torch's own choice]")] = None,
+    threads: Annotated[int | None, typer.Option(help="torch threads (default: torch's own choice)")] = None,
     use_gpu: Annotated[bool, typer.Option("--use-gpu", help="Train on a GPU, which holds the graph")] = False,
     output: Annotated[Path | None, typer.Option("--out", help="File that gets the JSON too")] = None,
     as_json: Json = False,
@@ -47,6 +49,11 @@ def bench_loop(
     output = output_file(output)
     if "=" in rates or ";" in rates:
         raise UserError(f"--lrs {rates!r} has a name; here it is Adam's rates alone, e.g. --lrs 3e-3,1e-2")
+    if batch_size is not None and num_neighbors is None:
+        raise UserError(
+            f"--batch-size {batch_size} is of sampled batches, and these are full; add --num-neighbors, as 10,10, or leave "
+            "it out"
+        )
     options = LoopOptions(
         parse_datasets(datasets, split),
         parse_models(models),
@@ -55,7 +62,7 @@ def bench_loop(
         rates=parse_rates(f"adam={rates}")["adam"],
         seeds=parse_seeds(seeds),
         num_neighbors=None if num_neighbors is None else _numbers(num_neighbors),
-        batch_size=batch_size,
+        batch_size=LoopOptions.batch_size if batch_size is None else batch_size,
         threads=threads,
         use_gpu=use_gpu,
         data_root=TrainConfig(dataset="cora", data_root=data_root).data_root_in_use,

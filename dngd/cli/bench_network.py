@@ -35,7 +35,7 @@ def bench_comm(
     steps: Annotated[int, typer.Option(help="Measured steps, rounded up to whole K-FAC inverse_update_periods")] = 100,
     turn: Annotated[int, typer.Option(help="Steps of a turn, at most")] = 10,
     warmup: Annotated[
-        int | None, typer.Option(help="Steps before them [default: 60, more where K-FAC's start takes longer]")
+        int | None, typer.Option(help="Steps before them (default: 60, more where K-FAC's start takes longer)")
     ] = None,
     epochs: Annotated[int, typer.Option(help="Of the run whose bytes are told")] = 10,
     num_samplers: Annotated[int, typer.Option(help="Sampler processes a rank; 0 draws within the step")] = 0,
@@ -44,7 +44,7 @@ def bench_comm(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="kfac.* (K-FAC's settings), dropout, weight_decay, momentum"),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="torch threads a process [default: the CPUs' share]")] = None,
+    threads: Annotated[int | None, typer.Option(help="torch threads a process (default: the CPUs' share)")] = None,
     output: Annotated[Path | None, typer.Option("--out", help="File that gets the JSON too")] = None,
     as_json: Json = False,
 ) -> None:
@@ -95,7 +95,7 @@ def bench_scale(
         str | None,
         typer.Option(
             help="A GPU's compute for the predictions, 'step_ms=..,statistics_ms=..,precondition_ms=..,inversion_ms=..', or "
-            "a JSON file with these [default: this machine's CPU, measured]"
+            "a JSON file with these (default: this machine's CPU, measured)"
         ),
     ] = None,
     gpus_per_host: Annotated[int, typer.Option(help="Of the predictions")] = 8,

@@ -64,11 +64,22 @@ def told_as_flags(*names: str) -> Iterator[None]:
 
 
 def field_help(name: str) -> str:
-    """Return a configuration field's description with its default, for --help."""
+    """Return a configuration field's description, for --help."""
+    return str(TrainConfig.model_fields[name].description)
+
+
+def flag_help(name: str, choices: str = "") -> str:
+    """Return a configuration field's description for a flag that leaves the field as it is where it is not given, with
+    its default and, if told, its choices.
+
+    In round brackets: of square ones in a help text rich makes markup, and shows nothing.
+    """
     field = TrainConfig.model_fields[name]
-    default = field.get_default(call_default_factory=True) if not field.is_required() else None
-    shown = "" if default is None or default is False else f" [default: {default}]"
-    return f"{field.description}{shown}"
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    told = [choices] if choices else []
+    if default is not None and default is not False:
+        told.append(f"default: {default}")
+    return f"{field.description} ({'; '.join(told)})" if told else str(field.description)
 
 
 def print_json(data: dict[str, Any]) -> None:

@@ -34,18 +34,18 @@ def synth(
         typer.Option(help="Take size, degrees and split of a public graph: ogbn-products or ogbn-papers100m"),
     ] = None,
     scale: Annotated[
-        float | None, typer.Option(help="With --like: share of its nodes and edges, 0.001 to 1 [default: 1]")
+        float | None, typer.Option(help="With --like: share of its nodes and edges, 0.001 to 1 (default: 1)")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name kept in the store [default: synthetic, or LIKE-like]")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Number of nodes [default: 60000]")] = None,
+    name: Annotated[str | None, typer.Option(help="Name kept in the store (default: synthetic, or LIKE-like)")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Number of nodes (default: 60000)")] = None,
     edges: Annotated[
-        int | None, typer.Option(help="Number of edges, both directions counted [default: 1500000]")
+        int | None, typer.Option(help="Number of edges, both directions counted (default: 1500000)")
     ] = None,
-    classes: Annotated[int | None, typer.Option(help="Number of classes [default: 47]")] = None,
-    features: Annotated[int | None, typer.Option(help="Number of features [default: 100]")] = None,
-    homophily: Annotated[float | None, typer.Option(help="Share of edges within a class [default: 0.8]")] = None,
+    classes: Annotated[int | None, typer.Option(help="Number of classes (default: 47)")] = None,
+    features: Annotated[int | None, typer.Option(help="Number of features (default: 100)")] = None,
+    homophily: Annotated[float | None, typer.Option(help="Share of edges within a class (default: 0.8)")] = None,
     label_noise: Annotated[
-        float | None, typer.Option(help="Share of labels that are another class [default: 0.06]")
+        float | None, typer.Option(help="Share of labels that are another class (default: 0.06)")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed; equal seeds give equal graphs")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that is already there")] = False,

@@ -10,7 +10,17 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from dngd.cli.common import INTERRUPTED, TERMINATED, Interrupted, Json, field_help, out, print_json, size_text
+from dngd.cli.common import (
+    INTERRUPTED,
+    TERMINATED,
+    Interrupted,
+    Json,
+    field_help,
+    flag_help,
+    out,
+    print_json,
+    size_text,
+)
 from dngd.config import TrainConfig, address_of_run
 from dngd.config_text import merge, parse_assignment, read_yaml
 from dngd.errors import RunInterrupted, UserError
@@ -23,66 +33,68 @@ RESUME_HINT = "interrupted; a run goes on from its newest checkpoint with dngd t
 
 
 def train(
-    dataset: Annotated[str | None, typer.Option(help=field_help("dataset"))] = None,
-    data_root: Annotated[Path | None, typer.Option(help=field_help("data_root"))] = None,
-    cache_dir: Annotated[Path | None, typer.Option(help=field_help("cache_dir"))] = None,
-    stage_dir: Annotated[Path | None, typer.Option(help=field_help("stage_dir"))] = None,
-    split: Annotated[str | None, typer.Option(help=field_help("split"))] = None,
-    engine: Annotated[str | None, typer.Option(help=field_help("engine"))] = None,
-    task: Annotated[str | None, typer.Option(help=field_help("task"))] = None,
-    link_split: Annotated[str | None, typer.Option(help=field_help("link_split"))] = None,
-    negatives: Annotated[int | None, typer.Option(help=field_help("negatives"))] = None,
-    num_workers: Annotated[int | None, typer.Option(help=field_help("num_workers"))] = None,
+    dataset: Annotated[str | None, typer.Option(help=flag_help("dataset"))] = None,
+    data_root: Annotated[Path | None, typer.Option(help=flag_help("data_root"))] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help=flag_help("cache_dir"))] = None,
+    stage_dir: Annotated[Path | None, typer.Option(help=flag_help("stage_dir"))] = None,
+    split: Annotated[str | None, typer.Option(help=flag_help("split"))] = None,
+    engine: Annotated[str | None, typer.Option(help=flag_help("engine"))] = None,
+    task: Annotated[str | None, typer.Option(help=flag_help("task"))] = None,
+    link_split: Annotated[str | None, typer.Option(help=flag_help("link_split"))] = None,
+    negatives: Annotated[int | None, typer.Option(help=flag_help("negatives"))] = None,
+    num_workers: Annotated[int | None, typer.Option(help=flag_help("num_workers"))] = None,
     min_workers: Annotated[
         int | None,
         typer.Option(
-            help="ray.min_workers: fewest workers that the run goes on with when nodes are lost [default: num_workers]"
+            help="ray.min_workers: fewest workers that the run goes on with when nodes are lost (default: num_workers)"
         ),
     ] = None,
-    num_shards: Annotated[int | None, typer.Option(help=field_help("num_shards"))] = None,
-    use_gpu: Annotated[bool | None, typer.Option("--use-gpu/--no-gpu", help=field_help("use_gpu"))] = None,
-    feature_placement: Annotated[str | None, typer.Option(help=field_help("feature_placement"))] = None,
+    num_shards: Annotated[int | None, typer.Option(help=flag_help("num_shards"))] = None,
+    use_gpu: Annotated[bool | None, typer.Option("--use-gpu/--no-gpu", help=flag_help("use_gpu"))] = None,
+    feature_placement: Annotated[str | None, typer.Option(help=flag_help("feature_placement"))] = None,
     address: Annotated[
         str | None,
-        typer.Option(help="Ray cluster to connect to [default: $RAY_ADDRESS, else a local one is started]"),
+        typer.Option(help="Ray cluster to connect to (default: $RAY_ADDRESS, else a local one is started)"),
     ] = None,
-    model: Annotated[str | None, typer.Option(help=field_help("model") + " (gcn or sage)")] = None,
-    hidden: Annotated[int | None, typer.Option(help=field_help("hidden"))] = None,
-    num_layers: Annotated[int | None, typer.Option(help=field_help("num_layers"))] = None,
-    fanout: Annotated[str | None, typer.Option(help=field_help("fanout"))] = None,
-    dropout: Annotated[float | None, typer.Option(help=field_help("dropout"))] = None,
-    batch_size: Annotated[str | None, typer.Option(help=field_help("batch_size"))] = None,
-    semi: Annotated[str | None, typer.Option(help=field_help("semi") + " (none, two_means or pooled)")] = None,
-    semi_gamma: Annotated[float | None, typer.Option(help=field_help("semi_gamma"))] = None,
-    epochs: Annotated[int | None, typer.Option(help=field_help("epochs"))] = None,
-    max_steps: Annotated[int | None, typer.Option(help=field_help("max_steps"))] = None,
-    optimizer: Annotated[str | None, typer.Option(help=field_help("optimizer") + " (kfac, adam, adamw or sgd)")] = None,
+    model: Annotated[str | None, typer.Option(help=flag_help("model", "gcn or sage"))] = None,
+    hidden: Annotated[int | None, typer.Option(help=flag_help("hidden"))] = None,
+    num_layers: Annotated[int | None, typer.Option(help=flag_help("num_layers"))] = None,
+    fanout: Annotated[str | None, typer.Option(help=flag_help("fanout"))] = None,
+    dropout: Annotated[float | None, typer.Option(help=flag_help("dropout"))] = None,
+    batch_size: Annotated[str | None, typer.Option(help=flag_help("batch_size"))] = None,
+    semi: Annotated[str | None, typer.Option(help=flag_help("semi", "none, two_means or pooled"))] = None,
+    semi_gamma: Annotated[float | None, typer.Option(help=flag_help("semi_gamma"))] = None,
+    epochs: Annotated[int | None, typer.Option(help=flag_help("epochs"))] = None,
+    max_steps: Annotated[int | None, typer.Option(help=flag_help("max_steps"))] = None,
+    optimizer: Annotated[str | None, typer.Option(help=flag_help("optimizer", "kfac, adam, adamw or sgd"))] = None,
     metric: Annotated[
         str | None,
-        typer.Option(help=field_help("metric") + " (accuracy, macro_f1, roc_auc or average_precision)"),
+        typer.Option(help=flag_help("metric", "accuracy, macro_f1, roc_auc or average_precision")),
     ] = None,
     class_weights: Annotated[
-        str | None, typer.Option(help="balanced, or one weight a class: 1,2.5,1 [default: all 1]")
+        str | None, typer.Option(help="balanced, or one weight a class: 1,2.5,1 (default: all 1)")
     ] = None,
-    patience: Annotated[int | None, typer.Option(help=field_help("patience"))] = None,
-    lr: Annotated[float | None, typer.Option(help=field_help("lr"))] = None,
+    patience: Annotated[int | None, typer.Option(help=flag_help("patience"))] = None,
+    lr: Annotated[float | None, typer.Option(help=flag_help("lr"))] = None,
     lr_schedule: Annotated[
-        str | None, typer.Option(help=field_help("lr_schedule") + " (cosine, constant or hyperbolic)")
+        str | None, typer.Option(help=flag_help("lr_schedule", "cosine, constant or hyperbolic"))
     ] = None,
-    warmup_steps: Annotated[int | None, typer.Option(help=field_help("warmup_steps"))] = None,
-    weight_decay: Annotated[float | None, typer.Option(help=field_help("weight_decay"))] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help=flag_help("warmup_steps"))] = None,
+    weight_decay: Annotated[float | None, typer.Option(help=flag_help("weight_decay"))] = None,
     damping: Annotated[
         float | None,
-        typer.Option(help="kfac.damping: λ, a share of the factors' traces [default: 0.1/√(training nodes)]"),
+        typer.Option(
+            help="kfac.damping: λ, a share of the factors' traces (default: min(0.1, 1/classes)/√(training nodes))"
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help=field_help("seed"))] = None,
-    num_samplers: Annotated[int | None, typer.Option(help=field_help("num_samplers"))] = None,
-    run_dir: Annotated[Path | None, typer.Option(help=field_help("run_dir"))] = None,
+    seed: Annotated[int | None, typer.Option(help=flag_help("seed"))] = None,
+    num_samplers: Annotated[int | None, typer.Option(help=flag_help("num_samplers"))] = None,
+    run_dir: Annotated[Path | None, typer.Option(help=flag_help("run_dir"))] = None,
     loggers: Annotated[
         str | None,
         typer.Option(help="Where evaluations go too: tensorboard, mlflow, wandb, or several: tensorboard,wandb"),
     ] = None,
-    resume: Annotated[bool | None, typer.Option("--resume", help=field_help("resume"))] = None,
+    resume: Annotated[bool | None, typer.Option("--resume", help=flag_help("resume"))] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file of configuration fields; flags and --set go on top")
     ] = None,
@@ -193,7 +205,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder, or its s3:// or gs:// address")],
     data_root: Annotated[Path | None, typer.Option(help=field_help("data_root"))] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Another graph, or where the run's graph is now [default: the run's]")
+        str | None, typer.Option(help="Another graph, or where the run's graph is now (default: the run's)")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -231,12 +243,12 @@ def predict(
     pairs: Annotated[
         Path | None,
         typer.Option(
-            help="Link prediction: table with columns src and dst of node ids [default: all nodes' embeddings]"
+            help="Link prediction: table with columns src and dst of node ids (default: all nodes' embeddings)"
         ),
     ] = None,
     data_root: Annotated[Path | None, typer.Option(help=field_help("data_root"))] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Another graph, or where the run's graph is now [default: the run's]")
+        str | None, typer.Option(help="Another graph, or where the run's graph is now (default: the run's)")
     ] = None,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Add a column with the probabilities of all classes")

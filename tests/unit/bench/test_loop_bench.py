@@ -158,6 +158,7 @@ def test_it_is_told_where_adams_best_lies_at_the_border_of_what_was_tried(store:
         ("--num-neighbors 5,x", "--num-neighbors '5,x' is not valid"),
         ("--num-neighbors 5,0", "num_neighbors=[5, 0] is not valid"),
         ("--num-neighbors 5,5 --batch-size 0", "batch-size=0 is below 1"),
+        ("--batch-size 64", "--batch-size 64 is of sampled batches, and these are full; add --num-neighbors"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(
