@@ -272,7 +272,7 @@ def csv_types(table: Table, used: NodeColumns | EdgeColumns) -> dict[str, Any]:
     """Return the types to read CSV columns as.
 
     Numbers are float64, however the beginning of a file looks: later lines may hold fractions or nothing. Ids and
-    labels are text: whether they are numbers is known once all are read.
+    labels are text: whether they are numbers is known once all are read. So are masks, which may be blank for long.
     """
     import pyarrow as pa
 
@@ -281,15 +281,12 @@ def csv_types(table: Table, used: NodeColumns | EdgeColumns) -> dict[str, Any]:
         types = {used.source: text, used.target: text}
         numbers = [used.weight]
     else:
-        types = {name: text for name in (used.id, used.split, used.label) if name is not None}
+        words = (used.id, used.split, used.label, *used.masks.values())
+        types = {name: text for name in words if name is not None}
         numbers = [*used.features, *used.labels]
     for name in numbers:
         if name is not None:
-            types[name] = pa.float64()
-    flags = [*numbers, *used.masks.values()] if isinstance(used, NodeColumns) else numbers
-    for name in flags:
-        if name is not None and _kinds(table, name) == {"bool"}:
-            types[name] = pa.bool_()
+            types[name] = pa.bool_() if _kinds(table, name) == {"bool"} else pa.float64()
     return types
 
 

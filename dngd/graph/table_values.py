@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -20,6 +21,9 @@ Array = npt.NDArray[Any]
 
 SPLIT_VALUES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
+_WHOLE = re.compile(r"[+-]?[0-9]+")
+_ZERO_IN_FRONT = re.compile(r"[+-]?0[0-9]")
+_INT64 = range(-(2**63), 2**63)
 _BOOLEAN_NAMES = ("false", "true")
 _CSV_BOOLEANS = dict.fromkeys(("1", "true", "True", "TRUE"), 1.0) | dict.fromkeys(("0", "false", "False", "FALSE"), 0.0)
 
@@ -202,9 +206,10 @@ class NodeValues:
     def _label_values(self, column: Any, file: TableFile, first_row: int) -> Array:
         if self._columns.label_is_name:
             return self._label_codes_of(column, file, first_row)
+        values = _label_integers(column)
+        if values is not None:
+            return values
         values = numbers(column)
-        if values.dtype.kind in "iu":
-            return _int64(values)
         missing = np.isnan(values)
         wrong = np.flatnonzero(~missing & (values != np.trunc(values)) | np.isinf(values))
         if len(wrong):
@@ -249,6 +254,8 @@ class NodeValues:
         met = [name.strip() for name in self._label_codes]
         if any(not name.isdecimal() for name in met) and all(name in _CSV_BOOLEANS for name in met):
             return np.array([_CSV_BOOLEANS[name] for name in met])
+        if any(map(_ZERO_IN_FRONT.match, met)):
+            return None  # as numbers "01" and "1" would be one class
         try:
             values: Array = pa.array(met, pa.large_string()).cast(pa.float64()).to_numpy()
         except pa.ArrowInvalid:
@@ -260,7 +267,9 @@ class NodeValues:
                 f"label {met[first]} in {self._label_places[first]} is no whole number ({len(wrong)} such values); "
                 "labels are whole numbers from 0, or names"
             )
-        return values
+        # Not as those floats, in which long codes that differ in the last digits are one.
+        exact = [int(name) if _WHOLE.fullmatch(name) else int(value) for name, value in zip(met, values)]
+        return np.array(exact, dtype=np.int64) if all(label in _INT64 for label in exact) else values
 
     def _add_split(self, column: Any, file: TableFile, first_row: int) -> None:
         import pyarrow as pa
@@ -326,19 +335,55 @@ def numbers(column: Any) -> Array:
         column = column.cast(column.type.value_type)
     if t.is_boolean(column.type):
         column = column.cast(pa.uint8())
-    if column.null_count or not (t.is_integer(column.type) or t.is_floating(column.type)):
+    if t.is_integer(column.type):
+        # Beyond 2^53 rounded, as any number that becomes a float is; labels and ids are not read by this.
+        column = column.cast(pa.float64(), safe=False) if column.null_count else column
+    elif column.null_count or not t.is_floating(column.type):
         column = column.cast(column.type if t.is_floating(column.type) else pa.float64())
     return as_array(column.to_numpy(zero_copy_only=False), "a column")
 
 
+def _label_integers(column: Any) -> Array | None:
+    """Return a column of whole numbers (or a categorical of them) as int64, -1 for missing ones; None if it is none."""
+    import pyarrow as pa
+    import pyarrow.types as t
+
+    if t.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if not t.is_integer(column.type):
+        return None
+    values = _int64(column.fill_null(pa.scalar(0, column.type)).to_numpy(zero_copy_only=False))
+    if column.null_count:
+        values = np.where(column.is_null().to_numpy(zero_copy_only=False), -1, values)
+    return values
+
+
+def _mask_words(column: Any) -> Array:
+    """Return the numbers that a CSV file's words of a mask stand for: NaN for nothing, 2 for any other word."""
+    import pyarrow as pa
+
+    def number(word: str) -> float:
+        if word in _CSV_BOOLEANS or word in csv_nothing():
+            return _CSV_BOOLEANS.get(word, np.nan)
+        try:
+            return float(word)
+        except ValueError:
+            return 2.0
+
+    encoded = column.cast(pa.large_string()).dictionary_encode()
+    values = [number(word.strip()) for word in encoded.dictionary.to_pylist()]
+    found: Array = np.array([*values, np.nan])[encoded.indices.fill_null(-1).to_numpy()]
+    return found
+
+
 def _mask_values(column: Any, name: str, file: TableFile, first_row: int) -> npt.NDArray[np.bool_]:
-    values = numbers(column)
+    values = _mask_words(column) if kind_of(column.type) == "string" else numbers(column)
     values = np.where(np.isnan(values), 0, values)
     bad = np.flatnonzero((values != 0) & (values != 1))
     if len(bad):
         raise UserError(
-            f"column {name!r} of {file.shown} has {values[bad[0]]} in row {first_row + bad[0]}; a mask is true or "
-            "false (or 1 or 0) for each node"
+            f"column {name!r} of {file.shown} has {column[bad[0]].as_py()} in row {first_row + bad[0]}; a mask is true "
+            "or false (or 1 or 0) for each node"
         )
     return values.astype(np.bool_)
 

@@ -470,6 +470,54 @@ def test_numbers_as_labels_of_csv_files_stay_numbers(
         import_csv(tmp_path, "id,label\n1,0\n2,1\n3,0.5\n4,inf\n")
 
 
+@pytest.mark.parametrize(
+    ("written", "expected", "names"),
+    [
+        (
+            ["1234567890123456781", "1234567890123456789", "1.0"],
+            [1, 2, 0],
+            (1, 1234567890123456781, 1234567890123456789),
+        ),
+        (["01", "1", "02"], [0, 2, 1], ("01", "02", "1")),
+        (["-01", "7", "-1"], [0, 1, -1], ("-01", "7")),
+        (["0", "0.0", "10"], [0, 0, 1], (0, 10)),
+    ],
+)
+def test_classes_of_csv_files_that_are_written_otherwise_stay_apart(
+    tmp_path: Path, written: list[str], expected: list[int], names: tuple[Any, ...]
+) -> None:
+    """Neither codes that are one as floats, nor zeros in front, which are part of a code's name."""
+    rows = [*enumerate(written), *enumerate(written, len(written))]
+    store = import_csv(tmp_path, "id,label\n" + "".join(f"{k},{label}\n" for k, label in rows))
+    assert (store.labels.tolist(), store.label_names) == (expected * 2, names)
+
+
+def test_long_codes_of_classes_may_be_missing(tmp_path: Path) -> None:
+    codes = [2**60 + 1, 2**60 + 3, 2**60 + 1, 2**60 + 3, None, None]
+    nodes = pa.table({"id": range(6), "label": pa.array(codes, pa.int64())})
+    store = import_tables(small_set(tmp_path / "set", nodes, edge_table([1], [2]), "parquet"), tmp_path / "out")
+    assert (store.labels.tolist(), store.label_names) == ([0, 1, 0, 1, -1, -1], (2**60 + 1, 2**60 + 3))
+
+
+def test_a_long_number_beside_a_missing_one_in_a_feature_is_a_sentence(tmp_path: Path) -> None:
+    nodes = pa.table({"id": range(2), "x": pa.array([2**60 + 1, None], pa.int64())})
+    folder = small_set(tmp_path / "set", nodes, edge_table([0], [1]), "parquet")
+    with pytest.raises(UserError, match="NaN"):
+        import_tables(folder, tmp_path / "out")
+
+
+def test_masks_of_csv_files_may_begin_blank_and_be_written_in_many_ways(tmp_path: Path) -> None:
+    blank = "".join(f"{k},0,,\n" for k in range(200_000))
+    store = import_csv(
+        tmp_path, f"id,label,train_mask,val_mask\n{blank}200000,1, 1,NA\n200001,1,true,0\n200002,0,0.0,1.0\n"
+    )
+    masks = store.split_masks
+    assert masks["train"].nonzero()[:, 0].tolist() == [200_000, 200_001]
+    assert masks["val"].nonzero()[:, 0].tolist() == [200_002]
+    with pytest.raises(UserError, match=r"'val_mask' of .*nodes.csv has maybe in row 200000; a mask is true"):
+        import_csv(tmp_path / "other", f"id,label,train_mask,val_mask\n{blank}200000,1,1,maybe\n")
+
+
 @pytest.mark.parametrize("values", [[0, 5_000_000_000, 1], [0, 1e30, 1], pa.array([0, 2**64 - 1, 65_536], pa.uint64())])
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_ids_and_times_are_no_classes(tmp_path: Path, values: Any, suffix: str) -> None:
