@@ -12,25 +12,27 @@ from torch import Tensor
 class LeftOut:
     """Nodes with in-edges that a batch leaves out.
 
-    nodes: int64 [k], ascending. counts: int64 [k], edges left out. weights: float64 [k], sums of their weights;
-    the counts on a graph without weights.
+    nodes: int64 [k], ascending. counts: int64 [k], edges left out. kept: float64 [k], sums of the weights of those that
+    stay, their number on a graph without weights.
     """
 
     nodes: Tensor
     counts: Tensor
-    weights: Tensor
+    kept: Tensor
 
     def counts_of(self, nodes: Tensor) -> Tensor:
         """Return how many in-edges each node loses, int64, in the shape of nodes."""
-        return self._of(nodes, self.counts)
+        places, is_here = self._find(nodes)
+        return torch.where(is_here, self.counts[places], self.counts.new_zeros(()))
 
-    def weights_of(self, nodes: Tensor) -> Tensor:
-        """Return what each node's weighted in-degree loses, float64."""
-        return self._of(nodes, self.weights)
+    def kept_of(self, nodes: Tensor, whole: Tensor) -> Tensor:
+        """Return each node's weighted in-degree without what it loses, float64: `whole` where it loses nothing."""
+        places, is_here = self._find(nodes)
+        return torch.where(is_here, self.kept[places], whole.double())
 
-    def _of(self, nodes: Tensor, values: Tensor) -> Tensor:
+    def _find(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         places = torch.searchsorted(self.nodes, nodes).clamp(max=self.nodes.numel() - 1)
-        return torch.where(self.nodes[places] == nodes, values[places], values.new_zeros(()))
+        return places, self.nodes[places] == nodes
 
 
 def left_out_by(indptr: Tensor, edge_weight: Tensor | None, excluded: Tensor | None) -> LeftOut | None:
@@ -38,8 +40,14 @@ def left_out_by(indptr: Tensor, edge_weight: Tensor | None, excluded: Tensor | N
     if excluded is None or excluded.numel() == 0:
         return None
     destinations = torch.searchsorted(indptr, excluded, right=True) - 1
-    nodes, place, counts = torch.unique(destinations, return_inverse=True, return_counts=True)
+    nodes, counts = torch.unique(destinations, return_counts=True)
+    begins = indptr[nodes]
+    degrees = indptr[nodes + 1] - begins
     if edge_weight is None:
-        return LeftOut(nodes, counts, counts.double())
-    weights = torch.zeros(nodes.numel(), dtype=torch.float64).index_add_(0, place, edge_weight[excluded].double())
-    return LeftOut(nodes, counts, weights)
+        return LeftOut(nodes, counts, (degrees - counts).double())
+    # Summed anew: a total less what is lost has the total's rounding, which may be more than all that stays.
+    owners = torch.repeat_interleave(degrees)
+    entries = torch.arange(owners.numel()) + (begins - degrees.cumsum(0) + degrees)[owners]
+    weights = edge_weight[entries].double()
+    weights[torch.searchsorted(entries, excluded)] = 0.0
+    return LeftOut(nodes, counts, torch.zeros(nodes.numel(), dtype=torch.float64).index_add_(0, owners, weights))

@@ -69,8 +69,8 @@ class LayerOperators:
         norm = self.norm[nodes]
         if left_out is None:
             return norm
-        lost = left_out.weights_of(nodes)
-        return torch.where(lost == 0, norm, (norm.double().pow(-2) - lost).rsqrt().to(norm.dtype))
+        kept = left_out.kept_of(nodes, norm.new_tensor(torch.nan))
+        return torch.where(kept.isnan(), norm, (kept + 1.0).rsqrt().to(norm.dtype))
 
     def of_layers(self, layers: Sequence[LayerGraph]) -> tuple[Propagation, ...]:
         """Return the operators of layer graphs, input side first; their sources are global ids or the layer before."""

@@ -92,7 +92,7 @@ class ModuleBatchBuilder:
         degrees, totals = self._degrees[sources], self._totals[sources]
         if left_out is not None:
             degrees = degrees - left_out.counts_of(sources).to(degrees.dtype)
-            totals = totals - left_out.weights_of(sources).to(totals.dtype)
+            totals = left_out.kept_of(sources, totals).to(totals.dtype)
         return LayerEdges(
             move(torch.stack([indices, destinations])),
             sources.numel(),

@@ -159,7 +159,7 @@ def test_degrees_do_not_tell_of_the_links_either(tmp_path: Path, num_samplers: i
     graph = split_links(store, "0.8/0.1/0.1", 1).graph
     law = lambda: law_of_coefficients(graph, num_samplers, store)  # noqa: E731
     unchanged = lambda self, nodes: torch.zeros_like(nodes)  # noqa: E731
-    assert_caught(law, LeftOut, "weights_of", unchanged)
+    assert_caught(law, LeftOut, "kept_of", lambda self, nodes, whole: whole.double().expand(nodes.shape))
     assert_caught(law, LeftOut, "counts_of", unchanged)
 
 
