@@ -123,6 +123,14 @@ class GraphStore:
         return cls(folder, manifest, columns)
 
     @classmethod
+    def reopen(cls, path: str | Path, digest: str) -> GraphStore:
+        """Open a store that another process has open. Raises UserError where another graph is at its path by now."""
+        store = cls.open(path)
+        if store.digest != digest:
+            raise UserError(f"{path} was replaced since the store was opened; open the store again")
+        return store
+
+    @classmethod
     def write(
         cls,
         path: str | Path,
@@ -358,10 +366,10 @@ class GraphStore:
 
         return verify_store(self.path, progress=progress)
 
-    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+    def __reduce__(self) -> tuple[Any, tuple[Path, str]]:
         if self.has_own_edges or self.has_own_labels:
             raise TypeError("a graph with edges or labels in memory cannot be pickled")
-        return GraphStore.open, (self.path,)
+        return GraphStore.reopen, (self.path, self.digest)
 
     def __repr__(self) -> str:
         return (

@@ -7,6 +7,8 @@ memory is an error to read instead of the end of the caller.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -30,6 +32,7 @@ _BYTES_A_NODE = 250
 _MIN_NODES_A_PART = 8
 _TAIL_CHARACTERS = 1000
 _STOP_SECONDS = 5.0
+_PR_SET_PDEATHSIG = 1
 
 
 def memory_needed(num_nodes: int, num_edges: int) -> int:
@@ -69,10 +72,12 @@ def run_metis(task: PartitionTask, progress: Progress | None = None) -> Partitio
         np.save(train, task.train)
         request = {
             "store": str(task.store.path),
+            "digest": task.store.digest,
             "parts": task.parts,
             "train": str(train),
             "result": str(result),
             "directed": task.store.manifest.directed,
+            "parent": os.getpid(),
         }
         _run_child(request)
         part = np.load(result, allow_pickle=False)
@@ -115,6 +120,17 @@ def _run_child(request: dict[str, Any]) -> None:
     raise UserError(f"METIS {how}; use --method ldg instead. It said: {tail or 'nothing'}")
 
 
+def _end_with(parent: int) -> None:
+    """Have the kernel end this process when its parent ends, however it does: METIS would go on for minutes.
+
+    Not where the C library has no prctl.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # it had ended before
+        os._exit(1)
+
+
 def _child(request: dict[str, Any]) -> None:
     """Partition the store that the request names; write the parts as int32 .npy."""
     import torch
@@ -126,7 +142,7 @@ def _child(request: dict[str, Any]) -> None:
     # Not dgl.metis_partition_assignment: it first copies the graph, to add reverse edges that are there already.
     from dgl import backend, partition, utils
 
-    store = GraphStore.open(request["store"])
+    store = GraphStore.reopen(request["store"], request["digest"])
     no_edge_ids = torch.empty(0, dtype=torch.int64)
     graph: Any = dgl.graph(("csc", (store.indptr, store.indices, no_edge_ids)), num_nodes=store.num_nodes)._graph
     if request["directed"]:
@@ -145,4 +161,6 @@ def _child(request: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("DGLBACKEND", "pytorch")
-    _child(json.loads(sys.argv[1]))
+    asked = json.loads(sys.argv[1])
+    _end_with(asked["parent"])
+    _child(asked)

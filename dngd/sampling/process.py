@@ -143,6 +143,8 @@ class SamplerProcess:
                     logger.warning("this DGL draws other batches than dgl 2.1.0 does for the same seed")
             elif header["kind"] == "lost":
                 raise TrainingError(self._death(what))
+            elif header["kind"] == "refused":
+                raise TrainingError(f"{self._whoami()} cannot read the graph: {header['text']}")
             elif header["kind"] == "error":
                 tail = header["traceback"][-TAIL_CHARACTERS:]
                 raise TrainingError(f"{self._whoami()} failed on the batch ({what}):\n{tail}")

@@ -52,7 +52,7 @@ class SharedTopology:
         self.description: dict[str, Any] = {}
         own: tuple[str, ...] = _NAMES
         if path is not None:
-            self.description["store"] = str(Path(path).absolute())
+            self.description["store"] = [str(Path(path).absolute()), getattr(graph, "digest", None)]
             own = _EDGE_NAMES if getattr(graph, "has_own_edges", False) else ()
         arrays |= {name: array for name in own if (array := getattr(graph, name, None)) is not None}
         self.fds: tuple[int, ...] = ()
@@ -74,11 +74,11 @@ class SharedTopology:
             os.close(fd)
 
 
-def open_store(path: str | Path) -> HasTopology:
-    """Open a graph store by memory map. Raises UserError where it is none."""
+def open_store(path: str | Path, digest: str | None = None) -> HasTopology:
+    """Open a graph store by memory map. Raises UserError where it is none, or not the graph of the digest."""
     from dngd.graph.store import GraphStore
 
-    store: HasTopology = GraphStore.open(path)
+    store: HasTopology = GraphStore.open(path) if digest is None else GraphStore.reopen(path, digest)
     return store
 
 
@@ -90,7 +90,7 @@ def open_shared(description: dict[str, Any], files: Mapping[int, int]) -> tuple[
     arrays = {name: _map_file(files[fd], *spec) for name, (fd, *spec) in description["arrays"].items()}
     own = {name: arrays.pop(name) for name in _NAMES if name in arrays}
     if "store" in description:
-        store = open_store(description["store"])
+        store = open_store(*description["store"])
         if not own:
             return store, arrays
         own["features"] = store.features  # type: ignore[attr-defined]  # a GraphStore

@@ -26,6 +26,7 @@ def serve(requests: socket.socket, replies: socket.socket, files: Mapping[int, i
     """
     threading.Thread(target=_leave_with_parent, args=(parent,), daemon=True).start()
 
+    from dngd.errors import UserError
     from dngd.sampling import wire
 
     try:
@@ -38,6 +39,9 @@ def serve(requests: socket.socket, replies: socket.socket, files: Mapping[int, i
             drawer = BatchDrawer.from_setup(setup, files)
         except ConnectionError:
             raise
+        except UserError as error:
+            wire.send(replies, {"kind": "refused", "text": str(error)})
+            return 1
         except Exception:
             wire.send(replies, {"kind": "error", "request": -1, "traceback": traceback.format_exc()})
             return 1

@@ -8,8 +8,7 @@ import torch
 from dngd.sampling.left_out import left_out_by
 from dngd.sampling.operators import LayerOperators
 from dngd.sampling.topology import Topology
-
-from .graphs import skewed_graph
+from tests.unit.sampling.graphs import skewed_graph
 
 
 @pytest.mark.parametrize("scale", [None, 1.0, 1e7, 9e29])

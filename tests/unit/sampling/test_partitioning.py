@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,24 @@ def test_metis_takes_directed_graphs_and_no_training_nodes(tmp_path: Path, direc
     assert store.manifest.directed is directed
     train, result = tmp_path / "train.npy", tmp_path / "part.npy"
     np.save(train, np.zeros(600, dtype=np.bool_))
-    metis._child(
-        {"store": str(store.path), "parts": 4, "train": str(train), "result": str(result), "directed": directed}
-    )
+    asked = {"store": str(store.path), "digest": store.digest, "parts": 4, "train": str(train)}
+    metis._child({**asked, "result": str(result), "directed": directed})
     part = torch.from_numpy(np.load(result))
     assert part.bincount(minlength=4).max() <= 1.04 * 150
     destination = torch.repeat_interleave(torch.arange(600), store.in_degrees())
     assert (part[store.indices] != part[destination]).double().mean() < 0.1
+
+
+def test_metis_ends_with_its_parent() -> None:
+    """Also where the parent has no time to end it."""
+    child = "import os, time; from dngd.sampling.metis import _end_with; _end_with(os.getppid()); "
+    child += "print(os.getpid(), flush=True); time.sleep(300)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        below = psutil.Process(int(started.stdout.readline()))
+        started.kill()
+        assert psutil.wait_procs([below], timeout=30)[1] == []
 
 
 def test_auto_keeps_what_cuts_less_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,3 +152,21 @@ def test_closed_is_closed() -> None:
     batches.close()
     with pytest.raises(TrainingError, match="closed"):
         next(batches)
+
+
+def test_a_store_that_was_replaced_is_not_mixed_with_what_is_open(tmp_path: Path) -> None:
+    """Sampler processes open it by its path, as unpickling does."""
+    edges = torch.stack([torch.arange(30), (torch.arange(30) + 1) % 30])
+    store = GraphStore.write(tmp_path / "g", features=torch.ones(30, 2), edge_index=edges)
+    reopen, given = store.__reduce__()
+    assert torch.equal(reopen(*given).indices, store.indices)
+    same = GraphStore.write(tmp_path / "g", features=torch.ones(30, 2), edge_index=edges, overwrite=True)
+    assert torch.equal(reopen(*given).indices, same.indices)
+    take(make_pipeline(1, store=store, train_nodes=torch.arange(30)), 1)
+    GraphStore.write(tmp_path / "g", features=torch.ones(30, 2), edge_index=edges.flip(0), overwrite=True)
+    with pytest.raises(UserError, match=r"g was replaced since the store was opened; open the store again"):
+        reopen(*given)
+    with pytest.raises(
+        TrainingError, match=r"cannot read the graph: .*g was replaced since the store was opened; open"
+    ):
+        take(make_pipeline(1, store=store, train_nodes=torch.arange(30)), 1)
