@@ -5,10 +5,13 @@ This module owns which files make a table. `table_readers.py` reads one, `table_
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from dngd.errors import UserError
 from dngd.graph.filesystems import Location, list_files, shown_address
@@ -25,13 +28,19 @@ SUFFIXES: dict[str, TableFormat] = {
     ".ipc": "arrow",
 }
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
+_PARTITION = re.compile(r"([^=]+)=(.*)", re.DOTALL)
+_NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 _BATCH_BYTES = 1 << 23
 _MAX_BATCH_ROWS = 1 << 19
 
 
 @dataclass
 class Table:
-    """Files of one table, read in their order, with the schema of each."""
+    """Files of one table, read in their order, with the schema of each.
+
+    A column by which Spark, Hive or pyarrow has partitioned the table is not in the files: its values are in the
+    folders' names, `column=value`. It is a column of text here.
+    """
 
     files: list[TableFile]
     name: str
@@ -48,8 +57,32 @@ class Table:
     def schemas(self) -> list[Any]:
         """Return the Arrow schema of each file; None for a CSV file of no bytes. Read once."""
         if self._schemas is None:
-            self._schemas = [read_schema(file, self.style) for file in self.files]
+            self._schemas = [self._schema_of(k, file) for k, file in enumerate(self.files)]
         return self._schemas
+
+    def _schema_of(self, number: int, file: TableFile) -> Any:
+        import pyarrow as pa
+
+        schema = read_schema(file, self.style)
+        partition = self._partitions[number]
+        for name in list(partition):
+            if schema is None or name in schema.names:
+                del partition[name]  # the file's own column is the one to read
+            else:
+                schema = schema.append(pa.field(name, pa.large_string()))
+        return schema
+
+    @cached_property
+    def _partitions(self) -> list[dict[str, str | None]]:
+        """Columns and values in the names of each file's folders, as far as the table's files have different ones."""
+        found = []
+        for file in self.files:
+            pairs = [_PARTITION.fullmatch(name) for name in file.location.path.split("/")[:-1]]
+            values = {unquote(pair[1]): unquote(pair[2]) for pair in pairs if pair is not None}
+            found.append({name: None if value == _NO_VALUE else value for name, value in values.items()})
+        names = set().union(*found)
+        differing = {name for name in names if len({of_file.get(name) for of_file in found}) > 1}
+        return [{name: of_file[name] for name in sorted(differing & of_file.keys())} for of_file in found]
 
     def batches(
         self,
@@ -66,11 +99,26 @@ class Table:
         """
         rows = max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // max(row_bytes, 1)))
         plan = ReadPlan(columns, rows, csv_types or {}, self.style, scratch)
-        for file, schema in zip(self.files, self.schemas()):
+        for k, (file, schema) in enumerate(zip(self.files, self.schemas())):
             first = 0
-            for batch in read_batches(file, plan) if schema is not None else ():
+            for batch in self._batches_of(k, file, plan) if schema is not None else ():
                 yield file, first, batch
                 first += batch.num_rows
+
+    def _batches_of(self, number: int, file: TableFile, plan: ReadPlan) -> Iterator[Any]:
+        import pyarrow as pa
+
+        own = self._partitions[number].keys() & set(plan.columns)
+        if not own:
+            yield from read_batches(file, plan)
+            return
+        values = {name: pa.scalar(self._partitions[number][name], pa.large_string()) for name in own}
+        inside = [name for name in plan.columns if name not in own]
+        for batch in read_batches(file, replace(plan, columns=inside)):
+            columns = [
+                pa.repeat(values[name], batch.num_rows) if name in own else batch.column(name) for name in plan.columns
+            ]
+            yield pa.RecordBatch.from_arrays(columns, names=list(plan.columns))
 
 
 def open_table(

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import csv
 
 from dngd import cli
 from dngd.errors import UserError
@@ -958,3 +960,36 @@ def test_what_is_wrong_is_said_before_rows_are_read(tmp_path: Path, monkeypatch:
     write_table(folder / "edges.parquet", edge_table(["10"], ["20"]))
     with pytest.raises(UserError, match="give all node ids one type"):
         import_tables(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_columns_in_the_names_of_folders(tmp_path: Path, suffix: str) -> None:
+    """As Spark's partitionBy and pyarrow's partition_cols write them; a folder that all files share names none."""
+    table = pa.table(
+        {
+            "id": range(12),
+            "x": [float(k) for k in range(12)],
+            "label": ["a b", "c", None] * 4,
+            "split": ["train", "val", "test", None] * 3,
+        }
+    )
+    folder = tmp_path / "run=3"
+    pads.write_dataset(
+        table,
+        folder / "nodes",
+        format=suffix,
+        partitioning=["label", "split"],
+        partitioning_flavor="hive",
+    )
+    (folder / "nodes" / "_SUCCESS").touch()
+    edges = edge_table([0, 1], [1, 2])
+    (pq.write_table if suffix == "parquet" else csv.write_csv)(edges, folder / f"edges.{suffix}")
+    store = import_tables(folder, tmp_path / "out")
+    by_id = {int(k): place for place, k in enumerate(store.node_ids if store.node_ids is not None else range(12))}
+    rows = [by_id[k] for k in range(12)]
+    assert store.label_names == ("a b", "c")
+    assert store.labels[rows].tolist() == [0, 1, -1] * 4
+    assert store.features[rows, 0].tolist() == list(range(12))
+    assert store.num_features == 1
+    assert store.split_masks["train"][rows].nonzero()[:, 0].tolist() == [0, 4, 8]
+    assert store.split_masks["test"][rows].nonzero()[:, 0].tolist() == [2, 6, 10]
