@@ -15,6 +15,8 @@ from torch import Tensor
 
 Aggregation = Literal["gcn", "mean"]
 
+_EDGES_AT_ONCE = 1 << 14
+
 
 class LayerGraphLike(Protocol):
     """What coefficients are computed from; see dngd.sampling.LayerGraph."""
@@ -97,7 +99,8 @@ class Propagation:
         """Return `Σ_e c_e table[indices_e]` per destination (the mean without coefficients), [num_dst, d].
 
         A destination without edges gets zeros. Of a 16-bit feature table the coefficients are rounded to its type,
-        the sums are taken in float32 and rounded to its type, and come back as float32.
+        the sums are taken in float32 and rounded to its type, and come back as float32; on a CPU those that float16
+        does not hold (beyond 65,504) are summed anew in float32.
         """
         if self.num_dst == 0 or self.indices.numel() == 0:
             return _widened(table.new_zeros(self.num_dst, table.shape[1]), table)
@@ -110,7 +113,23 @@ class Propagation:
             per_sample_weights=None if weights is None else weights.to(table.dtype),
             include_last_offset=True,
         )
-        return _widened(rows, table)
+        rows = _widened(rows, table)
+        if table.dtype == torch.float16 and rows.dtype == torch.float32 and rows.device.type == "cpu":
+            self._sum_anew(rows, table)
+        return rows
+
+    def _sum_anew(self, rows: Tensor, table: Tensor) -> None:
+        """Replace in place the sums that are infinite since float16 has no such numbers."""
+        for row in rows.isinf().any(dim=1).nonzero()[:, 0].tolist():
+            begin, end = int(self.indptr[row]), int(self.indptr[row + 1])
+            total = torch.zeros_like(rows[row])
+            for some in torch.arange(begin, end).split(_EDGES_AT_ONCE):
+                sources = table.index_select(0, self.indices[some]).float()
+                weights = (
+                    sources.new_ones(len(some)) if self.edge_coefficients is None else self.edge_coefficients[some]
+                )
+                total += weights.to(sources.dtype) @ sources
+            rows[row] = total if self.edge_coefficients is not None else total / (end - begin)
 
 
 def aggregate_rows(
