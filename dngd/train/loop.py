@@ -76,7 +76,7 @@ from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM, seed_generators
 from dngd.train.supervision import Supervision
 from dngd.train.surroundings import load_weights, make_surroundings
 from dngd.train.task import evaluated_nodes, graph_of, shape_of, split_of
-from dngd.train.together import open_dataset, together
+from dngd.train.together import check_same_everywhere, open_dataset, together
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +116,7 @@ class TrainingLoop:
             round_seconds=config.collective_timeout_seconds / 4,
             tell=reporter.message,
         )
+        check_same_everywhere(self.store, communicator)
         self.split = split_of(config, self.store)
         self.graph = graph_of(self.store, self.split)
         left_out = sum(self.split.dropped_unlabelled.values()) if isinstance(self.split, Split) else 0
