@@ -613,18 +613,24 @@ class TrainingLoop:
         self.best = next((r for r in self.history if r.step == position["best_step"]), None)
         if self.supervision.attempt.number > 1:
             self._tell_recovery()
-        elif self.step < self.plan.total_steps:
-            self.reporter.message(f"resumed from step {self.step} of {self.plan.total_steps}")
-        else:
+        elif self.step >= self.plan.total_steps:
             self.reporter.message(
                 f"the run is finished (step {self.step}); nothing to do: raise {self._ends()} to go on"
             )
+        elif self._has_stalled():
+            self.reporter.message(
+                f"the run was ended by patience={self.config.patience} after step {self.step} of "
+                f"{self.plan.total_steps}; nothing to do: raise --patience (or --set patience=null) to go on"
+            )
+        else:
+            self.reporter.message(f"resumed from step {self.step} of {self.plan.total_steps}")
 
     def _ends(self) -> str:
         """Return the options that end the run at its last step."""
         by_epochs, by_steps = self.plan.steps_per_epoch * self.config.epochs, self.config.max_steps
         options = ["--epochs"] if self.plan.total_steps == by_epochs else []
         options += ["--max-steps"] if self.plan.total_steps == by_steps else []
+        options += ["--patience"] if self._has_stalled() else []
         return " and ".join(options)
 
     def _best_of(self, snapshot: Snapshot) -> EvaluationRecord | None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import dngd
+from dngd import cli
 from dngd.comm import LocalCommunicator
 from dngd.errors import UserError
 from dngd.graph import GraphStore
@@ -435,6 +436,40 @@ def test_a_finished_run_says_what_ends_it(
         fit(config(str(store.path), run, **(again | more | ({"max_steps": 5} if "max_steps" in more else {})))).steps
         > steps
     )
+
+
+def test_a_run_that_patience_ended_says_so(
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what it names makes the run longer."""
+    original = ExactEvaluator.scores
+
+    def scores(self: ExactEvaluator, *arguments: Any) -> dict[str, Scores]:
+        found = original(self, *arguments)
+        return found | {"val": replace(found["val"], accuracy=0.5)}
+
+    monkeypatch.setattr(ExactEvaluator, "scores", scores)
+    run = tmp_path / "run"
+    ended = config(str(store.path), run, epochs=6, patience=1)
+    per_epoch = dngd.Trainer(ended).plan().steps_per_epoch
+    assert fit(ended).steps == 2 * per_epoch
+    listener = Listener()
+    again = ended.model_copy(update={"resume": True})
+    assert dngd.Trainer(again, reporter=listener).fit().steps == 2 * per_epoch
+    assert listener.texts[-1] == (
+        f"the run was ended by patience=1 after step {2 * per_epoch} of {6 * per_epoch}; nothing to do: raise "
+        "--patience (or --set patience=null) to go on"
+    )
+    listener = Listener()
+    both = again.model_copy(update={"epochs": 2})
+    assert dngd.Trainer(both, reporter=listener).fit().steps == 2 * per_epoch
+    assert listener.texts[-1].endswith("nothing to do: raise --epochs and --patience to go on")
+    for options, steps in ((["--epochs", "6", "--patience", "2"], 3), (["--set", "patience=null"], 6)):
+        with pytest.raises(SystemExit):
+            cli.main(["train", "--run-dir", str(run), "--resume", *options, "--json"])
+        told = capsys.readouterr()
+        assert json.loads(told.out)["steps"] == steps * per_epoch
+        assert f"resumed from step {(2 if steps == 3 else 3) * per_epoch} of {6 * per_epoch}" in told.err
 
 
 @pytest.mark.parametrize("is_link", [False, True], ids=["file", "dangling link"])
