@@ -23,6 +23,7 @@ from dngd.train.evaluate_run import evaluate_run
 from dngd.train.interrupt import CtrlC
 from dngd.train.loggers import check_loggers
 from dngd.train.objective import CustomLoss
+from dngd.train.own_parts import check_own_parts
 from dngd.train.parts import ModuleFactory, OptimizerFactory, RunParts, WrappedModel
 from dngd.train.plan import check_device, check_fits, with_samplers
 from dngd.train.predict import Predictions, predict_run, probabilities_of_run
@@ -95,6 +96,7 @@ class Trainer:
         """
         config = self.config
         check_run_folder(config)
+        check_own_parts(config, self._parts.own())
         check_loggers(config.loggers)
         if config.engine == "local":
             check_device(config)
@@ -227,6 +229,6 @@ class Trainer:
 
     @contextmanager
     def _prepared(self, reporter: Reporter) -> Iterator[TrainConfig]:
-        with hold_run_folder(self.config, reporter.message) as config:
+        with hold_run_folder(self.config, reporter.message, self._parts.own()) as config:
             self._run_dir = config.run_dir
             yield config

@@ -312,7 +312,7 @@ class TrainingLoop:
             self.finish_folder()
         raise RunInterrupted(
             f"interrupted after step {self.step} of {self.plan.total_steps}; go on with "
-            f"{resume_command(self.config, self.folder)}",
+            f"{resume_command(self.config, self.folder, self.parts.own())}",
             self.step,
             self.folder.shown,
         )

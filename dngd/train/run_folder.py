@@ -6,9 +6,10 @@ import itertools
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dngd.config import TrainConfig, address_of_run
@@ -25,6 +26,7 @@ from dngd.train.checkpoint import (
     newest_state,
     replace_file,
 )
+from dngd.train.own_parts import OWN_PARTS_NAME, listed, note_of
 from dngd.train.remote_files import CHECKPOINTS, RemoteFiles
 
 CONFIG_NAME = "config.yaml"
@@ -41,6 +43,7 @@ OTHER_RUN_SECONDS = 120.0
 _OWN_NAMES = frozenset(
     (
         *(CONFIG_NAME, "metrics.jsonl", "metrics.csv", "health.jsonl", RESULT_NAME, "model.safetensors"),
+        OWN_PARTS_NAME,
         *("report.html", CHECKPOINTS, "ray", "mlflow.db", "mlflow-run", "wandb", "wandb-run"),
     )
 )
@@ -58,6 +61,7 @@ class RunFolder:
         self.path = path
         self.shown = shown or str(path)
         self.config = path / CONFIG_NAME
+        self.own_parts = path / OWN_PARTS_NAME
         self.metrics = path / "metrics.jsonl"
         self.health = path / "health.jsonl"
         self.result = path / RESULT_NAME
@@ -93,8 +97,13 @@ def spill_folders(config: TrainConfig, folder: RunFolder) -> list[Path]:
     return [cache_folder(config.cache_dir), folder.path]
 
 
-def resume_command(config: TrainConfig, folder: RunFolder) -> str:
-    """Return the command that goes on with a run; an address has its options there, without which it is not found."""
+def resume_command(config: TrainConfig, folder: RunFolder, own_parts: Iterable[str] = ()) -> str:
+    """Return the command that goes on with a run; an address has its options there, without which it is not found.
+
+    own_parts: what is the program's own, with which it has to go on itself.
+    """
+    if own_parts := list(own_parts):
+        return f"Trainer.resume(), which needs the program's own {listed(own_parts)}"
     return f"dngd train --run-dir {shlex.quote(config.run_address or folder.shown)} --resume"
 
 
@@ -216,7 +225,7 @@ def _leave_free(path: Path) -> None:
 
 def _remove_begun(path: Path) -> None:
     """Remove what such a run left, and its loggers' names of it, which the new one would be added to."""
-    names = ("health.jsonl", "metrics.csv", "mlflow-run", "wandb-run", FREE_MARK)
+    names = ("health.jsonl", "metrics.csv", OWN_PARTS_NAME, "mlflow-run", "wandb-run", FREE_MARK)
     for file in (*(path / name for name in names), *(path / "tensorboard").glob(f"{_EVENT_FILES}*")):
         file.unlink(missing_ok=True)
 
@@ -323,7 +332,9 @@ def _looks_like_a_run(folder: Path, name: str) -> bool:
 
 
 @contextmanager
-def hold_run_folder(config: TrainConfig, tell: Callable[[str], None]) -> Iterator[TrainConfig]:
+def hold_run_folder(
+    config: TrainConfig, tell: Callable[[str], None], own_parts: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[TrainConfig]:
     """Do what `prepare_run_folder` does, and keep the folder to this process while the block runs.
 
     Another process that trains there, on this machine or on one that shares its locks, is waited for:
@@ -332,7 +343,7 @@ def hold_run_folder(config: TrainConfig, tell: Callable[[str], None]) -> Iterato
     """
     path = check_run_folder(config)
     if config.run_address is not None:
-        yield prepare_run_folder(config)
+        yield prepare_run_folder(config, own_parts)
         return
     _make_folder(path)
     told = False
@@ -344,7 +355,7 @@ def hold_run_folder(config: TrainConfig, tell: Callable[[str], None]) -> Iterato
         told = True
 
     with folder_lock(path, purpose=f"the run in {path}", wait_seconds=OTHER_RUN_SECONDS, on_wait=tell_once):
-        prepared = prepare_run_folder(config.model_copy(update={"run_dir": path}))
+        prepared = prepare_run_folder(config.model_copy(update={"run_dir": path}), own_parts)
         try:
             yield prepared
         except BaseException:
@@ -352,10 +363,11 @@ def hold_run_folder(config: TrainConfig, tell: Callable[[str], None]) -> Iterato
             raise
 
 
-def prepare_run_folder(config: TrainConfig) -> TrainConfig:
+def prepare_run_folder(config: TrainConfig, own_parts: Mapping[str, str] = MappingProxyType({})) -> TrainConfig:
     """Create the run folder, or check that it may be gone on with, and return the configuration with its path, and with
     all paths of this machine absolute: workers, and who goes on with the run, have other working directories.
 
+    own_parts: the program's own, by kind with their names; kept for `check_own_parts`.
     Raises UserError, before anything is overwritten, if `check_run_folder` does or it cannot be written.
     """
     path = check_run_folder(config)
@@ -366,7 +378,11 @@ def prepare_run_folder(config: TrainConfig) -> TrainConfig:
     # On resuming too: workers, epochs and the like may have changed, and the file says what is run.
     # S is written out: it stays what it was when the run goes on with other workers.
     kept = TrainConfig(**(prepared.model_dump() | {"resume": False, "num_shards": config.shards}))
+    note = note_of(own_parts)
+    # Before config.yaml: a folder with that alone would go on without them.
     if prepared.run_address is not None:
+        if note is not None:
+            RemoteFiles(prepared.run_address).write(OWN_PARTS_NAME, note)
         RemoteFiles(prepared.run_address).write(CONFIG_NAME, kept.to_yaml().encode())
         return prepared
     _make_folder(path)
@@ -374,6 +390,8 @@ def prepare_run_folder(config: TrainConfig) -> TrainConfig:
         (path / FREE_MARK).unlink(missing_ok=True)
     else:
         _remove_begun(path)
+    if note is not None:
+        replace_file(RunFolder(path).own_parts, note)
     replace_file(RunFolder(path).config, kept.to_yaml().encode())
     return prepared
 

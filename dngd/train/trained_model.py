@@ -79,7 +79,8 @@ def load_trained(run: Path, parts: RunParts | None = None) -> TrainedModel:
         )
     shown = f"{folder.shown}/{folder.best_model.name}"
     again = f"dngd train --run-dir {shlex.quote(address_of_run(run) or str(run))} --resume"
-    again = "Trainer.resume()" if config.model == "custom" else again
+    needs_program = "custom" in (config.model, config.optimizer) or folder.own_parts.exists()
+    again = "Trainer.resume()" if needs_program else again
     fix = f"{again} writes it anew from the newest checkpoint, or put back a copy of it"
     weights, said = _read_weights(folder.best_model, shown, fix)
     try:
