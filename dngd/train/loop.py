@@ -529,7 +529,11 @@ class TrainingLoop:
 
     def _model_bytes(self, record: EvaluationRecord) -> bytes:
         tensors = host_copies(self.model.state_dict())
-        said = {"step": str(record.step), "val_accuracy": repr(record.val_accuracy)}
+        said = {
+            "step": str(record.step),
+            "val_accuracy": repr(record.val_accuracy),
+            "graph_digest": self.store.digest,
+        }
         if self.config.model == "custom":
             said |= {"num_features": str(self.shape.num_features), "num_classes": str(self.shape.num_classes)}
         if self.store.is_multilabel and self.config.task == "node":
