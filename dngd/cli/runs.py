@@ -113,7 +113,7 @@ def train(
             help="Print what the run needs (memory, samplers, factors, bytes on the wire) and stop",
         ),
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table: warnings and errors alone")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a model and leave a run folder."""
@@ -129,12 +129,13 @@ def train(
         flags["ray"] = {name: value for name, value in cluster.items() if value is not None}
     from dngd.launch import Trainer  # imports torch: not for --help
     from dngd.train.interrupt import SigTerm
+    from dngd.train.progress import QuietReporter
 
     for text in assignments or []:
         flags = merge(flags, parse_assignment(text))
     fields = merge(_base_fields(config, flags), flags)
     _check_names_a_graph(fields)
-    trainer = Trainer(TrainConfig(**fields), quiet=quiet)
+    trainer = Trainer(TrainConfig(**fields), reporter=QuietReporter(_warn) if quiet else None)
     _refuse_unused(trainer.config, flags)
     if dry_run:
         plan = trainer.plan()
@@ -216,7 +217,8 @@ def evaluate(
     told: list[str] = []
     with evaluation_progress("evaluating") as progress:
         scores = evaluate_run(run, data_root=data_root, dataset=dataset, progress=progress, tell=told.append)
-    _warn(told)
+    for text in told:
+        _warn(text)
     if as_json:
         print_json(scores)
         return
@@ -229,9 +231,8 @@ def evaluate(
     out.print(table)
 
 
-def _warn(told: list[str]) -> None:
-    for text in told:
-        typer.echo(f"warning: {text}", err=True)
+def _warn(text: str) -> None:
+    typer.echo(f"warning: {text}", err=True)
 
 
 def predict(
@@ -274,7 +275,8 @@ def predict(
             progress=progress,
             tell=told.append,
         )
-    _warn(told)
+    for text in told:
+        _warn(text)
     if as_json:
         print_json(written.to_json())
         return

@@ -323,6 +323,9 @@ class RayReporter:
     def message(self, text: str) -> None:
         self._put(event("message", text))
 
+    def warning(self, text: str) -> None:
+        self._put(event("warning", text))
+
     def _put(self, item: dict[str, Any]) -> None:
         if self._channel is not None:
             self._channel.put.remote(item)

@@ -23,10 +23,11 @@ from dngd.train.evaluate_run import evaluate_run
 from dngd.train.interrupt import CtrlC
 from dngd.train.loggers import check_loggers
 from dngd.train.objective import CustomLoss
+from dngd.train.own_parts import check_own_parts
 from dngd.train.parts import ModuleFactory, OptimizerFactory, RunParts, WrappedModel
 from dngd.train.plan import check_device, check_fits, with_samplers
 from dngd.train.predict import Predictions, predict_run, probabilities_of_run
-from dngd.train.progress import ConsoleReporter, Reporter, SilentReporter
+from dngd.train.progress import ConsoleReporter, QuietReporter, Reporter
 from dngd.train.remote_run import readable_folder, send_report
 from dngd.train.run_folder import check_graph_of_run, reached_step
 from dngd.train.scoring import CustomMetric
@@ -62,7 +63,7 @@ class Trainer:
         Of link prediction outputs and labels of both are [m, 1], of pairs: logits, and 1 of links.
     callbacks: see Callback.
     reporter: hears of the progress; None shows a progress bar on a terminal's standard error and log lines elsewhere.
-    quiet: shows nothing.
+    quiet: shows nothing; what has gone wrong is a Python warning.
 
     With engine ray all of these are pickled to the workers. Raises UserError for parts that do not fit the
     configuration.
@@ -84,7 +85,7 @@ class Trainer:
             raise UserError(f"callbacks is a {type(callbacks).__name__}; give a list of them, [callback]")
         self._parts = RunParts(module, optimizer, loss, metric, tuple(callbacks))
         self.config = self._parts.complete(config)
-        self._reporter = SilentReporter() if quiet and reporter is None else reporter
+        self._reporter = QuietReporter() if quiet and reporter is None else reporter
         self._run_dir = config.run_dir
 
     def plan(self, tell: Callable[[str], None] | None = None) -> RunPlan:
@@ -95,6 +96,7 @@ class Trainer:
         """
         config = self.config
         check_run_folder(config)
+        check_own_parts(config, self._parts.own())
         check_loggers(config.loggers)
         if config.engine == "local":
             check_device(config)
@@ -227,6 +229,6 @@ class Trainer:
 
     @contextmanager
     def _prepared(self, reporter: Reporter) -> Iterator[TrainConfig]:
-        with hold_run_folder(self.config, reporter.message) as config:
+        with hold_run_folder(self.config, reporter.message, self._parts.own()) as config:
             self._run_dir = config.run_dir
             yield config

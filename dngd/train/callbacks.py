@@ -19,7 +19,6 @@ from torch import nn
 from dngd.config import TrainConfig
 from dngd.errors import UserError
 from dngd.train.metrics import EvaluationRecord, RunResult
-from dngd.train.progress import CALLBACK_FAILED
 
 CALLBACK_PHASE = "callback"
 
@@ -137,7 +136,5 @@ class Callbacks:
             except Exception as error:
                 self._callbacks.remove(callback)
                 name = type(callback).__name__
-                self._tell(
-                    f"{CALLBACK_FAILED}{name} failed ({type(error).__name__}: {error}); the run goes on without it"
-                )
+                self._tell(f"callback {name} failed ({type(error).__name__}: {error}); the run goes on without it")
                 return False

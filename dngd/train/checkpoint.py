@@ -32,6 +32,8 @@ from dngd.train.together import together
 FORMAT_VERSION = 1
 PREFIX = "step-"
 STATE_NAME = "state.json"
+UNFINISHED = ".writing-"
+"""How the name begins of a folder that is to become a checkpoint."""
 
 
 @dataclass
@@ -115,7 +117,7 @@ class CheckpointFolder:
         Raises OSError if that fails: what was begun is removed, and the checkpoints already there stay.
         """
         snapshot, locals_by_rank = captured.snapshot, captured.rank_locals
-        temporary = self._path / f".writing-{snapshot.step:08d}"
+        temporary = self._path / f"{UNFINISHED}{snapshot.step:08d}"
         try:
             self._write(snapshot, locals_by_rank, temporary)
         except OSError:
@@ -169,7 +171,7 @@ class CheckpointFolder:
         passed_over = [path for path in self._complete() if path.name > newest.name]
         for later in passed_over:
             shutil.rmtree(later, ignore_errors=True)
-        left_overs = [path for path in self._path.iterdir() if path.name.startswith(".writing-")]
+        left_overs = [path for path in self._path.iterdir() if path.name.startswith(UNFINISHED)]
         for old in self._complete()[: -self._keep] + left_overs:
             if old != self._sent:
                 shutil.rmtree(old, ignore_errors=True)

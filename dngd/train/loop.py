@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ from dngd.train.optimizers import (
 from dngd.train.parts import RunParts, check_outputs, make_module, own_part
 from dngd.train.placement import choose_placement, free_gpu_bytes, place_features, with_sparse
 from dngd.train.plan import check_fits, device_of, make_plan, with_samplers
-from dngd.train.progress import Reporter, StepRecord
+from dngd.train.progress import Reporter, StepRecord, warn
 from dngd.train.run_folder import RunFolder, check_same_graph, resume_command, spill_folders
 from dngd.train.semi import SemiSupervision
 from dngd.train.sources import BatchSources
@@ -76,7 +77,7 @@ from dngd.train.streams import DROPOUT_STREAM, WEIGHTS_STREAM, seed_generators
 from dngd.train.supervision import Supervision
 from dngd.train.surroundings import load_weights, make_surroundings
 from dngd.train.task import evaluated_nodes, graph_of, shape_of, split_of
-from dngd.train.together import open_dataset, together
+from dngd.train.together import check_same_everywhere, open_dataset, together
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class TrainingLoop:
         self.config = config
         self.comm = communicator
         self.reporter = reporter
+        self.warn = partial(warn, reporter)
         self.supervision = supervision or Supervision()
         self.parts = parts or RunParts()
         self.metric_name = self.parts.metric_name(config)
@@ -116,6 +118,7 @@ class TrainingLoop:
             round_seconds=config.collective_timeout_seconds / 4,
             tell=reporter.message,
         )
+        check_same_everywhere(self.store, communicator)
         self.split = split_of(config, self.store)
         self.graph = graph_of(self.store, self.split)
         left_out = sum(self.split.dropped_unlabelled.values()) if isinstance(self.split, Split) else 0
@@ -194,7 +197,7 @@ class TrainingLoop:
             communicator,
             timeout_seconds=config.checkpoint.write_timeout_seconds,
             signal_seconds=config.collective_timeout_seconds / 4,
-            tell=reporter.message,
+            tell=self.warn,
             written=self.supervision.checkpointed,
         )
         self.schedule = _checkpoint_schedule(config, communicator)
@@ -227,7 +230,7 @@ class TrainingLoop:
             self.plan.total_steps,
         )
         chosen = [*make_loggers(config.loggers), *self.parts.callbacks] if communicator.rank == 0 else []
-        self.callbacks = Callbacks(chosen, reporter.message, self.clock.inside)
+        self.callbacks = Callbacks(chosen, self.warn, self.clock.inside)
 
     def run(self) -> RunResult:
         """Train to the end and return the result; rank 0 has written the run folder by then."""
@@ -309,7 +312,7 @@ class TrainingLoop:
             self.finish_folder()
         raise RunInterrupted(
             f"interrupted after step {self.step} of {self.plan.total_steps}; go on with "
-            f"{resume_command(self.config, self.folder)}",
+            f"{resume_command(self.config, self.folder, self.parts.own())}",
             self.step,
             self.folder.shown,
         )
@@ -398,7 +401,7 @@ class TrainingLoop:
         else:
             self.dropped_in_a_row += 1
             self.dropped_steps += 1
-            self.reporter.message(f"step {self.step}: a gradient is not finite; all ranks dropped the step")
+            self.warn(f"step {self.step}: a gradient is not finite; all ranks dropped the step")
         if self.objective.class_weights is not None:  # the divisor is no number of seeds then
             self.seeds_done += self.split.train.numel() / self.plan.steps_per_epoch
         else:
@@ -465,13 +468,13 @@ class TrainingLoop:
             train_seconds=self.train_seconds,
         )
         if math.isnan(record.val_accuracy) and not any(math.isnan(before.val_accuracy) for before in self.history):
-            self.reporter.message(
+            self.warn(
                 f"the validation {self.metric_name} is not defined (its nodes are of one class alone, or an output is "
                 "not finite): until it is, the first model counts as the best"
             )
         if scores["val"].predicted < 1 and self.predicts_all:
             self.predicts_all = False
-            self.reporter.message(
+            self.warn(
                 f"step {self.step}: {1 - scores['val'].predicted:.1%} of the validation outputs are not finite and "
                 "count as wrong; use a smaller --lr or a larger --damping"
             )
@@ -526,7 +529,11 @@ class TrainingLoop:
 
     def _model_bytes(self, record: EvaluationRecord) -> bytes:
         tensors = host_copies(self.model.state_dict())
-        said = {"step": str(record.step), "val_accuracy": repr(record.val_accuracy)}
+        said = {
+            "step": str(record.step),
+            "val_accuracy": repr(record.val_accuracy),
+            "graph_digest": self.store.digest,
+        }
         if self.config.model == "custom":
             said |= {"num_features": str(self.shape.num_features), "num_classes": str(self.shape.num_classes)}
         if self.store.is_multilabel and self.config.task == "node":
@@ -569,10 +576,10 @@ class TrainingLoop:
             tell=self.reporter.message,
         )
         for text in skipped:
-            self.reporter.message(text)
+            self.warn(text)
         if snapshot is None:
             if self.supervision.attempt.number == 1:
-                self.reporter.message(f"nothing to resume in {self.folder.shown}; starting from the beginning")
+                self.warn(f"nothing to resume in {self.folder.shown}; starting from the beginning")
             if self.comm.rank == 0:
                 self.metrics.keep_up_to(-1)
                 self.health.keep_up_to(-1)
@@ -604,24 +611,30 @@ class TrainingLoop:
         # Rank 0 alone reads the run folder. Which evaluation is the best is the checkpoint's to say: it has the model.
         kept = []
         if self.comm.rank == 0:
-            kept = self.metrics.keep_up_to(self.step, self._best_of(snapshot), self.reporter.message)
+            kept = self.metrics.keep_up_to(self.step, self._best_of(snapshot), self.warn)
         self.history = self._broadcast_history(kept)
         self.folder.changed()
         self.best = next((r for r in self.history if r.step == position["best_step"]), None)
         if self.supervision.attempt.number > 1:
             self._tell_recovery()
-        elif self.step < self.plan.total_steps:
-            self.reporter.message(f"resumed from step {self.step} of {self.plan.total_steps}")
-        else:
+        elif self.step >= self.plan.total_steps:
             self.reporter.message(
                 f"the run is finished (step {self.step}); nothing to do: raise {self._ends()} to go on"
             )
+        elif self._has_stalled():
+            self.reporter.message(
+                f"the run was ended by patience={self.config.patience} after step {self.step} of "
+                f"{self.plan.total_steps}; nothing to do: raise --patience (or --set patience=null) to go on"
+            )
+        else:
+            self.reporter.message(f"resumed from step {self.step} of {self.plan.total_steps}")
 
     def _ends(self) -> str:
         """Return the options that end the run at its last step."""
         by_epochs, by_steps = self.plan.steps_per_epoch * self.config.epochs, self.config.max_steps
         options = ["--epochs"] if self.plan.total_steps == by_epochs else []
         options += ["--max-steps"] if self.plan.total_steps == by_steps else []
+        options += ["--patience"] if self._has_stalled() else []
         return " and ".join(options)
 
     def _best_of(self, snapshot: Snapshot) -> EvaluationRecord | None:

@@ -144,7 +144,7 @@ class MetricsLog:
             if damaged or (is_lost and not torn):
                 what = f"{damaged} damaged line{'s' if damaged > 1 else ''}" if damaged else "lines lost"
                 tell(
-                    f"warning: {self._shown} had {what}, which the run goes on without; its best evaluation, of step "
+                    f"{self._shown} had {what}, which the run goes on without; its best evaluation, of step "
                     f"{best.step} with validation {self._metric} {best.val_accuracy:.4f}, is the checkpoint's"
                 )
         lines = "".join(self._line(record) for record in records)

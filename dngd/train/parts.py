@@ -51,7 +51,12 @@ class RunParts:
         """Return its name in the run's files."""
         if self.metric is None:
             return config.metric_in_use
-        return str(getattr(self.metric, "__name__", type(self.metric).__name__))
+        return _name_of(self.metric)
+
+    def own(self) -> dict[str, str]:
+        """Return which of module, optimizer, loss and metric are the program's own, with their names."""
+        parts = {"module": self.module, "optimizer": self.optimizer, "loss": self.loss, "metric": self.metric}
+        return {kind: _name_of(part) for kind, part in parts.items() if part is not None}
 
     def complete(self, config: TrainConfig) -> TrainConfig:
         """Return the configuration that says what is the program's own.
@@ -91,6 +96,10 @@ class RunParts:
         if self.loss is not None and complete.semi != "none":
             raise UserError(f"semi={complete.semi} has a loss of its own; leave loss= out, or use semi=none")
         return complete
+
+
+def _name_of(part: object) -> str:
+    return str(getattr(part, "__name__", type(part).__name__))
 
 
 class WrappedModel(PyGModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -45,15 +46,19 @@ class Reporter(Protocol):
         """An evaluation has ended."""
 
     def message(self, text: str) -> None:
-        """Something that a person should know."""
+        """Something that a person who watches the run wants to know."""
+
+    def warning(self, text: str) -> None:
+        """Something that has gone wrong, or may: to be known to those too who do not watch."""
 
 
-CALLBACK_FAILED = "callback "
-"""How the message begins that tells of a program's own callback."""
+def warn(reporter: Reporter, text: str) -> None:
+    """Hand a warning to a reporter; to a program's own that has messages alone, as one of these."""
+    getattr(reporter, "warning", reporter.message)(text)
 
 
 class SilentReporter:
-    """Says nothing, but warns of a callback that failed: a program would hear of it nowhere else."""
+    """Says nothing; warnings are messages."""
 
     def step(self, record: StepRecord) -> None:
         return None
@@ -62,8 +67,23 @@ class SilentReporter:
         return None
 
     def message(self, text: str) -> None:
-        if text.startswith(CALLBACK_FAILED):
+        return None
+
+    def warning(self, text: str) -> None:
+        self.message(text)
+
+
+class QuietReporter(SilentReporter):
+    """Says warnings alone. say: how; None: by Python's warnings, as a program may want to filter them."""
+
+    def __init__(self, say: Callable[[str], None] | None = None) -> None:
+        self._say = say
+
+    def warning(self, text: str) -> None:
+        if self._say is None:
             warnings.warn(text, stacklevel=2)
+        else:
+            self._say(text)
 
 
 class ConsoleReporter:
@@ -131,6 +151,9 @@ class ConsoleReporter:
     def message(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)
 
+    def warning(self, text: str) -> None:
+        self.message(f"warning: {text}")
+
 
 def event(kind: str, payload: StepRecord | EvaluationRecord | str) -> dict[str, Any]:
     """Return a progress event as plain data, for a reporter in another process."""
@@ -144,5 +167,7 @@ def deliver(reporter: Reporter, received: dict[str, Any]) -> None:
         reporter.step(StepRecord(**payload))
     elif kind == "evaluation":
         reporter.evaluation(EvaluationRecord(**payload))
+    elif kind == "warning":
+        warn(reporter, payload)
     else:
         reporter.message(payload)

@@ -23,10 +23,11 @@ from dngd.errors import UserError
 from dngd.graph import cache_folder
 from dngd.paths import RUN_FILES, expanded, holds_run, runs_in
 from dngd.train.checkpoint import STATE_NAME, DamagedError, read_verified
+from dngd.train.own_parts import OWN_PARTS_NAME
 from dngd.train.remote_files import CHECKPOINTS, RemoteFiles
 from dngd.train.run_folder import CONFIG_NAME, RunFolder
 
-DRIVERS_OWN = (CONFIG_NAME, "report.html")
+DRIVERS_OWN = (CONFIG_NAME, OWN_PARTS_NAME, "report.html")
 """The files of a run that its driver writes, not rank 0."""
 
 SETTLE_SECONDS = 10.0

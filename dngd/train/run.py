@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -15,7 +16,7 @@ from dngd.train.checkpoint import replace_file, run_folder_is_gone
 from dngd.train.loop import TrainingLoop
 from dngd.train.metrics import RunResult, read_result
 from dngd.train.parts import RunParts
-from dngd.train.progress import Reporter
+from dngd.train.progress import Reporter, warn
 from dngd.train.remote_run import open_run_folder
 from dngd.train.supervision import Supervision
 
@@ -40,7 +41,7 @@ def run_rank(
     settle_seconds = SETTLE_SECONDS
     with (
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
-        open_run_folder(config, communicator.rank, reporter.message) as folder,
+        open_run_folder(config, communicator.rank, partial(warn, reporter)) as folder,
     ):
         loop = TrainingLoop(
             config,

@@ -6,9 +6,10 @@ import itertools
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dngd.config import TrainConfig, address_of_run
@@ -19,11 +20,13 @@ from dngd.graph.manifest import is_store_folder
 from dngd.paths import expanded, runs_inside_text
 from dngd.train.checkpoint import (
     STATE_NAME,
+    UNFINISHED,
     check_same_run,
     complete_checkpoints,
     newest_state,
     replace_file,
 )
+from dngd.train.own_parts import OWN_PARTS_NAME, listed, note_of
 from dngd.train.remote_files import CHECKPOINTS, RemoteFiles
 
 CONFIG_NAME = "config.yaml"
@@ -40,6 +43,7 @@ OTHER_RUN_SECONDS = 120.0
 _OWN_NAMES = frozenset(
     (
         *(CONFIG_NAME, "metrics.jsonl", "metrics.csv", "health.jsonl", RESULT_NAME, "model.safetensors"),
+        OWN_PARTS_NAME,
         *("report.html", CHECKPOINTS, "ray", "mlflow.db", "mlflow-run", "wandb", "wandb-run"),
     )
 )
@@ -57,6 +61,7 @@ class RunFolder:
         self.path = path
         self.shown = shown or str(path)
         self.config = path / CONFIG_NAME
+        self.own_parts = path / OWN_PARTS_NAME
         self.metrics = path / "metrics.jsonl"
         self.health = path / "health.jsonl"
         self.result = path / RESULT_NAME
@@ -92,8 +97,13 @@ def spill_folders(config: TrainConfig, folder: RunFolder) -> list[Path]:
     return [cache_folder(config.cache_dir), folder.path]
 
 
-def resume_command(config: TrainConfig, folder: RunFolder) -> str:
-    """Return the command that goes on with a run; an address has its options there, without which it is not found."""
+def resume_command(config: TrainConfig, folder: RunFolder, own_parts: Iterable[str] = ()) -> str:
+    """Return the command that goes on with a run; an address has its options there, without which it is not found.
+
+    own_parts: what is the program's own, with which it has to go on itself.
+    """
+    if own_parts := list(own_parts):
+        return f"Trainer.resume(), which needs the program's own {listed(own_parts)}"
     return f"dngd train --run-dir {shlex.quote(config.run_address or folder.shown)} --resume"
 
 
@@ -215,20 +225,32 @@ def _leave_free(path: Path) -> None:
 
 def _remove_begun(path: Path) -> None:
     """Remove what such a run left, and its loggers' names of it, which the new one would be added to."""
-    names = ("health.jsonl", "metrics.csv", "mlflow-run", "wandb-run", FREE_MARK)
+    names = ("health.jsonl", "metrics.csv", OWN_PARTS_NAME, "mlflow-run", "wandb-run", FREE_MARK)
     for file in (*(path / name for name in names), *(path / "tensorboard").glob(f"{_EVENT_FILES}*")):
         file.unlink(missing_ok=True)
 
 
 def _check_not_lost(path: Path, remote: RemoteFiles | None, shown: Path | str) -> None:
-    """Raise UserError if a finished run has no checkpoint any longer: its model and log would be replaced."""
-    names = complete_checkpoints(RunFolder(path).checkpoints) if remote is None else remote.checkpoints()
-    is_finished = RunFolder(path).result.is_file() if remote is None else RESULT_NAME in remote.names()
-    if is_finished and not names:
-        raise UserError(
-            f"the run in {shown} is finished, but its {CHECKPOINTS} are gone: there is nothing to go on from, and its "
-            "model and log would be replaced; put the newest checkpoint back, or train anew in another --run-dir"
-        )
+    """Raise UserError if a run that has a result, evaluations or a model has no checkpoint (any longer): going on would
+    begin anew, in their place. One that was killed while it wrote its first checkpoint may."""
+    folder = RunFolder(path)
+    if remote is None:
+        names = [checkpoint.name for checkpoint in complete_checkpoints(folder.checkpoints)]
+        is_finished, kept_nothing = folder.result.is_file(), _kept_nothing(path)
+        began = any(folder.checkpoints.glob(f"{UNFINISHED}*"))
+    else:
+        # One that was not sent whole is among them too.
+        names, files = remote.checkpoints(), remote.names()
+        is_finished = RESULT_NAME in files
+        kept_nothing = not (is_finished or folder.best_model.name in files or remote.read(folder.metrics.name))
+        began = False
+    if names or kept_nothing or (began and not is_finished):
+        return
+    state, lost = ("is finished", "gone") if is_finished else ("was evaluated", "gone, or never were")
+    raise UserError(
+        f"the run in {shown} {state}, but its {CHECKPOINTS} are {lost}: there is nothing to go on from, and its "
+        "model and log would be replaced; put the newest checkpoint back, or train anew in another --run-dir"
+    )
 
 
 def reached_step(config: TrainConfig) -> int:
@@ -310,7 +332,9 @@ def _looks_like_a_run(folder: Path, name: str) -> bool:
 
 
 @contextmanager
-def hold_run_folder(config: TrainConfig, tell: Callable[[str], None]) -> Iterator[TrainConfig]:
+def hold_run_folder(
+    config: TrainConfig, tell: Callable[[str], None], own_parts: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[TrainConfig]:
     """Do what `prepare_run_folder` does, and keep the folder to this process while the block runs.
 
     Another process that trains there, on this machine or on one that shares its locks, is waited for:
@@ -319,7 +343,7 @@ def hold_run_folder(config: TrainConfig, tell: Callable[[str], None]) -> Iterato
     """
     path = check_run_folder(config)
     if config.run_address is not None:
-        yield prepare_run_folder(config)
+        yield prepare_run_folder(config, own_parts)
         return
     _make_folder(path)
     told = False
@@ -331,7 +355,7 @@ def hold_run_folder(config: TrainConfig, tell: Callable[[str], None]) -> Iterato
         told = True
 
     with folder_lock(path, purpose=f"the run in {path}", wait_seconds=OTHER_RUN_SECONDS, on_wait=tell_once):
-        prepared = prepare_run_folder(config.model_copy(update={"run_dir": path}))
+        prepared = prepare_run_folder(config.model_copy(update={"run_dir": path}), own_parts)
         try:
             yield prepared
         except BaseException:
@@ -339,10 +363,11 @@ def hold_run_folder(config: TrainConfig, tell: Callable[[str], None]) -> Iterato
             raise
 
 
-def prepare_run_folder(config: TrainConfig) -> TrainConfig:
+def prepare_run_folder(config: TrainConfig, own_parts: Mapping[str, str] = MappingProxyType({})) -> TrainConfig:
     """Create the run folder, or check that it may be gone on with, and return the configuration with its path, and with
     all paths of this machine absolute: workers, and who goes on with the run, have other working directories.
 
+    own_parts: the program's own, by kind with their names; kept for `check_own_parts`.
     Raises UserError, before anything is overwritten, if `check_run_folder` does or it cannot be written.
     """
     path = check_run_folder(config)
@@ -353,7 +378,11 @@ def prepare_run_folder(config: TrainConfig) -> TrainConfig:
     # On resuming too: workers, epochs and the like may have changed, and the file says what is run.
     # S is written out: it stays what it was when the run goes on with other workers.
     kept = TrainConfig(**(prepared.model_dump() | {"resume": False, "num_shards": config.shards}))
+    note = note_of(own_parts)
+    # Before config.yaml: a folder with that alone would go on without them.
     if prepared.run_address is not None:
+        if note is not None:
+            RemoteFiles(prepared.run_address).write(OWN_PARTS_NAME, note)
         RemoteFiles(prepared.run_address).write(CONFIG_NAME, kept.to_yaml().encode())
         return prepared
     _make_folder(path)
@@ -361,6 +390,8 @@ def prepare_run_folder(config: TrainConfig) -> TrainConfig:
         (path / FREE_MARK).unlink(missing_ok=True)
     else:
         _remove_begun(path)
+    if note is not None:
+        replace_file(RunFolder(path).own_parts, note)
     replace_file(RunFolder(path).config, kept.to_yaml().encode())
     return prepared
 

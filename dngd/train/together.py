@@ -7,6 +7,7 @@ so that a node which takes an hour is neither taken for dead nor waited for with
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from dngd.graph import GraphStore, Progress, resolve_dataset
 FIRST_ROUND_SECONDS = 0.05
 MOST_ROUND_SECONDS = 2.0
 TELL_SECONDS = 10.0
+MOST_NAMED = 3
 
 T = TypeVar("T")
 
@@ -52,6 +54,33 @@ def open_dataset(config: TrainConfig, progress: Progress) -> GraphStore:
         config.stage_timeout_seconds,
         stage_dir=config.stage_dir,
         progress=progress,
+    )
+
+
+def check_same_everywhere(store: GraphStore, communicator: Communicator) -> None:
+    """Raise UserError at all ranks if one of them has opened another graph than rank 0. All ranks enter.
+
+    By the manifests' sha256: nodes may have the graph at different paths, not in different versions.
+    """
+    if communicator.world_size == 1:
+        return
+    own = {"digest": store.digest, "place": f"{store.path} on {os.uname().nodename}"}
+    gathered = communicator.gather_bytes(json.dumps(own).encode())
+    told = None if gathered is None else _difference([json.loads(item) for item in gathered]).encode()
+    if said := communicator.broadcast_bytes(told):
+        raise UserError(said.decode())
+
+
+def _difference(opened: list[dict[str, str]]) -> str:
+    """Return which ranks have another graph than rank 0, in a sentence; "" if none has."""
+    others = [rank for rank, one in enumerate(opened) if one["digest"] != opened[0]["digest"]]
+    if not others:
+        return ""
+    named = ", ".join(f"rank {rank} ({opened[rank]['place']})" for rank in others[:MOST_NAMED])
+    more = f" and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
+    return (
+        f"the workers read different graphs: {named}{more} and rank 0 ({opened[0]['place']}) have files of other "
+        "content; put the same files on every node, whose own $DNGD_DATA_ROOT comes before the driver's"
     )
 
 

@@ -36,7 +36,8 @@ class TrainedModel:
     """A run's best model. step: when it was evaluated. num_features, num_classes: what it takes and gives, in link
     prediction numbers of an embedding.
     is_multilabel: whether its outputs are of several labels a node. label_names: of its classes, where the graph that
-    it was trained on had names, or numbers other than 0 to num_classes - 1."""
+    it was trained on had names, or numbers other than 0 to num_classes - 1. graph_digest: that graph's; None of
+    files of an earlier dngd."""
 
     folder: RunFolder
     config: TrainConfig
@@ -46,6 +47,7 @@ class TrainedModel:
     num_classes: int
     is_multilabel: bool = False
     label_names: LabelNames | None = None
+    graph_digest: str | None = None
 
 
 def _no_run(folder: RunFolder, *, is_here: bool) -> str:
@@ -79,7 +81,8 @@ def load_trained(run: Path, parts: RunParts | None = None) -> TrainedModel:
         )
     shown = f"{folder.shown}/{folder.best_model.name}"
     again = f"dngd train --run-dir {shlex.quote(address_of_run(run) or str(run))} --resume"
-    again = "Trainer.resume()" if config.model == "custom" else again
+    needs_program = "custom" in (config.model, config.optimizer) or folder.own_parts.exists()
+    again = "Trainer.resume()" if needs_program else again
     fix = f"{again} writes it anew from the newest checkpoint, or put back a copy of it"
     weights, said = _read_weights(folder.best_model, shown, fix)
     try:
@@ -108,7 +111,7 @@ def load_trained(run: Path, parts: RunParts | None = None) -> TrainedModel:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{shown} cannot be loaded into the run's model: {reason}; {fix}") from None
     is_multilabel = said.get("labels") == "several"
-    return TrainedModel(folder, config, model, step, *widths, is_multilabel, names)
+    return TrainedModel(folder, config, model, step, *widths, is_multilabel, names, said.get("graph_digest"))
 
 
 def _read_weights(path: Path, shown: str, fix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -285,14 +288,15 @@ def evaluator_of(
 
 
 def trained_on(trained: TrainedModel) -> str | None:
-    """Return the digest of the graph that the run was trained on, from its newest checkpoint; None if none has it."""
+    """Return the digest of the graph that the run was trained on, from its newest checkpoint, or else its model's file;
+    None if none has it."""
     checkpoints = trained.folder.checkpoints
     for state in sorted(checkpoints.glob(f"{PREFIX}*/state.json"), reverse=True):
         try:
             return str(json.loads(state.read_text())["position"]["graph_digest"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
-    return None
+    return trained.graph_digest
 
 
 def _placed(features: Tensor, device: torch.device) -> Tensor:

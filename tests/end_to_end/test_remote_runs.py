@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 import dngd
 from dngd import cli
@@ -107,6 +108,29 @@ def test_a_run_on_s3_is_the_run_of_a_folder(
         bucket.remove(key)
     lost = refused(capsys, "train", "--run-dir", "s3://runs/team/one", "--resume")
     assert "the run in s3://runs/team/one is finished, but its checkpoints are gone" in lost
+    bucket.remove("team/one/result.json")
+    before = {key: bucket.read(key) for key in bucket.keys("team/one")}
+    for key in ("team/one/metrics.jsonl", "team/one/model.safetensors"):
+        lost = refused(capsys, "train", "--run-dir", "s3://runs/team/one", "--resume")
+        assert "the run in s3://runs/team/one was evaluated, but its checkpoints are gone, or never were" in lost
+        assert {key: bucket.read(key) for key in bucket.keys("team/one")} == before
+        bucket.remove(key)
+        before.pop(key)
+
+
+def test_a_run_with_a_metric_of_its_own(
+    bucket: ObjectStore, store: GraphStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def top_two(outputs: Tensor, labels: Tensor) -> float:
+        return float((outputs.topk(2).indices == labels[:, None]).any(1).float().mean())
+
+    made = settings(store, "s3://runs/own", max_steps=3)
+    dngd.Trainer(made, quiet=True, metric=top_two).fit()
+    said = refused(capsys, "train", "--run-dir", "s3://runs/own", "--resume", "--max-steps", "4")
+    assert "the run in s3://runs/own was trained with a program's own metric (top_two)" in said
+    more = made.model_copy(update={"max_steps": 4})
+    assert dngd.Trainer(more, quiet=True, metric=top_two).resume().steps == 4
+    assert json.loads(bucket.read("own/own-parts.json")) == {"metric": "top_two"}
 
 
 def test_a_report_of_all_runs_at_an_address(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dngd.graph import GraphStore
 from tests.helpers.ranks import run_ranks
 from tests.multiprocess.together import LIMIT_SECONDS
 
@@ -45,3 +49,25 @@ def test_the_wait_has_a_limit(met: dict[str, list[dict[str, Any]]]) -> None:
 
 def test_mutant_that_waits_in_one_collective_is_caught(met: dict[str, list[dict[str, Any]]]) -> None:
     assert met["mutant"][0]["error"].startswith("TrainingError: rank 0 of 2: all-reduce of state failed")
+
+
+def test_ranks_that_read_different_graphs_end_together(store: GraphStore, tmp_path: Path) -> None:
+    """Of one name and shape; the same graph may lie at another path."""
+    one, copy, other = (tmp_path / name / "graph" for name in ("one", "copy", "other"))
+    for path in (one, copy):
+        shutil.copytree(store.path, path)
+    changed = {"indptr": store.indptr, "indices": store.indices, "features": store.features * 2}
+    other.parent.mkdir()
+    GraphStore.write(other, **changed, labels=store.labels, masks=store.split_masks)
+    (tmp_path / "run").mkdir()
+    config = {"dataset": "graph", "engine": "local", "num_layers": 2, "fanout": [4, 4], "hidden": 8, "batch_size": 60}
+    config |= {"num_shards": 2, "num_samplers": 0, "run_dir": str(tmp_path / "run")}
+    worlds = [{"roots": [str(one.parent), str(path.parent)], "config": config} for path in (other, copy)]
+    different, same = run_ranks("tests.multiprocess.together:set_up", 2, worlds)
+    host = os.uname().nodename
+    said = (
+        f"UserError: the workers read different graphs: rank 1 ({other} on {host}) and rank 0 ({one} on {host}) have "
+        "files of other content; put the same files on every node, whose own $DNGD_DATA_ROOT comes before the driver's"
+    )
+    assert different == [said] * 2
+    assert same == ["set up"] * 2

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 from dngd.comm import Communicator, current_communicator
+from dngd.config import TrainConfig
 from dngd.errors import TrainingError, UserError
+from dngd.train import TrainingLoop
+from dngd.train.progress import SilentReporter
 from dngd.train.together import Progress, together
 
 LIMIT_SECONDS = 2.0
@@ -43,3 +48,16 @@ def meet(comm: Communicator, argument: dict[str, Any]) -> dict[str, Any]:
     except (UserError, TrainingError, ValueError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     return {"result": result, "seconds": time.monotonic() - began, "told": told}
+
+
+def set_up(comm: Communicator, argument: dict[str, Any]) -> str:
+    """Set up a run with a $DNGD_DATA_ROOT of the rank's own; return how that ended, once the other rank did too."""
+    os.environ["DNGD_DATA_ROOT"] = argument["roots"][comm.rank]
+    config = TrainConfig(**(argument["config"] | {"run_dir": Path(argument["config"]["run_dir"])}))
+    try:
+        TrainingLoop(config, comm, SilentReporter())
+    except Exception as error:
+        comm.barrier()
+        return f"{type(error).__name__}: {error}"
+    comm.barrier()
+    return "set up"

@@ -197,20 +197,42 @@ def test_a_configuration_that_was_cut_short_anywhere(run: Path) -> None:
         assert refusal(run).startswith(f"configuration file {file} ")
 
 
-def test_a_finished_run_whose_checkpoints_are_gone_is_not_begun_anew(store: GraphStore, run: Path) -> None:
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ([], "is finished, but its checkpoints are gone:"),
+        (["result.json"], "was evaluated, but its checkpoints are gone, or never were:"),
+        (["result.json", "model.safetensors"], "was evaluated, but"),
+        (["result.json", "metrics.jsonl"], "was evaluated, but"),
+    ],
+    ids=["finished", "killed", "no model", "no metrics"],
+)
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(
+    store: GraphStore, run: Path, lost: list[str], said: str
+) -> None:
+    for name in lost:
+        (run / name).unlink()
     shutil.rmtree(run / "checkpoints")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(UserError) as info:
         fit(store, run, resume=True)
-    assert str(info.value).startswith(f"the run in {run} is finished, but its checkpoints are gone")
+    assert str(info.value).startswith(f"the run in {run} {said}")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(store: GraphStore, run: Path) -> None:
+@pytest.mark.parametrize("is_writing", [False, True], ids=["before", "while writing"])
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
+    store: GraphStore, run: Path, is_writing: bool
+) -> None:
+    """Nothing is lost by it. While the first is written there are an evaluation and a model already."""
     model = (run / "model.safetensors").read_bytes()
-    for lost in ("result.json", "model.safetensors"):
-        (run / lost).unlink()
     shutil.rmtree(run / "checkpoints")
+    (run / "result.json").unlink()
+    if is_writing:
+        (run / "checkpoints" / ".writing-00000002").mkdir(parents=True)
+    else:
+        (run / "metrics.jsonl").unlink()
+        (run / "model.safetensors").unlink()
     fit(store, run, resume=True)
     assert (run / "model.safetensors").read_bytes() == model
 

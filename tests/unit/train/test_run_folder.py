@@ -14,14 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 
 import dngd
+from dngd import cli
 from dngd.comm import LocalCommunicator
 from dngd.errors import UserError
 from dngd.graph import GraphStore
 from dngd.train import hold_run_folder, run_folder, run_rank
 from dngd.train.callbacks import Callback, RunState
-from dngd.train.checkpoint import CheckpointFolder, Snapshot
+from dngd.train.checkpoint import CheckpointFolder, Snapshot, said_in, weights_file
 from dngd.train.evaluate_run import evaluate_run
 from dngd.train.evaluation import ExactEvaluator, Scores
 from dngd.train.metrics import read_metrics, read_result
@@ -340,12 +342,17 @@ def test_a_finished_run_that_was_moved_stays_where_it_is(store: GraphStore, tmp_
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == others
 
 
-def test_another_graph_in_the_place_of_the_runs_is_refused(store: GraphStore, tmp_path: Path) -> None:
-    """Unless it is asked for by name: scores on another graph are not the run's."""
+@pytest.mark.parametrize("has_checkpoints", [True, False])
+def test_another_graph_in_the_place_of_the_runs_is_refused(
+    store: GraphStore, tmp_path: Path, has_checkpoints: bool
+) -> None:
+    """Unless it is asked for by name: scores on another graph are not the run's. Its model's file tells of it too."""
     shutil.copytree(store.path, tmp_path / "graph")
     run = tmp_path / "run"
     fit(config(str(tmp_path / "graph"), run))
     assert evaluate_run(run)["step"] > 0
+    if not has_checkpoints:
+        shutil.rmtree(run / "checkpoints")
     shutil.rmtree(tmp_path / "graph")
     changed = {"indptr": store.indptr, "indices": store.indices, "features": store.features * 2}
     GraphStore.write(tmp_path / "graph", **changed, labels=store.labels, masks=store.split_masks)
@@ -354,6 +361,11 @@ def test_another_graph_in_the_place_of_the_runs_is_refused(store: GraphStore, tm
     with pytest.raises(UserError, match="another graph"):
         predict_run(run, tmp_path / "out.parquet")
     assert evaluate_run(run, dataset=str(tmp_path / "graph"))["step"] > 0
+    if not has_checkpoints:
+        model = run / "model.safetensors"  # as an earlier dngd wrote it
+        said = {name: value for name, value in said_in(model.read_bytes()).items() if name != "graph_digest"}
+        model.write_bytes(weights_file(safetensors.torch.load(model.read_bytes()), said))
+        assert evaluate_run(run)["step"] > 0
 
 
 def test_an_undefined_metric_is_null(store: GraphStore, tmp_path: Path) -> None:
@@ -435,6 +447,40 @@ def test_a_finished_run_says_what_ends_it(
         fit(config(str(store.path), run, **(again | more | ({"max_steps": 5} if "max_steps" in more else {})))).steps
         > steps
     )
+
+
+def test_a_run_that_patience_ended_says_so(
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what it names makes the run longer."""
+    original = ExactEvaluator.scores
+
+    def scores(self: ExactEvaluator, *arguments: Any) -> dict[str, Scores]:
+        found = original(self, *arguments)
+        return found | {"val": replace(found["val"], accuracy=0.5)}
+
+    monkeypatch.setattr(ExactEvaluator, "scores", scores)
+    run = tmp_path / "run"
+    ended = config(str(store.path), run, epochs=6, patience=1)
+    per_epoch = dngd.Trainer(ended).plan().steps_per_epoch
+    assert fit(ended).steps == 2 * per_epoch
+    listener = Listener()
+    again = ended.model_copy(update={"resume": True})
+    assert dngd.Trainer(again, reporter=listener).fit().steps == 2 * per_epoch
+    assert listener.texts[-1] == (
+        f"the run was ended by patience=1 after step {2 * per_epoch} of {6 * per_epoch}; nothing to do: raise "
+        "--patience (or --set patience=null) to go on"
+    )
+    listener = Listener()
+    both = again.model_copy(update={"epochs": 2})
+    assert dngd.Trainer(both, reporter=listener).fit().steps == 2 * per_epoch
+    assert listener.texts[-1].endswith("nothing to do: raise --epochs and --patience to go on")
+    for options, steps in ((["--epochs", "6", "--patience", "2"], 3), (["--set", "patience=null"], 6)):
+        with pytest.raises(SystemExit):
+            cli.main(["train", "--run-dir", str(run), "--resume", *options, "--json"])
+        told = capsys.readouterr()
+        assert json.loads(told.out)["steps"] == steps * per_epoch
+        assert f"resumed from step {(2 if steps == 3 else 3) * per_epoch} of {6 * per_epoch}" in told.err
 
 
 @pytest.mark.parametrize("is_link", [False, True], ids=["file", "dangling link"])
