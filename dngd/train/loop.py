@@ -200,6 +200,8 @@ class TrainingLoop:
             tell=self.warn,
             written=self.supervision.checkpointed,
         )
+        if communicator.rank == 0:
+            self.folder.checkpoints.mkdir(exist_ok=True)  # there and empty: none was lost
         self.schedule = _checkpoint_schedule(config, communicator)
         self.metrics = MetricsLog(self.folder.metrics, self.metric_name, f"{self.folder.shown}/metrics.jsonl")
         self.health = HealthLog(self.folder.health)

@@ -20,7 +20,6 @@ from dngd.graph.manifest import is_store_folder
 from dngd.paths import expanded, runs_inside_text
 from dngd.train.checkpoint import (
     STATE_NAME,
-    UNFINISHED,
     check_same_run,
     complete_checkpoints,
     newest_state,
@@ -231,24 +230,23 @@ def _remove_begun(path: Path) -> None:
 
 
 def _check_not_lost(path: Path, remote: RemoteFiles | None, shown: Path | str) -> None:
-    """Raise UserError if a run that has a result, evaluations or a model has no checkpoint (any longer): going on would
-    begin anew, in their place. One that was killed while it wrote its first checkpoint may."""
+    """Raise UserError if a run that has a result, evaluations or a model has no checkpoint any longer: going on would
+    begin anew, in their place. One that was killed before its first checkpoint may: its folder of checkpoints is there,
+    and empty. At an address there are no folders: of runs there the finished ones are refused."""
     folder = RunFolder(path)
     if remote is None:
         names = [checkpoint.name for checkpoint in complete_checkpoints(folder.checkpoints)]
-        is_finished, kept_nothing = folder.result.is_file(), _kept_nothing(path)
-        began = any(folder.checkpoints.glob(f"{UNFINISHED}*"))
+        is_finished = folder.result.is_file()
+        never_had_any = _kept_nothing(path) or folder.checkpoints.is_dir()
     else:
         # One that was not sent whole is among them too.
-        names, files = remote.checkpoints(), remote.names()
-        is_finished = RESULT_NAME in files
-        kept_nothing = not (is_finished or folder.best_model.name in files or remote.read(folder.metrics.name))
-        began = False
-    if names or kept_nothing or (began and not is_finished):
+        names = remote.checkpoints()
+        is_finished, never_had_any = RESULT_NAME in remote.names(), True
+    if names or (never_had_any and not is_finished):
         return
-    state, lost = ("is finished", "gone") if is_finished else ("was evaluated", "gone, or never were")
+    state = "is finished" if is_finished else "was evaluated"
     raise UserError(
-        f"the run in {shown} {state}, but its {CHECKPOINTS} are {lost}: there is nothing to go on from, and its "
+        f"the run in {shown} {state}, but its {CHECKPOINTS} are gone: there is nothing to go on from, and its "
         "model and log would be replaced; put the newest checkpoint back, or train anew in another --run-dir"
     )
 

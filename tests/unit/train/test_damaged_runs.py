@@ -17,6 +17,7 @@ from dngd.graph import GraphStore
 from dngd.train.checkpoint import said_in
 from dngd.train.evaluate_run import evaluate_run
 from dngd.train.export import export_run
+from dngd.train.loop import TrainingLoop
 from dngd.train.predict import predict_run
 from dngd.train.progress import SilentReporter
 from dngd.train.trained_model import load_trained
@@ -201,7 +202,7 @@ def test_a_configuration_that_was_cut_short_anywhere(run: Path) -> None:
     ("lost", "said"),
     [
         ([], "is finished, but its checkpoints are gone:"),
-        (["result.json"], "was evaluated, but its checkpoints are gone, or never were:"),
+        (["result.json"], "was evaluated, but its checkpoints are gone:"),
         (["result.json", "model.safetensors"], "was evaluated, but"),
         (["result.json", "metrics.jsonl"], "was evaluated, but"),
     ],
@@ -220,21 +221,36 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("is_writing", [False, True], ids=["before", "while writing"])
-def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
-    store: GraphStore, run: Path, is_writing: bool
-) -> None:
-    """Nothing is lost by it. While the first is written there are an evaluation and a model already."""
+@pytest.mark.parametrize("at", ["before an evaluation", "before the first checkpoint", "while it is written"])
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(store: GraphStore, run: Path, at: str) -> None:
+    """No checkpoint was lost; an evaluation and a model may be there already."""
     model = (run / "model.safetensors").read_bytes()
     shutil.rmtree(run / "checkpoints")
     (run / "result.json").unlink()
-    if is_writing:
-        (run / "checkpoints" / ".writing-00000002").mkdir(parents=True)
-    else:
+    (run / "checkpoints").mkdir()
+    if at == "while it is written":
+        (run / "checkpoints" / ".writing-00000002").mkdir()
+    if at == "before an evaluation":
         (run / "metrics.jsonl").unlink()
         (run / "model.safetensors").unlink()
     fit(store, run, resume=True)
     assert (run / "model.safetensors").read_bytes() == model
+
+
+def test_a_run_has_a_folder_of_checkpoints_before_it_has_one(
+    store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By which one that was killed is told from one whose checkpoints are gone."""
+    seen: list[bool] = []
+    original = TrainingLoop._train_step
+
+    def step(self: TrainingLoop, *given: Any) -> bool:
+        seen.append(self.folder.checkpoints.is_dir() and not any(self.folder.checkpoints.iterdir()))
+        return original(self, *given)
+
+    monkeypatch.setattr(TrainingLoop, "_train_step", step)
+    fit(store, tmp_path / "new")
+    assert seen[0]
 
 
 class Listener(SilentReporter):
