@@ -16,6 +16,7 @@ from dngd.errors import UserError
 from dngd.optim.arguments import LossReduction, Method, in_range
 from dngd.optim.capture import Variant, WeightSharing
 from dngd.optim.foreach import average_into, step_along
+from dngd.optim.gradients import gradient_of
 from dngd.optim.inverses import FactorWire, InversePrecision
 from dngd.optim.plan import TRAFFIC_BUDGET, StrategyChoice
 from dngd.optim.preconditioner import KFACPreconditioner
@@ -233,12 +234,12 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _warn_of_unfrozen(self) -> None:
         """Say once that parameters which were frozen when the optimizer was made are trained by now, and not by it."""
-        unfrozen = [(name, p) for name, p in self._frozen if p.grad is not None]
+        unfrozen = [(name, p) for name, p in self._frozen if gradient_of(p) is not None]
         if not unfrozen:
             return
         own = {id(p) for group in self.param_groups for p in group["params"]}
         names = [name for name, p in unfrozen if id(p) not in own]
-        self._frozen = [pair for pair in self._frozen if pair[1].grad is None]
+        self._frozen = [pair for pair in self._frozen if gradient_of(pair[1]) is None]
         if names:
             warnings.warn(
                 f"{', '.join(names)} did not require a gradient when the optimizer was made, which leaves them as they "
@@ -336,7 +337,8 @@ class NaturalGradient(torch.optim.Optimizer):
             mu = group["momentum"]
             means, gradients, scales = [], [], []
             for parameter in group["params"]:
-                if parameter.grad is None:
+                gradient = gradient_of(parameter)
+                if gradient is None:
                     continue
                 state = self.state[parameter]
                 if "exp_avg" not in state:
@@ -344,7 +346,7 @@ class NaturalGradient(torch.optim.Optimizer):
                     state["weight"] = torch.zeros((), dtype=torch.float64, device="cpu")
                 state["weight"].mul_(mu).add_(1 - mu)
                 means.append(state["exp_avg"])
-                gradients.append(parameter.grad)
+                gradients.append(gradient)
                 scales.append(1 / (float(state["weight"]) * mean_scale))
             average_into(gradients, means, mu, (1 - mu) * mean_scale, scales)
 
@@ -355,14 +357,16 @@ class NaturalGradient(torch.optim.Optimizer):
         covered = {id(parameter) for layer in self.preconditioner.layers.values() for parameter in layer.parameters}
         for group in self.param_groups:
             for parameter in group["params"]:
-                if id(parameter) not in covered and parameter.grad is not None:
-                    parameter.grad.mul_(mean_scale)
+                gradient = gradient_of(parameter)
+                if id(parameter) not in covered and gradient is not None:
+                    gradient.mul_(mean_scale)
 
     def _momentum_step(self) -> None:
         for group in self.param_groups:
             mu = group["momentum"] if self.update == "momentum" else 0.0
-            parameters = [p for p in group["params"] if p.grad is not None]
-            updates: list[Tensor] = [p.grad for p in parameters]
+            given = [(p, g) for p in group["params"] if (g := gradient_of(p)) is not None]
+            parameters = [p for p, _ in given]
+            updates: list[Tensor] = [g for _, g in given]
             if mu > 0:
                 for place, parameter in enumerate(parameters):
                     state = self.state[parameter]
@@ -392,17 +396,16 @@ class NaturalGradient(torch.optim.Optimizer):
                 direction = rotate_back(rotate(first, *basis) / root, *basis)
             layer.set_gradient(direction)
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            given = [(p, g) for p in group["params"] if (g := gradient_of(p)) is not None]
             directions = []
-            for parameter in parameters:
-                assert parameter.grad is not None
+            for parameter, own in given:
                 if id(parameter) in covered:
-                    directions.append(parameter.grad)
+                    directions.append(own)
                     continue
-                state, gradient = self.state[parameter], parameter.grad * gradient_scale
+                state, gradient = self.state[parameter], own * gradient_scale
                 first = self._first_moment(state, gradient, group["momentum"])
                 directions.append(first / self._second_moment(state, gradient))
-            step_along(parameters, directions, group["lr"], group["weight_decay"])
+            step_along([p for p, _ in given], directions, group["lr"], group["weight_decay"])
 
     def _first_moment(self, state: dict[str, Any], gradient: Tensor, mu: float) -> Tensor:
         """Update and return the bias-corrected mean of the gradients."""

@@ -31,6 +31,7 @@ from dngd.optim.eigenvalues import EigenvalueCorrection
 from dngd.optim.findings import Damping
 from dngd.optim.first_measurement import check_first_measurement
 from dngd.optim.foreach import all_finite, scaled
+from dngd.optim.gradients import gradient_of
 from dngd.optim.health import layer_health, layer_table
 from dngd.optim.inverses import PRECISIONS, WIRES, FactorWire, InversePrecision, Inverses, Wanted
 from dngd.optim.layer_state import LayerState
@@ -401,7 +402,7 @@ class KFACPreconditioner:
         others: parameters beside the model's.
         """
         distinct = {id(parameter): parameter for parameter in chain(self._parameters, others)}
-        gradients = [p.grad for p in distinct.values() if p.grad is not None]
+        gradients = [g for p in distinct.values() if (g := gradient_of(p)) is not None]
         if not gradients:
             raise UserError("step() found no gradient; call loss.backward() before it")
         return all_finite([g.coalesce().values() if g.is_sparse else g for g in gradients], self.device)
@@ -481,7 +482,9 @@ class KFACPreconditioner:
         """Forget this step's rows, before the gradients go; with a loss_scale, gradients that are not finite and were
         never stepped on are a step that the GradScaler skipped, and count as dropped."""
         has_scale = self.capture.loss_scale is not None
-        may_be_skipped = has_scale and not self._was_stepped and any(p.grad is not None for p in self._parameters)
+        may_be_skipped = (
+            has_scale and not self._was_stepped and any(gradient_of(p) is not None for p in self._parameters)
+        )
         was_skipped = may_be_skipped and not self.gradients_are_finite()
         self._was_stepped = False
         self.forget()
@@ -581,7 +584,7 @@ class KFACPreconditioner:
         measures_gpu: bool = False,
     ) -> Shortening:
         gradients, directions = self._directions.take(gradient_scale, measures_gpu=measures_gpu, inverses=inverses)
-        if not gradients and all(parameter.grad is None for parameter in self._parameters):
+        if not gradients and all(gradient_of(parameter) is None for parameter in self._parameters):
             raise UserError("step() found no gradient; call loss.backward() before it")
         out = [directions[name] for name in gradients]
         found = shortening(out, list(gradients.values()), bounds)

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dngd.curvature import FactorStatistics, FactorStructure, LowRank, SparseInput, Tensors, row_scales
 from dngd.optim.capture import Capture, flat_rows, version_of
+from dngd.optim.gradients import gradient_of
 
 DENSE_ROWS = 4096
 """Rows of a sparse input that are made dense at a time, where A is not low rank."""
@@ -69,7 +70,7 @@ class CurvatureLayer:
     @property
     def has_gradient(self) -> bool:
         """Whether the layer takes part in this step: it has a gradient, zero perhaps."""
-        return any(parameter.grad is not None for parameter in self.parameters)
+        return any(gradient_of(parameter) is not None for parameter in self.parameters)
 
     @property
     def keeps_plain_gradient(self) -> bool:

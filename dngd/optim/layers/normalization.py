@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dngd.curvature import Dense, Diagonal, FactorLayout
 from dngd.optim.capture import Capture
+from dngd.optim.gradients import gradient_of
 from dngd.optim.layers.adapter import Adapted, class_path, trainable
 from dngd.optim.layers.base import CurvatureLayer, InertHook
 
@@ -109,12 +110,14 @@ class NormalizationLayer(CurvatureLayer):
         return tensor.movedim(1, -1)
 
     def gradient(self) -> Tensor | None:
-        if all(p.grad is None for p in self.parameters):
+        found = [gradient_of(p) for p in self.parameters]
+        if all(g is None for g in found):
             return None
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        parts = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found)]
         return torch.cat([part.reshape(-1) for part in parts])[:, None]
 
     def set_gradient(self, value: Tensor) -> None:
         for parameter, part in zip(self.parameters, torch.split(value[:, 0], self.width)):
-            if parameter.grad is not None:
-                parameter.grad.copy_(part.view(parameter.shape))
+            gradient = gradient_of(parameter)
+            if gradient is not None:
+                gradient.copy_(part.view(parameter.shape))
