@@ -133,7 +133,6 @@ class NaturalGradient(torch.optim.Optimizer):
         # In the groups, so that torch's schedulers find them (OneCycleLR moves the momentum).
         defaults = {"lr": rate, "momentum": value_at(momentum, 0), "weight_decay": value_at(weight_decay, 0)}
         super().__init__([p for p in model.parameters() if p.requires_grad], defaults)
-        self._frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
         self.update: Update = update
         self.momentum = momentum
         self.weight_decay = weight_decay
@@ -211,8 +210,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 loss = closure()
         with torch.no_grad(), torch.autocast(self.preconditioner.device.type, enabled=False):
             step = self.preconditioner.steps
-            if self._frozen:
-                self._warn_of_unfrozen()
+            if self.preconditioner.unfrozen():
+                self._tell_of_unfrozen()
             self._follow_schedules(step)
             summed = mean_gradients is False or (mean_gradients is None and self.preconditioner.loss_reduction == "sum")
             if finite is None:
@@ -232,20 +231,21 @@ class NaturalGradient(torch.optim.Optimizer):
                     self._momentum_step()
         return loss
 
-    def _warn_of_unfrozen(self) -> None:
-        """Say once that parameters which were frozen when the optimizer was made are trained by now, and not by it."""
-        unfrozen = [(name, p) for name, p in self._frozen if gradient_of(p) is not None]
-        if not unfrozen:
-            return
+    def _tell_of_unfrozen(self) -> None:
+        """Say once that parameters which were frozen when the optimizer was made are trained by now, and not by it;
+        add_param_group told of those that were added. Raises UserError with `strict`."""
+        unfrozen = self.preconditioner.unfrozen()
         own = {id(p) for group in self.param_groups for p in group["params"]}
         names = [name for name, p in unfrozen if id(p) not in own]
-        self._frozen = [pair for pair in self._frozen if gradient_of(pair[1]) is None]
         if names:
-            warnings.warn(
+            text = (
                 f"{', '.join(names)} did not require a gradient when the optimizer was made, which leaves them as they "
-                "are; freeze layers after it is made, or make a new one",
-                stacklevel=3,
+                "are; freeze layers after it is made, or make a new one"
             )
+            if self.preconditioner.strict:
+                raise UserError("strict: " + text)
+            warnings.warn(text, stacklevel=3)
+        self.preconditioner.note_unfrozen([name for name, _ in unfrozen])
 
     def _follow_schedules(self, step: int) -> None:
         """Put the step's momentum and weight decay into the groups, where they are functions of the step."""

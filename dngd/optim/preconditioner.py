@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain
 
 import torch
@@ -35,7 +35,7 @@ from dngd.optim.gradients import gradient_of
 from dngd.optim.health import layer_health, layer_table
 from dngd.optim.inverses import PRECISIONS, WIRES, FactorWire, InversePrecision, Inverses, Wanted
 from dngd.optim.layer_state import LayerState
-from dngd.optim.layers import CurvatureLayer, find_layers
+from dngd.optim.layers import CurvatureLayer, find_layers, unwrapped
 from dngd.optim.participation import Participation
 from dngd.optim.plan import TRAFFIC_BUDGET, LayerSizes, Plan, Planner, StrategyChoice
 from dngd.optim.refresh import RefreshPipeline
@@ -199,6 +199,8 @@ class KFACPreconditioner:
             rank=self.communicator.rank,
         )
         self._parameters = list(model.parameters())
+        self._frozen = [(name, p) for name, p in unwrapped(model).named_parameters() if not p.requires_grad]
+        self.strict = strict
         self._was_stepped = True
         self._joined: list[str] = []
         self.participation = Participation()
@@ -339,6 +341,8 @@ class KFACPreconditioner:
             finite = self.gradients_are_finite()
         num_samples = self.check_call(num_samples, finite=finite)
         self._check_not_moved()
+        if self._frozen:
+            self._tell_of_unfrozen()
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             with self._phase("commit"):
                 self._joined = []
@@ -371,6 +375,31 @@ class KFACPreconditioner:
         with self.inside(name):
             yield
         self.phase_seconds[name] += time.perf_counter() - started
+
+    def unfrozen(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the parameters, by name, that were frozen when the layers were found, so that none covers them, and
+        have a gradient by now."""
+        return [(name, p) for name, p in self._frozen if gradient_of(p) is not None]
+
+    def note_unfrozen(self, names: Collection[str]) -> None:
+        """Have unfrozen parameters told of no more."""
+        self._frozen = [(name, p) for name, p in self._frozen if name not in names]
+
+    def _tell_of_unfrozen(self) -> None:
+        """Say once which parameters are trained by now without factors. Raises UserError with `strict`."""
+        names = [name for name, _ in self.unfrozen()]
+        if not names:
+            return
+        text = (
+            f"{', '.join(names)} did not require a gradient when the preconditioner was made, so that K-FAC has no "
+            "factors for them: they keep the optimizer's plain gradient; freeze layers after it is made, or make a new "
+            "one"
+        )
+        if self.strict:
+            raise UserError("strict: " + text)
+        warnings.warn(text, stacklevel=3)
+        self.left_over += names
+        self.note_unfrozen(names)
 
     def _check_not_moved(self) -> None:
         for name, layer in self.layers.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -453,6 +454,76 @@ def test_layers_that_are_unfrozen_later_are_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step()
+
+
+@pytest.mark.parametrize("frozen", ["0", "0.bias"])
+def test_the_preconditioner_names_layers_that_are_unfrozen_later(frozen: str) -> None:
+    """In a warning, once; a layer whose weight alone has factors, by its bias."""
+
+    def begin(*, strict: bool) -> tuple[nn.Sequential, Callable[[], bool]]:
+        net = make_net()
+        kept = net[0] if frozen == "0" else net[0].bias
+        kept.requires_grad_(False)
+        # What was left over from before is no gradient.
+        net[0].bias.grad = torch.ones_like(net[0].bias)
+        pre = KFACPreconditioner(net, strict=strict)
+        x, y = make_data(8)
+
+        def step() -> bool:
+            for parameter in net.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = None
+            F.cross_entropy(net(x), y).backward()
+            taken = pre.step(num_samples=8)
+            assert ("0.bias" in pre.left_over) == net[0].bias.requires_grad
+            return taken
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            step()
+        net[0].requires_grad_(True)
+        return net, step
+
+    net, step = begin(strict=False)
+    names = r"0\.weight, 0\.bias" if frozen == "0" else r"^0\.bias"
+    with pytest.warns(UserWarning, match=names + " did not require a gradient when the preconditioner was made"):
+        step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
+    net, step = begin(strict=True)
+    before = [p.detach().clone() for p in net.parameters()]
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"strict: .*0\.bias did not require a gradient when the precond"):
+            step()
+    assert all(torch.equal(p, kept) for p, kept in zip(net.parameters(), before))
+
+
+def test_a_strict_optimizer_refuses_layers_that_are_unfrozen_later() -> None:
+    net = make_net()
+    net[0].requires_grad_(False)
+    optimizer = NaturalGradient(net, strict=True)
+    x, y = make_data(8)
+    net[0].requires_grad_(True)
+    F.cross_entropy(net(x), y).backward()
+    with pytest.raises(UserError, match=r"strict: 0\.weight, 0\.bias did not require a gradient when the optimizer"):
+        optimizer.step(num_samples=8)
+
+
+def test_parameters_added_after_they_were_unfrozen_are_named_once() -> None:
+    net = make_net()
+    net[0].requires_grad_(False)
+    optimizer = NaturalGradient(net, strict=True)
+    x, y = make_data(8)
+    net[0].requires_grad_(True)
+    with pytest.warns(UserWarning, match="take their plain gradient"):
+        optimizer.add_param_group({"params": list(net[0].parameters())})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step(num_samples=8)
 
 
 def test_complex_weights_keep_their_gradient() -> None:
