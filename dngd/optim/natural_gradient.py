@@ -216,6 +216,8 @@ class NaturalGradient(torch.optim.Optimizer):
             summed = mean_gradients is False or (mean_gradients is None and self.preconditioner.loss_reduction == "sum")
             if finite is None:
                 finite = self.preconditioner.gradients_are_finite(p for g in self.param_groups for p in g["params"])
+            elif self.update == "mean_gradient":
+                self.preconditioner.note_gradients()
             num_samples = self.preconditioner.check_call(num_samples, finite=finite)
             mean_scale = 1.0 / num_samples if summed and num_samples else 1.0
             if self.update == "mean_gradient" and finite:

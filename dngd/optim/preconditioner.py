@@ -25,13 +25,13 @@ from dngd.curvature import (
 from dngd.errors import TrainingError, UserError
 from dngd.optim.arguments import LossReduction, Method, check_arguments, check_wrapper, in_range
 from dngd.optim.capture import Capture, Variant, WeightSharing
-from dngd.optim.commit import fold_pending, sound_layers
+from dngd.optim.commit import fold_pending, look_at_pending
 from dngd.optim.directions import Directions
 from dngd.optim.eigenvalues import EigenvalueCorrection
 from dngd.optim.findings import Damping
 from dngd.optim.first_measurement import check_first_measurement
-from dngd.optim.foreach import all_finite, scaled
-from dngd.optim.gradients import gradient_of
+from dngd.optim.foreach import scaled
+from dngd.optim.gradients import StepGradients, gradient_of
 from dngd.optim.health import layer_health, layer_table
 from dngd.optim.inverses import PRECISIONS, WIRES, FactorWire, InversePrecision, Inverses, Wanted
 from dngd.optim.layer_state import LayerState
@@ -202,6 +202,7 @@ class KFACPreconditioner:
         self._frozen = [(name, p) for name, p in unwrapped(model).named_parameters() if not p.requires_grad]
         self.strict = strict
         self._was_stepped = True
+        self._gradients = StepGradients()
         self._joined: list[str] = []
         self.participation = Participation()
         layout = layout or FactorLayout()
@@ -359,13 +360,20 @@ class KFACPreconditioner:
                     self.precondition(1.0 if mean_gradients or num_samples == 0 else 1.0 / num_samples)
         self.steps += 1
         self._was_stepped = True
+        self._gradients.forget()
         self.capture.start_step(self.steps, self._is_factor_step())
         self._stop_after_many_drops()
         return finite
 
     def _take_note(self) -> list[str]:
         """Note which layers have a gradient; return those that come late to be measured, which this step does."""
-        names = [name for name, layer in self.layers.items() if layer.has_gradient]
+        # The published code takes every row, reached or not.
+        counts_zeros = self.capture.variant == "paper"
+        names = [
+            name
+            for name, layer in self.layers.items()
+            if layer.has_gradient and (counts_zeros or not self._gradients.is_zero(layer))
+        ]
         period = period_at(self.schedule.factor_update_period, self.steps)
         return self.participation.note(self.steps, names, is_factor_step=self.capture.active, period=period)
 
@@ -430,11 +438,17 @@ class KFACPreconditioner:
 
         others: parameters beside the model's.
         """
-        distinct = {id(parameter): parameter for parameter in chain(self._parameters, others)}
-        gradients = [g for p in distinct.values() if (g := gradient_of(p)) is not None]
-        if not gradients:
+        are_finite = self._gradients.are_finite(chain(self._parameters, others), self.device)
+        if are_finite is None:
             raise UserError("step() found no gradient; call loss.backward() before it")
-        return all_finite([g.coalesce().values() if g.is_sparse else g for g in gradients], self.device)
+        return are_finite
+
+    def note_gradients(self) -> None:
+        """Note which gradients are zero, before something else takes their place in `.grad`; gradients_are_finite does
+        so, too. Only factor steps ask for it."""
+        self._gradients.forget()
+        if self.capture.active:
+            self._gradients.note(self.layers.values())
 
     def check_call(self, num_samples: float, *, finite: bool = True) -> float:
         """Return the number of samples, and raise UserError for a step that cannot be taken as it is asked for, before
@@ -477,22 +491,24 @@ class KFACPreconditioner:
         if not self.factor_steps:
             check_first_measurement(self.layers, self.capture, num_samples, self.loss_reduction, self.device)
         self.capture.seen = None  # also of a state that was loaded, whose first step was looked at
-        sound = sound_layers(self.layers, self.device)
-        self.non_finite_statistics += list(sound.values()).count(False)
+        found = look_at_pending(self.layers, {} if paper else self._gradients.sizes(self.layers), self.device)
+        self.non_finite_statistics += list(found.sound.values()).count(False)
         shared_count = (num_samples if factor_samples is None else factor_samples) if paper else None
         fold_pending(
             self.layers,
             self.states,
-            sound,
+            found.sound,
             decay=rho,
             gradient_scale=scale,
             num_samples=num_samples,
+            absent=found.absent,
             shared_count=shared_count,
         )
         if self.eigenvalues is not None:
-            self.eigenvalues.commit(rho, num_samples, scale * scale)
+            self.eigenvalues.commit(rho, num_samples, scale * scale, found.absent)
         for layer in self.layers.values():
             layer.forget()
+        self._gradients.forget()
         self.factor_steps += 1
 
     def discard(self) -> None:
@@ -527,6 +543,7 @@ class KFACPreconditioner:
         for layer in self.layers.values():
             layer.forget()
         self.capture.forget()
+        self._gradients.forget()
 
     def refresh(self) -> None:
         """Launch the refreshes that are due at this step, and move those under way forward.

@@ -121,11 +121,11 @@ def law_scales_of_layers_used_by_turns() -> None:
 def test_scales_of_layers_used_by_turns() -> None:
     commit = EigenvalueCorrection.commit
 
-    def counts_all(self: Any, rho: float, num_samples: float, factor: float) -> None:
+    def counts_all(self: Any, rho: float, num_samples: float, factor: float, absent: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
             for layer in self._layers.values():
                 patch.setattr(type(layer), "has_gradient", True)
-            commit(self, rho, num_samples, factor)
+            commit(self, rho, num_samples, factor, absent)
 
     assert_caught(law_scales_of_layers_used_by_turns, EigenvalueCorrection, "commit", counts_all)
 
