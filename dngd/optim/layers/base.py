@@ -171,6 +171,14 @@ class CurvatureLayer:
         """Remember a hook to take off again."""
         self._handles.append(handle)
 
+    def hook_output(self, module: nn.Module, **options: bool) -> None:
+        """Have `on_forward` called with a module's own output: before hooks that are there already and replace it.
+
+        options: of torch's register_forward_hook.
+        """
+        hook = InertHook(self, "on_forward")
+        self.hook(module.register_forward_hook(hook, prepend=True, **options))
+
     def remove(self) -> None:
         """Take the hooks off the module."""
         _remove_all(self._handles)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dngd.curvature import FactorLayout, SparseInput
 from dngd.optim.capture import Capture
 from dngd.optim.gradients import gradient_of
-from dngd.optim.layers.base import CurvatureLayer, InertHook
+from dngd.optim.layers.base import CurvatureLayer
 
 
 class LinearLayer(CurvatureLayer):
@@ -40,7 +40,7 @@ class LinearLayer(CurvatureLayer):
             layout.output_structure(weight.shape[0]),
             has_ones=has_ones,
         )
-        self.hook(module.register_forward_hook(InertHook(self, "on_forward"), with_kwargs=True))
+        self.hook_output(module, with_kwargs=True)
 
     def on_forward(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         """Note one call; the input may be given by position or by name."""

@@ -17,7 +17,7 @@ from dngd.curvature import Dense, Diagonal, FactorLayout
 from dngd.optim.capture import Capture
 from dngd.optim.gradients import gradient_of
 from dngd.optim.layers.adapter import Adapted, class_path, trainable
-from dngd.optim.layers.base import CurvatureLayer, InertHook
+from dngd.optim.layers.base import CurvatureLayer
 
 PYG_LAYER_NORM = "torch_geometric.nn.norm.layer_norm.LayerNorm"
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -74,7 +74,7 @@ class NormalizationLayer(CurvatureLayer):
         size = self.width * len(parameters)
         g = Dense(size) if size <= MAX_DENSE else Diagonal(size)
         super().__init__(name, capture, parameters, Dense(1), g, has_ones=True)
-        self.hook(module.register_forward_hook(InertHook(self, "on_forward"), with_kwargs=True))
+        self.hook_output(module, with_kwargs=True)
 
     def on_forward(self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         """Note one call."""
