@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dngd.curvature import FactorStatistics, FactorStructure, LowRank, SparseInput, Tensors, row_scales
+from dngd.errors import UserError
 from dngd.optim.capture import Capture, flat_rows, version_of
 from dngd.optim.gradients import gradient_of
 
@@ -81,6 +82,20 @@ class CurvatureLayer:
     def device(self) -> torch.device:
         """The weight's device."""
         return self.parameters[0].device
+
+    def features(self, payload: Any) -> Any:
+        """Return what one call's rows are made of, edges aside."""
+        return payload
+
+    def check_features(self, payload: Any) -> None:
+        """Raise UserError if one call's features are one of torch's sparse tensors."""
+        features = self.features(payload)
+        if isinstance(features, Tensor) and features.layout != torch.strided:
+            raise UserError(
+                f"layer {self.name!r} was given features as a {str(features.layout).removeprefix('torch.')} tensor, of "
+                "which K-FAC cannot measure rows; give it dense ones (x.to_dense()), or train with dngd.Trainer, "
+                "which keeps a graph's sparse features sparse"
+            )
 
     def rows(self, payload: Any) -> Tensor:
         """Return the rows [..., d_in] (without the 1) of one call; asked for only when something reads them."""

@@ -99,6 +99,9 @@ class GCNLayer(CurvatureLayer):
         sources = (x, edge_index, *weights) if is_constant else ()
         self.capture.record(self, ConvolutionCall(x, edge_index, edge_weight, sources), output)
 
+    def features(self, payload: ConvolutionCall) -> Any:
+        return payload.x
+
     def rows(self, payload: ConvolutionCall) -> Tensor:
         return self._made(payload, None)
 

@@ -313,6 +313,40 @@ def test_a_cast_model_is_refused() -> None:
         pre.step(num_samples=8)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("to_sparse", [Tensor.to_sparse, Tensor.to_sparse_csr], ids=["coo", "csr"])
+@pytest.mark.parametrize("fisher", ["empirical", "monte_carlo"])
+@pytest.mark.parametrize("is_graph", [False, True])
+def test_torchs_sparse_features_are_refused_in_a_sentence(to_sparse: Any, fisher: Any, is_graph: bool) -> None:
+    """At the first forward pass; passes that are not measured take them, and so do layers that are frozen."""
+    x, y = make_data(16)
+    x = x.clamp_min(0)
+    edge_index = torch.randint(16, (2, 40), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    first: Any = GCNConv(4, 6).double() if is_graph else nn.Linear(4, 6).double()
+    net = nn.ModuleDict({"first": first, "out": nn.Linear(6, 3).double()})
+
+    def run(given: Tensor) -> Tensor:
+        hidden = first(given, edge_index) if is_graph else first(given)
+        out: Tensor = net["out"](hidden)
+        return out
+
+    sparse = to_sparse(x)
+    optimizer = NaturalGradient(net, fisher=fisher)
+    with torch.no_grad():
+        expected = run(sparse)
+    with pytest.raises(UserError, match=r"layer 'first' was given features as a sparse_\w+ tensor, .*x\.to_dense\(\)"):
+        run(sparse)
+    with optimizer.preconditioner.paused():
+        assert torch.equal(run(sparse), expected)
+    first.requires_grad_(False)
+    out = run(sparse)
+    if fisher != "empirical":
+        optimizer.observe(out)
+    F.cross_entropy(out, y).backward()
+    optimizer.step(num_samples=16)
+
+
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
 def test_sparse_gradients_are_refused(kind: Any) -> None:
     net = nn.Sequential(kind(5, 4, sparse=True), nn.Linear(4, 3))
