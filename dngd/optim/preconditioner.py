@@ -734,8 +734,9 @@ class KFACPreconditioner:
     def load_state_dict(self, *states: dict[str, Tensor]) -> None:
         """Restore from the state dicts of all ranks that saved, in rank order (one is enough for one rank).
 
-        At the same world size each rank takes its own, bitwise; at another, their unfolded statistics are
-        summed on rank 0. Raises UserError if the layers or sizes differ from this model's.
+        All ranks enter, and all refuse what one of them does. At the same world size each rank takes its own, bitwise;
+        at another, their unfolded statistics are summed on rank 0. Raises UserError if the layers or sizes differ from
+        this model's.
         """
         load_preconditioner_state(self, states)
         self.capture.start_step(self.steps, self._is_factor_step())

@@ -19,6 +19,7 @@ from dngd.errors import TrainingError, UserError
 from dngd.optim import FactorLayout, KFACPreconditioner, NaturalGradient
 from dngd.optim.capture import Capture
 from tests.helpers.mutants import assert_caught
+from tests.helpers.thread_world import ThreadCommunicator, run_threads
 
 F64 = torch.float64
 
@@ -301,6 +302,43 @@ def test_state_of_another_rank_or_optimizer_is_refused() -> None:
         optimizer.load_state_dict(adam.state_dict())
     with pytest.raises(UserError, match="make a new one"):
         copy.deepcopy(optimizer)
+
+
+def test_a_state_that_one_rank_refuses_is_refused_by_all() -> None:
+    """A file of rank 0 alone: rank 0 took it, and waited for the others in what came next."""
+
+    def work(communicator: ThreadCommunicator) -> Any:
+        x, y = make_data(8, communicator.rank)
+
+        def begin() -> Any:
+            net = make_net()
+            for parameter in net.parameters():
+                nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+            return net, KFACPreconditioner(net, inverse_delay=3, communicator=communicator)
+
+        net, pre = begin()
+        for _ in range(2):
+            net.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            for parameter in net.parameters():
+                assert parameter.grad is not None
+                communicator.all_reduce(parameter.grad.view(-1), "gradient").wait()
+            pre.step(num_samples=8)
+        own = pre.state_dict()
+        files[communicator.rank] = own
+        communicator.barrier()
+        _, other = begin()
+        with pytest.raises(UserError) as refused:
+            other.load_state_dict(files[0])
+        assert other.steps == 0
+        other.load_state_dict(own)
+        return str(refused.value), other.steps
+
+    files: dict[int, Any] = {}
+    (first, steps), (second, others) = run_threads(2, work)
+    assert "another rank was given a state that it cannot load; with several ranks each saves" in first
+    assert "of ranks [0] of 2" in second
+    assert steps == others == 2
 
 
 def test_a_cast_model_is_refused() -> None:
