@@ -97,11 +97,15 @@ class Capture:
         self._num_observed = self._calls = 0
 
     def record(self, layer: CurvatureLayer, payload: Any, output: Tensor) -> None:
-        """Note one call of a layer; payload is what the layer needs later to make its input rows."""
+        """Note one call of a layer; payload is what the layer needs later to make its input rows.
+
+        Raises UserError for features that the layer cannot make rows of.
+        """
         if self.is_paused or not (self.active and torch.is_grad_enabled() and output.requires_grad):
             return
         if _is_transformed(output):
             return
+        layer.check_features(payload)
         if self.fisher == "empirical":
             if layer.pending is not None and not layer.has_gradient and not _is_inside_backward():
                 # Gradients were set to None since: the backward pass that left these rows was given up. (Activation

@@ -7,7 +7,7 @@ adopts a new basis, and until the first of them are in use K-FAC's own eigenvalu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,10 +51,11 @@ class EigenvalueCorrection:
         state = self.by_layer.get(name)
         return None if state is None else state.scales
 
-    def commit(self, rho: float, num_samples: float, factor: float) -> None:
+    def commit(self, rho: float, num_samples: float, factor: float, absent: Collection[str] = ()) -> None:
         """Fold the pending sums: `S ← ρS + ΔS`, `c ← ρc + n`. factor: what turns them into the summed loss's.
 
-        Of a step in which a layer has no gradient, since it was frozen, say, neither rows nor seeds count.
+        Of a step in which a layer has no gradient, since it was frozen, say, neither rows nor seeds count; nor of one
+        in which it is `absent`.
         """
         is_measured = any(layer.pending is not None for layer in self._layers.values())
         for name, state in self.by_layer.items():
@@ -63,8 +64,8 @@ class EigenvalueCorrection:
             state.count *= rho
             if pending is not None and entries_are_finite([pending]):
                 state.sum.add_(pending, alpha=factor)
-                state.count += num_samples
-            elif pending is None and is_measured and self._layers[name].has_gradient:
+                state.count += 0 if name in absent else num_samples
+            elif pending is None and is_measured and self._layers[name].has_gradient and name not in absent:
                 state.count += num_samples
 
     def advance(self, step: int) -> None:

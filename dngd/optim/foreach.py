@@ -70,16 +70,24 @@ def scaled(tensors: Sequence[Tensor], scale: Tensor) -> Sequence[Tensor]:
 def all_finite(tensors: Sequence[Tensor], device: torch.device) -> bool:
     """Return whether every entry of every tensor is finite, by their norms; one host synchronisation.
 
-    device: where the norms are brought together if they are of several devices or types. A tensor whose sum of squares
-    overflows counts as not finite.
+    device: as norms_of's. A tensor whose sum of squares overflows counts as not finite.
     """
-    halves = [tensor for tensor in tensors if tensor.dtype.itemsize < torch.float32.itemsize]
-    norms = _norms_of_halves(halves)
-    if len(halves) < len(tensors):
-        norms += torch._foreach_norm([t for t in tensors if t.dtype.itemsize >= torch.float32.itemsize])
+    return all(map(math.isfinite, torch.stack(norms_of(tensors, device)).tolist()))
+
+
+def norms_of(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Return each tensor's norm, 0-d, all of one device and type.
+
+    device: where the norms are brought together if they are of several devices or types.
+    """
+    are_halves = [tensor.dtype.itemsize < torch.float32.itemsize for tensor in tensors]
+    halves = iter(_norms_of_halves([t for t, is_half in zip(tensors, are_halves) if is_half]))
+    others = [t for t, is_half in zip(tensors, are_halves) if not is_half]
+    of_others = iter(torch._foreach_norm(others) if others else ())
+    norms = [next(halves) if is_half else next(of_others) for is_half in are_halves]
     if len({(norm.device, norm.dtype) for norm in norms}) > 1:
         norms = [norm.to(device, torch.float64) for norm in norms]
-    return all(map(math.isfinite, torch.stack(norms).tolist()))
+    return norms
 
 
 def _norms_of_halves(tensors: list[Tensor]) -> list[Tensor]:

@@ -16,6 +16,7 @@ from dngd.errors import UserError
 from dngd.optim.arguments import LossReduction, Method, in_range
 from dngd.optim.capture import Variant, WeightSharing
 from dngd.optim.foreach import average_into, step_along
+from dngd.optim.gradients import gradient_of
 from dngd.optim.inverses import FactorWire, InversePrecision
 from dngd.optim.plan import TRAFFIC_BUDGET, StrategyChoice
 from dngd.optim.preconditioner import KFACPreconditioner
@@ -132,7 +133,6 @@ class NaturalGradient(torch.optim.Optimizer):
         # In the groups, so that torch's schedulers find them (OneCycleLR moves the momentum).
         defaults = {"lr": rate, "momentum": value_at(momentum, 0), "weight_decay": value_at(weight_decay, 0)}
         super().__init__([p for p in model.parameters() if p.requires_grad], defaults)
-        self._frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
         self.update: Update = update
         self.momentum = momentum
         self.weight_decay = weight_decay
@@ -210,12 +210,14 @@ class NaturalGradient(torch.optim.Optimizer):
                 loss = closure()
         with torch.no_grad(), torch.autocast(self.preconditioner.device.type, enabled=False):
             step = self.preconditioner.steps
-            if self._frozen:
-                self._warn_of_unfrozen()
+            if self.preconditioner.unfrozen():
+                self._tell_of_unfrozen()
             self._follow_schedules(step)
             summed = mean_gradients is False or (mean_gradients is None and self.preconditioner.loss_reduction == "sum")
             if finite is None:
                 finite = self.preconditioner.gradients_are_finite(p for g in self.param_groups for p in g["params"])
+            elif self.update == "mean_gradient":
+                self.preconditioner.note_gradients()
             num_samples = self.preconditioner.check_call(num_samples, finite=finite)
             mean_scale = 1.0 / num_samples if summed and num_samples else 1.0
             if self.update == "mean_gradient" and finite:
@@ -231,20 +233,21 @@ class NaturalGradient(torch.optim.Optimizer):
                     self._momentum_step()
         return loss
 
-    def _warn_of_unfrozen(self) -> None:
-        """Say once that parameters which were frozen when the optimizer was made are trained by now, and not by it."""
-        unfrozen = [(name, p) for name, p in self._frozen if p.grad is not None]
-        if not unfrozen:
-            return
+    def _tell_of_unfrozen(self) -> None:
+        """Say once that parameters which were frozen when the optimizer was made are trained by now, and not by it;
+        add_param_group told of those that were added. Raises UserError with `strict`."""
+        unfrozen = self.preconditioner.unfrozen()
         own = {id(p) for group in self.param_groups for p in group["params"]}
         names = [name for name, p in unfrozen if id(p) not in own]
-        self._frozen = [pair for pair in self._frozen if pair[1].grad is None]
         if names:
-            warnings.warn(
+            text = (
                 f"{', '.join(names)} did not require a gradient when the optimizer was made, which leaves them as they "
-                "are; freeze layers after it is made, or make a new one",
-                stacklevel=3,
+                "are; freeze layers after it is made, or make a new one"
             )
+            if self.preconditioner.strict:
+                raise UserError("strict: " + text)
+            warnings.warn(text, stacklevel=3)
+        self.preconditioner.note_unfrozen([name for name, _ in unfrozen])
 
     def _follow_schedules(self, step: int) -> None:
         """Put the step's momentum and weight decay into the groups, where they are functions of the step."""
@@ -336,7 +339,8 @@ class NaturalGradient(torch.optim.Optimizer):
             mu = group["momentum"]
             means, gradients, scales = [], [], []
             for parameter in group["params"]:
-                if parameter.grad is None:
+                gradient = gradient_of(parameter)
+                if gradient is None:
                     continue
                 state = self.state[parameter]
                 if "exp_avg" not in state:
@@ -344,7 +348,7 @@ class NaturalGradient(torch.optim.Optimizer):
                     state["weight"] = torch.zeros((), dtype=torch.float64, device="cpu")
                 state["weight"].mul_(mu).add_(1 - mu)
                 means.append(state["exp_avg"])
-                gradients.append(parameter.grad)
+                gradients.append(gradient)
                 scales.append(1 / (float(state["weight"]) * mean_scale))
             average_into(gradients, means, mu, (1 - mu) * mean_scale, scales)
 
@@ -355,14 +359,16 @@ class NaturalGradient(torch.optim.Optimizer):
         covered = {id(parameter) for layer in self.preconditioner.layers.values() for parameter in layer.parameters}
         for group in self.param_groups:
             for parameter in group["params"]:
-                if id(parameter) not in covered and parameter.grad is not None:
-                    parameter.grad.mul_(mean_scale)
+                gradient = gradient_of(parameter)
+                if id(parameter) not in covered and gradient is not None:
+                    gradient.mul_(mean_scale)
 
     def _momentum_step(self) -> None:
         for group in self.param_groups:
             mu = group["momentum"] if self.update == "momentum" else 0.0
-            parameters = [p for p in group["params"] if p.grad is not None]
-            updates: list[Tensor] = [p.grad for p in parameters]
+            given = [(p, g) for p in group["params"] if (g := gradient_of(p)) is not None]
+            parameters = [p for p, _ in given]
+            updates: list[Tensor] = [g for _, g in given]
             if mu > 0:
                 for place, parameter in enumerate(parameters):
                     state = self.state[parameter]
@@ -392,17 +398,16 @@ class NaturalGradient(torch.optim.Optimizer):
                 direction = rotate_back(rotate(first, *basis) / root, *basis)
             layer.set_gradient(direction)
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            given = [(p, g) for p in group["params"] if (g := gradient_of(p)) is not None]
             directions = []
-            for parameter in parameters:
-                assert parameter.grad is not None
+            for parameter, own in given:
                 if id(parameter) in covered:
-                    directions.append(parameter.grad)
+                    directions.append(own)
                     continue
-                state, gradient = self.state[parameter], parameter.grad * gradient_scale
+                state, gradient = self.state[parameter], own * gradient_scale
                 first = self._first_moment(state, gradient, group["momentum"])
                 directions.append(first / self._second_moment(state, gradient))
-            step_along(parameters, directions, group["lr"], group["weight_decay"])
+            step_along([p for p, _ in given], directions, group["lr"], group["weight_decay"])
 
     def _first_moment(self, state: dict[str, Any], gradient: Tensor, mu: float) -> Tensor:
         """Update and return the bias-corrected mean of the gradients."""

@@ -11,9 +11,10 @@ MOST_STEPS = 32
 class Participation:
     """Asks for factor steps beyond the schedule's, for layers that the schedule's steps miss.
 
-    A layer takes part in a step where it has a gradient, which all ranks know alike once gradients are reduced. Where
-    it does so after it had no part in the last two factor steps, or in any before, the steps after are factor steps
-    until it takes part again, for as long as a period at most. A layer that takes part in all steps asks for none.
+    A layer takes part in a step where it has a gradient, not known to be of zeros (StepGradients), which all ranks know
+    alike once gradients are reduced. Where it does so after it had no part in the last two factor steps, or in any
+    before, the steps after are factor steps until it takes part again, for as long as a period at most. A layer that
+    takes part in all steps asks for none.
     """
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain
 
 import torch
@@ -25,16 +25,17 @@ from dngd.curvature import (
 from dngd.errors import TrainingError, UserError
 from dngd.optim.arguments import LossReduction, Method, check_arguments, check_wrapper, in_range
 from dngd.optim.capture import Capture, Variant, WeightSharing
-from dngd.optim.commit import fold_pending, sound_layers
+from dngd.optim.commit import fold_pending, look_at_pending
 from dngd.optim.directions import Directions
 from dngd.optim.eigenvalues import EigenvalueCorrection
 from dngd.optim.findings import Damping
 from dngd.optim.first_measurement import check_first_measurement
-from dngd.optim.foreach import all_finite, scaled
+from dngd.optim.foreach import scaled
+from dngd.optim.gradients import StepGradients, gradient_of
 from dngd.optim.health import layer_health, layer_table
 from dngd.optim.inverses import PRECISIONS, WIRES, FactorWire, InversePrecision, Inverses, Wanted
 from dngd.optim.layer_state import LayerState
-from dngd.optim.layers import CurvatureLayer, find_layers
+from dngd.optim.layers import CurvatureLayer, find_layers, unwrapped
 from dngd.optim.participation import Participation
 from dngd.optim.plan import TRAFFIC_BUDGET, LayerSizes, Plan, Planner, StrategyChoice
 from dngd.optim.refresh import RefreshPipeline
@@ -198,7 +199,10 @@ class KFACPreconditioner:
             rank=self.communicator.rank,
         )
         self._parameters = list(model.parameters())
+        self._frozen = [(name, p) for name, p in unwrapped(model).named_parameters() if not p.requires_grad]
+        self.strict = strict
         self._was_stepped = True
+        self._gradients = StepGradients()
         self._joined: list[str] = []
         self.participation = Participation()
         layout = layout or FactorLayout()
@@ -338,6 +342,8 @@ class KFACPreconditioner:
             finite = self.gradients_are_finite()
         num_samples = self.check_call(num_samples, finite=finite)
         self._check_not_moved()
+        if self._frozen:
+            self._tell_of_unfrozen()
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             with self._phase("commit"):
                 self._joined = []
@@ -354,13 +360,20 @@ class KFACPreconditioner:
                     self.precondition(1.0 if mean_gradients or num_samples == 0 else 1.0 / num_samples)
         self.steps += 1
         self._was_stepped = True
+        self._gradients.forget()
         self.capture.start_step(self.steps, self._is_factor_step())
         self._stop_after_many_drops()
         return finite
 
     def _take_note(self) -> list[str]:
         """Note which layers have a gradient; return those that come late to be measured, which this step does."""
-        names = [name for name, layer in self.layers.items() if layer.has_gradient]
+        # The published code takes every row, reached or not.
+        counts_zeros = self.capture.variant == "paper"
+        names = [
+            name
+            for name, layer in self.layers.items()
+            if layer.has_gradient and (counts_zeros or not self._gradients.is_zero(layer))
+        ]
         period = period_at(self.schedule.factor_update_period, self.steps)
         return self.participation.note(self.steps, names, is_factor_step=self.capture.active, period=period)
 
@@ -370,6 +383,31 @@ class KFACPreconditioner:
         with self.inside(name):
             yield
         self.phase_seconds[name] += time.perf_counter() - started
+
+    def unfrozen(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the parameters, by name, that were frozen when the layers were found, so that none covers them, and
+        have a gradient by now."""
+        return [(name, p) for name, p in self._frozen if gradient_of(p) is not None]
+
+    def note_unfrozen(self, names: Collection[str]) -> None:
+        """Have unfrozen parameters told of no more."""
+        self._frozen = [(name, p) for name, p in self._frozen if name not in names]
+
+    def _tell_of_unfrozen(self) -> None:
+        """Say once which parameters are trained by now without factors. Raises UserError with `strict`."""
+        names = [name for name, _ in self.unfrozen()]
+        if not names:
+            return
+        text = (
+            f"{', '.join(names)} did not require a gradient when the preconditioner was made, so that K-FAC has no "
+            "factors for them: they keep the optimizer's plain gradient; freeze layers after it is made, or make a new "
+            "one"
+        )
+        if self.strict:
+            raise UserError("strict: " + text)
+        warnings.warn(text, stacklevel=3)
+        self.left_over += names
+        self.note_unfrozen(names)
 
     def _check_not_moved(self) -> None:
         for name, layer in self.layers.items():
@@ -400,11 +438,17 @@ class KFACPreconditioner:
 
         others: parameters beside the model's.
         """
-        distinct = {id(parameter): parameter for parameter in chain(self._parameters, others)}
-        gradients = [p.grad for p in distinct.values() if p.grad is not None]
-        if not gradients:
+        are_finite = self._gradients.are_finite(chain(self._parameters, others), self.device)
+        if are_finite is None:
             raise UserError("step() found no gradient; call loss.backward() before it")
-        return all_finite([g.coalesce().values() if g.is_sparse else g for g in gradients], self.device)
+        return are_finite
+
+    def note_gradients(self) -> None:
+        """Note which gradients are zero, before something else takes their place in `.grad`; gradients_are_finite does
+        so, too. Only factor steps ask for it."""
+        self._gradients.forget()
+        if self.capture.active:
+            self._gradients.note(self.layers.values())
 
     def check_call(self, num_samples: float, *, finite: bool = True) -> float:
         """Return the number of samples, and raise UserError for a step that cannot be taken as it is asked for, before
@@ -447,22 +491,24 @@ class KFACPreconditioner:
         if not self.factor_steps:
             check_first_measurement(self.layers, self.capture, num_samples, self.loss_reduction, self.device)
         self.capture.seen = None  # also of a state that was loaded, whose first step was looked at
-        sound = sound_layers(self.layers, self.device)
-        self.non_finite_statistics += list(sound.values()).count(False)
+        found = look_at_pending(self.layers, {} if paper else self._gradients.sizes(self.layers), self.device)
+        self.non_finite_statistics += list(found.sound.values()).count(False)
         shared_count = (num_samples if factor_samples is None else factor_samples) if paper else None
         fold_pending(
             self.layers,
             self.states,
-            sound,
+            found.sound,
             decay=rho,
             gradient_scale=scale,
             num_samples=num_samples,
+            absent=found.absent,
             shared_count=shared_count,
         )
         if self.eigenvalues is not None:
-            self.eigenvalues.commit(rho, num_samples, scale * scale)
+            self.eigenvalues.commit(rho, num_samples, scale * scale, found.absent)
         for layer in self.layers.values():
             layer.forget()
+        self._gradients.forget()
         self.factor_steps += 1
 
     def discard(self) -> None:
@@ -481,7 +527,9 @@ class KFACPreconditioner:
         """Forget this step's rows, before the gradients go; with a loss_scale, gradients that are not finite and were
         never stepped on are a step that the GradScaler skipped, and count as dropped."""
         has_scale = self.capture.loss_scale is not None
-        may_be_skipped = has_scale and not self._was_stepped and any(p.grad is not None for p in self._parameters)
+        may_be_skipped = (
+            has_scale and not self._was_stepped and any(gradient_of(p) is not None for p in self._parameters)
+        )
         was_skipped = may_be_skipped and not self.gradients_are_finite()
         self._was_stepped = False
         self.forget()
@@ -495,6 +543,7 @@ class KFACPreconditioner:
         for layer in self.layers.values():
             layer.forget()
         self.capture.forget()
+        self._gradients.forget()
 
     def refresh(self) -> None:
         """Launch the refreshes that are due at this step, and move those under way forward.
@@ -581,7 +630,7 @@ class KFACPreconditioner:
         measures_gpu: bool = False,
     ) -> Shortening:
         gradients, directions = self._directions.take(gradient_scale, measures_gpu=measures_gpu, inverses=inverses)
-        if not gradients and all(parameter.grad is None for parameter in self._parameters):
+        if not gradients and all(gradient_of(parameter) is None for parameter in self._parameters):
             raise UserError("step() found no gradient; call loss.backward() before it")
         out = [directions[name] for name in gradients]
         found = shortening(out, list(gradients.values()), bounds)
@@ -685,8 +734,9 @@ class KFACPreconditioner:
     def load_state_dict(self, *states: dict[str, Tensor]) -> None:
         """Restore from the state dicts of all ranks that saved, in rank order (one is enough for one rank).
 
-        At the same world size each rank takes its own, bitwise; at another, their unfolded statistics are
-        summed on rank 0. Raises UserError if the layers or sizes differ from this model's.
+        All ranks enter, and all refuse what one of them does. At the same world size each rank takes its own, bitwise;
+        at another, their unfolded statistics are summed on rank 0. Raises UserError if the layers or sizes differ from
+        this model's.
         """
         load_preconditioner_state(self, states)
         self.capture.start_step(self.steps, self._is_factor_step())

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dngd.curvature import Tensors, extremes, read_together
 from dngd.errors import TrainingError
+from dngd.optim.gradients import gradient_of
 from dngd.optim.inverses import Inverses, StoredInverse
 from dngd.optim.layer_state import LayerState
 from dngd.optim.layers import CurvatureLayer
@@ -124,7 +125,7 @@ class StepReplay:
             if layer.keeps_plain_gradient:
                 continue
             for parameter in layer.parameters:
-                gradient = parameter.grad
+                gradient = gradient_of(parameter)
                 if gradient is None:
                     continue
                 if first is None:

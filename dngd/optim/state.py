@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, get_args
 
 import torch
@@ -100,13 +101,14 @@ def _layer_state(name: str, state: LayerState) -> State:
 
 
 def load_preconditioner_state(pre: KFACPreconditioner, states: Sequence[State]) -> None:
-    """Restore `pre` from the saved ranks' states; see KFACPreconditioner.load_state_dict."""
-    if not states:
-        raise UserError("load_state_dict needs the state of at least one rank")
-    shared = states[0]
-    _check_same_layers(pre, shared)
-    local = _merge_local(states, pre.communicator.rank, pre.communicator.world_size)
-    _check_same_method(pre, shared)
+    """Restore `pre` from the saved ranks' states; see KFACPreconditioner.load_state_dict. All ranks enter."""
+    with _refused_by_all_or_none(pre):
+        if not states:
+            raise UserError("load_state_dict needs the state of at least one rank")
+        shared = states[0]
+        _check_same_layers(pre, shared)
+        local = _merge_local(states, pre.communicator.rank, pre.communicator.world_size)
+        _check_same_method(pre, shared)
     pre.pipeline.forget()
     for layer in pre.layers.values():
         layer.forget()
@@ -158,6 +160,26 @@ def load_preconditioner_state(pre: KFACPreconditioner, states: Sequence[State]) 
         if not same_world:
             _add_late(pre, refresh, shared)
         pre.pipeline.restore(refresh)
+
+
+@contextmanager
+def _refused_by_all_or_none(pre: KFACPreconditioner) -> Iterator[None]:
+    """Raise UserError on all ranks where the checks inside raise it on one: the others would wait for it later on."""
+    refusal = None
+    try:
+        yield
+    except UserError as error:
+        refusal = error
+    if pre.communicator.world_size > 1:
+        refusals = torch.tensor([float(refusal is not None)], dtype=torch.float64, device=pre.device)
+        pre.communicator.all_reduce(refusals, "state", group="factor").wait()
+        if refusal is None and float(refusals) > 0:
+            raise UserError(
+                "another rank was given a state that it cannot load; with several ranks each saves and loads its own "
+                "state_dict(): that of one rank lacks what the others have not yet summed"
+            )
+    if refusal is not None:
+        raise refusal
 
 
 def _load_layer(name: str, state: LayerState, shared: State, local: State) -> None:

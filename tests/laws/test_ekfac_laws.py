@@ -105,8 +105,8 @@ def test_mutants_of_the_scales_are_caught() -> None:
     assert_caught(lambda: law_nearest_to_the_fisher(0, 7), base, "row_scales", unrotated)
     original = EigenvalueCorrection.commit
 
-    def of_the_mean_loss(self: EigenvalueCorrection, rho: float, num_samples: float, factor: float) -> None:
-        original(self, rho, num_samples, 1.0)
+    def of_the_mean_loss(self: EigenvalueCorrection, rho: float, num_samples: float, *others: Any) -> None:
+        original(self, rho, num_samples, 1.0, *others[1:])
 
     assert_caught(lambda: law_nearest_to_the_fisher(0, 7), EigenvalueCorrection, "commit", of_the_mean_loss)
 

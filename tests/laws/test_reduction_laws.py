@@ -270,10 +270,14 @@ def law_a_layer_that_one_rank_never_uses() -> None:
         pre = KFACPreconditioner(net, loss_reduction="sum", method="ekfac", communicator=comm, **periods)
         for step in range(2):
             here = 0
+            net.zero_grad(set_to_none=False)
             for shard in range(comm.rank, 2, comm.world_size):
                 x, target = rows(step, shard, 3 + shard)
                 ((net(x, both=shard == 0) - target) ** 2).sum().backward()
                 here += len(x)
+            for parameter in net.parameters():  # a gradient that is zero on all ranks would be that of no step
+                assert parameter.grad is not None
+                comm.all_reduce(parameter.grad.view(-1), "gradient").wait()
             pre.step(here, finite=True, mean_gradients=True)
         assert pre.eigenvalues is not None
         scales = {name: pre.eigenvalues.scales(name) for name in ("a", "b")}

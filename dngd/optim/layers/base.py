@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dngd.curvature import FactorStatistics, FactorStructure, LowRank, SparseInput, Tensors, row_scales
+from dngd.errors import UserError
 from dngd.optim.capture import Capture, flat_rows, version_of
+from dngd.optim.gradients import gradient_of
 
 DENSE_ROWS = 4096
 """Rows of a sparse input that are made dense at a time, where A is not low rank."""
@@ -69,7 +71,7 @@ class CurvatureLayer:
     @property
     def has_gradient(self) -> bool:
         """Whether the layer takes part in this step: it has a gradient, zero perhaps."""
-        return any(parameter.grad is not None for parameter in self.parameters)
+        return any(gradient_of(parameter) is not None for parameter in self.parameters)
 
     @property
     def keeps_plain_gradient(self) -> bool:
@@ -80,6 +82,20 @@ class CurvatureLayer:
     def device(self) -> torch.device:
         """The weight's device."""
         return self.parameters[0].device
+
+    def features(self, payload: Any) -> Any:
+        """Return what one call's rows are made of, edges aside."""
+        return payload
+
+    def check_features(self, payload: Any) -> None:
+        """Raise UserError if one call's features are one of torch's sparse tensors."""
+        features = self.features(payload)
+        if isinstance(features, Tensor) and features.layout != torch.strided:
+            raise UserError(
+                f"layer {self.name!r} was given features as a {str(features.layout).removeprefix('torch.')} tensor, of "
+                "which K-FAC cannot measure rows; give it dense ones (x.to_dense()), or train with dngd.Trainer, "
+                "which keeps a graph's sparse features sparse"
+            )
 
     def rows(self, payload: Any) -> Tensor:
         """Return the rows [..., d_in] (without the 1) of one call; asked for only when something reads them."""
@@ -169,6 +185,14 @@ class CurvatureLayer:
     def hook(self, handle: RemovableHandle) -> None:
         """Remember a hook to take off again."""
         self._handles.append(handle)
+
+    def hook_output(self, module: nn.Module, **options: bool) -> None:
+        """Have `on_forward` called with a module's own output: before hooks that are there already and replace it.
+
+        options: of torch's register_forward_hook.
+        """
+        hook = InertHook(self, "on_forward")
+        self.hook(module.register_forward_hook(hook, prepend=True, **options))
 
     def remove(self) -> None:
         """Take the hooks off the module."""

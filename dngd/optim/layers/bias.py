@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dngd.curvature import Dense, FactorLayout
 from dngd.optim.capture import Capture
-from dngd.optim.layers.base import CurvatureLayer, InertHook
+from dngd.optim.layers.base import CurvatureLayer
 from dngd.optim.layers.columns import join_columns, split_columns
 
 
@@ -27,7 +27,7 @@ class BiasLayer(CurvatureLayer):
     ) -> None:
         self.bias = bias
         super().__init__(name, capture, [bias], Dense(1), layout.output_structure(bias.numel()), has_ones=True)
-        self.hook(module.register_forward_hook(InertHook(self, "on_forward")))
+        self.hook_output(module)
 
     def on_forward(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Note one call."""

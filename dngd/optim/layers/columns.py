@@ -12,15 +12,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dngd.optim.gradients import gradient_of
+
 
 def join_columns(parameters: Sequence[nn.Parameter]) -> Tensor | None:
     """Return the gradients side by side, [d_out, d], a new tensor; None if no parameter has one.
 
     parameters: each [..., d_out]. One without a gradient, beside others with one, stands as zeros.
     """
-    if all(p.grad is None for p in parameters):
+    found = [gradient_of(p) for p in parameters]
+    if all(g is None for g in found):
         return None
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)]
     return torch.cat([g.reshape(-1, g.shape[-1]).T for g in gradients], dim=1)
 
 
@@ -28,5 +31,6 @@ def split_columns(parameters: Sequence[nn.Parameter], value: Tensor) -> None:
     """Overwrite the gradients in place with the columns of a [d_out, d] matrix."""
     widths = [p.numel() // p.shape[-1] for p in parameters]
     for parameter, columns in zip(parameters, torch.split(value, widths, dim=1)):
-        if parameter.grad is not None:
-            parameter.grad.copy_(columns.T.reshape(parameter.shape))
+        gradient = gradient_of(parameter)
+        if gradient is not None:
+            gradient.copy_(columns.T.reshape(parameter.shape))

@@ -92,7 +92,7 @@ class _AggregatedLayer(CurvatureLayer):
             self.hook(following.register_forward_pre_hook(InertHook(self, "on_following")))
         self.hook(conv.register_forward_pre_hook(InertHook(self, "on_enter")))
         # always_call: a wrapped function must be put back after an exception too.
-        self.hook(conv.register_forward_hook(InertHook(self, "on_forward"), with_kwargs=True, always_call=True))
+        self.hook_output(conv, with_kwargs=True, always_call=True)
 
     def on_enter(self, conv: Any, inputs: tuple[Any, ...]) -> None:
         """Get ready to see Z."""
@@ -220,6 +220,7 @@ class SageNeighbourLayer(_AggregatedLayer):
             goes_on_with=("activation", "norm"),
         )
         self._dropped: list[Tensor] = []
+        # After the user's hooks, whose result is what the convolution goes on with.
         self.hook(conv.feat_drop.register_forward_hook(InertHook(self, "on_dropout")))
 
     def on_dropout(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:

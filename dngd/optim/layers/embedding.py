@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dngd.curvature import Diagonal, FactorLayout, SparseInput
 from dngd.optim.capture import Capture
 from dngd.optim.layers.adapter import Adapted, trainable
-from dngd.optim.layers.base import CurvatureLayer, InertHook
+from dngd.optim.layers.base import CurvatureLayer
 from dngd.optim.layers.columns import join_columns, split_columns
 
 
@@ -43,7 +43,7 @@ class EmbeddingLayer(CurvatureLayer):
         super().__init__(
             name, capture, [self.weight], Diagonal(num_entries), layout.output_structure(d), has_ones=False
         )
-        self.hook(module.register_forward_hook(InertHook(self, "on_forward"), with_kwargs=True))
+        self.hook_output(module, with_kwargs=True)
 
     def on_forward(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         """Note one call."""

@@ -51,7 +51,8 @@ WRAPPERS = {
 """What wraps a whole model, and under which name; parameters keep the names of the model itself."""
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model itself, by whose names its parameters are told."""
     while (attribute := WRAPPERS.get(class_path(model))) is not None:
         model = getattr(model, attribute)
     return model
@@ -64,7 +65,7 @@ def find_layers(model: nn.Module, capture: Capture, layout: FactorLayout) -> tup
     """
     layers: list[CurvatureLayer] = []
     try:
-        return layers, _find(_unwrapped(model), capture, layout, layers)
+        return layers, _find(unwrapped(model), capture, layout, layers)
     except BaseException:
         for layer in layers:
             layer.remove()

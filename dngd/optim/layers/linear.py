@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from dngd.curvature import FactorLayout, SparseInput
 from dngd.optim.capture import Capture
-from dngd.optim.layers.base import CurvatureLayer, InertHook
+from dngd.optim.gradients import gradient_of
+from dngd.optim.layers.base import CurvatureLayer
 
 
 class LinearLayer(CurvatureLayer):
@@ -39,7 +40,7 @@ class LinearLayer(CurvatureLayer):
             layout.output_structure(weight.shape[0]),
             has_ones=has_ones,
         )
-        self.hook(module.register_forward_hook(InertHook(self, "on_forward"), with_kwargs=True))
+        self.hook_output(module, with_kwargs=True)
 
     def on_forward(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         """Note one call; the input may be given by position or by name."""
@@ -74,18 +75,22 @@ def join_gradient(weight: nn.Parameter, bias: nn.Parameter | None) -> Tensor | N
 
     One that has none beside the other (frozen, say) stands as zeros.
     """
+    main = gradient_of(weight)
     if bias is None:
-        return None if weight.grad is None else weight.grad.clone()
-    if weight.grad is None and bias.grad is None:
+        return None if main is None else main.clone()
+    column = gradient_of(bias)
+    if main is None and column is None:
         return None
-    main = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    column = torch.zeros_like(bias) if bias.grad is None else bias.grad
+    main = torch.zeros_like(weight) if main is None else main
+    column = torch.zeros_like(bias) if column is None else column
     return torch.cat([main, column[:, None]], dim=1)
 
 
 def split_gradient(weight: nn.Parameter, bias: nn.Parameter | None, value: Tensor) -> None:
     """Overwrite ∇W and ∇b in place with the columns of a [d_out, d_in (+ 1)] matrix."""
-    if weight.grad is not None:
-        weight.grad.copy_(value[:, : weight.shape[1]])
-    if bias is not None and bias.grad is not None:
-        bias.grad.copy_(value[:, weight.shape[1]])
+    main = gradient_of(weight)
+    if main is not None:
+        main.copy_(value[:, : weight.shape[1]])
+    column = None if bias is None else gradient_of(bias)
+    if column is not None:
+        column.copy_(value[:, weight.shape[1]])

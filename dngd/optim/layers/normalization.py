@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from dngd.curvature import Dense, Diagonal, FactorLayout
 from dngd.optim.capture import Capture
+from dngd.optim.gradients import gradient_of
 from dngd.optim.layers.adapter import Adapted, class_path, trainable
-from dngd.optim.layers.base import CurvatureLayer, InertHook
+from dngd.optim.layers.base import CurvatureLayer
 
 PYG_LAYER_NORM = "torch_geometric.nn.norm.layer_norm.LayerNorm"
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -73,7 +74,7 @@ class NormalizationLayer(CurvatureLayer):
         size = self.width * len(parameters)
         g = Dense(size) if size <= MAX_DENSE else Diagonal(size)
         super().__init__(name, capture, parameters, Dense(1), g, has_ones=True)
-        self.hook(module.register_forward_hook(InertHook(self, "on_forward"), with_kwargs=True))
+        self.hook_output(module, with_kwargs=True)
 
     def on_forward(self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         """Note one call."""
@@ -109,12 +110,14 @@ class NormalizationLayer(CurvatureLayer):
         return tensor.movedim(1, -1)
 
     def gradient(self) -> Tensor | None:
-        if all(p.grad is None for p in self.parameters):
+        found = [gradient_of(p) for p in self.parameters]
+        if all(g is None for g in found):
             return None
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        parts = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found)]
         return torch.cat([part.reshape(-1) for part in parts])[:, None]
 
     def set_gradient(self, value: Tensor) -> None:
         for parameter, part in zip(self.parameters, torch.split(value[:, 0], self.width)):
-            if parameter.grad is not None:
-                parameter.grad.copy_(part.view(parameter.shape))
+            gradient = gradient_of(parameter)
+            if gradient is not None:
+                gradient.copy_(part.view(parameter.shape))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dngd.curvature import FactorLayout
 from dngd.optim.capture import Capture, flat_rows
 from dngd.optim.layers.adapter import Adapted, argument, class_path, trainable
-from dngd.optim.layers.base import CurvatureLayer, InertHook
+from dngd.optim.layers.base import CurvatureLayer
 from dngd.optim.layers.bias import BiasLayer
 from dngd.optim.layers.linear import join_gradient, split_gradient
 
@@ -87,7 +87,7 @@ class GCNLayer(CurvatureLayer):
             layout.output_structure(self.weight.shape[0]),
             has_ones=has_ones,
         )
-        self.hook(conv.register_forward_hook(InertHook(self, "on_forward"), with_kwargs=True))
+        self.hook_output(conv, with_kwargs=True)
 
     def on_forward(self, conv: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         """Note one call."""
@@ -98,6 +98,9 @@ class GCNLayer(CurvatureLayer):
         is_constant = not any(t.requires_grad for t in (x, *weights))
         sources = (x, edge_index, *weights) if is_constant else ()
         self.capture.record(self, ConvolutionCall(x, edge_index, edge_weight, sources), output)
+
+    def features(self, payload: ConvolutionCall) -> Any:
+        return payload.x
 
     def rows(self, payload: ConvolutionCall) -> Tensor:
         return self._made(payload, None)

@@ -79,7 +79,7 @@ class RelationalLayer(CurvatureLayer):
         self._one_mean = False
         self._is_featureless = False
         self.hook(conv.register_propagate_forward_pre_hook(InertHook(self, "on_propagate")))
-        self.hook(conv.register_forward_hook(InertHook(self, "on_forward"), with_kwargs=True))
+        self.hook_output(conv, with_kwargs=True)
 
     def on_propagate(self, conv: Any, arguments: tuple[Any, Any, dict[str, Any]]) -> None:
         """Note whether RGCNConv goes through the relations in one pass (it never does in a compiled model)."""

@@ -188,6 +188,45 @@ def test_models_train(name: str, options: dict[str, Any]) -> None:
         assert float(factors.G.diagonal().sum()) > 0
 
 
+@pytest.mark.parametrize("options", [{}, MONTE_CARLO], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_layers_own_output_is_measured_whatever_hooks_make_of_it(name: str, options: dict[str, Any]) -> None:
+    """One that stood there before was asked first, and its result taken for the layer's."""
+    x, edge_index, relation, labels = task()
+
+    def factors(is_first: bool, *, in_place: bool) -> Any:
+        def doubled(module: nn.Module, inputs: Any, output: Any) -> Any:
+            return (output.mul_(2.0) if in_place else 2.0 * output) if isinstance(output, Tensor) else None
+
+        def add_hooks(model: nn.Module) -> None:
+            for path, module in model.named_modules():
+                if path and not isinstance(module, nn.Sequential | nn.Dropout | nn.Identity | nn.ReLU):
+                    module.register_forward_hook(doubled)
+
+        torch.manual_seed(1)
+        model = MODELS[name][0]()
+        if is_first:
+            add_hooks(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pre = KFACPreconditioner(model, **options)
+        if not is_first:
+            add_hooks(model)
+        out = model(x, edge_index, relation)
+        if options:
+            pre.observe(out)
+        F.cross_entropy(out, labels).backward()
+        pre.step(num_samples=N)
+        return pre.factors()
+
+    expected = factors(False, in_place=False)
+    for is_first, in_place in ((True, False), (True, True)):
+        found = factors(is_first, in_place=in_place)
+        for layer, (a, g) in expected.items():
+            assert torch.allclose(found[layer].A, a, rtol=1e-4, atol=1e-6)
+            assert torch.allclose(found[layer].G, g, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_copies_are_not_measured(name: str) -> None:
     """A copied model runs, and its passes leave the preconditioner's sums alone; a closed one leaves no hook."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dngd.optim import FactorLayout, KFACPreconditioner
-from dngd.optim.commit import sound_layers
+from dngd.optim.commit import look_at_pending
 
 
 @pytest.mark.parametrize("wrong", [torch.inf, torch.nan])
@@ -24,5 +24,5 @@ def test_either_factor_makes_a_layer_unsound(wrong: float, max_dimension: int) -
     first.a[0][0] = wrong
     second.g[0][0] = wrong
     third.a[0].fill_(3e38)
-    assert list(sound_layers(pre.layers, pre.device).values()) == [False, False, True]
+    assert list(look_at_pending(pre.layers, {}, pre.device).sound.values()) == [False, False, True]
     pre.close()

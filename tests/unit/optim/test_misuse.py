@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from dngd.errors import TrainingError, UserError
 from dngd.optim import FactorLayout, KFACPreconditioner, NaturalGradient
 from dngd.optim.capture import Capture
 from tests.helpers.mutants import assert_caught
+from tests.helpers.thread_world import ThreadCommunicator, run_threads
 
 F64 = torch.float64
 
@@ -302,6 +304,43 @@ def test_state_of_another_rank_or_optimizer_is_refused() -> None:
         copy.deepcopy(optimizer)
 
 
+def test_a_state_that_one_rank_refuses_is_refused_by_all() -> None:
+    """A file of rank 0 alone: rank 0 took it, and waited for the others in what came next."""
+
+    def work(communicator: ThreadCommunicator) -> Any:
+        x, y = make_data(8, communicator.rank)
+
+        def begin() -> Any:
+            net = make_net()
+            for parameter in net.parameters():
+                nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+            return net, KFACPreconditioner(net, inverse_delay=3, communicator=communicator)
+
+        net, pre = begin()
+        for _ in range(2):
+            net.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            for parameter in net.parameters():
+                assert parameter.grad is not None
+                communicator.all_reduce(parameter.grad.view(-1), "gradient").wait()
+            pre.step(num_samples=8)
+        own = pre.state_dict()
+        files[communicator.rank] = own
+        communicator.barrier()
+        _, other = begin()
+        with pytest.raises(UserError) as refused:
+            other.load_state_dict(files[0])
+        assert other.steps == 0
+        other.load_state_dict(own)
+        return str(refused.value), other.steps
+
+    files: dict[int, Any] = {}
+    (first, steps), (second, others) = run_threads(2, work)
+    assert "another rank was given a state that it cannot load; with several ranks each saves" in first
+    assert "of ranks [0] of 2" in second
+    assert steps == others == 2
+
+
 def test_a_cast_model_is_refused() -> None:
     net = nn.Sequential(nn.Linear(4, 3))
     pre = KFACPreconditioner(net)
@@ -310,6 +349,40 @@ def test_a_cast_model_is_refused() -> None:
     F.cross_entropy(net(x), y).backward()
     with pytest.raises(UserError, match="before the preconditioner is made"):
         pre.step(num_samples=8)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("to_sparse", [Tensor.to_sparse, Tensor.to_sparse_csr], ids=["coo", "csr"])
+@pytest.mark.parametrize("fisher", ["empirical", "monte_carlo"])
+@pytest.mark.parametrize("is_graph", [False, True])
+def test_torchs_sparse_features_are_refused_in_a_sentence(to_sparse: Any, fisher: Any, is_graph: bool) -> None:
+    """At the first forward pass; passes that are not measured take them, and so do layers that are frozen."""
+    x, y = make_data(16)
+    x = x.clamp_min(0)
+    edge_index = torch.randint(16, (2, 40), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    first: Any = GCNConv(4, 6).double() if is_graph else nn.Linear(4, 6).double()
+    net = nn.ModuleDict({"first": first, "out": nn.Linear(6, 3).double()})
+
+    def run(given: Tensor) -> Tensor:
+        hidden = first(given, edge_index) if is_graph else first(given)
+        out: Tensor = net["out"](hidden)
+        return out
+
+    sparse = to_sparse(x)
+    optimizer = NaturalGradient(net, fisher=fisher)
+    with torch.no_grad():
+        expected = run(sparse)
+    with pytest.raises(UserError, match=r"layer 'first' was given features as a sparse_\w+ tensor, .*x\.to_dense\(\)"):
+        run(sparse)
+    with optimizer.preconditioner.paused():
+        assert torch.equal(run(sparse), expected)
+    first.requires_grad_(False)
+    out = run(sparse)
+    if fisher != "empirical":
+        optimizer.observe(out)
+    F.cross_entropy(out, y).backward()
+    optimizer.step(num_samples=16)
 
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
@@ -453,6 +526,76 @@ def test_layers_that_are_unfrozen_later_are_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step()
+
+
+@pytest.mark.parametrize("frozen", ["0", "0.bias"])
+def test_the_preconditioner_names_layers_that_are_unfrozen_later(frozen: str) -> None:
+    """In a warning, once; a layer whose weight alone has factors, by its bias."""
+
+    def begin(*, strict: bool) -> tuple[nn.Sequential, Callable[[], bool]]:
+        net = make_net()
+        kept = net[0] if frozen == "0" else net[0].bias
+        kept.requires_grad_(False)
+        # What was left over from before is no gradient.
+        net[0].bias.grad = torch.ones_like(net[0].bias)
+        pre = KFACPreconditioner(net, strict=strict)
+        x, y = make_data(8)
+
+        def step() -> bool:
+            for parameter in net.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = None
+            F.cross_entropy(net(x), y).backward()
+            taken = pre.step(num_samples=8)
+            assert ("0.bias" in pre.left_over) == net[0].bias.requires_grad
+            return taken
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            step()
+        net[0].requires_grad_(True)
+        return net, step
+
+    net, step = begin(strict=False)
+    names = r"0\.weight, 0\.bias" if frozen == "0" else r"^0\.bias"
+    with pytest.warns(UserWarning, match=names + " did not require a gradient when the preconditioner was made"):
+        step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
+    net, step = begin(strict=True)
+    before = [p.detach().clone() for p in net.parameters()]
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"strict: .*0\.bias did not require a gradient when the precond"):
+            step()
+    assert all(torch.equal(p, kept) for p, kept in zip(net.parameters(), before))
+
+
+def test_a_strict_optimizer_refuses_layers_that_are_unfrozen_later() -> None:
+    net = make_net()
+    net[0].requires_grad_(False)
+    optimizer = NaturalGradient(net, strict=True)
+    x, y = make_data(8)
+    net[0].requires_grad_(True)
+    F.cross_entropy(net(x), y).backward()
+    with pytest.raises(UserError, match=r"strict: 0\.weight, 0\.bias did not require a gradient when the optimizer"):
+        optimizer.step(num_samples=8)
+
+
+def test_parameters_added_after_they_were_unfrozen_are_named_once() -> None:
+    net = make_net()
+    net[0].requires_grad_(False)
+    optimizer = NaturalGradient(net, strict=True)
+    x, y = make_data(8)
+    net[0].requires_grad_(True)
+    with pytest.warns(UserWarning, match="take their plain gradient"):
+        optimizer.add_param_group({"params": list(net[0].parameters())})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step(num_samples=8)
 
 
 def test_complex_weights_keep_their_gradient() -> None:

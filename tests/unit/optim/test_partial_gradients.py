@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch_geometric import nn as pyg
 
 from dngd.errors import UserError
-from dngd.optim import NaturalGradient, capture
+from dngd.optim import KFACPreconditioner, NaturalGradient, capture
 from dngd.optim.eigenvalues import EigenvalueCorrection
 from dngd.optim.layers import linear
 from tests.helpers.mutants import assert_caught
@@ -121,11 +121,11 @@ def law_scales_of_layers_used_by_turns() -> None:
 def test_scales_of_layers_used_by_turns() -> None:
     commit = EigenvalueCorrection.commit
 
-    def counts_all(self: Any, rho: float, num_samples: float, factor: float) -> None:
+    def counts_all(self: Any, rho: float, num_samples: float, factor: float, absent: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
             for layer in self._layers.values():
                 patch.setattr(type(layer), "has_gradient", True)
-            commit(self, rho, num_samples, factor)
+            commit(self, rho, num_samples, factor, absent)
 
     assert_caught(law_scales_of_layers_used_by_turns, EigenvalueCorrection, "commit", counts_all)
 
@@ -149,6 +149,87 @@ def test_a_step_in_which_no_layer_with_factors_has_a_gradient_is_the_plain_one()
     optimizer.zero_grad()
     with pytest.raises(UserError, match="found no gradient"):
         optimizer.step(num_samples=N, finite=True)
+
+
+def weights_after_freezing(update: Any, frozen: tuple[str, ...], leftover: float | None) -> Tensor:
+    """Return all weights after steps with parameters that were frozen, whose gradients were cleared or are left over.
+
+    update: None for the preconditioner alone. leftover: what the gradients are filled with; None: cleared.
+    """
+    net, (x, y) = network(), data()
+    optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.1)
+    if update is None:
+        pre = KFACPreconditioner(net, lr=0.1, kl_clip=1e-2)
+    else:
+        optimizer = NaturalGradient(net, update=update, weight_decay=1e-2)
+        pre = optimizer.preconditioner
+    kept = [net.get_parameter(name) for name in frozen]
+    for step in range(8):
+        if step == 3:
+            for parameter in kept:
+                parameter.requires_grad_(False)
+                parameter.grad = None if leftover is None else torch.full_like(parameter, leftover)
+            if update is None:
+                optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.grad = None
+        pre.forget()
+        F.cross_entropy(net(x), y).backward()
+        if update is None:
+            assert pre.step(num_samples=N)
+            optimizer.step()
+        else:
+            optimizer.step(num_samples=N)
+    assert pre.dropped_steps == 0
+    if leftover is not None:
+        for parameter in kept:
+            assert parameter.grad is not None
+            assert torch.equal(parameter.grad, torch.full_like(parameter, leftover))
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+@pytest.mark.parametrize("update", [None, "mean_gradient", "momentum", "adam_eigenbasis"])
+@pytest.mark.parametrize(
+    "frozen", [("0.weight", "0.bias"), ("0.weight",), ("2.weight", "2.bias"), ("2.bias",)], ids=str
+)
+@pytest.mark.parametrize("leftover", [0.5, float("inf")])
+def test_gradients_left_over_by_frozen_parameters_change_nothing(
+    update: Any, frozen: tuple[str, ...], leftover: float
+) -> None:
+    """It was preconditioned again and again, and took the KL clip for itself."""
+    expected = weights_after_freezing(update, frozen, None)
+    assert torch.equal(weights_after_freezing(update, frozen, leftover), expected)
+
+
+def test_left_over_gradients_alone_are_no_step() -> None:
+    net, (x, y) = network(), data()
+    pre = KFACPreconditioner(net)
+    F.cross_entropy(net(x), y).backward()
+    pre.step(num_samples=N)
+    net.requires_grad_(False)
+    with pytest.raises(UserError, match="found no gradient"):
+        pre.step(num_samples=N)
+
+
+@pytest.mark.parametrize("module", [lambda: nn.LayerNorm(5), lambda: nn.Embedding(N, 5), lambda: pyg.GCNConv(5, 5)])
+def test_left_over_gradients_of_each_kind_of_layer(module: Callable[[], nn.Module]) -> None:
+    net = nn.ModuleDict({"first": module(), "out": nn.Linear(5, 3)}).double()
+    x, y = data()
+    edge_index = torch.randint(0, N, (2, 60), generator=torch.Generator().manual_seed(2))
+    first: Any = net["first"]
+    pre = KFACPreconditioner(net)
+    if isinstance(first, nn.Embedding):
+        hidden = first(torch.arange(N))
+    else:
+        hidden = first(x, edge_index) if isinstance(first, pyg.GCNConv) else first(x)
+    F.cross_entropy(net["out"](hidden), y).backward()
+    first.requires_grad_(False)
+    before = [p.grad.clone() for p in first.parameters()]
+    assert pre.layers["first"].gradient() is None
+    assert not pre.layers["first"].has_gradient
+    pre.step(num_samples=N)
+    assert all(torch.equal(p.grad, kept) for p, kept in zip(first.parameters(), before))
 
 
 @pytest.mark.parametrize("update", ["mean_gradient", "momentum", "adam_eigenbasis"])
