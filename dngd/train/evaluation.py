@@ -117,6 +117,7 @@ class ExactEvaluator:
         self.space = TableSpace(communicator, folders=folders, memory_bytes=memory_bytes, device=device)
         self._plan: _Plan | None = None
         self._kept: _KeptRows | None = None
+        self._sought_room = False
 
     def check(self, model: GNN, nodes: Tensor | None, room_for: int = 0) -> None:
         """Raise UserError if the tables for the logits of some nodes, and `room_for` bytes of others, fit neither in
@@ -179,6 +180,7 @@ class ExactEvaluator:
         if self._kept is not None:
             self._kept.table.close()
             self._kept = None
+        self._sought_room = False
         return self._plan
 
     def _run(self, model: GNN, plan: _Plan) -> Iterator[tuple[slice | Tensor, Tensor]]:
@@ -233,8 +235,9 @@ class ExactEvaluator:
 
     def _make_room_for_first(self, layers: Sequence[LayerArithmetic], plan: _Plan) -> None:
         first = layers[0]
-        if self._kept is not None or not self._keeps_first or first.transforms_first:
+        if self._sought_room or not self._keeps_first or first.transforms_first:
             return
+        self._sought_room = True  # once, found or not: on a GPU all ranks look together, and some may find none
         begin, end = plan.bounds[0][self._comm.rank : self._comm.rank + 2]
         # Read from end to end, they may rather lie on disk than the tables that rows are gathered from.
         widths = [sum(layer.widths) for layer in layers[1:]] + [0]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dngd.comm import LocalCommunicator
+from dngd.errors import UserError
 from dngd.graph import GraphStore
 from dngd.graph.splits import Split
 from dngd.models import GNN
@@ -326,3 +327,30 @@ def test_mutants_are_caught(
 def test_classes_count(stores: dict[tuple[str, bool], GraphStore]) -> None:
     model = made_model("sage", 6, 8)
     assert evaluator(stores["widening", False], model).logits(model).shape == (N, CLASSES)
+
+
+def law_all_ranks_look_for_room(store: GraphStore, folder: Path) -> None:
+    """Where a look for room is a collective, as on GPUs: one rank has none, and no later evaluation waits for it."""
+    model = made_model("gcn", *SHAPES["widening"])
+    original = TableSpace.private
+
+    def private(self: TableSpace, *given: Any, **named: Any) -> Table:
+        self._agree(False)
+        if self._comm.rank == 1:
+            raise UserError("no room here")
+        return original(self, *given, **named)
+
+    def work(communicator: ThreadCommunicator) -> list[Tensor]:
+        made = evaluator(store, model, communicator, rows=7, folders=[folder])
+        return [made.logits(model) for _ in range(3)]
+
+    expected = dense_forward(store, model)
+    with mutant(TableSpace, "private", private):
+        for logits in itertools.chain(*run_threads(2, work)):
+            assert torch.allclose(logits.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rank_without_room_for_first_rows_is_not_waited_for(
+    stores: dict[tuple[str, bool], GraphStore], tmp_path: Path
+) -> None:
+    law_all_ranks_look_for_room(stores["widening", False], tmp_path)
