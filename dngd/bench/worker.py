@@ -46,6 +46,9 @@ class Worker:
     def message(self, text: str) -> None:
         return None
 
+    def warning(self, text: str) -> None:
+        return None
+
     def _report(self) -> Message:
         loop = self._loop
         parameters = list(loop.model.parameters())

@@ -122,14 +122,12 @@ class Propagation:
         """Replace in place the sums that are infinite since float16 has no such numbers."""
         for row in rows.isinf().any(dim=1).nonzero()[:, 0].tolist():
             begin, end = int(self.indptr[row]), int(self.indptr[row + 1])
-            total = torch.zeros_like(rows[row])
-            for some in torch.arange(begin, end).split(_EDGES_AT_ONCE):
-                sources = table.index_select(0, self.indices[some]).float()
-                weights = (
-                    sources.new_ones(len(some)) if self.edge_coefficients is None else self.edge_coefficients[some]
-                )
-                total += weights.to(sources.dtype) @ sources
-            rows[row] = total if self.edge_coefficients is not None else total / (end - begin)
+            weights = self.edge_coefficients
+            shares = rows.new_full((end - begin,), 1 / (end - begin)) if weights is None else weights[begin:end].float()
+            rows[row] = 0.0
+            for first in range(0, end - begin, _EDGES_AT_ONCE):
+                some = slice(first, first + _EDGES_AT_ONCE)
+                rows[row] += shares[some] @ table.index_select(0, self.indices[begin:end][some]).float()
 
 
 def aggregate_rows(
