@@ -6,7 +6,6 @@ a CPU, where they go from tensor to tensor, the same numbers come with the fewes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -65,14 +64,6 @@ def scaled(tensors: Sequence[Tensor], scale: Tensor) -> Sequence[Tensor]:
     if _in_few_kernels(tensors):
         return torch._foreach_mul(list(tensors), scale.to(tensors[0].dtype))
     return [tensor * scale for tensor in tensors]
-
-
-def all_finite(tensors: Sequence[Tensor], device: torch.device) -> bool:
-    """Return whether every entry of every tensor is finite, by their norms; one host synchronisation.
-
-    device: as norms_of's. A tensor whose sum of squares overflows counts as not finite.
-    """
-    return all(map(math.isfinite, torch.stack(norms_of(tensors, device)).tolist()))
 
 
 def norms_of(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

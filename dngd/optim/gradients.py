@@ -39,8 +39,11 @@ class StepGradients:
         self._sizes, self._zeros = {}, set()
 
     def are_finite(self, parameters: Iterable[Tensor], device: torch.device) -> bool | None:
-        """Return whether all gradients are finite, None without any; one host synchronisation, which also tells those
-        of zeros. device: as norms_of's."""
+        """Return whether all gradients are finite, by their norms, None without any; one host synchronisation, which
+        also tells those of zeros.
+
+        device: as norms_of's. A gradient whose sum of squares overflows counts as not finite.
+        """
         gradients = {id(p): g for p in parameters if (g := gradient_of(p)) is not None}
         if not gradients:
             return None
