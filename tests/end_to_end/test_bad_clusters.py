@@ -8,6 +8,7 @@ import os
 import platform
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -144,7 +145,7 @@ def server_without_nodes() -> Iterator[JobServer]:
 def test_doctor_of_a_real_cluster(cluster: Cluster) -> None:
     """By its head, with a look at its nodes, and by its dashboard; with another token neither."""
     for address in (cluster.gcs_address, cluster.jobs_address):
-        command = ["python", "-m", "dngd.cli", "doctor", "--address", address]
+        command = [sys.executable, "-m", "dngd.cli", "doctor", "--address", address]
         done = subprocess.run(
             [*command, "--json"], env=cluster.environment, capture_output=True, text=True, timeout=120
         )
