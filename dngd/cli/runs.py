@@ -205,6 +205,9 @@ def _check_names_a_graph(fields: dict[str, Any]) -> None:
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder, or its s3:// or gs:// address")],
     data_root: Annotated[Path | None, typer.Option(help=field_help("data_root"))] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Folder of converted stores (default: the run's)")
+    ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Another graph, or where the run's graph is now (default: the run's)")
     ] = None,
@@ -216,7 +219,9 @@ def evaluate(
 
     told: list[str] = []
     with evaluation_progress("evaluating") as progress:
-        scores = evaluate_run(run, data_root=data_root, dataset=dataset, progress=progress, tell=told.append)
+        scores = evaluate_run(
+            run, data_root=data_root, cache_dir=cache_dir, dataset=dataset, progress=progress, tell=told.append
+        )
     for text in told:
         _warn(text)
     if as_json:
@@ -248,6 +253,9 @@ def predict(
         ),
     ] = None,
     data_root: Annotated[Path | None, typer.Option(help=field_help("data_root"))] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Folder of converted stores (default: the run's)")
+    ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Another graph, or where the run's graph is now (default: the run's)")
     ] = None,
@@ -269,6 +277,7 @@ def predict(
             nodes=nodes,
             pairs=None if pairs is None else expanded(pairs),
             data_root=data_root,
+            cache_dir=cache_dir,
             dataset=dataset,
             probabilities=probabilities,
             overwrite=overwrite,

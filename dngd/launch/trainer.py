@@ -151,7 +151,13 @@ class Trainer:
 
         dataset: another graph, or where the run's is now. Raises UserError if there is no run with a model.
         """
-        return evaluate_run(self._run_folder(), data_root=self.config.data_root, dataset=dataset, parts=self._parts)
+        return evaluate_run(
+            self._run_folder(),
+            data_root=self.config.data_root,
+            cache_dir=self.config.cache_dir,
+            dataset=dataset,
+            parts=self._parts,
+        )
 
     def predict(self, nodes: Tensor | None = None, dataset: str | None = None) -> Tensor:
         """Return what the run's best model gives nodes, on all neighbours: probabilities float32 [n, C], or in link
@@ -162,7 +168,12 @@ class Trainer:
         with a model, or no such node. `predict_file` writes a file, block by block.
         """
         return probabilities_of_run(
-            self._run_folder(), nodes, data_root=self.config.data_root, dataset=dataset, parts=self._parts
+            self._run_folder(),
+            nodes,
+            data_root=self.config.data_root,
+            cache_dir=self.config.cache_dir,
+            dataset=dataset,
+            parts=self._parts,
         )
 
     def predict_file(
@@ -180,6 +191,7 @@ class Trainer:
             nodes=nodes,
             pairs=None if pairs is None else expanded(pairs),
             data_root=self.config.data_root,
+            cache_dir=self.config.cache_dir,
             probabilities=probabilities,
             parts=self._parts,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from dngd.config import TrainConfig
 from dngd.errors import UserError
@@ -43,6 +44,26 @@ def check_own_parts(config: TrainConfig, given: Iterable[str]) -> None:
             f"the run in {shown} was trained with a program's own {listed(lacking)}, which its folder does not hold; "
             f"go on from Python: dngd.Trainer(config, {arguments}).resume()"
         )
+
+
+def replaced_warning(file: Path, shown: str, given: Iterable[str], metric: str) -> str | None:
+    """Return the warning for scores of a run whose own loss or metric the built-in one stands for; None if none does.
+
+    file: the run's note, which need not be there. shown: the run. given: the kinds that the program gives now. metric:
+    the name of the one that is computed. Raises UserError for a note that cannot be read.
+    """
+    if not file.is_file():
+        return None
+    had = _parts_in(file.read_bytes(), f"{shown}/{OWN_PARTS_NAME}")
+    replaced = [f"{kind} ({name})" for kind, name in had.items() if kind not in given]
+    if not replaced:
+        return None
+    stands_in = listed([metric if kind == "metric" else f"the built-in {kind}" for kind in had if kind not in given])
+    return (
+        f"{shown} was trained with a program's own {listed(replaced)}, which its folder does not hold: {stands_in} "
+        f"{'stand' if len(replaced) > 1 else 'stands'} here for it; dngd.Trainer(config, "
+        f"{', '.join(f'{kind}=...' for kind in had)}).evaluate() has the run's own"
+    )
 
 
 def listed(words: Sequence[str]) -> str:

@@ -75,6 +75,7 @@ def predict_run(
     nodes: str = "all",
     pairs: Path | None = None,
     data_root: Path | None = None,
+    cache_dir: Path | None = None,
     dataset: str | None = None,
     probabilities: bool = False,
     overwrite: bool = False,
@@ -96,17 +97,17 @@ def predict_run(
     columns src and dst name nodes: src, dst and probability, float32, of a link.
 
     run: its folder or address. nodes: all, train, val, test (of the run's split, taken in the graph), or unlabelled.
-    data_root: where the run's data set is now. dataset: another graph with the same features, or where the run's is
-    now. overwrite: replace a file. progress: see EvaluationProgress. parts: with the module of a run that had one of
-    its own. tell: hears where a part of the split may not be what it seems. The file appears when it is whole; it is
-    written a row group at a time.
+    data_root: where the run's data set is now. cache_dir: folder of converted stores, if not the run's. dataset: another
+    graph with the same features, or where the run's is now. overwrite: replace a file. progress: see
+    EvaluationProgress. parts: with the module of a run that had one of its own. tell: hears where a part of the split
+    may not be what it seems. The file appears when it is whole; it is written a row group at a time.
     Raises UserError for what `evaluate_run` does, a path that cannot be written, and nodes that the graph has not.
     """
     out = expanded(out)
     _check_out(out, run, pairs, overwrite)
     trained = load_trained(run, parts)
     _check_task(trained, nodes, pairs, probabilities)
-    store = open_graph(trained, dataset, data_root)
+    store = open_graph(trained, dataset, data_root, cache_dir)
     fields: list[pa.Field]
     batches: Iterator[pa.RecordBatch]
     is_wide = probabilities
@@ -162,6 +163,7 @@ def probabilities_of_run(
     nodes: Tensor | None = None,
     *,
     data_root: Path | None = None,
+    cache_dir: Path | None = None,
     dataset: str | None = None,
     parts: RunParts | None = None,
 ) -> Tensor:
@@ -172,7 +174,7 @@ def probabilities_of_run(
     `evaluate_run` does, and for nodes that the graph has not.
     """
     trained = load_trained(run, parts)
-    store = open_graph(trained, dataset, data_root)
+    store = open_graph(trained, dataset, data_root, cache_dir)
     if nodes is not None and not _are_nodes(nodes, store.num_nodes):
         raise UserError(
             f"nodes must be distinct int64 numbers of nodes, 0 to {store.num_nodes - 1}, in one dimension; map ids to "

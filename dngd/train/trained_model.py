@@ -146,11 +146,16 @@ def _widths(config: TrainConfig, weights: dict[str, Tensor], shown: str, fix: st
     return first.shape[1] // (2 if MODELS[config.model].aggregation == "mean" else 1), last.shape[0]
 
 
-def open_graph(trained: TrainedModel, dataset: str | None = None, data_root: Path | None = None) -> GraphStore:
+def open_graph(
+    trained: TrainedModel,
+    dataset: str | None = None,
+    data_root: Path | None = None,
+    cache_dir: Path | None = None,
+) -> GraphStore:
     """Open the run's graph, or another that its model fits.
 
-    dataset, data_root: as for training; None: the run's own, which has to be the very graph. A graph with fewer
-    classes than the model's, or without labels, fits. Where both have names of the classes, or one has numbers for
+    dataset, data_root, cache_dir: as for training; None: the run's own, which has to be the very graph. A graph with
+    fewer classes than the model's, or without labels, fits. Where both have names of the classes, or one has numbers for
     names and the other class numbers, the graph's are numbered as the model's are, by name. Raises
     UserError if there is no such graph, if it is not the run's own where that is asked for, or if its features or
     classes are not the model's.
@@ -158,7 +163,7 @@ def open_graph(trained: TrainedModel, dataset: str | None = None, data_root: Pat
     config = trained.config
     name = config.dataset if dataset is None else dataset
     try:
-        store = resolve_dataset(name, data_root or config.data_root_in_use, config.cache_dir)
+        store = resolve_dataset(name, data_root or config.data_root_in_use, cache_dir or config.cache_dir)
     except UserError as error:
         if dataset is None:
             raise UserError(f"the run's graph was not found: {error}; or give where it is now with --dataset") from None

@@ -641,6 +641,24 @@ def test_no_such_home(
     assert [path.name for path in tmp_path.iterdir()] == ["g.npz"]
 
 
+def test_a_run_whose_cache_folder_is_gone_for_good(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its model came here with it, say, and the folder's place cannot be written here."""
+    ring = np.arange(60)
+    masks = {f"{name}_mask": ring % 3 == turn for turn, name in enumerate(("train", "val", "test"))}
+    links = np.stack([ring, (ring + 1) % 60])
+    np.savez(tmp_path / "g.npz", edge_index=links, num_nodes=60, x=np.eye(60, 4), y=ring % 2, **masks)
+    folder, cache = tmp_path / "run", tmp_path / "cache"
+    flags = ["--cache-dir", str(cache), "--batch-size", "20", "--run-dir", str(folder)]
+    assert run(capsys, "train", "--dataset", str(tmp_path / "g.npz"), *BASE, *flags)[0] == 0
+    shutil.rmtree(cache)
+    cache.touch()
+    out = tmp_path / "predictions.parquet"
+    for command in (["evaluate", str(folder)], ["predict", str(folder), "--out", str(out)]):
+        assert "choose another folder by" in (told := refused(capsys, *command)) and "--cache-dir" in told
+        assert run(capsys, *command, "--cache-dir", str(tmp_path / "other"))[0] == 0
+    assert out.exists() and len(list((tmp_path / "other").iterdir())) == 2
+
+
 def test_a_tilde_that_the_shell_left_is_the_home_folder(
     tmp_path: Path, store: GraphStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

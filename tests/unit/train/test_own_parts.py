@@ -77,6 +77,39 @@ def test_a_resume_without_them_is_refused(
     assert dngd.Trainer(config(store, run, max_steps=3), quiet=True, **parts).resume().steps == 3
 
 
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"metric": top_two}, "own metric (top_two), which its folder does not hold: accuracy stands here for it;"),
+        (
+            {"loss": smoothed, "metric": top_two},
+            "own loss (smoothed) and metric (top_two), which its folder does not hold: the built-in loss and accuracy "
+            "stand here for it; dngd.Trainer(config, loss=..., metric=...).evaluate() has the run's own",
+        ),
+    ],
+)
+def test_evaluate_says_that_other_scores_stand_for_them(
+    store: GraphStore,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+    parts: dict[str, Any],
+    said: str,
+) -> None:
+    run = tmp_path / "run"
+    trainer = dngd.Trainer(config(store, run), quiet=True, **parts)
+    trainer.fit()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["evaluate", str(run), "--json"])
+    assert exit_info.value.code == 0
+    found = capsys.readouterr()
+    assert f"warning: {run} was trained with a program's {said}" in found.err
+    assert json.loads(found.out)["metric"] == "accuracy"
+    assert trainer.evaluate()["metric"] == "top_two"
+    assert not [warning for warning in recwarn if "program's own" in str(warning.message)]
+
+
 def test_one_of_two_is_not_enough(store: GraphStore, tmp_path: Path) -> None:
     """A program's own optimizer is config.yaml's to tell of."""
     run = tmp_path / "run"
