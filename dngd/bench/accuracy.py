@@ -24,9 +24,9 @@ from dngd.bench.heat import Track, open_track, run_heat, samplers_of
 from dngd.bench.machine import describe_machine, torch_threads
 from dngd.bench.optimizers import BASELINE, SUBJECT
 from dngd.bench.progress import BenchProgress
-from dngd.bench.protocol import Lineage, Member, Protocol, borders_of, choose_protocol, family_of, lineages_of
+from dngd.bench.protocol import Lineage, Member, Protocol, borders_of, choose_protocol, family_of, lineages_of, rates_of
 from dngd.bench.runs import RunRecord
-from dngd.bench.search import SEARCH_EVALUATIONS, SEARCH_SMOOTHING, Grid, search
+from dngd.bench.search import SEARCH_EVALUATIONS, SEARCH_SMOOTHING, Grid, search, shortest_of
 from dngd.bench.step import describe_config, describe_graph
 from dngd.bench.training_file import TrainingFile, key_of
 from dngd.bench.verdict import aggregate, best_label, judge, remarks
@@ -37,7 +37,7 @@ from dngd.train.plan import device_of
 
 GIVEN = "given"
 GIVEN_SEEDS = (0, 1, 2)
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 """Of what a heat does; a change of it makes finished trainings of an --out folder void."""
 
 
@@ -208,6 +208,8 @@ def _plan(options: AccuracyOptions, progress: BenchProgress) -> _Plan:
             f"--scale {options.scale:g} makes a smaller {PRODUCTS_SHAPED}, which is not among --datasets; leave it out"
         )
     settings = make_settings(options.config, options.optimizers, options.rates, options.variants)
+    if options.eval_steps is not None and options.eval_steps < 1:
+        raise UserError(f"eval_steps={options.eval_steps} is out of range; give at least 1, or leave it out")
     file = TrainingFile(options.folder)
     if options.search_only and (options.folder is None or options.protocol == GIVEN):
         raise UserError(
@@ -281,7 +283,8 @@ def _run_panel(panel: _Panel) -> dict[str, Any]:
         _search(panel, settings, searches, borders)
     else:
         assert plan.protocol is not None
-        found, borders = finalists_of(panel.earlier, plan.protocol)
+        rates = {name: rates_of(name, plan.protocol, panel.config) for name in plan.searched}
+        found, borders = finalists_of(panel.earlier, plan.protocol, rates)
         settings += found
         searches = dict(panel.earlier["search"])
     if plan.options.search_only:
@@ -323,10 +326,11 @@ def _search(panel: _Panel, settings: list[Setting], searches: dict[str, Any], bo
         assert plan.protocol is not None
         grid, finalists = search(lineages, plan.protocol, panel.train)
         searches[family] = _describe_search(grid, finalists, panel.config)
+        shortest = shortest_of(grid)
         for member in finalists:
-            setting = member.setting(panel.config)
+            setting, own = member.setting(panel.config), member.lineage
             settings.append(setting)
-            borders[setting.label] = borders_of(member, lineages, is_capped=member.lineage in grid.capped)
+            borders[setting.label] = borders_of(member, lineages, is_capped=own in grid.capped, shortest=shortest[own])
 
 
 def _leading(judged: Mapping[str, Any], groups: set[str]) -> set[str]:
@@ -371,7 +375,7 @@ def _described(plan: _Plan) -> dict[str, Any]:
         "grid": None
         if protocol is None
         else {
-            "rates": {name: list(values) for name, values in protocol.rates.items() if name in plan.searched},
+            "rates": {name: list(rates_of(name, protocol, options.config)) for name in plan.searched},
             "schedules": list(protocol.schedules),
             "batches": list(protocol.batches),
             "first_epochs": protocol.first_epochs,

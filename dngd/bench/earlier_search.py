@@ -73,9 +73,12 @@ class EarlierSearch:
         return found
 
 
-def finalists_of(panel: Mapping[str, Any], protocol: Protocol) -> tuple[list[Setting], dict[str, list[str]]]:
+def finalists_of(
+    panel: Mapping[str, Any], protocol: Protocol, rates: Mapping[str, Sequence[float]]
+) -> tuple[list[Setting], dict[str, list[str]]]:
     """Return the baselines' settings that were trained with all seeds, and in what each lies at its grid's border.
 
+    rates: the grid's, by optimizer.
     Files say the latter of those alone that led; of others that were trained for longest it is taken that they were
     still improving.
     """
@@ -91,7 +94,7 @@ def finalists_of(panel: Mapping[str, Any], protocol: Protocol) -> tuple[list[Set
             raise UserError(f"a setting is called {label!r}, not {setting.label!r}; search anew")
         settings.append(setting)
         found = []
-        if own["lr"] in (min(protocol.rates[own["optimizer"]]), max(protocol.rates[own["optimizer"]])):
+        if own["lr"] in (min(rates[own["optimizer"]]), max(rates[own["optimizer"]])):
             found.append("learning rate")
         if len(protocol.batches) > 1 and own["overrides"].get("batch_size") in (min(sizes), max(sizes)):
             found.append("batch size")

@@ -3,12 +3,15 @@
 Each setting has its own model (equal at the start), optimizer and batches drawn ahead; settings with one batch size see
 the same batches. The clock runs while a setting has its turn, waits for its sampler included; exact evaluation (all
 neighbours) is off it. Before a turn ends the sampler has drawn all it may, so that it does not work in another
-setting's time: `prefetch` batches a turn, of each sampler, cost no wait, for all settings alike. On a GPU, where a few
-sampler processes draw, that is most of them: what is compared there is training, with sampling nearly free.
+setting's time: `prefetch` batches a turn, of each sampler, cost no wait, for all settings alike; the draw of a run's
+first batch is on its clock. On a GPU, where a few sampler processes draw, that is most of them: what is compared there
+is training, with sampling nearly free.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -35,6 +38,7 @@ from dngd.train.plan import batch_size_of, device_of
 
 LONGEST_TURN = 50
 WARMUP_STEPS = 2
+TIMED_DRAWS = 5
 GPU_SAMPLERS = 4
 
 Advance = Callable[[int, str], None]
@@ -58,6 +62,8 @@ class Track:
     """The table's entries, where the first layer works on these alone, as in a run."""
     warm: set[tuple[str, int]] = field(default_factory=set)
     """Optimizers and batch sizes that have taken steps before: the first ones pay for what is set up but once."""
+    draw_seconds: dict[int, float] = field(default_factory=dict)
+    """Of one batch, by batch size; 0 for the full batch, which is not drawn."""
 
     @property
     def num_train(self) -> int:
@@ -120,7 +126,8 @@ def run_heat(
             own = track.own_config(setting)
             feed = full or _feed(track, setting)
             learner = _learner(track, setting, own)
-            runs.append(Run(setting, own, learner, feed, track.steps_per_epoch(setting)))
+            first_draw = track.draw_seconds[track.batch_size(setting)]
+            runs.append(Run(setting, own, learner, feed, track.steps_per_epoch(setting), seconds=first_draw))
             stack.callback(runs[-1].close)
         for run in runs:
             run.evaluate(track.scorer)
@@ -201,7 +208,7 @@ def _learner(track: Track, setting: Setting, own: TrainConfig) -> Learner:
 
 
 def _warm_up(track: Track, settings: Sequence[Setting], full: FullFeed | None) -> None:
-    """Take two steps of each new optimizer and batch size on throw-away copies, off any clock."""
+    """Take two steps of each new optimizer and batch size on throw-away copies, off any clock, and time draws."""
     for setting in settings:
         kind = (setting.optimizer, track.batch_size(setting))
         if kind in track.warm:
@@ -209,12 +216,21 @@ def _warm_up(track: Track, settings: Sequence[Setting], full: FullFeed | None) -
         track.warm.add(kind)
         if full is not None:
             batches = [full.next(BatchCoordinates(0, 0, 0))] * WARMUP_STEPS
+            track.draw_seconds[kind[1]] = 0.0
         else:
             with _pipeline(track, setting, ahead=False) as pipeline:
                 drawn = [next(pipeline) for _ in range(WARMUP_STEPS)]
+                if kind[1] not in track.draw_seconds:
+                    track.draw_seconds[kind[1]] = statistics.median(_draw_seconds(pipeline) for _ in range(TIMED_DRAWS))
             batches = [Batch(mini_batch, mini_batch.coordinates) for mini_batch in drawn]
         own = track.own_config(setting)
         learner = _learner(track, setting, own)
         for batch in batches:
             learner.step(batch, setting.lr, alone=True)
         learner.close()
+
+
+def _draw_seconds(pipeline: SamplerPipeline) -> float:
+    started = time.perf_counter()
+    next(pipeline)
+    return time.perf_counter() - started

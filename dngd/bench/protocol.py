@@ -27,10 +27,10 @@ _SGD = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 class Protocol:
     """A search for the best of a baseline, the same for every graph.
 
-    rates: by optimizer; others take their default grid. batches: multiples of the batch size. first_epochs: of the
-    shortest length; further ones double it, up to max_epochs. keep: how many of a family's settings go on to a second
-    seed, and then to all seeds, for each reason to go on (see dngd.bench.search). tolerance: a doubling that gains less
-    than this is the last. slack: distance from the best within which a setting is trained for longer.
+    rates: by optimizer; others take their default grid. batches: multiples of the batch size. first_epochs: the length
+    that is tried first; further ones double it, up to max_epochs, or halve it. keep: how many of a family's settings go
+    on to a second seed, and then to all seeds, for each reason to go on (see dngd.bench.search). tolerance: a doubling
+    that gains less than this is the last. slack: distance from the best within which a setting is trained for longer.
     """
 
     name: str
@@ -153,14 +153,20 @@ def lineages_of(optimizer: str, protocol: Protocol, config: TrainConfig, num_tra
         assert isinstance(config.batch_size, int)
         found = (min(num_train, max(1, round(multiple * config.batch_size))) for multiple in protocol.batches)
         sizes = list(dict.fromkeys(found))
-    rates = protocol.rates.get(optimizer) or default_rates(optimizer, config)
+    rates = rates_of(optimizer, protocol, config)
     return [Lineage(optimizer, lr, schedule, size) for schedule in protocol.schedules for size in sizes for lr in rates]
 
 
-def borders_of(member: Member, lineages: Sequence[Lineage], *, is_capped: bool) -> list[str]:
+def rates_of(optimizer: str, protocol: Protocol, config: TrainConfig) -> tuple[float, ...]:
+    """Return the learning rates of an optimizer's grid."""
+    return protocol.rates.get(optimizer) or default_rates(optimizer, config)
+
+
+def borders_of(member: Member, lineages: Sequence[Lineage], *, is_capped: bool, shortest: int) -> list[str]:
     """Return in which respects a setting lies at its grid's border, so that a better one may lie beyond it.
 
-    lineages: the whole grid. is_capped: whether it was still improving at the longest length.
+    lineages: the whole grid. is_capped: whether it was still improving at the longest length. shortest: the least
+    epochs that its lineage was trained for.
     """
     own = member.lineage
     of_optimizer = [other for other in lineages if other.optimizer == own.optimizer]
@@ -171,6 +177,6 @@ def borders_of(member: Member, lineages: Sequence[Lineage], *, is_capped: bool) 
     sizes = sorted({other.batch_size for other in of_optimizer if other.batch_size is not None})
     if len(sizes) > 1 and own.batch_size in (sizes[0], sizes[-1]):
         found.append("batch size")
-    if is_capped:
+    if is_capped or (own.schedule == "cosine" and 1 < member.epochs == shortest):
         found.append("epochs")
     return found

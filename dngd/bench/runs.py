@@ -172,8 +172,9 @@ class RunRecord:
 
 @dataclass
 class Run:
-    """A setting's run with one seed. seconds: of training so far, waits for the sampler included. idle_seconds: of
-    the others, those that this thread was on no processor: the machine was busy, or the process stopped."""
+    """A setting's run with one seed. seconds: of training so far, the first batch's draw (given) and waits for the
+    sampler included. idle_seconds: of the others, those that no thread of the process was on a processor: the machine
+    was busy, or the process stopped."""
 
     setting: Setting
     config: TrainConfig
@@ -201,11 +202,11 @@ class Run:
             )
             waited = time.perf_counter()
             batch = self.feed.next(BatchCoordinates(epoch, step, 0))
-            stepped, on_cpu = time.perf_counter(), time.thread_time()
+            stepped, on_cpu = time.perf_counter(), time.process_time()
             self.wait_seconds += stepped - waited
             self.learner.step(batch, lr, alone=False)
             self.feed.look_ahead()
-            self.idle_seconds += max(0.0, time.perf_counter() - stepped - (time.thread_time() - on_cpu))
+            self.idle_seconds += max(0.0, time.perf_counter() - stepped - (time.process_time() - on_cpu))
             self.step += 1
         self.learner.competitor.finish_background()
         wait_for(self.learner.device)

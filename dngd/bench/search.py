@@ -5,15 +5,18 @@
    `max_epochs`), anew with its schedule stretched, for as long as the last doubling gained at least `tolerance` and as
    much from each doubling that is left up to `max_epochs` would bring it within `slack` of the best of its family: the
    budget is where validation stops improving, setting by setting, and a rate that is too low for short trainings is
-   followed to long ones. Shorter cosine schedules stay in the grid, since they may reach a target sooner; a constant
+   followed to long ones. Shorter cosine schedules stay in the grid, since they may reach a target sooner: while one of
+   the shortest of its lineage is among the first `keep` to a target, half of its length is trained too. A constant
    rate's shorter training is the beginning of its longer one, which takes its place.
 2. Seeds. All settings are compared on the first seed; the leaders are trained with the second and compared on both;
-   the leaders of those go on to all seeds, in turns with K-FAC. A leader is one of the first `keep` in any of three
-   respects: best accuracy, fewest seconds to the primary target, fewest to just below the best. Targets are those of
-   the settings compared, on the seeds compared.
+   the leaders of those go on to all seeds, in turns with K-FAC. A leader is one of the first `keep` in any of five
+   respects: best accuracy, fewest seconds to just below the best, to the primary target, and to one and two margins
+   below that, since on few seeds a fast setting may miss what it reaches in the mean over all. Targets are those of the
+   settings compared, on the seeds compared.
 
 So every lineage is trained whole at least once, and a setting is left out only with `keep` others before it in each of
-the three respects, on the very seeds (splits, batches) that it was trained with. Among those left, the most favourable
+the five respects, on the very seeds (splits, batches) that it was trained with: one that is the fastest in the mean
+over all seeds, but neither on the first nor on the first two, may still be lost. Among those left, the most favourable
 is the baseline, anew for each target: the least of several noisy times, which errs in the baseline's favour. Seconds
 are steps times the median pace of the optimizer at that batch size, so that the machine's moods do not choose.
 """
@@ -25,7 +28,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dngd.bench.curves import Curve, default_targets, first_reach, mean_curve, smoothed
+from dngd.bench.curves import TARGET_MARGIN, Curve, default_targets, first_reach, mean_curve, smoothed
 from dngd.bench.protocol import Lineage, Member, Protocol
 
 Train = Callable[[Sequence[Member], int], list[Curve]]
@@ -37,7 +40,9 @@ SEARCH_SMOOTHING = 1
 """Neighbours on each side of a smoothed value: about the finals' share of the steps so far."""
 
 NEAR_BEST = 0.001
-"""The third respect's target lies this far below the best, which as a rule one setting alone reaches."""
+"""One target lies this far below the best, which as a rule one setting alone reaches."""
+MARGINS_BELOW = (0, 1, 2)
+"""The other targets lie so many margins below the primary one."""
 
 
 @dataclass
@@ -54,6 +59,7 @@ def search(lineages: Sequence[Lineage], protocol: Protocol, train: Train) -> tup
     """Return what was found of one family's grid, and its finalists, best accuracy first."""
     grid = Grid()
     find_lengths(grid, lineages, protocol, train)
+    find_shorter(grid, protocol, train)
     return grid, narrow(grid, protocol, train)
 
 
@@ -71,6 +77,29 @@ def find_lengths(grid: Grid, lineages: Sequence[Lineage], protocol: Protocol, tr
             racing = still_racing(grid, racing, protocol, max(1, left))
         if left == 0:
             grid.capped |= set(racing)  # with one length nothing shows that it was enough
+
+
+def find_shorter(grid: Grid, protocol: Protocol, train: Train) -> None:
+    """Train half of a cosine's length with the first seed while its shortest is one of the fastest to a target."""
+    while True:
+        shortest = shortest_of(grid)
+        halves = [
+            Member(member.lineage, member.epochs // 2)
+            for member in fastest(grid.curves, protocol.keep[0], grid)
+            if member.lineage.schedule == "cosine" and 1 < member.epochs == shortest[member.lineage]
+        ]
+        if not halves:
+            return
+        for member, curve in zip(halves, train(halves, protocol.seeds[0])):
+            grid.curves[member] = [curve]
+
+
+def shortest_of(grid: Grid) -> dict[Lineage, int]:
+    """Return the shortest length, in epochs, that each lineage was trained for."""
+    found: dict[Lineage, int] = {}
+    for member in grid.curves:
+        found[member.lineage] = min(member.epochs, found.get(member.lineage, member.epochs))
+    return found
 
 
 def lengths_of(protocol: Protocol) -> list[int]:
@@ -111,19 +140,32 @@ def leaders(curves: Mapping[Member, Sequence[Curve]], keep: int, grid: Grid) -> 
 
     curves: one a seed, the same seeds for all.
     """
-    paces = median_paces(grid)
-    means = {member: smoothed(mean_curve(own), SEARCH_SMOOTHING) for member, own in curves.items()}
-    primary, best = default_targets(list(means.values()))
+    means = _means(curves)
     by_accuracy = sorted(means, key=lambda member: -max(means[member].accuracy))
-    chosen = set(by_accuracy[:keep])
-    for target in (primary, best - NEAR_BEST):
+    chosen = {*by_accuracy[:keep], *fastest(curves, keep, grid)}
+    return [member for member in by_accuracy if member in chosen]
+
+
+def fastest(curves: Mapping[Member, Sequence[Curve]], keep: int, grid: Grid) -> list[Member]:
+    """Return the members among the first `keep` to any target, each once.
+
+    curves: one a seed, the same seeds for all.
+    """
+    paces, means = median_paces(grid), _means(curves)
+    primary, best = default_targets(list(means.values()))
+    found: dict[Member, None] = {}
+    for target in (best - NEAR_BEST, *(primary - margins * TARGET_MARGIN for margins in MARGINS_BELOW)):
         seconds = {
             member: reach.steps * paces[_kind(member)]
             for member, mean in means.items()
             if (reach := first_reach(mean, target)) is not None
         }
-        chosen |= set(sorted(seconds, key=seconds.__getitem__)[:keep])
-    return [member for member in by_accuracy if member in chosen]
+        found |= dict.fromkeys(sorted(seconds, key=seconds.__getitem__)[:keep])
+    return list(found)
+
+
+def _means(curves: Mapping[Member, Sequence[Curve]]) -> dict[Member, Curve]:
+    return {member: smoothed(mean_curve(own), SEARCH_SMOOTHING) for member, own in curves.items()}
 
 
 def median_paces(grid: Grid) -> dict[tuple[str, int | None], float]:

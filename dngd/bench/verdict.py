@@ -25,7 +25,7 @@ from dngd.bench.optimizers import BASELINE
 from dngd.bench.runs import RunRecord
 
 BUSY_SHARE = 0.1
-"""Where a setting's thread waited for a processor, or was stopped, for more than this share of its time, it is told."""
+"""Where a setting waited for a processor, or was stopped, for more than this share of its time, it is told."""
 
 
 def judge(
@@ -73,7 +73,7 @@ def _add_seed_ratios(
 
 
 def _busy(runs: Sequence[RunRecord]) -> Curve:
-    """Return the mean curve by seconds without those that the thread waited for a processor."""
+    """Return the mean curve by seconds without those that it waited for a processor."""
     return mean_curve([Curve(run.curve.steps, tuple(run.data["busy_seconds"]), run.curve.accuracy) for run in runs])
 
 

@@ -47,7 +47,9 @@ def bench_accuracy(
             help="K-FAC's epochs (default: dngd train's); with --protocol given of all settings (default: 30)"
         ),
     ] = None,
-    first_epochs: Annotated[int | None, typer.Option(help="Baselines' shortest length, doubled (default: 5)")] = None,
+    first_epochs: Annotated[
+        int | None, typer.Option(help="Baselines' first length, doubled and halved while that helps (default: 5)")
+    ] = None,
     max_epochs: Annotated[
         int | None, typer.Option(help="Baselines' longest length (default: 160, with --protocol quick 40)")
     ] = None,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
-from dngd.bench import AccuracyOptions, run_accuracy_bench
+from dngd.bench import AccuracyOptions, heat, run_accuracy_bench
 from dngd.bench.competitors import Setting
 from dngd.bench.heat import run_heat
 from dngd.bench.learner import Learner
-from dngd.bench.runs import FullFeed, Run, evaluation_steps, interleaved, slices
+from dngd.bench.runs import FullFeed, Run, SampledFeed, evaluation_steps, interleaved, slices
 from dngd.bench.scoring import Scored
 from dngd.config import TrainConfig
 from dngd.errors import UserError
@@ -94,13 +96,66 @@ def test_sampled_runs_do_equal_work_in_turns(store: GraphStore, monkeypatch: pyt
     assert kfac["val_score"] == kfac["val_accuracy"], "five classes are compared by accuracy"
     for run in (kfac, same):
         assert run["seconds"] == sorted(run["seconds"])
-        assert run["seconds"][0] == 0
+        assert 0 < run["seconds"][0] == kfac["seconds"][0] < 1, "the first batch's draw"
         assert run["sample_wait_seconds"] <= run["train_seconds"] == run["seconds"][-1]
         assert all(0 <= busy <= whole for busy, whole in zip(run["busy_seconds"], run["seconds"]))
     low, high = data["comparison"]
     assert low["groups"]["kfac"]["steps"] == 0
     assert high["groups"]["kfac"]["seconds"] is None
     assert high["groups"]["kfac"]["seconds_ratio"] is None
+
+
+def test_what_is_on_the_clock(store: GraphStore) -> None:
+    """Steps, waits for batches, and what an optimizer has going on beside them; not what stands between turns."""
+
+    class Slow:
+        def __call__(self, *_: object, **__: object) -> None:
+            time.sleep(0.02)
+
+    competitor = SimpleNamespace(finish_background=Slow(), step_optimizer=SimpleNamespace(average=None))
+    learner = SimpleNamespace(model=None, competitor=competitor, step=Slow(), device=torch.device("cpu"))
+    feed = SimpleNamespace(next=Slow(), look_ahead=lambda: None)
+    run = Run(Setting("adam", "adam", 0.01), config(), cast(Learner, learner), cast(FullFeed, feed), 10, seconds=5.0)
+    run.advance(2)
+    assert 5.1 <= run.seconds < 5.4, "two batches, two steps, one end of the turn"
+    assert 0.04 <= run.wait_seconds < 0.1
+    assert 0.03 <= run.idle_seconds < 0.1, "the steps slept; the waits for batches count as these"
+    before = run.seconds
+    scores = {"val": Scored(1.0, 0.5, 0.75), "test": Scored(1.0, 0.25, 0.5)}
+
+    def score(_: object) -> dict[str, Scored]:
+        time.sleep(0.02)
+        return scores
+
+    run.evaluate(score)
+    assert run.seconds == before
+    run.advance(3)
+    assert run.seconds - before < 0.16
+
+
+def test_nothing_works_in_anothers_time(store: GraphStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warmed up before any turn; after each the sampler has drawn what it may before the next one, or an evaluation."""
+    log: list[str] = []
+
+    def noted(name: str, owner: object, attribute: str) -> None:
+        real = getattr(owner, attribute)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            log.append(name)
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(owner, attribute, call)
+
+    noted("warm", heat, "_warm_up")
+    noted("start", SampledFeed, "start")
+    noted("settle", SampledFeed, "settle")
+    noted("turn", Run, "advance")
+    noted("evaluate", Run, "evaluate")
+    fields: dict[str, Any] = {"seeds": (0,), "rates": "adam=0.01", "eval_steps": 8, "targets": (0.1,), "threads": 1}
+    run_accuracy_bench(options_for(store, config(), **fields))
+    assert log[0] == "warm"
+    assert log[1:7] == ["evaluate", "start", "settle"] * 2
+    assert log[7:] == ["turn", "settle", "evaluate"] * 4
 
 
 def test_evaluation_is_off_the_clock() -> None:
@@ -257,6 +312,17 @@ def test_finals_of_an_earlier_search_are_those_of_its_settings(
     assert after["config"]["finals_of"] == "before.json"
 
 
+def test_finals_of_a_search_of_other_optimizers(store: GraphStore, tmp_path: Path) -> None:
+    """Those whose rates no protocol names have their own grid."""
+    fields = SEARCHED | {"optimizers": ("kfac", "adam", "muon"), "rates": "adam=0.01", "max_epochs": 1, "seeds": (0,)}
+    before = run_accuracy_bench(options_for(store, config(epochs=1), **fields))
+    path = tmp_path / "before.json"
+    path.write_text(json.dumps(before))
+    after = run_accuracy_bench(options_for(store, config(epochs=1), finals_of=path, **fields))
+    assert list(after["panels"][0]["settings"]) == list(before["panels"][0]["settings"])
+    assert {of["group"] for of in after["panels"][0]["settings"].values()} == {"kfac", "adam", "muon"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -322,6 +388,7 @@ def test_the_scale_is_products_shapeds_alone(store: GraphStore, tmp_path: Path) 
         ({"optimizers": ("kfac",)}, "give --targets, or add adam"),
         ({"eval_steps": 0}, "eval_steps=0 is out of range"),
         ({"eval_steps": 1000}, "a run has 16 steps"),
+        ({"eval_steps": 0, "protocol": "quick", "optimizers": ("adam",)}, "eval_steps=0 is out of range"),
         ({"rates": "adam=big"}, "no learning rate"),
         ({"datasets": ()}, "no data set"),
         ({"datasets": (("no-such-graph", "masks"),)}, "no-such-graph"),

@@ -86,7 +86,7 @@ def test_the_longest_length_is_reached_and_marked(first: int, longest: int, leng
     trainings = Trainings(lambda member, _: rise(0.9, 200.0, member.epochs))
     grid, finalists = search([own], protocol, trainings)
     skipped = 1 if schedule == "constant" and len(lengths) > 1 else 0  # it is the beginning of the second
-    assert trainings.epochs_of(own) == lengths[skipped:]
+    assert [epochs for epochs in trainings.epochs_of(own) if epochs >= first] == lengths[skipped:]
     assert grid.capped == {own}, "with one length nothing shows that it was enough"
     assert finalists[0] == Member(own, longest)
     known = [0.9 * (1 - 0.5 ** (epochs / 200.0)) for epochs in lengths]
@@ -117,8 +117,40 @@ def test_short_cosines_stay_in_the_grid_and_may_be_the_fastest() -> None:
     def outcome(member: Member, _: int) -> Curve:
         return rise(0.9, member.epochs / 10, member.epochs)
 
-    _, finalists = search([own], replace(PROTOCOL, keep=(2, 2)), Trainings(outcome))
-    assert Member(own, 5) in finalists
+    trainings = Trainings(outcome)
+    _, finalists = search([own], replace(PROTOCOL, keep=(2, 2)), trainings)
+    assert Member(own, 1) in finalists
+    assert trainings.epochs_of(own)[:4] == [1, 2, 5, 10], "halved while the shortest is among the fastest"
+
+
+def test_lengths_are_halved_only_where_the_shortest_is_fast() -> None:
+    """And not of a constant rate, of which a shorter training is the beginning."""
+    quick, slow, constant = lineage(0.01), lineage(0.001), lineage(0.01, "constant")
+
+    def outcome(member: Member, _: int) -> Curve:
+        if member.lineage == slow:
+            return rise(0.89, 4.0, member.epochs)
+        enough = member.epochs >= 3 or member.lineage == constant
+        return rise(0.9 if enough else 0.6, member.epochs / 10, member.epochs)
+
+    trainings = Trainings(outcome)
+    search([quick, slow, constant], replace(PROTOCOL, max_epochs=10), trainings)
+    assert trainings.epochs_of(quick) == [2, 5, 10], "two epochs reach no target: one is not tried"
+    assert trainings.epochs_of(slow) == [5, 10]
+    assert trainings.epochs_of(constant) == [10]
+
+
+def test_a_fast_setting_that_misses_the_target_on_the_first_seed_goes_on() -> None:
+    """It reaches the target in the mean over seeds, and is the fastest to it."""
+    quick, accurate = lineage(0.03), lineage(0.01)
+    bests = {(quick, 0): 0.893, (quick, 1): 0.899, (accurate, 0): 0.9, (accurate, 1): 0.9}
+
+    def outcome(member: Member, seed: int) -> Curve:
+        return rise(bests[member.lineage, seed], 0.5 if member.lineage == quick else 2.0, member.epochs)
+
+    fields = {"max_epochs": 20, "first_epochs": 20, "keep": (1, 1)}
+    _, finalists = search([quick, accurate], replace(PROTOCOL, **fields), Trainings(outcome))
+    assert {member.lineage for member in finalists} == {quick, accurate}
 
 
 def test_seeds_are_spent_on_the_leaders_alone() -> None:
@@ -202,13 +234,16 @@ def test_a_member_is_trained_as_it_says() -> None:
 def test_borders_are_marked() -> None:
     own = lineages_of("adam", FULL, BASE, 10_000) + lineages_of("adamw", FULL, BASE, 10_000)
 
-    def borders(lr: float, batch_size: int, *, is_capped: bool = False) -> list[str]:
-        return borders_of(Member(lineage(lr, batch_size=batch_size), 20), own, is_capped=is_capped)
+    def borders(lr: float, batch_size: int, *, is_capped: bool = False, shortest: int = 10) -> list[str]:
+        return borders_of(Member(lineage(lr, batch_size=batch_size), 20), own, is_capped=is_capped, shortest=shortest)
 
     assert borders(1e-2, 512) == []
     assert borders(3e-2, 512) == ["learning rate"]
     assert borders(1e-3, 256) == ["learning rate", "batch size"]
     assert borders(1e-2, 512, is_capped=True) == ["epochs"]
+    assert borders(1e-2, 512, shortest=20) == ["epochs"]
+    constant = Member(lineage(1e-2, "constant", 512), 20)
+    assert borders_of(constant, own, is_capped=False, shortest=20) == [], "its beginning is the shorter one"
 
 
 @pytest.mark.parametrize(
