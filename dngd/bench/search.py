@@ -6,8 +6,8 @@
    much from each doubling that is left up to `max_epochs` would bring it within `slack` of the best of its family: the
    budget is where validation stops improving, setting by setting, and a rate that is too low for short trainings is
    followed to long ones. Shorter cosine schedules stay in the grid, since they may reach a target sooner: while one of
-   the shortest of its lineage is among the first `keep` to a target, half of its length is trained too. A constant
-   rate's shorter training is the beginning of its longer one, which takes its place.
+   the shortest of its lineage is among the first `keep` to a target, half of its length, rounded up, is trained too. A
+   constant rate's shorter training is the beginning of its longer one, which takes its place.
 2. Seeds. All settings are compared on the first seed; the leaders are trained with the second and compared on both;
    the leaders of those go on to all seeds, in turns with K-FAC. A leader is one of the first `keep` in any of five
    respects: best accuracy, fewest seconds to just below the best, to the primary target, and to one and two margins
@@ -84,7 +84,7 @@ def find_shorter(grid: Grid, protocol: Protocol, train: Train) -> None:
     while True:
         shortest = shortest_of(grid)
         halves = [
-            Member(member.lineage, member.epochs // 2)
+            Member(member.lineage, (member.epochs + 1) // 2)
             for member in fastest(grid.curves, protocol.keep[0], grid)
             if member.lineage.schedule == "cosine" and 1 < member.epochs == shortest[member.lineage]
         ]
