@@ -50,6 +50,7 @@ from dngd.train.metrics import (
     MetricsLog,
     RunResult,
     machine,
+    mark_unfinished,
     peak_gpu_bytes,
     peak_rss_bytes,
     read_metrics,
@@ -249,6 +250,9 @@ class TrainingLoop:
         self.callbacks.start(self.state)
         # Past the last step there is nothing to sample: a finished run that is resumed only reports.
         if not self._is_over():
+            if self.comm.rank == 0:
+                mark_unfinished(self.folder.result)
+                self.folder.changed()
             started = time.perf_counter()
             with self.supervision.stops, self.sources.open(shards, self.step) as source:
                 if self.config.constant_full_batch:

@@ -111,6 +111,16 @@ def read_result(path: Path) -> RunResult | None:
         return None
 
 
+def mark_unfinished(path: Path) -> None:
+    """Say in a result.json, if there is one, that its run goes on: its numbers stay, and are of the past."""
+    try:
+        read = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return
+    if isinstance(read, dict):
+        replace_file(path, json.dumps(read | {"finished": False}, indent=2).encode())
+
+
 def _is_undefined(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
