@@ -205,9 +205,7 @@ def _check_names_a_graph(fields: dict[str, Any]) -> None:
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder, or its s3:// or gs:// address")],
     data_root: Annotated[Path | None, typer.Option(help=field_help("data_root"))] = None,
-    cache_dir: Annotated[
-        Path | None, typer.Option(help="Folder of converted stores (default: the run's)")
-    ] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Folder of converted stores (default: the run's)")] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Another graph, or where the run's graph is now (default: the run's)")
     ] = None,
@@ -253,9 +251,7 @@ def predict(
         ),
     ] = None,
     data_root: Annotated[Path | None, typer.Option(help=field_help("data_root"))] = None,
-    cache_dir: Annotated[
-        Path | None, typer.Option(help="Folder of converted stores (default: the run's)")
-    ] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Folder of converted stores (default: the run's)")] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Another graph, or where the run's graph is now (default: the run's)")
     ] = None,

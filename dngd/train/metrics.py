@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import resource
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dngd.limits import usable_cpus as usable_cpus
 from dngd.train.checkpoint import replace_file
 
 VERSIONED = ("torch", "dgl", "ray", "pyarrow", "torch-geometric", "numpy")
@@ -276,20 +276,6 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
-"""Quota and period of this container's CPU time, in microseconds (control groups, version 2)."""
-
-
-def usable_cpus() -> int:
-    """Return the number of CPUs that this process may use, at least 1: no more than its container's quota is worth."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = CPU_MAX.read_text().split()
-        return max(1, min(cpus, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return cpus  # no such file, or "max"
 
 
 def machine(device: torch.device) -> dict[str, str]:
