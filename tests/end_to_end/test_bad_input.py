@@ -654,9 +654,12 @@ def test_a_run_whose_cache_folder_is_gone_for_good(tmp_path: Path, capsys: pytes
     cache.touch()
     out = tmp_path / "predictions.parquet"
     for command in (["evaluate", str(folder)], ["predict", str(folder), "--out", str(out)]):
-        assert "choose another folder by" in (told := refused(capsys, *command)) and "--cache-dir" in told
+        told = refused(capsys, *command)
+        assert "choose another folder by" in told
+        assert "--cache-dir" in told
         assert run(capsys, *command, "--cache-dir", str(tmp_path / "other"))[0] == 0
-    assert out.exists() and len(list((tmp_path / "other").iterdir())) == 2
+    assert out.exists()
+    assert len(list((tmp_path / "other").iterdir())) == 2
 
 
 def test_a_tilde_that_the_shell_left_is_the_home_folder(
