@@ -208,7 +208,10 @@ def _health_line(read: dict[str, Any]) -> tuple[int, dict[str, dict[str, float]]
         pairs = measures.items() if isinstance(measures, dict) else ()
         numbers = {str(name): as_number(value) for name, value in pairs}
         known[str(layer)] = {name: v for name, v in numbers.items() if v is not None and plottable(v)}
-    return int(read["step"]), known
+    step = as_number(read["step"])
+    if step is None or not plottable(step):
+        raise ValueError("no step")
+    return int(step), known
 
 
 def _is_of_the_past(result: dict[str, Any], reached: Sequence[float]) -> bool:
@@ -256,7 +259,7 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     try:
-        return _bytes(path).decode()
+        return _bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path} cannot be read: it is not UTF-8 text; mend or remove it") from None
 

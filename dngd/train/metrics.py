@@ -59,8 +59,8 @@ class RunResult:
 
     metric: what best_val_accuracy and test_accuracy are. test_accuracy: at the best validation accuracy. seconds
     in train_seconds exclude evaluation.
-    step_ms, phase_ms: of the steps that this process ran (since the last start). bytes: payload handed
-    to collectives by rank 0 over those steps. peak_rss_bytes: of rank 0's process. recoveries: how often lost
+    step_ms, phase_ms, seeds_per_second: of the steps after measured_from_step, those since the last start (0: of all; of
+    runs of an earlier dngd it is not known). bytes: payload handed to collectives by rank 0 over those steps. peak_rss_bytes: of rank 0's process. recoveries: how often lost
     workers were started again, and steps_repeated how many steps were done again for it, since the driver was
     started. failed_checkpoints: checkpoints that could not be written, since the last start.
     failed_uploads: of a run at an address, how often other files could not be sent at once, since the last start.
@@ -88,6 +88,7 @@ class RunResult:
     steps_repeated: int = 0
     failed_checkpoints: int = 0
     failed_uploads: int = 0
+    measured_from_step: int = 0
     metric: str = "accuracy"
     machine: dict[str, str] = field(default_factory=dict)
     resolved: dict[str, Any] = field(default_factory=dict)
@@ -104,11 +105,37 @@ def read_result(path: Path) -> RunResult | None:
     """Return what a result.json holds; None if there is none, or one that is damaged or of another version."""
     try:
         read: dict[str, Any] = json.loads(path.read_bytes())
-        known = [name for name in RunResult.__dataclass_fields__ if name in read and name != "history"]
-        fields: dict[str, Any] = {name: math.nan if read[name] is None else read[name] for name in known}
+        fields: dict[str, Any] = {}
+        for name, kind in _RESULT_KINDS.items():
+            if name in read:
+                fields[name] = _value_of(read[name], kind)
+        if fields["step_ms"] and not fields["step_ms"].keys() >= {"mean", "p50", "p99"}:
+            raise TypeError("step_ms lacks a number")
         return RunResult(**fields)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return None
+
+
+_RESULT_KINDS = {name: str(one.type) for name, one in RunResult.__dataclass_fields__.items() if name != "history"}
+"""RunResult's fields and their types, as they are written there."""
+
+_MOST_WHOLE = 2**63
+_SCALARS: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "str": str}
+_MAPPING = "dict[str, "
+
+
+def _value_of(value: Any, kind: str) -> Any:
+    """Return a value of result.json, null as the number that is none. Raises TypeError if it is of another type."""
+    if kind.startswith(_MAPPING) and isinstance(value, dict):
+        of = kind.removeprefix(_MAPPING).removesuffix("]")
+        return {name: item if of == "Any" else _value_of(item, of) for name, item in value.items()}
+    if kind == "float" and value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, _SCALARS.get(kind, ())):
+        raise TypeError(f"{value!r} is no {kind}")
+    if isinstance(value, int) and abs(value) >= _MOST_WHOLE:
+        raise TypeError("a number beyond any run's")
+    return value
 
 
 def mark_unfinished(path: Path) -> None:

@@ -257,8 +257,11 @@ def test_a_finished_run_that_is_gone_on_with_is_unfinished_until_its_end(store: 
     assert json.loads((run / "result.json").read_bytes())["step_ms"] == first.step_ms, "its numbers are not lost"
     assert fit(config(store, run, epochs=1, resume=True)).step_ms == first.step_ms
     assert read_run(run, "run").finished
-    fit(config(store, run, epochs=2, resume=True))
+    second = fit(config(store, run, epochs=2, resume=True))
     assert read_run(run, "run").finished
+    assert (first.measured_from_step, second.measured_from_step) == (0, first.steps), (
+        "milliseconds are of the last part"
+    )
 
 
 KILLED_WRITER = """
