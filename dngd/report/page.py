@@ -173,13 +173,8 @@ def _comparison_cards(summaries: Sequence[Summary], target: float | None) -> str
     paced = [s for s in summaries if s.seeds_per_second is not None]
     if paced:
         top = max(paced, key=lambda s: s.seeds_per_second or 0.0)
-        cards.append(
-            (
-                "Most seeds a second",
-                integer(top.seeds_per_second),
-                ", ".join(filter(None, (top.run.name, measured(top.run)))),
-            )
-        )
+        of_some = "" if (words := measured(top.run)) is None else f", {words}"
+        cards.append(("Most seeds a second", integer(top.seeds_per_second), top.run.name + of_some))
     return card_list(cards)
 
 

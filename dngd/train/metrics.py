@@ -59,11 +59,12 @@ class RunResult:
 
     metric: what best_val_accuracy and test_accuracy are. test_accuracy: at the best validation accuracy. seconds
     in train_seconds exclude evaluation.
-    step_ms, phase_ms, seeds_per_second: of the steps after measured_from_step, those since the last start (0: of all; of
-    runs of an earlier dngd it is not known). bytes: payload handed to collectives by rank 0 over those steps. peak_rss_bytes: of rank 0's process. recoveries: how often lost
-    workers were started again, and steps_repeated how many steps were done again for it, since the driver was
-    started. failed_checkpoints: checkpoints that could not be written, since the last start.
-    failed_uploads: of a run at an address, how often other files could not be sent at once, since the last start.
+    step_ms, phase_ms, seeds_per_second: of the steps after measured_from_step, those since the last start (0: of all
+    steps; of runs of an earlier dngd it is not known). bytes: payload handed to collectives by rank 0 over those steps.
+    peak_rss_bytes: of rank 0's process. recoveries: how often lost workers were started again, and steps_repeated how
+    many steps were done again for it, since the driver was started. failed_checkpoints: checkpoints that could not be
+    written, since the last start. failed_uploads: of a run at an address, how often other files could not be sent at
+    once, since the last start.
     machine: rank 0's. resolved: by dotted name, what fields that the configuration leaves open stood for, and what
     follows of steps; empty in runs of an earlier dngd.
     """

@@ -183,7 +183,7 @@ def test_of_a_resumed_run_it_is_said_which_steps_were_measured(runs: Path, capsy
 
 def test_kinds_that_are_no_text(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A config.yaml of a person's own may hold what YAML makes of a date, bytes or a set."""
-    write_run(runs / "d", config={"model": datetime.date(2020, 1, 1), "optimizer": {"a", "a"}})
+    write_run(runs / "d", config={"model": datetime.date(2020, 1, 1), "optimizer": {"a"}})
     write_run(runs / "e", config={"model": b"gcn", "optimizer": None})
     rows = json.loads(printed(capsys, "report", "runs/d", "runs/e", "--json"))["runs"]
     assert [(row["model"], row["optimizer"]) for row in rows] == [("2020-01-01", "{'a'}"), ("b'gcn'", None)]
