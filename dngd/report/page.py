@@ -130,7 +130,7 @@ def _cards(summary: Summary) -> str:
     epochs = f"epochs: {number(summary.epochs)}" if summary.epochs is not None else ""
     steps = summary.run.numbers("step_ms")
     pace = f"{number(steps['p50'])} ms each (p50)" if "p50" in steps else ""
-    of_some = "" if (words := measured(summary.run)) is None else f", {words}"
+    of_some = "" if (part := measured(summary.run)) is None else f", {part}"
     dropped = summary.dropped_steps
     dropped_note = f"{integer(dropped)} dropped as not finite" if dropped else ""
     recoveries = summary.run.number("recoveries")
@@ -173,7 +173,7 @@ def _comparison_cards(summaries: Sequence[Summary], target: float | None) -> str
     paced = [s for s in summaries if s.seeds_per_second is not None]
     if paced:
         top = max(paced, key=lambda s: s.seeds_per_second or 0.0)
-        of_some = "" if (words := measured(top.run)) is None else f", {words}"
+        of_some = "" if (part := measured(top.run)) is None else f", {part}"
         cards.append(("Most seeds a second", integer(top.seeds_per_second), top.run.name + of_some))
     return card_list(cards)
 
