@@ -54,9 +54,18 @@ cleanup() {
 }
 trap cleanup EXIT
 
+# From Slurm 22.05 on srun does not take it over from sbatch, and a task would be bound to one core.
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head="${nodes[0]}"
-head_ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
+# The head's first address that other nodes can reach: where its name stands for 127.0.1.1 in /etc/hosts, one of its own.
+head_ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" bash -c 'hostname --ip-address; hostname --all-ip-addresses' |
+    tr ' ' '\n' | awk '/^[0-9.]+$/ && !/^127\./ && !found {print; found = 1}')
+if [ -z "$head_ip" ] && [ ${#nodes[@]} -gt 1 ]; then
+    echo "slurm.sh: node $head has no IPv4 address but loopback ones (hostname --all-ip-addresses); the others need one" >&2
+    exit 1
+fi
+head_ip="${head_ip:-127.0.0.1}"
 common=(--block --disable-usage-stats "--num-cpus=${SLURM_CPUS_PER_TASK:-1}" "--num-gpus=${SLURM_GPUS_ON_NODE:-0}")
 
 # The dashboard, and with it the job server, listens on the head's loopback address only.

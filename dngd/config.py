@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -32,6 +32,15 @@ from dngd.errors import UserError
 IDENTITY: JsonDict = {"identity": True}
 
 _CREDENTIALS_FIX = "leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or ~/.aws), for gs:// GOOGLE_APPLICATION_CREDENTIALS"
+
+_ADDRESS = re.compile(r"([a-z0-9][a-z0-9+.-]+):/+(.*)", re.DOTALL | re.IGNORECASE)
+"""A scheme, of two letters at least (C:/x is a path), and what follows; a Path has eaten a slash of it."""
+
+_PLACES = ("s3", "s3a", "gs", "gcs")
+"""Schemes of addresses."""
+
+_SCIENTIFIC = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+")
+"""A number that YAML 1.1 takes for a text: 1e9."""
 
 KL_BOUND = 0.1
 """δ where it is left open, nats a seed."""
@@ -61,6 +70,27 @@ LARGEST = 1e30
 LearningRateKind = Literal["constant", "cosine", "hyperbolic"]
 
 
+def _items(value: object) -> list[object]:
+    """Return what a list or mapping holds; else the value itself."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    return list(value.values()) if isinstance(value, dict) else [value]
+
+
+def _with_numbers(value: object) -> object:
+    """Return a value, or a list or mapping of such, with numbers in place of texts such as 1e9."""
+    if isinstance(value, list | tuple):
+        return [_with_numbers(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _with_numbers(item) for key, item in value.items()}
+    return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value.strip()) else value
+
+
+def _takes_numbers(annotation: object) -> bool:
+    """Whether a field's type, or what is in it, is a number."""
+    return annotation in (int, float) or any(map(_takes_numbers, get_args(annotation)))
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -68,13 +98,17 @@ class _Section(BaseModel):
     @classmethod
     def _no_truth_for_a_number(cls, value: object, info: ValidationInfo) -> object:
         """Refuse true where a number belongs: to Python it is 1."""
-        values = value if isinstance(value, list | tuple) else [value]
-        if (
-            any(isinstance(item, bool) for item in values)
-            and cls.model_fields[str(info.field_name)].annotation is not bool
-        ):
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        held = _items(value) if _takes_numbers(annotation) else [value]
+        if any(isinstance(item, bool) for item in held) and annotation is not bool:
             raise PydanticCustomError("truth", "input should be something else than true or false")
         return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _scientific(cls, value: object, info: ValidationInfo) -> object:
+        """Take a text such as 1e9 for the number, where one belongs; in a field of texts it stays as it is."""
+        return _with_numbers(value) if _takes_numbers(cls.model_fields[str(info.field_name)].annotation) else value
 
 
 # fmt: off
@@ -238,6 +272,8 @@ class TrainConfig(_Section):
     @classmethod
     def _no_credentials(cls, value: str) -> str:
         scheme, mark, rest = value.partition("://")
+        if not mark and (found := _ADDRESS.match(value)) and found[1].lower() in _PLACES:
+            scheme, mark, rest = found[1], ":/", found[2]
         if mark and _holds_credentials(rest):
             # The value is not repeated: it would reach logs, and the run's config.yaml.
             raise ValueError(f"the {scheme}:// address of dataset holds credentials before an @; {_CREDENTIALS_FIX}")
@@ -246,8 +282,8 @@ class TrainConfig(_Section):
     @field_validator("run_dir", mode="before")
     @classmethod
     def _run_dir_is_a_place(cls, value: object) -> object:
-        found = re.match(r"([a-z0-9]+):/+(.*)", str(value), re.DOTALL) if isinstance(value, str | Path) else None
-        if found and found[1] not in ("s3", "s3a", "gs", "gcs"):
+        found = _ADDRESS.match(str(value)) if isinstance(value, str | Path) else None
+        if found and found[1].lower() not in _PLACES:
             raise ValueError(f"run_dir={found[1]}://… is no place for a run; give a folder, or an s3:// or gs:// address")
         if found and _holds_credentials(found[2]):
             raise ValueError(f"the {found[1]}:// address of run_dir holds credentials before an @; {_CREDENTIALS_FIX}")
@@ -262,7 +298,7 @@ class TrainConfig(_Section):
     def _fanout_text(cls, value: object) -> object:
         if isinstance(value, str):
             try:
-                return tuple(int(part) for part in value.split(","))
+                return tuple(part if _SCIENTIFIC.fullmatch(part.strip()) else int(part) for part in value.split(","))
             except ValueError:
                 raise ValueError(f"fanout={value!r} is not a list of whole numbers; write e.g. 15,10,5") from None
         return (value,) if isinstance(value, int) else value
@@ -270,7 +306,14 @@ class TrainConfig(_Section):
     @field_validator("loggers", mode="before")
     @classmethod
     def _loggers_text(cls, value: object) -> object:
-        return tuple(value.split(",")) if isinstance(value, str) else value
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("loggers", mode="after")
+    @classmethod
+    def _loggers_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"loggers={','.join(value)} names one twice; leave the second out")
+        return value
 
     @field_validator("class_weights", mode="before")
     @classmethod
@@ -334,7 +377,7 @@ class TrainConfig(_Section):
         if not any(({"CPU": self.ray.cpus_per_worker} | ({"GPU": self.ray.gpus_per_worker} if self.use_gpu else {}) | self.ray.resources_per_worker).values()):
             raise ValueError(f"ray.resources_per_worker={self.ray.resources_per_worker} leaves a worker nothing to reserve, which Ray does not start; give one amount above 0, e.g. {{CPU: 0.1}}")
         if self.num_workers > self.shards:
-            raise ValueError(f"num_workers={self.num_workers} is above num_shards={self.shards}: a worker would have no shard; use at most {self.shards} workers")
+            raise ValueError(f"num_workers={self.num_workers} is above num_shards={self.shards}: a worker would have no shard; use at most {self.shards} worker{'s' if self.shards > 1 else ''}, or for a new run --num-shards {self.num_workers} or more")
         return self
 
     @property
@@ -597,9 +640,10 @@ class TrainConfig(_Section):
 
 
 def address_of_run(run_dir: Path) -> str | None:
-    """Return the s3:// or gs:// address that a run folder's path is: a Path keeps one slash of two. None if it is none."""
-    found = re.fullmatch(r"(s3a?|gs|gcs):/+(.*)", str(run_dir), re.DOTALL)
-    return f"{found[1]}://{found[2]}" if found else None
+    """Return the s3:// or gs:// address that a run folder's path is, its scheme in small letters: a Path keeps one slash of
+    two. None if it is none."""
+    found = _ADDRESS.match(str(run_dir))
+    return f"{found[1].lower()}://{found[2]}" if found and found[1].lower() in _PLACES else None
 
 
 def _holds_credentials(rest: str) -> bool:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -18,7 +18,9 @@ from dngd.yaml_text import NOT_YAML, BoundedLoader, RefusedError, load
 
 
 class _Loader(BoundedLoader):
-    """Numbers are those of YAML 1.2, and of flags: 010 is ten, not eight, and 1:30 a text, not ninety."""
+    """As in YAML 1.2, and in flags, 010 is ten, not eight, and 1:30 a text, not ninety. 1e9, a number there, stays a
+    text as in YAML 1.1: fields of numbers take it for one (config.py), and in a field of texts it is as it was typed.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         """Raise RefusedError for a key that is there twice, of which YAML would take the last."""
@@ -179,8 +181,9 @@ def _sentence(kind: str, message: str, value: object, path: list[str], model: ty
         if inner and section in fields:
             hint = f"in a file it is nested: {section}: {{{inner}: {_shown(value, str)}}}"
         else:
-            near = difflib.get_close_matches(path[-1], fields, n=1, cutoff=0.4)
-            hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else "known: " + ", ".join(fields)
+            known = _names_below(model, path[:-1])
+            near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)
+            hint = f"did you mean {known[near[0]]}?" if near else "known: " + ", ".join(fields)
         return f"configuration key {_cut(name)!r} is unknown; {hint}"
     if kind in ("string_type", "path_type") and not isinstance(value, dict | list | bool | NoneType):
         shown = _shown(value, str)
@@ -198,16 +201,35 @@ def _field_path(model: type[BaseModel], location: tuple[int | str, ...]) -> list
     for part in location:
         path.append(str(part))
         annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        if not _is_section(annotation):
             break
         model = annotation
     return path
 
 
+def _names_below(model: type[BaseModel], path: list[str]) -> dict[str, str]:
+    """Return the dotted names of the fields of the section at a path, and of those of the sections in it, by their last
+    parts."""
+    section = _section_at(model, path)
+    names = {name: ".".join([*path, name]) for name in section.model_fields}
+    for outer, field in section.model_fields.items():
+        if _is_section(field.annotation):
+            names = {inner: ".".join([*path, outer, inner]) for inner in field.annotation.model_fields} | names
+    return names
+
+
 def _fields_at(model: type[BaseModel], path: list[str]) -> dict[str, str]:
     """Return the field names, with their descriptions, of the section at a path."""
+    return {name: field.description or "" for name, field in _section_at(model, path).model_fields.items()}
+
+
+def _section_at(model: type[BaseModel], path: list[str]) -> type[BaseModel]:
     for part in path:
         annotation = model.model_fields[part].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if _is_section(annotation):
             model = annotation
-    return {name: field.description or "" for name, field in model.model_fields.items()}
+    return model
+
+
+def _is_section(annotation: object) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

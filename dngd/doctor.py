@@ -14,13 +14,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
+from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dngd.limits import available_memory, usable_cpus
 from dngd.sampling.dgl_import import INSTALL_HINT, dgl_parts
 
 Status = Literal["ok", "untested", "too old", "too new", "missing"]
@@ -64,7 +65,6 @@ _IMPORTED = ("torch", "dgl")
 """Those that are imported to be looked at; of the others the installed version says enough."""
 
 _LOW_MEMORY_BYTES = 4 * 2**30
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,33 @@ def _package(name: str) -> Finding:
     except metadata.PackageNotFoundError:
         return Finding(name, "not installed", "missing", required, _install(name))
     status = _status(name, version)
+    if status not in FAILURES and (extras := _lacking(name)):
+        found = f"{version}, without all of {name}[{','.join(extras)}]"
+        # Only a warning for default: conda's py-spy, say, is there without being a package to Python.
+        return Finding(name, found, "missing" if "train" in extras else "untested", required, _install(name))
     return Finding(name, version, status, required, _version_fix(name, status))
+
+
+def _lacking(name: str) -> list[str]:
+    """Return those of the extras that dngd needs of a package of which something is not installed."""
+    needed = [Requirement(text) for text in metadata.requires(name) or ()]
+    return [
+        extra
+        for extra in sorted(Requirement(_PACKAGES[name][1]).extras)
+        if any(not _installed(one.name) for one in needed if one.marker and _is_of(extra, one.marker))
+    ]
+
+
+def _is_of(extra: str, marker: Marker) -> bool:
+    return marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _status(name: str, version: str) -> Status:
@@ -228,7 +254,7 @@ def _has_nvidia_driver() -> bool:
 
 
 def _threads() -> list[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cpus()
     findings = [Finding("CPU cores", str(cores), "ok")]
     setting = os.environ.get("OMP_NUM_THREADS")
     fix = ""
@@ -243,25 +269,9 @@ def _threads() -> list[Finding]:
 
 
 def _memory() -> Finding:
-    available = psutil.virtual_memory().available
-    limit = _container_memory_left()
-    if limit is not None:
-        available = min(available, limit)
+    available = available_memory()
     found = f"{available / 2**30:.1f} GiB"
     if available >= _LOW_MEMORY_BYTES:
         return Finding("free memory", found, "ok")
     fix = f"Ray and two workers want about {_LOW_MEMORY_BYTES // 2**30} GiB; use --engine local, or free some"
     return Finding("free memory", found, "untested", fix=fix)
-
-
-def _container_memory_left() -> int | None:
-    """Return what a container's limit leaves, which the machine's free memory does not show, or None."""
-    for limit, used in (
-        (_CGROUP / "memory.max", _CGROUP / "memory.current"),
-        (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            return max(int(limit.read_text()) - int(used.read_text()), 0)
-        except (OSError, ValueError):
-            continue
-    return None

@@ -70,14 +70,16 @@ def _print_table(compared: dict[str, Any]) -> None:
     table = _table(compared, differences=True)
     if not out.is_terminal:
         Console(markup=False, emoji=False, width=WIDEST).print(table)
-        return
-    if Measurement.get(out, out.options.update(max_width=WIDEST), table).maximum <= out.width:
+    elif Measurement.get(out, out.options.update(max_width=WIDEST), table).maximum <= out.width:
         out.print(table)
-        return
-    out.print(_table(compared, differences=False))
+    else:
+        out.print(_table(compared, differences=False))
+        for row in compared["runs"]:
+            if row["differs"]:
+                out.print(f"{row['name']}: {_differences(row['differs'])}", highlight=False)
     for row in compared["runs"]:
-        if row["differs"]:
-            out.print(f"{row['name']}: {_differences(row['differs'])}", highlight=False)
+        if row["measured"] is not None:
+            out.print(f"{row['name']}: milliseconds {row['measured']}", highlight=False, soft_wrap=True)
 
 
 def _table(compared: dict[str, Any], *, differences: bool) -> Table:

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except _UsageError as error:
         if not (sentence := _sentence(error)):
             sys.exit(2)  # no command at all: the help is on the screen already
-        _fail(f"{sentence} (see {_help_command(error)})", 2)
+        _fail(f"{sentence} (see {_help_command(error, sys.argv[1:] if arguments is None else arguments)})", 2)
     except Interrupted as error:
         _fail(str(error), error.code)
     except (KeyboardInterrupt, typer.Abort):
@@ -129,14 +129,30 @@ def _sentence(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def _help_command(error: Exception) -> str:
+def _help_command(error: Exception, arguments: Sequence[str]) -> str:
     """Return what lists the options and arguments, or the commands, of the command that a complaint is about."""
     names: list[str] = []
     context = getattr(error, "ctx", None)
     while context is not None and context.parent is not None:  # the root is called as the program was started
         names.insert(0, str(context.info_name))
         context = context.parent
+    if getattr(error, "ctx", None) is None:  # of an option without its value, say
+        names = _command_in(arguments)
     return " ".join(["dngd", *names, "--help"])
+
+
+def _command_in(arguments: Sequence[str]) -> list[str]:
+    """Return the names of the command, and of the groups that it is in, that arguments begin with."""
+    names: list[str] = []
+    inside: Any = typer.main.get_command(app)
+    for text in arguments:
+        if text.startswith("-"):  # the root's options have no values
+            continue
+        inside = getattr(inside, "commands", {}).get(text)
+        if inside is None:
+            break
+        names.append(text)
+    return names
 
 
 def _path_sentence(error: OSError) -> str | None:

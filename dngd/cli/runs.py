@@ -27,7 +27,7 @@ from dngd.errors import RunInterrupted, UserError
 from dngd.paths import expanded, runs_inside_text
 from dngd.report.run_files import flatten
 from dngd.report.settings import value_text
-from dngd.report.text import metric_words
+from dngd.report.text import metric_words, since_last_start
 
 RESUME_HINT = "interrupted; a run goes on from its newest checkpoint with dngd train --run-dir RUN --resume"
 
@@ -360,6 +360,9 @@ def _print_result(result: dict[str, Any]) -> None:
     sent = {kind: size for kind, size in result["bytes"].items() if size}
     if sent:
         table.add_row("sent by rank 0", ", ".join(f"{kind} {size_text(size)}" for kind, size in sent.items()))
+    if 0 < result["measured_from_step"] < result["steps"]:
+        of_some = since_last_start(result["measured_from_step"], result["steps"])
+        table.add_row("milliseconds, seeds, bytes", of_some)
     whose = " of rank 0" if result["world_size"] > 1 else ""
     table.add_row(f"peak memory{whose}", size_text(result["peak_rss_bytes"]))
     out.print(table)

@@ -63,8 +63,13 @@ def is_remote(source: str | Path) -> bool:
 
 
 def address_of(source: str | Path) -> str:
-    """Return a source as text, with both slashes of an address that went through Path, which leaves one."""
-    return re.sub(r"^(s3a?|gs|gcs|file):/(?!/)", r"\1://", str(source))
+    """Return a source as text, of an address with the scheme in small letters and with both slashes, of which Path
+    leaves one."""
+    found = re.match(r"(s3a?|gs|gcs|file):(/+)", str(source), re.IGNORECASE)
+    if found is None:
+        return str(source)
+    slashes = found[2] if len(found[2]) > 1 else "//"
+    return f"{found[1].lower()}:{slashes}{str(source)[found.end() :]}"
 
 
 def locate(source: str | Path) -> Location:

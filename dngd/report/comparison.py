@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dngd.report.run_files import RunFiles
-from dngd.report.settings import given_differently, setting
-from dngd.report.summary import Summary, common_target, dataset_name, first_at, has_lost, summarise
+from dngd.report.settings import given_differently, setting, value_text
+from dngd.report.summary import Summary, common_target, dataset_name, first_at, has_lost, measured, summarise
 from dngd.report.text import number
 
 _SHOWN_ANYWAY = ("model", "optimizer")
@@ -19,8 +19,9 @@ _OF_THE_PLACE = ("run_dir", "resume", "data_root", "cache_dir", "stage_dir", "lo
 def compare(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """Return {"target": ..., "runs": [...]}: what every run reached, None where there is none, and a row a run.
 
-    differs: the settings that the configurations do not share, as text, but for model and optimizer. Of an unfinished
-    run the numbers are those so far; None: not known.
+    differs: the settings that the configurations do not share, as text, but for model and optimizer. measured: of
+    which steps step_ms is, in words, where it is not of all. Of an unfinished run the numbers are those so far; None:
+    not known.
     """
     summaries = [summarise(run) for run in runs]
     target = common_target(summaries)
@@ -37,8 +38,7 @@ def _row(summary: Summary, target: float | None, names: Sequence[str]) -> dict[s
         "name": run.name,
         "state": state_words(summary),
         "finished": run.finished,
-        "model": run.config.get("model"),
-        "optimizer": run.config.get("optimizer"),
+        **{name: _text(run.config.get(name)) for name in _SHOWN_ANYWAY},
         "differs": {name: _short(run, name) for name in names},
         "metric": run.metric,
         "best_val_accuracy": summary.best_val_accuracy,
@@ -50,6 +50,7 @@ def _row(summary: Summary, target: float | None, names: Sequence[str]) -> dict[s
         "steps": _count(summary.steps),
         "epochs": summary.epochs,
         "step_ms": run.numbers("step_ms").get("p50"),
+        "measured": measured(run),
     }
 
 
@@ -65,6 +66,10 @@ def state_words(summary: Summary) -> str:
 
 def _count(value: float | None) -> int | None:
     return None if value is None or not math.isfinite(value) else int(value)
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else value_text(value)
 
 
 def _short(run: RunFiles, name: str) -> str:

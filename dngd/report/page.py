@@ -26,6 +26,7 @@ from dngd.report.summary import (
     common_target,
     dataset_name,
     first_at,
+    measured,
     metrics_of,
     same_nodes,
     same_task,
@@ -67,7 +68,7 @@ def render(runs: Sequence[RunFiles]) -> str:
     parts = [
         _header(summaries, title),
         _comparison_cards(summaries, target) if several else _cards(summaries[0]),
-        section("Comparison", card(comparison_table(summaries, target))) if several else "",
+        section("Comparison", card(comparison_table(summaries, target) + _measured(runs))) if several else "",
         section("Learning", _learning(summaries, target)),
         section("Cost of a step", _cost(runs)),
         section("Factor health", health_section(runs)),
@@ -129,6 +130,7 @@ def _cards(summary: Summary) -> str:
     epochs = f"epochs: {number(summary.epochs)}" if summary.epochs is not None else ""
     steps = summary.run.numbers("step_ms")
     pace = f"{number(steps['p50'])} ms each (p50)" if "p50" in steps else ""
+    of_some = "" if (part := measured(summary.run)) is None else f", {part}"
     dropped = summary.dropped_steps
     dropped_note = f"{integer(dropped)} dropped as not finite" if dropped else ""
     recoveries = summary.run.number("recoveries")
@@ -140,8 +142,8 @@ def _cards(summary: Summary) -> str:
             (f"Best val {words}", metric_value(metric, summary.best_val_accuracy), to_best),
             (f"Test {words}", metric_value(metric, summary.test_accuracy), "at best validation"),
             ("Training time", duration(summary.train_seconds), epochs),
-            ("Steps", integer(summary.steps), dropped_note or pace),
-            ("Seeds a second", integer(summary.seeds_per_second), "all workers"),
+            ("Steps", integer(summary.steps), dropped_note or (pace and pace + of_some)),
+            ("Seeds a second", integer(summary.seeds_per_second), f"all workers{of_some}"),
             ("Workers", integer(summary.world_size), recovered_note or "world size"),
         ]
     )
@@ -171,7 +173,8 @@ def _comparison_cards(summaries: Sequence[Summary], target: float | None) -> str
     paced = [s for s in summaries if s.seeds_per_second is not None]
     if paced:
         top = max(paced, key=lambda s: s.seeds_per_second or 0.0)
-        cards.append(("Most seeds a second", integer(top.seeds_per_second), top.run.name))
+        of_some = "" if (part := measured(top.run)) is None else f", {part}"
+        cards.append(("Most seeds a second", integer(top.seeds_per_second), top.run.name + of_some))
     return card_list(cards)
 
 
@@ -205,6 +208,14 @@ def _line_legend(measures: tuple[Measure, Measure], num_runs: int, guide: str | 
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
+def _measured(runs: Sequence[RunFiles]) -> str:
+    """Return notes on the runs whose measured numbers are of a part of their steps."""
+    told = [(run.name if len(runs) > 1 else "", words) for run in runs if (words := measured(run)) is not None]
+    text = "Milliseconds, seeds a second and bytes{} are {}."
+    lines = (text.format(f" of {name}" if name else "", words) for name, words in told)
+    return "".join(f'<p class="note">{escape(line)}</p>' for line in lines)
+
+
 def _cost(runs: Sequence[RunFiles]) -> str:
     phases = '<p class="note">Known when a run has finished.</p>'
     traffic = phases
@@ -216,6 +227,6 @@ def _cost(runs: Sequence[RunFiles]) -> str:
         if any(sum(sent_bytes(run).values()) > 0 for run in runs):
             traffic = bytes_chart(runs) + bytes_table(runs)
     return (
-        f'<div class="grid2 uneven"><div class="card"><h3>Where a step’s time goes</h3>{phases}</div>'
+        f'{_measured(runs)}<div class="grid2 uneven"><div class="card"><h3>Where a step’s time goes</h3>{phases}</div>'
         f'<div class="card"><h3>Bytes on the wire</h3>{traffic}</div></div>'
     )

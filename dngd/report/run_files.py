@@ -61,7 +61,7 @@ class RunFiles:
 
     @property
     def finished(self) -> bool:
-        """Whether result.json is there and tells of the last evaluation."""
+        """Whether result.json is there and tells of the last evaluation and checkpoint."""
         return bool(self.result)
 
     def number(self, key: str) -> float | None:
@@ -113,16 +113,15 @@ def read_run(path: Path, name: str) -> RunFiles:
     config, result = _mapping(files[0]), _mapping(files[2])
     lines, lost_lines = _lines(files[1], _evaluation_line)
     evaluations, metric = tuple(map(_evaluation, lines)), _metric(config, lines, result)
-    steps = as_number(result.get("steps"))
-    if steps is not None and any(evaluation.step > steps for evaluation in evaluations):
-        result = {}  # the run was resumed with more epochs and is going on: result.json is of its past
+    step, digest = _newest_checkpoint(path / "checkpoints")
+    if _is_of_the_past(result, [*(evaluation.step for evaluation in evaluations), *([] if step is None else [step])]):
+        result = {}
     try:
         flat = flatten(config)
     except RecursionError:
         raise UserError(f"{files[0]} is nested too deeply; mend or remove it") from None
     health, lost_health = _lines(path / "health.jsonl", _health_line)
     lost = tuple(text for text in (lost_lines, lost_health) if text is not None)
-    digest = _graph_digest(path / "checkpoints")
     return RunFiles(name, path, flat, evaluations, result, tuple(health), metric, digest, lost)
 
 
@@ -209,23 +208,36 @@ def _health_line(read: dict[str, Any]) -> tuple[int, dict[str, dict[str, float]]
         pairs = measures.items() if isinstance(measures, dict) else ()
         numbers = {str(name): as_number(value) for name, value in pairs}
         known[str(layer)] = {name: v for name, v in numbers.items() if v is not None and plottable(v)}
-    return int(read["step"]), known
+    step = as_number(read["step"])
+    if step is None or not plottable(step):
+        raise ValueError("no step")
+    return int(step), known
 
 
-def _graph_digest(checkpoints: Path) -> str | None:
-    """Return what the newest checkpoint says of the graph; ones that cannot be read are passed over."""
+def _is_of_the_past(result: dict[str, Any], reached: Sequence[float]) -> bool:
+    """Whether a run was gone on with after its result.json: it says so, or evaluations or checkpoints are further."""
+    steps = as_number(result.get("steps"))
+    return result.get("finished") is False or (steps is not None and any(step > steps for step in reached))
+
+
+def _newest_checkpoint(checkpoints: Path) -> tuple[float | None, str | None]:
+    """Return the newest checkpoint's step, and what the newest one that tells of the graph says of it; ones that cannot
+    be read are passed over."""
+    reached: float | None = None
     try:
         states = sorted(checkpoints.glob("step-*/state.json"), reverse=True)
     except OSError:
-        return None
+        return None, None
     for state in states:
         try:
-            digest = json.loads(state.read_text(encoding="utf-8"))["position"]["graph_digest"]
+            read = json.loads(state.read_text(encoding="utf-8"))
+            step, digest = as_number(read["step"]), read["position"]["graph_digest"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
+        reached = step if reached is None else reached
         if isinstance(digest, str) and digest:
-            return digest
-    return None
+            return reached, digest
+    return reached, None
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -247,7 +259,7 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     try:
-        return _bytes(path).decode()
+        return _bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path} cannot be read: it is not UTF-8 text; mend or remove it") from None
 

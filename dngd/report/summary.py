@@ -13,6 +13,7 @@ from pathlib import PurePath
 from typing import Any
 
 from dngd.report.run_files import Evaluation, RunFiles
+from dngd.report.text import since_last_start
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ def summarise(run: RunFiles) -> Summary:
         world_size=run.number("world_size"),
         dropped_steps=run.number("dropped_steps"),
     )
+
+
+def measured(run: RunFiles) -> str | None:
+    """Return, in words, of which steps the milliseconds, seeds a second and bytes are; None where they are of all."""
+    after, last = run.number("measured_from_step"), run.number("steps")
+    return None if not after or last is None or after >= last else since_last_start(after, last)
 
 
 def has_lost(run: RunFiles) -> bool:

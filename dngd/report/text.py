@@ -40,6 +40,11 @@ def integer(value: float | None) -> str:
     return f"{value:,.0f}"
 
 
+def since_last_start(after: float, last: float) -> str:
+    """Return which steps of a resumed run were measured: those after one, to the last."""
+    return f"of steps {integer(after + 1)} to {integer(last)}, since the last start"
+
+
 def percent(value: float | None, decimals: int = 2) -> str:
     """Return a share of 1 as a percentage: 0.8927 -> 89.27%."""
     if value is None or not math.isfinite(value):

@@ -50,6 +50,7 @@ from dngd.train.metrics import (
     MetricsLog,
     RunResult,
     machine,
+    mark_unfinished,
     peak_gpu_bytes,
     peak_rss_bytes,
     read_metrics,
@@ -208,7 +209,7 @@ class TrainingLoop:
         if self.optimizer.preconditioner is not None:
             self.optimizer.preconditioner.inside = self.clock.inside
 
-        self.step = 0
+        self.step = self.measured_from_step = 0
         self.train_seconds = 0.0
         self.epoch_loss = 0.0
         self.epoch_seeds = 0.0
@@ -246,9 +247,13 @@ class TrainingLoop:
             # Not before: what setting up takes and frees, for graphs of millions of nodes, is never wanted again.
             keep_freed_memory()
         self.state.step, self.state.history = self.step, self.history
+        self.measured_from_step = self.step
         self.callbacks.start(self.state)
         # Past the last step there is nothing to sample: a finished run that is resumed only reports.
         if not self._is_over():
+            if self.comm.rank == 0:
+                mark_unfinished(self.folder.result)
+                self.folder.changed()
             started = time.perf_counter()
             with self.supervision.stops, self.sources.open(shards, self.step) as source:
                 if self.config.constant_full_batch:
@@ -714,6 +719,7 @@ class TrainingLoop:
             steps_repeated=self.supervision.attempt.steps_repeated + self.steps_repeated,
             failed_checkpoints=self.writer.failed,
             failed_uploads=self.folder.failed,
+            measured_from_step=self.measured_from_step,
             machine=machine(self.device),
             resolved=self._resolved(),
             history=self.history,

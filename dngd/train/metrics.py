@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import resource
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dngd.limits import usable_cpus as usable_cpus
 from dngd.train.checkpoint import replace_file
 
 VERSIONED = ("torch", "dgl", "ray", "pyarrow", "torch-geometric", "numpy")
@@ -59,11 +59,12 @@ class RunResult:
 
     metric: what best_val_accuracy and test_accuracy are. test_accuracy: at the best validation accuracy. seconds
     in train_seconds exclude evaluation.
-    step_ms, phase_ms: of the steps that this process ran (since the last start). bytes: payload handed
-    to collectives by rank 0 over those steps. peak_rss_bytes: of rank 0's process. recoveries: how often lost
-    workers were started again, and steps_repeated how many steps were done again for it, since the driver was
-    started. failed_checkpoints: checkpoints that could not be written, since the last start.
-    failed_uploads: of a run at an address, how often other files could not be sent at once, since the last start.
+    step_ms, phase_ms, seeds_per_second: of the steps after measured_from_step, those since the last start (0: of all
+    steps; of runs of an earlier dngd it is not known). bytes: payload handed to collectives by rank 0 over those steps.
+    peak_rss_bytes: of rank 0's process. recoveries: how often lost workers were started again, and steps_repeated how
+    many steps were done again for it, since the driver was started. failed_checkpoints: checkpoints that could not be
+    written, since the last start. failed_uploads: of a run at an address, how often other files could not be sent at
+    once, since the last start.
     machine: rank 0's. resolved: by dotted name, what fields that the configuration leaves open stood for, and what
     follows of steps; empty in runs of an earlier dngd.
     """
@@ -88,6 +89,7 @@ class RunResult:
     steps_repeated: int = 0
     failed_checkpoints: int = 0
     failed_uploads: int = 0
+    measured_from_step: int = 0
     metric: str = "accuracy"
     machine: dict[str, str] = field(default_factory=dict)
     resolved: dict[str, Any] = field(default_factory=dict)
@@ -104,11 +106,47 @@ def read_result(path: Path) -> RunResult | None:
     """Return what a result.json holds; None if there is none, or one that is damaged or of another version."""
     try:
         read: dict[str, Any] = json.loads(path.read_bytes())
-        known = [name for name in RunResult.__dataclass_fields__ if name in read and name != "history"]
-        fields: dict[str, Any] = {name: math.nan if read[name] is None else read[name] for name in known}
+        fields: dict[str, Any] = {}
+        for name, kind in _RESULT_KINDS.items():
+            if name in read:
+                fields[name] = _value_of(read[name], kind)
+        if fields["step_ms"] and not fields["step_ms"].keys() >= {"mean", "p50", "p99"}:
+            raise TypeError("step_ms lacks a number")
         return RunResult(**fields)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return None
+
+
+_RESULT_KINDS = {name: str(one.type) for name, one in RunResult.__dataclass_fields__.items() if name != "history"}
+"""RunResult's fields and their types, as they are written there."""
+
+_MOST_WHOLE = 2**63
+_SCALARS: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "str": str}
+_MAPPING = "dict[str, "
+
+
+def _value_of(value: Any, kind: str) -> Any:
+    """Return a value of result.json, null as the number that is none. Raises TypeError if it is of another type."""
+    if kind.startswith(_MAPPING) and isinstance(value, dict):
+        of = kind.removeprefix(_MAPPING).removesuffix("]")
+        return {name: item if of == "Any" else _value_of(item, of) for name, item in value.items()}
+    if kind == "float" and value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, _SCALARS.get(kind, ())):
+        raise TypeError(f"{value!r} is no {kind}")
+    if isinstance(value, int) and abs(value) >= _MOST_WHOLE:
+        raise TypeError("a number beyond any run's")
+    return value
+
+
+def mark_unfinished(path: Path) -> None:
+    """Say in a result.json, if there is one, that its run goes on: its numbers stay, and are of the past."""
+    try:
+        read = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return
+    if isinstance(read, dict):
+        replace_file(path, json.dumps(read | {"finished": False}, indent=2).encode())
 
 
 def _is_undefined(value: object) -> bool:
@@ -266,20 +304,6 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
-"""Quota and period of this container's CPU time, in microseconds (control groups, version 2)."""
-
-
-def usable_cpus() -> int:
-    """Return the number of CPUs that this process may use, at least 1: no more than its container's quota is worth."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = CPU_MAX.read_text().split()
-        return max(1, min(cpus, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return cpus  # no such file, or "max"
 
 
 def machine(device: torch.device) -> dict[str, str]:

@@ -97,8 +97,8 @@ def predict_run(
     columns src and dst name nodes: src, dst and probability, float32, of a link.
 
     run: its folder or address. nodes: all, train, val, test (of the run's split, taken in the graph), or unlabelled.
-    data_root: where the run's data set is now. cache_dir: folder of converted stores, if not the run's. dataset: another
-    graph with the same features, or where the run's is now. overwrite: replace a file. progress: see
+    data_root: where the run's data set is now. cache_dir: folder of converted stores, if not the run's. dataset:
+    another graph with the same features, or where the run's is now. overwrite: replace a file. progress: see
     EvaluationProgress. parts: with the module of a run that had one of its own. tell: hears where a part of the split
     may not be what it seems. The file appears when it is whole; it is written a row group at a time.
     Raises UserError for what `evaluate_run` does, a path that cannot be written, and nodes that the graph has not.

@@ -155,8 +155,8 @@ def open_graph(
     """Open the run's graph, or another that its model fits.
 
     dataset, data_root, cache_dir: as for training; None: the run's own, which has to be the very graph. A graph with
-    fewer classes than the model's, or without labels, fits. Where both have names of the classes, or one has numbers for
-    names and the other class numbers, the graph's are numbered as the model's are, by name. Raises
+    fewer classes than the model's, or without labels, fits. Where both have names of the classes, or one has numbers
+    for names and the other class numbers, the graph's are numbered as the model's are, by name. Raises
     UserError if there is no such graph, if it is not the run's own where that is asked for, or if its features or
     classes are not the model's.
     """

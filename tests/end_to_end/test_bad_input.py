@@ -70,6 +70,16 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--split", "complete"], ["complete"]),
         (["--split", "nonsense"], ["nonsense", "random:"]),
         (["--set", "kfac.dampin=1"], ["kfac.dampin", "did you mean kfac.damping?"]),
+        (["--set", "damping=0.1"], ["'damping' is unknown; did you mean kfac.damping?"]),
+        (["--set", "dampin=0.1"], ["did you mean kfac.damping?"]),
+        (["--set", "ray.resources_per_worker={CPU: 1, a: true}"], ["ray.resources_per_worker={'CPU'", "true or false"]),
+        (["--loggers", "wandb, wandb"], ["loggers=wandb,wandb names one twice"]),
+        (["--loggers", "wandb, x"], ["loggers='x'"]),
+        (["--num-workers", "2", "--num-shards", "1"], ["at most 1 worker, or for a new run --num-shards 2 or more"]),
+        (["--set", "epochs=15e-1"], ["epochs=1.5", "fractional part"]),
+        (["--set", "epochs=1e400"], ["epochs=inf", "finite"]),
+        (["--batch-size", "1e9x"], ["batch_size='1e9x'"]),
+        (["--run-dir"], ["--run-dir", "(see dngd train --help)"]),
         (["--set", "hiden=1"], ["hiden", "did you mean hidden?"]),
         (["--set", "hidden"], ["hidden", "key=value"]),
         (["--set", "self=1"], ["'self' is unknown"]),
@@ -604,6 +614,38 @@ def test_numbers_are_read_as_flags_read_them(tmp_path: Path, written: str, value
     assert TrainConfig.from_yaml(tmp_path / "c.yaml").seed == value
 
 
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("eval_memory_bytes=1e9", 10**9),
+        ("epochs=1e2", 100),
+        ("epochs=+1.5E+1", 15),
+        ("batch_size=1e3", 1000),
+        ("batch_size='1e3'", 1000),
+        ("num_layers=1e0", 1),
+        ("fanout=[1e1,5,5]", (10, 5, 5)),
+        ("fanout=1e1,5,5", (10, 5, 5)),
+        ("class_weights=[1e1, 2]", (10.0, 2.0)),
+        ("lr=1e-3", 1e-3),
+        ("dataset=1e3", "1e3"),
+        ("split=1e3", "1e3"),
+        ("run_dir=1e3", Path("1e3")),
+        ("loggers=tensorboard, wandb", ("tensorboard", "wandb")),
+    ],
+)
+def test_whole_numbers_may_be_written_with_an_exponent(tmp_path: Path, written: str, value: object) -> None:
+    """As messages write them; in a field of texts the same is a text, as it was typed, and stays so in a run's file."""
+    name = written.partition("=")[0]
+    config = TrainConfig(**({"dataset": "x"} | parse_assignment(written)))
+    found = getattr(config, name)
+    assert found == value
+    assert type(found) is type(value)
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    assert TrainConfig.from_yaml(tmp_path / "c.yaml") == config
+    resources = parse_assignment("ray.resources_per_worker={memory: 8e9}")
+    assert TrainConfig(dataset="x", **resources).ray.resources_per_worker == {"memory": 8e9}
+
+
 def test_a_key_may_be_there_again_in_another_section_or_over_a_merged_one(tmp_path: Path) -> None:
     text = "kfac: &k {momentum: 0.5, rank: 4}\nmomentum: 0.1\ndataset: x\n"
     (tmp_path / "c.yaml").write_text(text)
@@ -654,9 +696,12 @@ def test_a_run_whose_cache_folder_is_gone_for_good(tmp_path: Path, capsys: pytes
     cache.touch()
     out = tmp_path / "predictions.parquet"
     for command in (["evaluate", str(folder)], ["predict", str(folder), "--out", str(out)]):
-        assert "choose another folder by" in (told := refused(capsys, *command)) and "--cache-dir" in told
+        told = refused(capsys, *command)
+        assert "choose another folder by" in told
+        assert "--cache-dir" in told
         assert run(capsys, *command, "--cache-dir", str(tmp_path / "other"))[0] == 0
-    assert out.exists() and len(list((tmp_path / "other").iterdir())) == 2
+    assert out.exists()
+    assert len(list((tmp_path / "other").iterdir())) == 2
 
 
 def test_a_tilde_that_the_shell_left_is_the_home_folder(

@@ -18,6 +18,7 @@ import dngd
 from dngd.comm import LocalCommunicator
 from dngd.graph import GraphStore
 from dngd.optim import KLTrustRegion, NaturalGradient, value_at
+from dngd.report.run_files import read_run
 from dngd.train import checkpoint
 from dngd.train.evaluate_run import evaluate_run
 from dngd.train.metrics import read_metrics
@@ -238,6 +239,29 @@ def test_a_finished_run_can_be_resumed(store: GraphStore, tmp_path: Path) -> Non
     assert (tmp_path / "run" / "result.json").read_bytes() == written, "its times are of the run itself"
     assert curve(again) == curve(first)
     assert again.best_val_accuracy == first.best_val_accuracy
+
+
+def test_a_finished_run_that_is_gone_on_with_is_unfinished_until_its_end(store: GraphStore, tmp_path: Path) -> None:
+    """From the first step on, before there is an evaluation or checkpoint beyond its result.json."""
+    run = tmp_path / "run"
+    first = fit(config(store, run, epochs=1))
+    assert read_run(run, "run").finished
+
+    class Leave(dngd.Callback):
+        def on_step(self, state: dngd.RunState) -> None:
+            raise dngd.UserError("enough")
+
+    with pytest.raises(dngd.UserError, match="enough"):
+        dngd.Trainer(config(store, run, epochs=2, resume=True), quiet=True, callbacks=[Leave()]).fit()
+    assert not read_run(run, "run").finished
+    assert json.loads((run / "result.json").read_bytes())["step_ms"] == first.step_ms, "its numbers are not lost"
+    assert fit(config(store, run, epochs=1, resume=True)).step_ms == first.step_ms
+    assert read_run(run, "run").finished
+    second = fit(config(store, run, epochs=2, resume=True))
+    assert read_run(run, "run").finished
+    assert (first.measured_from_step, second.measured_from_step) == (0, first.steps), (
+        "milliseconds are of the last part"
+    )
 
 
 KILLED_WRITER = """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import datetime
 import json
 import os
 from pathlib import Path
@@ -144,7 +146,7 @@ def test_what_differs_stands_below_on_a_narrow_terminal(
 
 def test_a_single_process_is_not_said_to_send(capsys: pytest.CaptureFixture[str]) -> None:
     """With several, what each kind took; kinds that were not sent are left out."""
-    outcome = result() | {"metric": "accuracy", "recoveries": 0, "failed_checkpoints": 0}
+    outcome = result() | {"metric": "accuracy", "recoveries": 0, "failed_checkpoints": 0, "measured_from_step": 0}
     _print_result(outcome | {"world_size": 1, "bytes": {"gradient": 0, "factor": 0, "inverse": 0}})
     told = capsys.readouterr().out
     assert "sent" not in told
@@ -154,3 +156,43 @@ def test_a_single_process_is_not_said_to_send(capsys: pytest.CaptureFixture[str]
     assert "gradient 4.0 KiB, factor 2.0 KiB " in told
     assert "sent by rank 0" in told
     assert "inverse" not in told
+
+
+def test_of_a_resumed_run_it_is_said_which_steps_were_measured(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the table and the page, of one run and of several, and at the end of training; where it is not all steps."""
+    words = "of steps 1,201 to 1,300, since the last start"
+    write_run(runs / "d-resumed", outcome=result(1300) | {"measured_from_step": 1200})
+    write_run(runs / "e-whole", outcome=result() | {"measured_from_step": 0})
+    told = printed(capsys, "report", "runs")
+    assert f"d-resumed: milliseconds {words}\n" in told
+    assert told.count("since the last start") == 1
+    assert Page(Path("report.html").read_text()).text.count(f"and bytes of d-resumed are {words}.") == 2
+    assert "since the last start" not in printed(capsys, "report", "runs/d-resumed")
+    text = Page(Path("report.html").read_text()).text
+    assert f"Milliseconds, seeds a second and bytes are {words}." in text
+    assert f"9 ms each (p50), {words}" in text
+    assert f"all workers, {words}" in text
+    told = printed(capsys, "report", "runs/d-resumed", "runs/e-whole", "--json")
+    assert [row["measured"] for row in json.loads(told)["runs"]] == [words, None]
+    outcome = result(1300) | {"metric": "accuracy", "recoveries": 0, "failed_checkpoints": 0}
+    _print_result(outcome | {"measured_from_step": 1200})
+    assert words in capsys.readouterr().out
+    _print_result(outcome | {"measured_from_step": 0})
+    assert "since" not in capsys.readouterr().out
+
+
+def test_kinds_that_are_no_text(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A config.yaml of a person's own may hold what YAML makes of a date, bytes or a set."""
+    write_run(runs / "d", config={"model": datetime.date(2020, 1, 1), "optimizer": {"a"}})
+    write_run(runs / "e", config={"model": b"gcn", "optimizer": None})
+    rows = json.loads(printed(capsys, "report", "runs/d", "runs/e", "--json"))["runs"]
+    assert [(row["model"], row["optimizer"]) for row in rows] == [("2020-01-01", "{'a'}"), ("b'gcn'", None)]
+    assert "2020-01-01" in printed(capsys, "report", "runs/d", "runs/e")
+
+
+def test_a_byte_order_mark(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("config.yaml", "result.json", "metrics.jsonl"):
+        file = runs / "a-fast" / name
+        file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    [row] = json.loads(printed(capsys, "report", "runs/a-fast", "--json"))["runs"]
+    assert (row["state"], row["step_ms"], row["steps"]) == ("finished", 9.0, 30)

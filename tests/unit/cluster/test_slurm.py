@@ -18,6 +18,8 @@ from dngd.graph import GraphStore
 SCRIPT = Path(__file__).parents[3] / "cluster" / "slurm.sh"
 
 SRUN = """#!/bin/bash
+# As Slurm since 22.05, which knows SLURM_CPUS_PER_TASK for sbatch alone.
+if [ "$SRUN_CPUS_PER_TASK" != "$SLURM_CPUS_PER_TASK" ]; then echo "srun: a task gets one core" >&2; exit 9; fi
 while [[ "$1" == --* ]]; do shift; done
 if [ "$1" = ray ]; then stat --format %a "$RAY_AUTH_TOKEN_PATH" > "$RECORD/mode"; echo "$@" > "$RECORD/ray"; fi
 exec "$@"
@@ -42,18 +44,60 @@ def test_mistakes(arguments: list[str], job: str | None, said: str, tmp_path: Pa
     assert not list(tmp_path.rglob("token"))
 
 
+@pytest.mark.parametrize(
+    ("nodes", "own", "all_of_them", "head"),
+    [
+        (2, "10.0.0.7", "192.168.0.7 10.0.0.7", "10.0.0.7"),
+        (2, "127.0.1.1", "10.0.0.7 172.17.0.1 fd00::2", "10.0.0.7"),
+        (2, "::1 127.0.0.1", "fd00::2 10.0.0.7", "10.0.0.7"),
+        (2, "", "10.0.0.7", "10.0.0.7"),
+        (1, "127.0.0.1", "", "127.0.0.1"),
+        (2, "127.0.0.1", "", None),
+    ],
+)
+def test_the_address_of_the_head(nodes: int, own: str, all_of_them: str, head: str | None, tmp_path: Path) -> None:
+    """One that the other nodes reach, whatever /etc/hosts says. Ray and dngd are stand-ins too."""
+    binaries = write_commands(
+        tmp_path / "bin",
+        srun=SRUN,
+        scontrol=f"printf 'node%s\\n' {' '.join(map(str, range(nodes)))}",
+        hostname=f'if [ "$1" = --ip-address ]; then echo {own}; else echo {all_of_them}; fi',
+        ray="exec sleep 60",
+        python="cat > /dev/null",
+        dngd='echo "dngd $*, head $RAY_ADDRESS"',
+    )
+    environment = {"PATH": f"{binaries}:{os.environ['PATH']}", "HOME": str(tmp_path), "USER": "someone"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_CPUS_PER_TASK": "2"}
+    environment |= {"RECORD": str(tmp_path)}
+    command = [SCRIPT, "doctor"]
+    done = subprocess.run(command, env=environment, input="", capture_output=True, text=True, timeout=60)
+    if head is None:
+        assert done.returncode == 1
+        assert "slurm.sh: node node0 has no IPv4 address" in done.stderr
+        return
+    assert (done.returncode, done.stdout) == (0, f"dngd doctor, head {head}:20007\n"), done.stderr
+
+
+def write_commands(folder: Path, **commands: str) -> Path:
+    """Write stand-ins of commands, by name and as bash, into a new folder."""
+    folder.mkdir()
+    for name, content in commands.items():
+        (folder / name).write_text(content if content.startswith("#!") else f"#!/bin/bash\n{content}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_job_that_slurm_ends(store: GraphStore, tmp_path: Path) -> None:
     """A cluster comes up, dngd trains on it, Slurm's signal ends both: exit code 130, no token left, no process."""
-    binaries = tmp_path / "bin"
-    binaries.mkdir()
-    (binaries / "srun").write_text(SRUN)
-    (binaries / "scontrol").write_text("#!/bin/bash\necho localhost\n")
-    (binaries / "hostname").write_text("#!/bin/bash\necho 127.0.0.1\n")
-    (binaries / "dngd").write_text(f'#!/bin/bash\nexec {sys.executable} -m dngd.cli "$@"\n')
-    for file in binaries.iterdir():
-        file.chmod(0o755)
+    binaries = write_commands(
+        tmp_path / "bin",
+        srun=SRUN,
+        scontrol="echo localhost",
+        hostname="echo 127.0.0.1",
+        dngd=f'exec {sys.executable} -m dngd.cli "$@"',
+    )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
         "PATH": f"{binaries}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "SLURM_JOB_ID": str(os.getpid()),

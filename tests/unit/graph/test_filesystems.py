@@ -7,12 +7,13 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from dngd.config import TrainConfig
+from dngd.config import TrainConfig, address_of_run
 from dngd.errors import UserError
 from dngd.graph import import_tables
-from dngd.graph.filesystems import explained, list_files, locate, shown_address
+from dngd.graph.filesystems import address_of, explained, is_remote, list_files, locate, shown_address
 
 WITH_SECRETS = ["s3://AKIA:sec/ret@bucket/key", "s3://AKIA:secret@bucket/key", "s3://secret@bucket/key"]
+WITH_SECRETS += ["S3://AKIA:secret@bucket/key", "Gs:/AKIA:secret@bucket/key"]
 RESOLVING = {"list": list_files, "locate": locate}
 
 
@@ -92,3 +93,23 @@ def test_what_a_file_system_does_not_understand_is_not_repeated() -> None:
     with pytest.raises(UserError, match=r"^s3://bucket/key is not understood") as refused, explained("s3://bucket/key"):
         raise pa.ArrowInvalid("Expected an S3 object path, got a URI: 's3://AKIA:secret@bucket'")
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("address", ["S3://bucket/Key", "s3:/bucket/Key", Path("S3://bucket/Key")])
+def test_schemes_have_no_case(address: str | Path) -> None:
+    assert address_of(address) == "s3://bucket/Key"
+    assert is_remote(address)
+    config = TrainConfig(dataset="products-mini", run_dir=address)
+    assert config.run_address == address_of_run(Path(address)) == "s3://bucket/Key"
+    assert "run_dir: s3://bucket/Key\n" in config.to_yaml()
+
+
+@pytest.mark.parametrize("place", ["HTTP://b/x", "http+x://b/x", "File:///tmp/x", "abfs.x:/b/x"])
+def test_other_schemes_are_no_place_for_a_run(place: str) -> None:
+    with pytest.raises(UserError, match="is no place for a run"):
+        TrainConfig(dataset="products-mini", run_dir=place)
+
+
+@pytest.mark.parametrize("folder", ["C:/x", "a/s3:/b", "s3", "s3:b"])
+def test_paths_are_no_addresses(folder: str) -> None:
+    assert TrainConfig(dataset="products-mini", run_dir=folder).run_address is None

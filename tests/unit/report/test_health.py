@@ -65,6 +65,8 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path: Path) -> None:
         '{"step": 40}',
         '{"step": 40, "layers": 3}',
         '{"step": 1e999, "layers": {}}',
+        '{"step": 1' + "0" * 400 + ', "layers": {}}',
+        '{"step": true, "layers": {}}',
     ):
         lines = (run / "health.jsonl").read_text().splitlines()[:3]
         (run / "health.jsonl").write_text("\n".join([*lines, tail]) + "\n")

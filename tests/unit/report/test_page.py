@@ -87,6 +87,17 @@ def test_a_resumed_run_is_not_told_by_its_old_result(tmp_path: Path) -> None:
     assert "90.00%" in page.text
 
 
+@pytest.mark.parametrize("digest", ["one", None])
+def test_a_run_with_a_checkpoint_beyond_its_result_is_unfinished(tmp_path: Path, digest: str | None) -> None:
+    run = write_run(tmp_path / "run")
+    write_state(run, 30, digest)
+    assert read_run(run, "run").finished, "the last step's checkpoint is the result's"
+    write_state(run, 35, digest)
+    assert not read_run(run, "run").finished
+    (run / "checkpoints" / "step-00000035" / "state.json").write_text("{")
+    assert read_run(run, "run").finished, "what cannot be read is not gone on with"
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e308])
 def test_values_that_have_no_place_break_the_line(tmp_path: Path, value: float) -> None:
     records = [record(10, 0.5), record(20, 0.75, loss=value), record(30, value), record(40, 0.75, loss=0.5)]

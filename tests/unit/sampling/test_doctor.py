@@ -60,11 +60,38 @@ def test_missing_and_untested_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(doctor.metadata, "version", version)
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: None)
     findings = {finding.name: finding for finding in diagnose().findings}
     assert findings["ray"].status == "untested"
     assert "only tested with" in findings["ray"].fix
     assert findings["pyarrow"].status == "missing"
     assert findings["pyarrow"].fix.startswith("pip install")
+
+
+@pytest.mark.parametrize(
+    ("lacking", "extras", "status", "code"),
+    [
+        ("tensorboardX", "train", "missing", 1),
+        ("colorful", "default", "untested", 0),
+        ("requests", "default,train", "missing", 1),
+    ],
+)
+def test_ray_without_its_extras(
+    monkeypatch: pytest.MonkeyPatch, lacking: str, extras: str, status: str, code: int
+) -> None:
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name == lacking:
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    diagnosis = diagnose()
+    [finding] = [one for one in diagnosis.findings if one.name == "ray"]
+    assert finding.found == f"{real('ray')}, without all of ray[{extras}]"
+    assert (finding.status, diagnosis.exit_code) == (status, code)
+    assert finding.fix == "pip install 'ray[train,default]>=2.55,<3'"
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dngd.train import memory
+from dngd import doctor, limits
 
 
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(memory, "PROC", tmp_path / "cgroup")
-    monkeypatch.setattr(memory, "GROUPS", tmp_path / "fs")
+    monkeypatch.setattr(limits, "PROC", tmp_path / "cgroup")
+    monkeypatch.setattr(limits, "GROUPS", tmp_path / "fs")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 5000}))
     return tmp_path
 
@@ -25,7 +25,7 @@ def write(folder: Path, **files: str) -> None:
 
 
 def test_without_groups(groups: Path) -> None:
-    assert memory.available_memory() == 5000
+    assert limits.available_memory() == 5000
 
 
 def test_version_2_and_the_groups_above(groups: Path) -> None:
@@ -33,9 +33,9 @@ def test_version_2_and_the_groups_above(groups: Path) -> None:
     (groups / "cgroup").write_text("0::/outer/inner\n")
     write(groups / "fs" / "outer" / "inner", memory__max="max", memory__current="10", memory__stat="inactive_file 1")
     write(groups / "fs" / "outer", memory__max="4000", memory__current="3000", memory__stat="anon 5\ninactive_file 700")
-    assert memory.available_memory() == 1700
+    assert limits.available_memory() == 1700
     write(groups / "fs" / "outer" / "inner", memory__max="500", memory__current="600")
-    assert memory.available_memory() == 0
+    assert limits.available_memory() == 0
 
 
 def test_version_1(groups: Path) -> None:
@@ -44,10 +44,20 @@ def test_version_1(groups: Path) -> None:
     write(folder / "group", memory__limit_in_bytes="3000", memory__usage_in_bytes="2000")
     write(folder / "group", memory__stat="inactive_file 1\ntotal_inactive_file 500")
     write(folder, memory__limit_in_bytes="9223372036854771712", memory__usage_in_bytes="9", memory__stat="cache 1")
-    assert memory.available_memory() == 1500
+    assert limits.available_memory() == 1500
 
 
 def test_a_container_that_sees_its_group_as_the_root(groups: Path) -> None:
     (groups / "cgroup").write_text("0::/docker/abc\n")
     write(groups / "fs", memory__max="900", memory__current="100", memory__stat="inactive_file 0")
-    assert memory.available_memory() == 800
+    assert limits.available_memory() == 800
+
+
+def test_doctor_tells_the_same(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a container in a group below the root, with file pages that it could drop."""
+    (groups / "cgroup").write_text("0::/pod\n")
+    write(groups / "fs" / "pod", memory__max=f"{6 * 2**30}", memory__current=f"{6 * 2**30}")
+    write(groups / "fs" / "pod", memory__stat=f"inactive_file {5 * 2**30}")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 64 * 2**30}))
+    [finding] = [one for one in doctor.diagnose().findings if one.name == "free memory"]
+    assert (finding.found, finding.status) == ("5.0 GiB", "ok")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 import time
@@ -26,7 +27,7 @@ from dngd.train.callbacks import Callback, RunState
 from dngd.train.checkpoint import CheckpointFolder, Snapshot, said_in, weights_file
 from dngd.train.evaluate_run import evaluate_run
 from dngd.train.evaluation import ExactEvaluator, Scores
-from dngd.train.metrics import read_metrics, read_result
+from dngd.train.metrics import RunResult, read_metrics, read_result
 from dngd.train.predict import predict_run
 from dngd.train.progress import SilentReporter
 from dngd.train.run_folder import RunFolder, default_run_dir
@@ -511,3 +512,43 @@ def test_a_run_of_before_g_was_low_rank_goes_on_as_it_was(store: GraphStore, tmp
         fit(config(str(store.path), run, hidden=64, epochs=2, resume=True))
     own = run_folder.run_config(RunFolder(run)).model_copy(update={"epochs": 2, "resume": True})
     assert fit(own).history[-1].val_loss == whole.history[-1].val_loss
+
+
+def test_a_result_of_other_types_is_none(tmp_path: Path) -> None:
+    """As one that was written by hand, or by another program; null is a number that there is none of."""
+    file = tmp_path / "result.json"
+    whole = {"best_val_accuracy": 0.5, "test_accuracy": 0.5, "train_seconds": 1, "seconds_to_best_val": 1.0, "steps": 3}
+    whole |= {"epochs": 1.0, "world_size": 1, "seeds_per_second": 9.0, "phase_ms": {}, "bytes": {"gradient": 5}}
+    whole |= {"step_ms": {"mean": 1.0, "p50": 1, "p99": 2.0}, "peak_rss_bytes": 1, "peak_gpu_bytes": 0}
+    whole |= {"dropped_steps": 0, "versions": {"python": "3"}, "run_dir": "run", "resolved": {"lr": None, "x": [1]}}
+
+    def read(**changes: Any) -> RunResult | None:
+        file.write_text(json.dumps(whole | changes))
+        return read_result(file)
+
+    for good in ({}, {"step_ms": {}}, {"history": 3, "finished": False}, {"bytes": {}}):
+        assert read(**good) is not None, good
+    undefined = read(test_accuracy=None, seeds_per_second=None)
+    assert undefined is not None
+    assert math.isnan(undefined.test_accuracy)
+    assert math.isnan(undefined.seeds_per_second)
+    for bad in (
+        {"best_val_accuracy": "x"},
+        {"best_val_accuracy": True},
+        {"best_val_accuracy": 10**400},
+        {"step_ms": None},
+        {"step_ms": {"mean": 1}},
+        {"step_ms": {"mean": 1.0, "p50": "1", "p99": 2.0}},
+        {"step_ms": [1.0]},
+        {"bytes": None},
+        {"bytes": {"gradient": 1.5}},
+        {"bytes": {"gradient": 10**400}},
+        {"metric": 3},
+        {"metric": None},
+        {"steps": None},
+        {"steps": 3.5},
+        {"recoveries": "x"},
+        {"resolved": "a"},
+        {"versions": {"python": 3}},
+    ):
+        assert read(**bad) is None, bad

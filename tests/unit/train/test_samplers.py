@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 import dngd
+from dngd import limits
+from dngd.doctor import diagnose
 from dngd.graph import GraphStore
-from dngd.train import metrics, plan
+from dngd.train import plan
 from dngd.train.plan import CPUS_OF_TRAINING, MOST_SAMPLERS, RunPlan, make_plan, with_samplers
 
 
@@ -96,6 +98,7 @@ def test_a_containers_quota_is_no_more_cpus_than_it_pays_for(
     file = tmp_path / "cpu.max"
     if content is not None:
         file.write_text(content)
-    monkeypatch.setattr(metrics, "CPU_MAX", file)
-    monkeypatch.setattr(metrics.os, "sched_getaffinity", lambda pid: set(range(64)))
-    assert metrics.usable_cpus() == expected
+    monkeypatch.setattr(limits, "CPU_MAX", file)
+    monkeypatch.setattr(limits.os, "sched_getaffinity", lambda pid: set(range(64)))
+    assert limits.usable_cpus() == expected
+    assert [one.found for one in diagnose().findings if one.name == "CPU cores"] == [str(expected)]
