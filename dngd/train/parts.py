@@ -116,7 +116,7 @@ def make_module(config: TrainConfig, parts: RunParts, shape: GraphShape) -> nn.M
 
     A module that was given is copied, with the weights that it has. One of PyG's kind, forward(x, edge_index), is
     wrapped (see PyGModel). Raises UserError if a factory makes something else than a module, or one without parameters,
-    with parameters that are not there yet, or whose forward takes no batch.
+    with parameters that are not there yet or trained ones of several types, or whose forward takes no batch.
     """
     if parts.module is None:
         return build_model(
@@ -138,8 +138,17 @@ def make_module(config: TrainConfig, parts: RunParts, shape: GraphShape) -> nn.M
             f"parameter {lazy[0]} of the module has no size before a first batch; give its layer the width of its "
             f"input (the features': {shape.num_features})"
         )
-    if not any(parameter.requires_grad for parameter in parameters.values()):
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    if not trained:
         raise UserError("the module has no trainable parameter; return one that has")
+    first = next(iter(trained))
+    other = next((name for name in trained if trained[name].dtype != trained[first].dtype), None)
+    if other is not None:
+        raise UserError(
+            f"the module's parameters {first} and {other} are {_type_of(trained[first])} and {_type_of(trained[other])}, "
+            "and workers sum gradients of one type; make all parameters that are trained one type, module.float() say, "
+            "and convert rows (or use autocast) in forward"
+        )
     if takes_edges(module):
         module = WrappedModel(module)
     if isinstance(module, PyGModel):
@@ -152,6 +161,10 @@ def make_module(config: TrainConfig, parts: RunParts, shape: GraphShape) -> nn.M
                 "of the state (register_buffer(..., persistent=False)), or as dense tensors"
             )
     return module
+
+
+def _type_of(parameter: nn.Parameter) -> str:
+    return str(parameter.dtype).removeprefix("torch.")
 
 
 def _made(factory: ModuleFactory, shape: GraphShape) -> object:
