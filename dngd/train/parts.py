@@ -17,6 +17,7 @@ from dngd.graph import GraphStore
 from dngd.models import build_model
 from dngd.models.graph_batch import GraphShape
 from dngd.models.pyg_model import PyGModel, takes_edges
+from dngd.models.pyg_stack import PyGStack
 from dngd.train.callbacks import Callback, check_callbacks
 from dngd.train.objective import CustomLoss
 from dngd.train.scoring import CustomMetric, Metric
@@ -144,15 +145,17 @@ def make_module(config: TrainConfig, parts: RunParts, shape: GraphShape) -> nn.M
     first = next(iter(trained))
     other = next((name for name in trained if trained[name].dtype != trained[first].dtype), None)
     if other is not None:
+        types = " and ".join(str(trained[name].dtype).removeprefix("torch.") for name in (first, other))
         raise UserError(
-            f"the module's parameters {first} and {other} are {_type_of(trained[first])} and {_type_of(trained[other])}, "
-            "and workers sum gradients of one type; make all parameters that are trained one type, module.float() say, "
-            "and convert rows (or use autocast) in forward"
+            f"the module's parameters {first} and {other} are {types}, and workers sum gradients of one type; make all "
+            "that are trained one type, module.float() say, and convert rows (or use autocast) in forward"
         )
     if takes_edges(module):
         module = WrappedModel(module)
     if isinstance(module, PyGModel):
         module.check(shape.num_features, config.num_layers)
+    if isinstance(module, PyGStack):
+        module.check(shape.num_features)
     for name, value in module.state_dict().items():
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             what = f"a tensor of layout {value.layout}" if isinstance(value, torch.Tensor) else type(value).__name__
@@ -161,10 +164,6 @@ def make_module(config: TrainConfig, parts: RunParts, shape: GraphShape) -> nn.M
                 "of the state (register_buffer(..., persistent=False)), or as dense tensors"
             )
     return module
-
-
-def _type_of(parameter: nn.Parameter) -> str:
-    return str(parameter.dtype).removeprefix("torch.")
 
 
 def _made(factory: ModuleFactory, shape: GraphShape) -> object:

@@ -88,8 +88,10 @@ def curve(communicator: Any, made: nn.Module, kind: type[torch.optim.SGD]) -> li
 
 def law_an_optimizer_may_forget_gradients(world: int) -> None:
     made = nn.Linear(3, 2)
-    for forgets, keeps in zip(*(run_threads(world, lambda c: curve(c, made, k)) for k in (Zeroing, torch.optim.SGD))):
-        assert all(map(torch.equal, forgets, keeps))
+    forgets = run_threads(world, lambda communicator: curve(communicator, made, Zeroing))
+    keeps = run_threads(world, lambda communicator: curve(communicator, made, torch.optim.SGD))
+    for one, other in zip(forgets, keeps):
+        assert all(map(torch.equal, one, other))
 
 
 @pytest.mark.parametrize("world", [1, 2])
