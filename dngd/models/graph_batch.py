@@ -51,12 +51,13 @@ class LayerEdges:
 
     def mean(self, rows: Tensor) -> Tensor:
         """Return the mean of each destination's sources (weighted by edge_weight), [num_dst, d], from rows
-        [num_src, d]; zeros without edges."""
+        [num_src, d]; zeros without edges. Of 16-bit rows sums and counts are taken in float32."""
         source, destination = self.edge_index
-        weight = rows.new_ones(source.numel()) if self.edge_weight is None else self.edge_weight.to(rows)
-        sums = rows.new_zeros(self.num_dst, rows.shape[1]).index_add_(0, destination, rows[source] * weight[:, None])
-        counts = rows.new_zeros(self.num_dst).index_add_(0, destination, weight)
-        return sums / torch.where(counts == 0, 1.0, counts)[:, None]
+        wide = rows.float() if rows.element_size() < 4 else rows
+        weight = wide.new_ones(source.numel()) if self.edge_weight is None else self.edge_weight.to(wide)
+        sums = wide.new_zeros(self.num_dst, rows.shape[1]).index_add_(0, destination, wide[source] * weight[:, None])
+        counts = wide.new_zeros(self.num_dst).index_add_(0, destination, weight)
+        return (sums / torch.where(counts == 0, 1.0, counts)[:, None]).to(rows.dtype)
 
     def gcn(self) -> tuple[Tensor, Tensor]:
         """Return GCN's edges, self loops added, and their coefficients: ([2, E + num_dst], float32 [E + num_dst]).
