@@ -375,8 +375,8 @@ def _sees(other: dict[str, Any]) -> bool:
 
 
 def _write_all(descriptor: int, values: Tensor, offset: int) -> None:
-    buffer: Any = values.numpy()
-    data = memoryview(buffer).cast("B") if values.numel() else memoryview(b"")
+    buffer: Any = values.view(-1).view(torch.uint8).numpy()  # NumPy does not know every type
+    data = memoryview(buffer)
     while data:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
