@@ -37,7 +37,7 @@ class FlatGradients:
         self._told = torch.zeros(TRAILING, device=first.device) if is_half else self._flat[size:]
         self._buffers = [self._flat, self._told] if is_half else [self._flat]
         self._gradients = self._flat[:size]
-        parts = self._gradients.split([p.numel() for p in own])
+        parts = torch.split(self._gradients, [p.numel() for p in own])
         self._views = {parameter: part.view_as(parameter) for parameter, part in zip(own, parts)}
         for parameter, view in self._views.items():
             parameter.grad = view
