@@ -12,7 +12,8 @@ import psutil
 import torch
 
 from dngd.errors import UserError
-from dngd.train.metrics import cpu_name, usable_cpus, versions
+from dngd.limits import usable_cpus
+from dngd.train.metrics import cpu_name, versions
 
 CPU = torch.device("cpu")
 

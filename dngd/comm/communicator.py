@@ -153,14 +153,14 @@ class ProcessGroupCommunicator:
     def broadcast(self, flat: Tensor, source: int, kind: Traffic, group: GroupName = "main") -> Work:
         works = []
         with self.limit(f"broadcast of {kind} from rank {source}"):
-            for bucket in buckets(flat, self._bucket_bytes):
+            # As bytes: nothing is computed on the way, and gloo does not know every type.
+            for bucket in buckets(flat.view(torch.uint8), self._bucket_bytes):
                 works.append(dist.broadcast(bucket, src=source, group=self._groups[group], async_op=True))
         if self.rank == source:
             self.bytes_sent[kind] += flat.numel() * flat.element_size()
         return _GroupWork(works, self, f"broadcast of {kind} from rank {source}")
 
     def exchange(self, flat: Tensor, kind: Traffic, group: GroupName = "main") -> tuple[Tensor, Work]:
-        # As bytes: nothing is computed on the way, and gloo does not know every type.
         received = torch.empty_like(flat)
         with self.limit(f"exchange of {kind}"):
             work = dist.all_to_all_single(

@@ -20,6 +20,8 @@ from typing import NoReturn, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from dngd.errors import UserError
+
 
 @dataclass(frozen=True)
 class GraphShape:
@@ -28,6 +30,32 @@ class GraphShape:
 
     num_features: int
     num_classes: int
+
+
+@dataclass(frozen=True)
+class LeastTotal:
+    """The least sum of in-edge weights in a whole graph, and the node whose it is."""
+
+    graph: str
+    node: int
+    total: float
+
+    @classmethod
+    def of(cls, graph: object, totals: Tensor) -> LeastTotal:
+        """Return that of a graph, which may have a name. totals: [N], N > 0."""
+        node = int(totals.argmin())
+        return cls(str(getattr(graph, "name", "the graph")), node, float(totals[node]))
+
+    def check(self, self_weight: float, instead: str) -> None:
+        """Raise UserError where GCN's normalisation by d = self_weight + total is not defined: d < 0, or, with self
+        loops, d = 0. instead: what does without it."""
+        if self.total > -self_weight or self.total == self_weight == 0:
+            return
+        sums = f"above {-self_weight:g}" if self_weight else "of at least 0"
+        raise UserError(
+            f"node {self.node} of {self.graph} has in-edge weights that sum to {self.total:g}; GCN's normalisation "
+            f"needs sums {sums}, so use weights of at least 0, or {instead}"
+        )
 
 
 @dataclass(frozen=True)
@@ -40,6 +68,7 @@ class LayerEdges:
     degrees: int64 [num_src], in-degrees in the whole graph. totals: float32 [num_src], summed weights of the in-edges
         there; the degrees of a graph without weights.
     edge_weight: float32 [E], None of a graph without weights.
+    least_total: of the whole graph's nodes, where it has weights; None: not known.
     """
 
     edge_index: Tensor
@@ -48,15 +77,17 @@ class LayerEdges:
     degrees: Tensor
     totals: Tensor
     edge_weight: Tensor | None = None
+    least_total: LeastTotal | None = None
 
     def mean(self, rows: Tensor) -> Tensor:
         """Return the mean of each destination's sources (weighted by edge_weight), [num_dst, d], from rows
-        [num_src, d]; zeros without edges."""
+        [num_src, d]; zeros without edges. Of 16-bit rows sums and counts are taken in float32."""
         source, destination = self.edge_index
-        weight = rows.new_ones(source.numel()) if self.edge_weight is None else self.edge_weight.to(rows)
-        sums = rows.new_zeros(self.num_dst, rows.shape[1]).index_add_(0, destination, rows[source] * weight[:, None])
-        counts = rows.new_zeros(self.num_dst).index_add_(0, destination, weight)
-        return sums / torch.where(counts == 0, 1.0, counts)[:, None]
+        wide = rows.float() if rows.element_size() < 4 else rows
+        weight = wide.new_ones(source.numel()) if self.edge_weight is None else self.edge_weight.to(wide)
+        sums = wide.new_zeros(self.num_dst, rows.shape[1]).index_add_(0, destination, wide[source] * weight[:, None])
+        counts = wide.new_zeros(self.num_dst).index_add_(0, destination, weight)
+        return (sums / torch.where(counts == 0, 1.0, counts)[:, None]).to(rows.dtype)
 
     def gcn(self) -> tuple[Tensor, Tensor]:
         """Return GCN's edges, self loops added, and their coefficients: ([2, E + num_dst], float32 [E + num_dst]).
@@ -73,8 +104,11 @@ class LayerEdges:
         `c_uv = (deg_v / k_v) · w_uv · d_u^(-1/2) · d_v^(-1/2)` and `c_vv = s / d_v`, with d = s + totals of the whole
         graph and k_v the sampled neighbours: unbiased for `D^(-1/2)(A + sI)D^(-1/2)`, but for edges that are left out
         after the draw (dngd.models.message_passing.gcn_coefficients). self_weight: s, at least 0; where d is 0, so are
-        the coefficients. weighted: by edge_weight and totals, where the graph has them; else by degrees.
+        the coefficients. weighted: by edge_weight and totals, where the graph has them; else by degrees. Raises
+        UserError where a node of the graph has a d below 0, or of 0 with s.
         """
+        if weighted and self.least_total is not None:
+            self.least_total.check(self_weight, "a convolution that does not normalise")
         source, destination = self.edge_index
         totals = self.totals if weighted else self.degrees
         norm = (totals + self_weight).rsqrt()

@@ -143,6 +143,23 @@ def _self_weight(conv: Any, weighted: bool) -> float:
     return 2.0 if getattr(conv, "improved", False) and weighted else 1.0
 
 
+def check_sampled(module: nn.Module, shown: str, where: str = "") -> None:
+    """Raise UserError for a convolution that cannot be right on sampled in-neighbours. shown: its name in the sentence.
+    where: what the convolutions that may take its place are to be in."""
+    conv: Any = module
+    if getattr(conv, "flow", "source_to_target") != "source_to_target" and pyg_name(module, "MessagePassing"):
+        raise UserError(
+            f"{shown} has flow={conv.flow}, and neighbours are sampled along in-edges; make it with "
+            "flow='source_to_target'"
+        )
+    kind = pyg_name(module, *REFUSED)
+    if kind is not None and always_normalises(conv, kind):
+        raise UserError(
+            f"{shown} normalises by degrees of the whole graph, which a sample does not have, or has weights of "
+            f"single nodes; use {REFUSED[kind]}{where}, or write forward(batch: dngd.GraphBatch)"
+        )
+
+
 def always_normalises(conv: Any, kind: str) -> bool:
     """Return whether a convolution of REFUSED normalises as it was made."""
     if kind == "PDNConv":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dngd.errors import UserError
+from dngd.models.graph_batch import LeastTotal
 from dngd.models.message_passing import (
     Aggregation,
     LayerGraphLike,
@@ -175,12 +176,8 @@ def node_norm(graph: HasTopology) -> Tensor:
         return inverse_sqrt_degrees(degrees)
     check_weights(graph)
     totals = torch.segment_reduce(graph.edge_weight.to(torch.float64), "sum", offsets=graph.indptr, axis=0)
-    if bool((totals <= -1).any()):
-        node = int((totals <= -1).nonzero()[0, 0])
-        raise UserError(
-            f"node {node} of {_name_of(graph)} has in-edge weights that sum to {float(totals[node]):g}; GCN's "
-            "normalisation needs sums above -1, so use weights of at least 0, or --model sage"
-        )
+    if totals.numel():
+        LeastTotal.of(graph, totals).check(1.0, "--model sage")
     return inverse_sqrt_degrees(degrees, totals)
 
 

@@ -63,10 +63,25 @@ class RunningStatistics:
 
 
 def share_buffers(model: nn.Module, communicator: Communicator) -> None:
-    """Give all ranks rank 0's buffers of a module, whatever it keeps in them. All ranks enter."""
-    if communicator.world_size > 1:
-        for buffer in model.buffers():
-            whole = buffer.contiguous()
-            communicator.broadcast(whole.view(-1), 0, "state").wait()
-            if whole is not buffer:
-                buffer.copy_(whole)
+    """Give all ranks rank 0's dense buffers of a module, whatever it keeps in them. All ranks enter.
+
+    Sparse ones stay as they are: checkpoints hold dense ones alone, and what is not in them has to be made alike.
+    """
+    if communicator.world_size == 1:
+        return
+    for buffer in model.buffers():
+        if buffer.layout != torch.strided:
+            continue
+        once = _without_repeats(buffer.detach())
+        whole = once.contiguous()
+        communicator.broadcast(whole.view(-1), 0, "state").wait()
+        if whole is not once:
+            once.copy_(whole)
+
+
+def _without_repeats(tensor: Tensor) -> Tensor:
+    """Return a view that has each number in memory once: expand() repeats a dimension's first row, by a stride of 0."""
+    for dimension, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dimension] > 1:
+            tensor = tensor.narrow(dimension, 0, 1)
+    return tensor

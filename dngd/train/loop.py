@@ -185,7 +185,8 @@ class TrainingLoop:
         takes_all = takes_whole_batches(config, self.device)
         self.meter = DivergenceMeter(self.optimizer, self.model, self._outputs, takes_all=takes_all)
         self.statistics = RunningStatistics(self.model, communicator)
-        self.gradients = FlatGradients(p for p in self.model.parameters() if p.requires_grad)
+        trainable = (p for p in self.model.parameters() if p.requires_grad)
+        self.gradients = FlatGradients(trainable, own_part(self.model))
         self.checkpoints = CheckpointFolder(
             self.folder.checkpoints,
             communicator,

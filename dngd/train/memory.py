@@ -1,10 +1,8 @@
-"""The memory that this process holds, and what it may still take."""
+"""The memory that this process holds alone."""
 
 from __future__ import annotations
 
 import psutil
-
-from dngd.limits import available_memory as available_memory
 
 
 def private_memory() -> int:

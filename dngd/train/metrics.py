@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dngd.limits import usable_cpus as usable_cpus
+from dngd.limits import usable_cpus
 from dngd.train.checkpoint import replace_file
 
 VERSIONED = ("torch", "dgl", "ray", "pyarrow", "torch-geometric", "numpy")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dngd.graph import GraphStore
-from dngd.models.graph_batch import GraphBatch, LayerEdges
+from dngd.models.graph_batch import GraphBatch, LayerEdges, LeastTotal
 from dngd.sampling import MiniBatch
 from dngd.sampling.minibatch import LayerGraph
 from dngd.train.batch import DeviceBatch, Move, targets
@@ -27,11 +27,13 @@ class ModuleBatchBuilder:
         self._features = features
         self._device = device
         self._degrees = store.in_degrees()
+        self._least_total: LeastTotal | None = None
         if store.edge_weight is None:
             self._totals = self._degrees.float()
         else:
             totals = torch.segment_reduce(store.edge_weight.double(), "sum", offsets=store.indptr, axis=0)
             self._totals = totals.float()
+            self._least_total = LeastTotal.of(store, totals)
 
     def batch(self, mini_batch: MiniBatch, move: Move | None = None) -> DeviceBatch:
         """Return a sampled mini-batch. move: how tensors get to the device; by default in the current stream."""
@@ -100,6 +102,7 @@ class ModuleBatchBuilder:
             move(degrees),
             move(totals),
             None if weight is None else move(weight),
+            self._least_total,
         )
 
     def _move(self, tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from dngd.graph import GraphStore
 from dngd.models import build_model
 from dngd.models.graph_batch import GraphShape
 from dngd.models.pyg_model import PyGModel, takes_edges
+from dngd.models.pyg_stack import PyGStack
 from dngd.train.callbacks import Callback, check_callbacks
 from dngd.train.objective import CustomLoss
 from dngd.train.scoring import CustomMetric, Metric
@@ -116,7 +117,7 @@ def make_module(config: TrainConfig, parts: RunParts, shape: GraphShape) -> nn.M
 
     A module that was given is copied, with the weights that it has. One of PyG's kind, forward(x, edge_index), is
     wrapped (see PyGModel). Raises UserError if a factory makes something else than a module, or one without parameters,
-    with parameters that are not there yet, or whose forward takes no batch.
+    with parameters that are not there yet or trained ones of several types, or whose forward takes no batch.
     """
     if parts.module is None:
         return build_model(
@@ -138,12 +139,23 @@ def make_module(config: TrainConfig, parts: RunParts, shape: GraphShape) -> nn.M
             f"parameter {lazy[0]} of the module has no size before a first batch; give its layer the width of its "
             f"input (the features': {shape.num_features})"
         )
-    if not any(parameter.requires_grad for parameter in parameters.values()):
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    if not trained:
         raise UserError("the module has no trainable parameter; return one that has")
+    first = next(iter(trained))
+    other = next((name for name in trained if trained[name].dtype != trained[first].dtype), None)
+    if other is not None:
+        types = " and ".join(str(trained[name].dtype).removeprefix("torch.") for name in (first, other))
+        raise UserError(
+            f"the module's parameters {first} and {other} are {types}, and workers sum gradients of one type; make all "
+            "that are trained one type, module.float() say, and convert rows (or use autocast) in forward"
+        )
     if takes_edges(module):
         module = WrappedModel(module)
     if isinstance(module, PyGModel):
         module.check(shape.num_features, config.num_layers)
+    if isinstance(module, PyGStack):
+        module.check(shape.num_features)
     for name, value in module.state_dict().items():
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             what = f"a tensor of layout {value.layout}" if isinstance(value, torch.Tensor) else type(value).__name__

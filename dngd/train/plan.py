@@ -13,6 +13,7 @@ from dngd.comm.gradients import TRAILING
 from dngd.config import BATCH_SIZE, TrainConfig
 from dngd.errors import UserError
 from dngd.graph import GraphStore, LinkSplit
+from dngd.limits import available_memory, usable_cpus
 from dngd.models import MODELS
 from dngd.optim import Footprint, inverse_bytes_held, layer_footprint
 from dngd.sampling import steps_per_epoch
@@ -20,8 +21,7 @@ from dngd.sampling.operators import check_weights
 from dngd.sampling.pipeline import slots_of_sampler
 from dngd.sampling.sparse_features import SparseShares
 from dngd.train.evaluation_plan import LayerShape, block_rows, evaluation_bytes
-from dngd.train.memory import available_memory, private_memory
-from dngd.train.metrics import usable_cpus
+from dngd.train.memory import private_memory
 from dngd.train.objective import make_objective
 from dngd.train.optimizers import TrainingSet, damping_in_use, factor_layout, training_set_of
 from dngd.train.placement import choose_placement, free_gpu_bytes, sparse_shares, table_bytes

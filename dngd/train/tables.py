@@ -26,7 +26,7 @@ from torch import Tensor
 from dngd.comm import Communicator
 from dngd.errors import UserError
 from dngd.graph.advice import read_randomly
-from dngd.train.memory import available_memory
+from dngd.limits import available_memory
 from dngd.train.placement import free_gpu_bytes
 
 SHARED_FROM_BYTES = 16 * 1024 * 1024
@@ -375,8 +375,8 @@ def _sees(other: dict[str, Any]) -> bool:
 
 
 def _write_all(descriptor: int, values: Tensor, offset: int) -> None:
-    buffer: Any = values.numpy()
-    data = memoryview(buffer).cast("B") if values.numel() else memoryview(b"")
+    buffer: Any = values.view(-1).view(torch.uint8).numpy()  # NumPy does not know every type
+    data = memoryview(buffer)
     while data:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"optim", "sampling", "models", "graph", "comm", "config", "config_text", "allocator", "limits"},
     "launch": {"train", "config", "comm", "graph", "report"},
     "doctor": {"sampling", "limits"},
-    "bench": {"train", "optim", "allocator", "sampling", "models", "graph", "comm", "config", "config_text"},
+    "bench": {"train", "optim", "allocator", "limits", "sampling", "models", "graph", "comm", "config", "config_text"},
     "cli": {"launch", "train", "graph", "config", "config_text", "report", "doctor", "bench", "sampling", ""},
     "__main__": {"cli"},
     "": {"launch", "train", "graph", "config", "sampling", "models"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from dngd.comm import (
     assign_owners,
+    assignment,
     buckets,
     flatten,
     shards_of_rank,
@@ -34,16 +37,46 @@ def test_buckets_cover_a_buffer_once(size: int, bucket_bytes: int) -> None:
     assert torch.equal(flat, torch.ones(size))
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.dictionaries(st.tuples(st.text(max_size=3), st.sampled_from("AG")), st.integers(1, 500)), st.integers(1, 9))
-def test_owners_are_balanced(dimensions: dict[tuple[str, str], int], world_size: int) -> None:
-    costs = {factor: float(d) ** 3 for factor, d in dimensions.items()}
+def best_load(costs: list[float], world_size: int) -> float:
+    """Return the busiest rank's load in the best of all assignments."""
+    best = float("inf")
+    for ranks in itertools.product(range(world_size), repeat=len(costs)):
+        loads = [0.0] * world_size
+        for cost, rank in zip(costs, ranks):
+            loads[rank] += cost
+        best = min(best, max(loads))
+    return best
+
+
+def law_owners_are_balanced(costs: dict[tuple[str, str], float], world_size: int) -> None:
+    """Longest first is within `4/3 - 1/(3m)` of the best on m ranks (Graham 1969)."""
     owners = assign_owners(costs, world_size)
     assert owners.keys() == costs.keys()
     assert owners == assign_owners(dict(reversed(costs.items())), world_size), "depends on the order of a dict"
     loads = [sum(cost for f, cost in costs.items() if owners[f] == rank) for rank in range(world_size)]
-    lower_bound = max([sum(costs.values()) / world_size, *costs.values()], default=0)
-    assert max(loads) <= (4 / 3) * lower_bound * 1.5 + 1e-9
+    assert max(loads) <= (4 / 3 - 1 / (3 * world_size)) * best_load(list(costs.values()), world_size) + 1e-9
+
+
+FACTORS = st.dictionaries(st.tuples(st.text(max_size=3), st.sampled_from("AG")), st.integers(1, 500), max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(FACTORS, st.integers(1, 3))
+def test_owners_are_balanced(dimensions: dict[tuple[str, str], int], world_size: int) -> None:
+    law_owners_are_balanced({factor: float(d) ** 3 for factor, d in dimensions.items()}, world_size)
+
+
+@pytest.mark.parametrize(("sizes", "world_size"), [([1, 1, 1, 1, 4], 2), ([3, 3, 2, 2, 2], 2), ([1] * 6 + [3], 3)])
+def test_owners_are_balanced_only_if_the_most_costly_come_first(
+    monkeypatch: pytest.MonkeyPatch, sizes: list[int], world_size: int
+) -> None:
+    """The second one is where the bound is met; cheapest first the others break it."""
+    costs = {(str(number), "A"): float(size) for number, size in enumerate(sizes)}
+    law_owners_are_balanced(costs, world_size)
+    if sizes[0] == 1:
+        monkeypatch.setattr(assignment, "sorted", lambda items, key=None: sorted(items, key=key)[::-1], raising=False)
+        with pytest.raises(AssertionError):
+            law_owners_are_balanced(costs, world_size)
 
 
 @settings(max_examples=50, deadline=None)

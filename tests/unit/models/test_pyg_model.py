@@ -393,7 +393,8 @@ def test_copies_of_the_edges_and_weights_of_one_are_the_batchs(
     model = make().double()
     expected = on_whole_graph(copy.deepcopy(model), directed)
     seeds = torch.arange(20)
-    assert torch.allclose(dngd.PyGModel(model)(batch_of(directed, seeds, (-1,))), expected[seeds])
+    found = dngd.PyGModel(model)(batch_of(directed, seeds, (-1,)))
+    assert torch.allclose(found, expected[seeds], atol=2e-5)  # the coefficients are float32
 
 
 class Global(nn.Module):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch_geometric.nn import SAGEConv
 
 import dngd
 from dngd.comm import FlatGradients, LocalCommunicator
@@ -21,6 +22,7 @@ from dngd.train import TrainingLoop, loop, prepare_run_folder, run_rank
 from dngd.train.checkpoint_writer import CheckpointWriter
 from dngd.train.evaluation import ExactEvaluator, Scores
 from dngd.train.metrics import EvaluationRecord, MetricsLog, StepClock, read_metrics
+from dngd.train.parts import RunParts
 from dngd.train.progress import SilentReporter
 from dngd.train.supervision import Attempt, Supervision
 
@@ -266,6 +268,47 @@ def test_an_evaluation_comes_with_measurements(store: GraphStore, tmp_path: Path
     assert any(name.endswith("/staleness") for name in health)
     assert any(name.endswith("/a_condition") for name in health)
     assert values["phase_ms/forward"] > 0
+
+
+class Zeroing(torch.optim.SGD):
+    """Ends its step as some optimizers do."""
+
+    def step(self, closure: Any = None) -> Any:
+        out = super().step(closure)
+        self.zero_grad()
+        return out
+
+
+def test_an_optimizer_that_sets_gradients_to_none_has_the_same_curve(store: GraphStore, tmp_path: Path) -> None:
+    curves = []
+    for kind in (torch.optim.SGD, Zeroing):
+        given = config(store, tmp_path / kind.__name__, optimizer="custom")
+        parts = RunParts(optimizer=lambda model, kind=kind: kind(model.parameters(), lr=0.1))  # type: ignore[misc]
+        made = TrainingLoop(prepare_run_folder(given), LocalCommunicator(), SilentReporter(), parts=parts)
+        curves.append([(r.train_loss, r.val_loss) for r in made.run().history])
+    assert curves[0] == curves[1]
+
+
+class Thaws(dngd.Callback):
+    """Unfreezes everything after two steps."""
+
+    def on_step(self, run: Any) -> None:
+        if run.step == 2:
+            run.model.requires_grad_(True)
+
+
+def test_a_layer_that_is_unfrozen_in_a_run_is_refused(store: GraphStore, tmp_path: Path) -> None:
+    def module(shape: dngd.GraphShape) -> nn.Module:
+        made = dngd.PyGStack([SAGEConv(shape.num_features, 8), SAGEConv(8, shape.num_classes)])
+        made.convs[0].requires_grad_(False)
+        return made
+
+    given = config(store, tmp_path / "run", model="custom", optimizer="sgd")
+    parts = RunParts(module=module, callbacks=(Thaws(),))
+    made = TrainingLoop(prepare_run_folder(given), LocalCommunicator(), SilentReporter(), parts=parts)
+    with pytest.raises(UserError, match=r"parameter convs\.0\.lin_l\.weight was frozen when the run was set up"):
+        made.run()
+    assert made.step == 2
 
 
 def test_the_clock_says_where_a_step_is(store: GraphStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

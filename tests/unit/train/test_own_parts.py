@@ -168,3 +168,43 @@ def test_what_goes_on_with_such_a_run_is_its_program(store: GraphStore, tmp_path
     (run / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"; Trainer.resume\(\) writes it anew"):
         load_trained(run)
+
+
+class Mixed(nn.Module):
+    """Layers of two types."""
+
+    def __init__(self, shape: dngd.GraphShape, types: tuple[torch.dtype, torch.dtype]) -> None:
+        super().__init__()
+        self.first = nn.Linear(shape.num_features, 8).to(types[0])
+        self.second = nn.Linear(8, shape.num_classes).to(types[1])
+
+    def forward(self, batch: dngd.GraphBatch) -> Tensor:
+        hidden = self.first(batch.x[: batch.seeds.numel()].to(self.first.weight.dtype)).relu()
+        out: Tensor = self.second(hidden.to(self.second.weight.dtype))
+        return out
+
+
+def test_trained_parameters_of_two_types_are_refused(store: GraphStore, tmp_path: Path) -> None:
+    """Both are named; where one of them is frozen, there is but one type to sum."""
+
+    def module(shape: dngd.GraphShape) -> nn.Module:
+        return Mixed(shape, (torch.float32, torch.float64))
+
+    with pytest.raises(UserError, match=r"first\.weight and second\.weight are float32 and float64, and workers sum"):
+        dngd.Trainer(config(store, tmp_path / "run"), module=module, quiet=True).fit()
+
+    def frozen(shape: dngd.GraphShape) -> nn.Module:
+        made = module(shape)
+        made.first.requires_grad_(False)
+        return made
+
+    assert dngd.Trainer(config(store, tmp_path / "frozen"), module=frozen, quiet=True).fit().steps == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_module_of_another_type_is_trained(store: GraphStore, tmp_path: Path, dtype: torch.dtype) -> None:
+    made = dngd.Trainer(config(store, tmp_path / "run"), module=lambda shape: Mixed(shape, (dtype, dtype)), quiet=True)
+    result = made.fit()
+    assert result.steps == 2
+    assert result.dropped_steps == 0
+    assert made.best_model().first.weight.dtype == dtype

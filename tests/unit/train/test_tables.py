@@ -35,8 +35,8 @@ def alone(folder: Path, memory_bytes: int | None) -> TableSpace:
 
 @pytest.mark.parametrize("memory_bytes", [0, 2**30])
 def test_what_is_written_is_read(tmp_path: Path, memory_bytes: int) -> None:
-    """Slices and chosen rows; rows of a double; in a file there is none to see in its folder."""
-    for dtype in (torch.float32, torch.float64):
+    """Slices and chosen rows; rows of any type; in a file there is none to see in its folder."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         table = alone(tmp_path / "new", memory_bytes).shared(10, 3, dtype)
         expected = torch.arange(30, dtype=dtype).view(10, 3)
         table.write(slice(0, 4), expected[:4])
