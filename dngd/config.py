@@ -422,6 +422,11 @@ class TrainConfig(_Section):
         return self.ray.min_workers if self.ray.min_workers is not None else self.num_workers
 
     @property
+    def gpu_share(self) -> float:
+        """A worker's share of what is free on its GPU, which others may use with it."""
+        return min(1.0, self.ray.gpus_per_worker) if self.engine == "ray" else 1.0
+
+    @property
     def collective_backend(self) -> Literal["nccl", "gloo"]:
         """The backend of the workers' collectives."""
         if self.ray.backend != "auto":

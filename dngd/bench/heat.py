@@ -37,7 +37,7 @@ from dngd.train.placement import PlacedFeatures, with_sparse
 from dngd.train.plan import batch_size_of, device_of
 
 LONGEST_TURN = 50
-WARMUP_STEPS = 2
+WARMUP_STEPS = 4
 TIMED_DRAWS = 5
 GPU_SAMPLERS = 4
 
@@ -208,7 +208,7 @@ def _learner(track: Track, setting: Setting, own: TrainConfig) -> Learner:
 
 
 def _warm_up(track: Track, settings: Sequence[Setting], full: FullFeed | None) -> None:
-    """Take two steps of each new optimizer and batch size on throw-away copies, off any clock, and time draws."""
+    """Take a few steps of each new optimizer and batch size on throw-away copies, off any clock, and time draws."""
     for setting in settings:
         kind = (setting.optimizer, track.batch_size(setting))
         if kind in track.warm:

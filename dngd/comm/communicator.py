@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -128,8 +128,9 @@ class ProcessGroupCommunicator:
     """Collectives over two groups of all ranks of torch.distributed's default group: main, and one for factors.
 
     Expects an initialised default group (Ray Train's, or `init_process_group` below). timeout_seconds
-    limits every wait; a collective that fails or runs over raises TrainingError with rank and purpose. Communicators of
-    one limit share their groups, which last as long as the default group: torch has none that end by themselves.
+    limits every wait; a collective that fails or runs over raises TrainingError with rank and purpose (with NCCL
+    torch's own watchdog ends the process instead: there the host does not wait). Communicators of one limit share their
+    groups, which last as long as the default group: torch has none that end by themselves.
     """
 
     def __init__(self, *, timeout_seconds: float = 120.0, bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> None:
@@ -148,7 +149,7 @@ class ProcessGroupCommunicator:
             for bucket in buckets(flat, self._bucket_bytes):
                 works.append(dist.all_reduce(bucket, group=self._groups[group], async_op=True))
         self.bytes_sent[kind] += flat.numel() * flat.element_size()
-        return _GroupWork(works, self, f"all-reduce of {kind}")
+        return self._issued(works, f"all-reduce of {kind}")
 
     def broadcast(self, flat: Tensor, source: int, kind: Traffic, group: GroupName = "main") -> Work:
         works = []
@@ -158,7 +159,7 @@ class ProcessGroupCommunicator:
                 works.append(dist.broadcast(bucket, src=source, group=self._groups[group], async_op=True))
         if self.rank == source:
             self.bytes_sent[kind] += flat.numel() * flat.element_size()
-        return _GroupWork(works, self, f"broadcast of {kind} from rank {source}")
+        return self._issued(works, f"broadcast of {kind} from rank {source}")
 
     def exchange(self, flat: Tensor, kind: Traffic, group: GroupName = "main") -> tuple[Tensor, Work]:
         received = torch.empty_like(flat)
@@ -167,14 +168,22 @@ class ProcessGroupCommunicator:
                 received.view(torch.uint8), flat.view(torch.uint8), group=self._groups[group], async_op=True
             )
         self.bytes_sent[kind] += flat.numel() * flat.element_size()
-        return received, _GroupWork([work], self, f"exchange of {kind}")
+        return received, self._issued([work], f"exchange of {kind}")
 
     def all_gather(self, chunk: Tensor, kind: Traffic, group: GroupName = "main") -> tuple[Tensor, Work]:
         gathered = chunk.new_empty(self.world_size * chunk.numel())
         parts = list(gathered.view(torch.uint8).chunk(self.world_size))
         with self.limit(f"all-gather of {kind}"):
             work = dist.all_gather(parts, chunk.view(torch.uint8), group=self._groups[group], async_op=True)
-        return gathered, _GroupWork([work], self, f"all-gather of {kind}")
+        return gathered, self._issued([work], f"all-gather of {kind}")
+
+    def _issued(self, works: list[Any], what: str) -> Work:
+        """Return what waits for collectives that were issued. NCCL's are waited for here, by the GPU's stream alone:
+        torch asks for it before another group's are issued, and this has two groups, or DDP a third."""
+        work = _GroupWork(works, self, what)
+        if self._on_gpu:
+            work.wait()
+        return work
 
     def gather_bytes(self, payload: bytes) -> list[bytes] | None:
         # Lengths differ, so they are agreed first; then each rank's payload is broadcast. Rank 0 keeps them.

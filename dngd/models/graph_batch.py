@@ -138,7 +138,7 @@ class GraphBatch:
 
     x: [num_inputs, F] features of the input nodes, float32 of 16-bit tables. layers: one a layer, input side first.
     nodes: int64 [num_inputs], global ids of x's rows. seeds: int64 [n], global ids of the outputs' rows, the first n of
-    `nodes`.
+    `nodes`. Both are on the CPU, also where x is on a GPU: `batch.nodes.to(batch.x.device)` for an embedding there.
     """
 
     x: Tensor

@@ -23,6 +23,9 @@ from dngd.optim.preconditioner import KFACPreconditioner
 from dngd.optim.schedules import HyperbolicDecay, Period, Schedule, value_at
 from dngd.optim.trust import KLTrustRegion, LevenbergMarquardt, row_divergences
 
+_COUNTS = ("weight", "step")
+"""What is kept of a parameter beside its moments: numbers, on the CPU."""
+
 Update = Literal["mean_gradient", "momentum", "adam_eigenbasis"]
 
 CHEAP_LAYOUT = FactorLayout(max_dimension=None, wide="low_rank", rank=None)
@@ -463,7 +466,7 @@ class NaturalGradient(torch.optim.Optimizer):
         for index, saved in state_dict["state"].items():
             for key, value in saved.items():
                 # A count stays on the CPU: on a GPU reading it would wait for the device.
-                device = parameters[index].device if value.dim() else value.device
+                device = "cpu" if key in _COUNTS else parameters[index].device
                 self.state[parameters[index]][key] = value.to(device, copy=True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NaturalGradient:

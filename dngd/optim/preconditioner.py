@@ -39,7 +39,7 @@ from dngd.optim.layers import CurvatureLayer, find_layers, unwrapped
 from dngd.optim.participation import Participation
 from dngd.optim.plan import TRAFFIC_BUDGET, LayerSizes, Plan, Planner, StrategyChoice
 from dngd.optim.refresh import RefreshPipeline
-from dngd.optim.replay import StepReplay
+from dngd.optim.replay import StepReplay, can_record
 from dngd.optim.schedules import Period, Schedule, UpdateSchedule, period_at, value_at
 from dngd.optim.state import load_preconditioner_state, preconditioner_state
 from dngd.optim.step_scale import Bounds, Shortening, StepScale, shortening
@@ -258,7 +258,7 @@ class KFACPreconditioner:
             unit_scale=unit_scale,
             strict=strict,
         )
-        replays = cuda_graph and self.device.type == "cuda" and method == "kfac" and not unit_scale
+        replays = cuda_graph and self.device.type == "cuda" and method == "kfac" and not unit_scale and can_record()
         self._replay = StepReplay(self.layers, self.states, self._precondition_now) if replays else None
         self.capture.start_step(0, self.schedule.is_factor_step(0))
 

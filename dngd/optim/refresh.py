@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -261,7 +262,7 @@ class RefreshPipeline:
         if refresh.adopt_step > refresh.step:
             if self._executor is None:
                 self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dngd-invert")
-            refresh.inversion = self._executor.submit(_decompose_all, jobs)
+            refresh.inversion = self._executor.submit(_decompose_on, _current_stream(jobs), jobs)
         else:
             refresh.inversion = Future()
             refresh.inversion.set_result(_decompose_all(jobs))
@@ -471,3 +472,15 @@ def _decompose_all(
         result = decompose(*job)
         out[factor] = replace(result, seconds=time.perf_counter() - started)
     return out
+
+
+def _current_stream(jobs: Mapping[Factor, Job]) -> torch.cuda.Stream | None:
+    """Return this thread's stream on the averages' GPU; None on a CPU."""
+    devices = {job[1][0].device for job in jobs.values()}
+    return next((torch.cuda.current_stream(device) for device in devices if device.type == "cuda"), None)
+
+
+def _decompose_on(stream: torch.cuda.Stream | None, jobs: Mapping[Factor, Job]) -> dict[Factor, Decomposition]:
+    """Decompose in the order of another thread's stream, which made the averages and reads the inverses."""
+    with nullcontext() if stream is None else torch.cuda.stream(stream):
+        return _decompose_all(jobs)

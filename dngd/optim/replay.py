@@ -10,6 +10,7 @@ preconditioned gradients back after it, inverses when they are new, and the few 
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +47,10 @@ MOST_DIFFERENCE = 1e-3
 """Of the largest entry, by which a recording's first replay may differ from the step; rounding does by far less."""
 
 
+DEBUGGING = ("CUDA_LAUNCH_BLOCKING", "PYTORCH_NO_CUDA_MEMORY_CACHING")
+"""Environment variables under which graphs are not recorded, or replay memory that is gone."""
+
+
 @dataclass(frozen=True)
 class _Recording:
     """parameters, and gradients: their `.grad` in the graph's memory. bounds: likewise."""
@@ -54,6 +59,11 @@ class _Recording:
     gradients: tuple[Tensor, ...]
     bounds: Bounds
     replay: Callable[[], Shortening]
+
+
+def can_record() -> bool:
+    """Return whether torch records graphs here: not with these variables, by which GPU programs are debugged."""
+    return not any(os.environ.get(name, "0") not in ("", "0") for name in DEBUGGING)
 
 
 class StepReplay:

@@ -139,7 +139,10 @@ class TrainingLoop:
         self.config = config
         check_fits(self.plan, config, workers_here, is_worker=True)
         self.semi = self._semi_supervision()
-        free = free_gpu_bytes(self.device) if self.device.type == "cuda" else 0
+        free = 0
+        if self.device.type == "cuda":
+            free = int(free_gpu_bytes(self.device) * config.gpu_share)
+            torch.cuda.reset_peak_memory_stats(self.device)
         placement = choose_placement(config, self.plan.feature_bytes, free, self.plan.gpu_bytes)
 
         self.model.to(self.device)

@@ -469,7 +469,7 @@ def check_fits(plan: RunPlan, config: TrainConfig, workers_here: int, *, is_work
             f"{parts[largest] / 2**30:.1f} GiB each) but {free / 2**30:.1f} GiB are free; {fix}"
         )
     if config.use_gpu and torch.cuda.is_available():
-        gpu_free = free_gpu_bytes(torch.device("cuda", torch.cuda.current_device()))
+        gpu_free = int(free_gpu_bytes(torch.device("cuda", torch.cuda.current_device())) * config.gpu_share)
         placement = choose_placement(config, plan.feature_bytes, gpu_free, plan.gpu_bytes)
         on_gpu = plan.gpu_bytes + placement.device_bytes
         if on_gpu > gpu_free:

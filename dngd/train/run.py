@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -24,6 +25,13 @@ MENDED_BY_USERS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPE
 SETTLE_SECONDS = 30.0
 
 
+def _gpus_with_random_state(config: TrainConfig) -> Sequence[int]:
+    """Return the GPUs whose random state a run may change. A run on the CPU leaves CUDA alone that was not in use: it
+    may not work here, and processes that are forked later could not use it."""
+    is_used = torch.cuda.is_initialized() or (config.use_gpu and torch.cuda.is_available())
+    return range(torch.cuda.device_count()) if is_used else ()
+
+
 def run_rank(
     config: TrainConfig,
     communicator: Communicator,
@@ -40,7 +48,7 @@ def run_rank(
     """
     settle_seconds = SETTLE_SECONDS
     with (
-        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        torch.random.fork_rng(devices=_gpus_with_random_state(config)),
         open_run_folder(config, communicator.rank, partial(warn, reporter)) as folder,
     ):
         loop = TrainingLoop(

@@ -231,3 +231,45 @@ def train(net: nn.Module, optimizer: StepOptimizer, inputs: torch.Tensor, labels
             assert parameter.grad is not None
             parameter.grad /= 64
         optimizer.step(num_seeds_here=64, finite=True)
+
+
+class _Scaled(nn.Module):
+    """A layer and a parameter without a dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.linear(x) * self.scale
+        return out
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_a_state_that_was_read_onto_any_device_goes_on(tmp_path: Path, place: str) -> None:
+    """Counts on the host, where reading them waits for nothing; all else beside its parameter."""
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 4, device="cuda"), torch.randint(3, (16,), device="cuda")
+    net = _Scaled().cuda()
+    optimizer = NaturalGradient(net)
+
+    def step(net: nn.Module, optimizer: NaturalGradient) -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step(num_samples=16)
+
+    step(net, optimizer)
+    torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    read = torch.load(tmp_path / "state.pt", map_location=place, weights_only=True)
+    other = _Scaled().cuda()
+    other.load_state_dict(read["net"])
+    resumed = NaturalGradient(other)
+    resumed.load_state_dict(read["optimizer"])
+    for parameter, state in resumed.state.items():
+        for name, value in state.items():
+            assert value.device.type == ("cpu" if name in ("weight", "step") else parameter.device.type), name
+    step(net, optimizer)
+    step(other, resumed)
+    for mine, theirs in zip(other.parameters(), net.parameters()):
+        torch.testing.assert_close(mine, theirs)

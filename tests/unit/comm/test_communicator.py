@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -56,3 +57,31 @@ def test_a_new_default_group_has_new_groups(by_dngd: bool) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     new = groups_of(current_communicator())
     assert not set(map(id, old.values())) & set(map(id, new.values()))
+
+
+class _Counted:
+    """Work whose waits are counted."""
+
+    waits = 0
+
+    def wait(self) -> None:
+        _Counted.waits += 1
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_collectives_on_gpus_are_waited_for_when_they_are_issued(monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
+    """By the stream alone, before another group's are issued; on a CPU that would take from what overlaps."""
+    communicator = ProcessGroupCommunicator()
+    communicator._on_gpu = on_gpu
+    monkeypatch.setattr(_Counted, "waits", 0)
+    for name in ("all_reduce", "broadcast", "all_to_all_single", "all_gather"):
+        monkeypatch.setattr(dist, name, lambda *_, **__: _Counted())
+    flat = torch.ones(4)
+    communicator.all_reduce(flat, "factor", group="factor")
+    communicator.broadcast(flat, 0, "state", group="factor")
+    communicator.exchange(flat, "state")
+    work = communicator.all_gather(flat, "state")[1]
+    assert _Counted.waits == (4 if on_gpu else 0)
+    work.wait()
+    assert _Counted.waits == (5 if on_gpu else 1)

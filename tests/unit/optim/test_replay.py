@@ -447,3 +447,14 @@ def test_a_failed_recording_is_not_swallowed() -> None:
     replayed(optimizer, fails)
     with pytest.raises(TrainingError, match="could not be recorded"):
         train(net, optimizer, 2)
+
+
+@pytest.mark.parametrize("name", replay.DEBUGGING)
+def test_nothing_is_recorded_while_a_gpu_program_is_debugged(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for other in replay.DEBUGGING:
+        monkeypatch.delenv(other, raising=False)
+    assert replay.can_record()
+    monkeypatch.setenv(name, "0")
+    assert replay.can_record()
+    monkeypatch.setenv(name, "1")
+    assert not replay.can_record()
