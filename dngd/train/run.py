@@ -28,7 +28,8 @@ SETTLE_SECONDS = 30.0
 def _gpus_with_random_state(config: TrainConfig) -> Sequence[int]:
     """Return the GPUs whose random state a run may change. A run on the CPU leaves CUDA alone that was not in use: it
     may not work here, and processes that are forked later could not use it."""
-    is_used = torch.cuda.is_initialized() or (config.use_gpu and torch.cuda.is_available())
+    is_used = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    is_used |= config.use_gpu and torch.cuda.is_available()
     return range(torch.cuda.device_count()) if is_used else ()
 
 
